@@ -1,0 +1,1 @@
+"""From text to Megatron token files: readers, encoders, the demo corpus."""

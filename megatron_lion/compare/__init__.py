@@ -1,0 +1,1 @@
+"""Reads run folders and compares them; needs neither torch nor a model."""

@@ -1,0 +1,1 @@
+"""The full gradient: accumulation at frozen parameters and norms over shards."""

@@ -1,0 +1,1 @@
+"""GPT-2 and BERT through Megatron-Core, with one forward-step signature."""

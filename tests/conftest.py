@@ -1,0 +1,26 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two test processes on two cores: more threads would only fight each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The kernels run in Triton's interpreter where there is no GPU; it must be chosen before triton is imported.
+if "TRITON_INTERPRET" not in os.environ and not Path("/proc/driver/nvidia").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real text and vocabularies that lies beside a developer's checkout; tests skip without it."""
+    for parent in REPO.parents:
+        folder = parent / "shared" / "data"
+        if folder.is_dir():
+            return folder
+    pytest.skip("no ../shared/data beside the checkout: this test needs real text and vocabularies")
