@@ -1,0 +1,271 @@
+"""CUDA or CPU: the device, its dtypes, memory and timers, and the stand-in that lets megatron-core run on CPU.
+
+megatron-core 0.19.2 names CUDA in its source (`device="cuda"`, `torch.cuda.current_stream()`, …) and never asks
+whether a device is there. Where none is, `install_cpu_stand_in` answers those calls with their CPU meaning, once and
+only in this process, so that the same models, buckets, optimizer, schedules and checkpoints run with gloo. Nothing
+else in the project branches on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_lion.errors import EnvironmentFault
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Functions that megatron-core calls with device="cuda" or with torch.cuda.current_device().
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "rand", "randn")
+
+_installed = False
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where tensors live and how ranks talk.
+
+    Attributes:
+        kind: "cuda" or "cpu".
+        index: local CUDA device index; 0 on CPU.
+        backend: torch.distributed backend, "nccl" or "gloo".
+    """
+
+    kind: str
+    index: int
+    backend: str
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device("cuda", self.index) if self.kind == "cuda" else torch.device("cpu")
+
+    @property
+    def has_fused_kernels(self) -> bool:
+        """Whether megatron-core's torch.compile'd fusions are worth their warm-up (they need a compiler on CPU)."""
+        return self.kind == "cuda"
+
+    def synchronize(self) -> None:
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.index)
+
+    def max_memory_gib(self) -> float:
+        """Peak memory of this process: allocated on the CUDA device, or the resident set on CPU (GiB)."""
+        if self.kind == "cuda":
+            return torch.cuda.max_memory_allocated(self.index) / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def name(self) -> str:
+        if self.kind == "cuda":
+            return torch.cuda.get_device_name(self.index)
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+        return "cpu"
+
+    def peak_flops(self, precision: str) -> float | None:
+        """Dense peak of the device in FLOP/s for `precision`, from the vendor's data sheet; None where not known."""
+        if self.kind != "cuda":
+            return None
+        name = self.name()
+        table = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
+        peak = next((flops for key, flops in table.items() if key in name), None)
+        return None if peak is None or precision == "fp32" else peak
+
+
+def select_device(wanted: str = "auto") -> Device:
+    """Chooses the device of this process and, on CPU, installs the stand-in for megatron-core.
+
+    Args:
+        wanted: "auto" (CUDA if there is one), "cuda" or "cpu".
+
+    Raises:
+        EnvironmentFault: CUDA was asked for and none is visible.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise EnvironmentFault("--device cuda: no CUDA device is visible to torch; use --device cpu or auto")
+    if wanted != "cpu" and available:
+        if local_rank >= torch.cuda.device_count():
+            raise EnvironmentFault(
+                f"local rank {local_rank} has no CUDA device of its own ({torch.cuda.device_count()} visible): "
+                "start at most that many processes a node, or use --device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+        quiet_known_warnings()
+        return Device("cuda", local_rank, "nccl")
+    install_cpu_stand_in()
+    return Device("cpu", 0, "gloo")
+
+
+def quiet_known_warnings() -> None:
+    """Silences exactly the messages that megatron-core 0.19.2 gives for every correct use of it."""
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        ".*Falling back to Torch (Norm|optimizers|LayerNorm)",
+        ".*torch.distributed.reduce_op.*",
+        ".*numpy.core.multiarray is deprecated.*",
+        ".*numpy.core is deprecated.*",
+        ".*is deprecated, use torch.Tensor.*",
+        ".*torch.distributed.distributed_c10d.*",
+        ".*fp8 .*is not available.*",
+        ".*TypedStorage is deprecated.*",
+        ".*no current CUDA device.*",
+        ".*_get_pg_default_device.*",
+        ".*Please use DTensor instead.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in (
+        "megatron.core.models.gpt.gpt_model",  # 'GPTModel IS DEPRECATED', although no successor trains GPT-2
+        "megatron.core.models.bert.bert_model",
+        "megatron.core.transformer.transformer_config",
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+        "megatron.core.distributed.param_and_grad_buffer",
+        "megatron.core.datasets.blended_megatron_dataset_config",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+class _Stream:
+    """A stream that is always drained: CPU work is done when its call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = 0
+
+    def wait_stream(self, stream: Any) -> None:
+        del stream
+
+    def wait_event(self, event: Any) -> None:
+        del event
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+    def synchronize(self) -> None:
+        return None
+
+    def query(self) -> bool:
+        return True
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        import time
+
+        self._now = time.perf_counter
+        self._time = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        del stream
+        self._time = self._now()
+
+    def wait(self, stream: Any = None) -> None:
+        del stream
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end._time - self._time) * 1e3
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.split(":")[0] == "cuda"
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+    return call
+
+
+@contextlib.contextmanager
+def _stream_context(stream: Any) -> Iterator[Any]:
+    yield stream
+
+
+def install_cpu_stand_in() -> None:
+    """Lets megatron-core run without CUDA; does nothing the second time.
+
+    mcore 0.19.2: device names are literal in its source; remove when it takes the device from its config.
+
+    Raises:
+        EnvironmentFault: a CUDA device is there, so that the stand-in would hide it from everything else.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        # --device cpu on a machine with GPUs: hide them before anything touches them.
+        torch.cuda.is_available = lambda: False
+    cpu = torch.device("cpu")
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: cpu
+    cuda.device_count = lambda: 0
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream = cuda.streams.Stream = _Stream
+    cuda.Event = cuda.streams.Event = _Event
+    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = _stream_context
+    cuda.manual_seed = cuda.manual_seed_all = torch.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cpu": torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)
+
+    tensor: Any = torch.Tensor
+    plain_type, plain_to = tensor.type, tensor.to
+
+    def type_(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False) -> Any:
+        if dtype is None:  # DistributedOptimizer compares the answer with 'torch.cuda.FloatTensor' and the like
+            return plain_type(self).replace("torch.", "torch.cuda.", 1)
+        return plain_type(self, dtype, non_blocking)
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(cpu if _is_cuda(a) else a for a in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = cpu
+        return plain_to(self, *args, **kwargs)
+
+    tensor.type, tensor.to = type_, to
+    tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment,method-assign]
+
+    quiet_known_warnings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.tensor_parallel import random as megatron_random
+
+    # On CPU the tracker's generators and the default generator are one: a fork swaps its state in and out.
+    megatron_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _installed = True

@@ -1,0 +1,198 @@
+"""torchrun's environment, process groups, seeds and an orderly end.
+
+Every collective of ours goes through here or through megatron-core. Ranks fail together: an error found on one rank
+before a collective is raised on all of them by `agree`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lion.device import Device
+from megatron_lion.errors import ConfigError, MegatronLionError, PeerError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job.
+
+    Attributes:
+        rank, world_size: over all processes.
+        dp_rank, dp_size, tp_rank, tp_size, pp_rank, pp_size: in megatron-core's groups.
+    """
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+
+def world_size_from_env() -> int:
+    """Number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_env() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _init_process_group(device: Device, timeout_s: float) -> None:
+    timeout = timedelta(seconds=timeout_s)
+    options: dict[str, Any] = {"backend": device.backend, "timeout": timeout}
+    if device.kind == "cuda":
+        options["device_id"] = device.torch_device
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(**options)
+    else:
+        # One process by itself: a file, so that no port is opened.
+        handle, path = tempfile.mkstemp(prefix="megatron-lion-")
+        os.close(handle)
+        os.unlink(path)
+        dist.init_process_group(store=dist.FileStore(path, 1), rank=0, world_size=1, **options)
+
+
+@contextmanager
+def process_groups(
+    device: Device,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    timeout_s: float = 1800,
+) -> Iterator[Ranks]:
+    """Joins the job, builds megatron-core's groups and leaves them in order, whatever happens inside.
+
+    Args:
+        device: from `select_device`.
+        tensor_model_parallel_size, pipeline_model_parallel_size: their product must divide the world size.
+        timeout_s: how long a collective waits for a peer.
+
+    Raises:
+        ConfigError: the layout does not fit the number of processes.
+        PeerError: the other processes did not come.
+    """
+    from megatron.core import parallel_state
+
+    ours = not dist.is_initialized()
+    if ours:
+        try:
+            _init_process_group(device, timeout_s)
+        except (RuntimeError, ValueError) as error:
+            raise PeerError(f"the processes of this job did not find each other: {error}") from error
+    try:
+        world_size = dist.get_world_size()
+        layout = tensor_model_parallel_size * pipeline_model_parallel_size
+        if world_size % layout:
+            raise ConfigError(
+                f"parallel: tensor_model_parallel_size {tensor_model_parallel_size} x pipeline_model_parallel_size "
+                f"{pipeline_model_parallel_size} = {layout} does not divide the {world_size} processes of this job"
+            )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            create_gloo_process_groups=device.kind == "cuda",
+            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+        )
+        yield Ranks(
+            rank=dist.get_rank(),
+            world_size=world_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=tensor_model_parallel_size,
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            pp_size=pipeline_model_parallel_size,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_global_memory_buffer()
+        if ours and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def derive_seed(seed: int, stream: str) -> int:
+    """A seed of its own for each use of randomness ("init", "data", "dropout", "masking", "probe"), from the run's one.
+
+    Example:
+        >>> derive_seed(1234, "init") == derive_seed(1234, "init") != derive_seed(1234, "data")
+        True
+    """
+    import hashlib
+
+    digest = hashlib.sha256(f"{seed}:{stream}".encode()).digest()
+    return int.from_bytes(digest[:4], "little") & 0x7FFFFFFF
+
+
+def seed_everything(seed: int, ranks: Ranks) -> None:
+    """Seeds dropout: equal within a tensor-parallel group where Megatron needs it, different on every data rank."""
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel
+
+    base = derive_seed(seed, "dropout") // 2 + 100 * ranks.pp_rank + 1_000_003 * ranks.dp_rank % (2**30)
+    random.seed(base)
+    np.random.seed(base % 2**32)
+    torch.manual_seed(base)
+    tensor_parallel.model_parallel_cuda_manual_seed(base)
+
+
+def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Sums `values` (any dtype the backend takes) over a group, in place, and returns it."""
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(values, group=group)
+    return values
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Gives every rank the plain Python value of rank `source`."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+@contextmanager
+def agree(what: str) -> Iterator[None]:
+    """Runs a block that may fail on some ranks only, and raises on all of them together if it did on any.
+
+    Use it around work that must be followed by a collective: reading files, checking data, writing.
+
+    Args:
+        what: the stage's name, for the message on ranks that did not fail themselves.
+    """
+    error: MegatronLionError | None = None
+    try:
+        yield
+    except MegatronLionError as caught:
+        error = caught
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, None if error is None else (type(error), str(error)))
+        failed = [(rank, item) for rank, item in enumerate(found) if item is not None]
+        if failed and error is None:
+            rank, (kind, message) = failed[0]
+            raise kind(f"{what} failed on rank {rank}: {message}")
+    if error is not None:
+        raise error
