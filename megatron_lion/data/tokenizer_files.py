@@ -1,0 +1,232 @@
+"""Reads a tokenizer's files, says what is wrong with them, and hashes what they mean.
+
+Two forms are read: GPT-2's pair `vocab.json` + `merges.txt` (also under the names `gpt2-vocab.json` +
+`gpt2-merges.txt` and `encoder.json` + `vocab.bpe`) and Hugging Face's single `tokenizer.json`. Both become
+one *definition*, the dictionary that `tokenizers` itself serialises, so that the rest of the project never
+asks which form it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.errors import DataError
+
+PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"), ("encoder.json", "vocab.bpe"))
+SINGLE = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+WANTED = "a folder with vocab.json + merges.txt or tokenizer.json, one of these files, or hf:NAME"
+
+# A pre-tokenizer's or a model's settings that cannot change a token id; libraries of different versions
+# write them or leave them out, and the hash must not notice.
+_WITHOUT_EFFECT = frozenset({"trim_offsets", "dropout"})
+
+
+def read_files(source: Path) -> dict[str, bytes]:
+    """Collects the files of the tokenizer at `source`, under their canonical names.
+
+    Args:
+        source: a folder, or any one of the tokenizer's files.
+
+    Returns:
+        {"tokenizer.json": …} or {"vocab.json": …, "merges.txt": …}, and "tokenizer_config.json" where
+        the folder has one.
+
+    Raises:
+        DataError: nothing there, or half of a pair.
+    """
+    folder = source if source.is_dir() else source.parent
+    candidates: list[tuple[str, ...]] = [(SINGLE,), *PAIRS]
+    if not source.is_dir():
+        candidates = [names for names in candidates if source.name in names] or [(source.name,)]
+    for names in candidates:
+        if not (folder / names[0]).is_file() and not (folder / names[-1]).is_file():
+            continue
+        lacking = [name for name in names if not (folder / name).is_file()]
+        if lacking:
+            raise DataError(
+                f"{folder}: {lacking[0]} is missing beside the tokenizer's other file; needed: {WANTED}"
+            )
+        canonical = (SINGLE,) if len(names) == 1 else PAIRS[0]
+        found = {new: read_bytes(folder / name) for new, name in zip(canonical, names, strict=True)}
+        if (folder / CONFIG).is_file():
+            found[CONFIG] = read_bytes(folder / CONFIG)
+        return found
+    raise DataError(f"{source}: holds no tokenizer; needed: {WANTED}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The file's bytes, or a DataError that names it."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def build_definition(files: dict[str, bytes], where: str) -> dict[str, Any]:
+    """Turns the files into the definition that `tokenizers.Tokenizer.from_str` takes.
+
+    What would make encoding depend on anything but the text is switched off: truncation, padding, BPE
+    dropout and the post-processor that wraps a text in special tokens.
+
+    Args:
+        files: from `read_files`.
+        where: how to call the source in messages.
+
+    Raises:
+        DataError: a file is not what its name says, with its line where there is one.
+    """
+    if SINGLE in files:
+        definition = parse_json(files[SINGLE], f"{where}: {SINGLE}")
+        model = definition.get("model")
+        if not isinstance(model, dict) or "vocab" not in model:
+            raise DataError(f"{where}: {SINGLE} has no model with a vocabulary; needed: {WANTED}")
+        model["dropout"] = None
+        return {**definition, "truncation": None, "padding": None, "post_processor": None}
+    vocab = parse_vocab(files["vocab.json"], f"{where}: vocab.json")
+    merges = parse_merges(files["merges.txt"], vocab, f"{where}: merges.txt")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+    }
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, or a DataError with the line where reading it failed."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not UTF-8; is this the right file?") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{where}:{line} not JSON ({error}); is this the right file?") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a JSON object is needed, got {type(value).__name__}")
+    return value
+
+
+def parse_vocab(data: bytes, where: str) -> dict[str, int]:
+    """GPT-2's vocab.json: token -> id, every one of the 256 byte letters among the tokens."""
+    vocab = parse_json(data, where)
+    for token, index in vocab.items():
+        if type(index) is not int or index < 0:
+            raise DataError(f"{where}: token {token!r} has id {index!r}; a whole number from 0 is needed")
+    if len(set(vocab.values())) != len(vocab):
+        raise DataError(
+            f"{where}: two tokens share an id; {len(vocab)} tokens have {len(set(vocab.values()))} ids"
+        )
+    absent = [letter for letter in byte_letters() if letter not in vocab]
+    if absent:
+        raise DataError(
+            f"{where}: {len(absent)} of the 256 byte letters are missing (the first: {absent[0]!r}), "
+            "so some text could not be encoded; a byte-level BPE vocabulary such as GPT-2's is needed"
+        )
+    return vocab
+
+
+def parse_merges(data: bytes, vocab: dict[str, int], where: str) -> list[list[str]]:
+    """GPT-2's merges.txt: one pair a line in order of rank, after an optional `#version` line."""
+    try:
+        lines = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not UTF-8; is this the right file?") from None
+    merges = []
+    for number, line in enumerate(lines, start=1):
+        pair = line.rstrip("\r").split(" ")
+        if line.startswith("#version") or pair == [""]:
+            continue
+        if len(pair) != 2 or not all(pair):
+            raise DataError(
+                f"{where}: line {number}: two parts with one blank between are needed, got {line[:60]!r}"
+            )
+        for token in (*pair, "".join(pair)):
+            if token not in vocab:
+                raise DataError(
+                    f"{where}: line {number}: {token!r} is not in vocab.json; are the two files a pair?"
+                )
+        merges.append(pair)
+    if not merges:
+        raise DataError(f"{where}: holds no merges; is this the right file?")
+    return merges
+
+
+def byte_letters() -> list[str]:
+    """The 256 letters that stand for the byte values 0..255 in a byte-level vocabulary.
+
+    Printable bytes of Latin-1 stand for themselves, the others are moved to code points from 256 up.
+
+    >>> byte_letters()[ord("a")], byte_letters()[ord(" ")]
+    ('a', 'Ġ')
+
+    Source: GPT-2 (Radford et al. 2019), its byte-level BPE.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    letters, moved = [], 256
+    for byte in range(256):
+        letters.append(chr(byte) if byte in printable else chr(moved))
+        moved += byte not in printable
+    return letters
+
+
+def definition_sha256(definition: dict[str, Any]) -> str:
+    """Hash of everything that decides which ids a text gets, and of nothing else.
+
+    The pair vocab.json + merges.txt and the tokenizer.json that says the same have one hash: it covers the
+    vocabulary with special tokens, the merges in order, the normaliser, the pre-tokenizer and those
+    added tokens that are cut out of ordinary text.
+    """
+    model = {key: value for key, value in definition["model"].items() if key not in ("vocab", "merges")}
+    added = definition.get("added_tokens") or []
+    vocab = definition["model"]["vocab"]
+    if isinstance(vocab, dict):
+        ids = {**vocab, **{token["content"]: token["id"] for token in added}}
+        table: list[Any] = sorted(
+            ([index, token] for token, index in ids.items()), key=lambda row: (row[0], row[1])
+        )
+    else:  # Unigram: a list of (token, score) in order of id
+        table = [vocab, sorted([token["id"], token["content"]] for token in added)]
+    merges = [
+        pair.split(" ", 1) if isinstance(pair, str) else list(pair)
+        for pair in definition["model"].get("merges", [])
+    ]
+    meaning = {
+        "model": _essential(model),
+        "vocab": table,
+        "merges": merges,
+        "normalizer": _essential(definition.get("normalizer")),
+        "pre_tokenizer": _essential(definition.get("pre_tokenizer")),
+        "cut_out": [_essential(token) for token in added if not token.get("special")],
+    }
+    text = json.dumps(meaning, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _essential(value: Any) -> Any:
+    """Drops what is unset, false or without effect, so that absent and default hash alike.
+
+    `use_regex` is true by default, so there it is the false that is kept.
+    """
+    if isinstance(value, list):
+        return [_essential(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {
+        key: _essential(item)
+        for key, item in value.items()
+        if key not in _WITHOUT_EFFECT and key != "use_regex"
+    }
+    kept = {key: item for key, item in kept.items() if item or (item == 0 and item is not False)}
+    if value.get("use_regex") is False:
+        kept["use_regex"] = False
+    return kept
