@@ -115,7 +115,9 @@ def quiet_known_warnings() -> None:
         "Transformer Engine and Apex are not installed",
         "Apex is not installed",
         ".*Falling back to Torch (Norm|optimizers|LayerNorm)",
-        ".*torch.distributed.reduce_op.*",
+        ".*torch.distributed.* is deprecated",
+        "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
+        "full scope is deprecated",
         ".*numpy.core.multiarray is deprecated.*",
         ".*numpy.core is deprecated.*",
         ".*is deprecated, use torch.Tensor.*",
@@ -238,7 +240,8 @@ def install_cpu_stand_in() -> None:
     cuda.Event = cuda.streams.Event = _Event
     cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
     cuda.stream = _stream_context
-    cuda.manual_seed = cuda.manual_seed_all = torch.manual_seed
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it after seeding the CPU
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cpu": torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cpu": torch.set_rng_state(state)
 

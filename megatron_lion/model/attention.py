@@ -1,0 +1,99 @@
+"""Attention core on torch's scaled_dot_product_attention, for megatron-core's local layer spec.
+
+megatron-core's own DotProductAttention stores the S x S probabilities and runs unfused; this one hands the whole
+core to torch, which picks a flash kernel where it can, on CPU and on GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn import functional as F
+
+
+class SdpaAttention(MegatronModule):
+    """Drop-in for `core_attention` of a megatron-core layer spec.
+
+    Shapes: S sequence, B batch, N heads of this tensor-parallel rank, D channels a head.
+
+    Args:
+        config: megatron-core's settings.
+        layer_number: from 1 over the whole model.
+        attn_mask_type: causal for GPT-2, padding for BERT.
+        attention_type: "self"; others are refused.
+        attention_dropout: default `config.attention_dropout`.
+        softmax_scale: default 1 / sqrt(D).
+        cp_comm_type, pg_collection: part of the layer spec's call; context parallelism is not supported.
+
+    Raises:
+        ValueError: settings that this core cannot honour.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size != 1 or attention_type != "self" or config.apply_query_key_layer_scaling:
+            raise ValueError("SdpaAttention does self-attention without context parallelism and without QK layer scaling")
+        self.attn_mask_type = attn_mask_type
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.tp_size = parallel_state.get_tensor_model_parallel_world_size()
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Attends.
+
+        Args:
+            query, key, value: [S, B, N, D].
+            attention_mask: for padding attention, bool [B, 1, 1 or S, S], True where attention is forbidden
+                (megatron-core's convention).
+
+        Returns:
+            [S, B, N * D].
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("SdpaAttention takes neither an attention bias nor packed sequences")
+        query_BNSD, key_BNSD, value_BNSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        mask_type = attn_mask_type or self.attn_mask_type
+        causal = mask_type == AttnMaskType.causal
+        allowed = None if causal or attention_mask is None else ~attention_mask
+        dropout = self.dropout if self.training else 0.0
+
+        def attend() -> torch.Tensor:
+            return F.scaled_dot_product_attention(
+                query_BNSD, key_BNSD, value_BNSD,
+                attn_mask=allowed, dropout_p=dropout, is_causal=causal, scale=self.softmax_scale,
+            )
+
+        if dropout > 0.0 and not self.config.sequence_parallel:
+            # Heads are split over the tensor-parallel group: each rank drops its own.
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                context_BNSD = attend()
+        else:
+            context_BNSD = attend()
+        sequence, batch = query.shape[0], query.shape[1]
+        return context_BNSD.permute(2, 0, 1, 3).reshape(sequence, batch, -1)

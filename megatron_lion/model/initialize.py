@@ -1,0 +1,68 @@
+"""Initial weights that are the same at every layout and on every device.
+
+Each tensor is drawn whole, on the CPU, from a generator seeded by (seed, global name), and every rank keeps its slice.
+So a run at TP 2 x DP 2 starts from the very weights of a run on one process, and adding a layer changes no other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_lion.parallel import derive_seed
+
+TIED_OUTPUT = "output_layer.weight"
+TOKEN_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def named_global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yields (name over the whole model, local parameter): pipeline stages count layers on, a tied copy has its source's name."""
+    offsets: dict[str, tuple[str, str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TransformerLayer):
+            stem, _ = name.rsplit(".", 1)
+            offsets[name + "."] = (stem, str(module.layer_number - 1))
+    for name, parameter in model.named_parameters():
+        for prefix, (stem, number) in offsets.items():
+            if name.startswith(prefix):
+                name = f"{stem}.{number}.{name[len(prefix):]}"
+                break
+        name = name.removeprefix("module.").removeprefix("module.")
+        yield (TOKEN_EMBEDDING if name.endswith(TIED_OUTPUT) else name), parameter
+
+
+@torch.no_grad()
+def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_layers: int) -> None:
+    """Fills every parameter in place.
+
+    Matrices and embeddings ~ N(0, std²); the two matrices that write into the residual stream (attention projection
+    and second MLP matrix) ~ N(0, std² / (2 num_layers)); biases 0; norm gains 1. This is GPT-2's scheme.
+
+    Args:
+        model: the local part of the network, before DDP.
+        seed: the run's seed.
+        std: of the matrices.
+        num_layers: of the whole model.
+    """
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in named_global_parameters(model):
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            shape = list(parameter.shape)
+            dimension = getattr(parameter, "partition_dim", -1)
+            split = size > 1 and getattr(parameter, "tensor_model_parallel", False) and dimension >= 0
+            if split:
+                shape[dimension] *= size
+            residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+            scale = std / math.sqrt(2.0 * num_layers) if residual else std
+            generator = torch.Generator().manual_seed(derive_seed(seed, f"init:{name}"))
+            whole = torch.randn(shape, generator=generator, dtype=torch.float32) * scale
+            parameter.copy_(whole.chunk(size, dim=dimension)[rank] if split else whole)

@@ -1,0 +1,97 @@
+"""Parameter counts, FLOPs and memory of a model from its config alone: no torch, so --dry-run answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_lion.config import ModelConfig, RunConfig, padded_vocab_size
+
+GPT2_VOCAB_SIZE = 50257
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts over the whole model, each tied tensor once.
+
+    Attributes:
+        num_parameters: d of the theory, padded vocabulary rows included.
+        num_parameters_unpadded: without the padded rows.
+        embedding_parameters: token and position embeddings.
+    """
+
+    num_parameters: int
+    num_parameters_unpadded: int
+    embedding_parameters: int
+
+    @property
+    def sqrt_d(self) -> float:
+        return math.sqrt(self.num_parameters)
+
+
+def model_size(model: ModelConfig, vocab_size: int | None = None) -> ModelSize:
+    """Counts the parameters of a model.
+
+    Args:
+        model: the network's settings.
+        vocab_size: ids before padding; default `model.vocab_size`, then GPT-2's 50,257.
+
+    Example:
+        >>> model_size(ModelConfig()).num_parameters
+        124475904
+        >>> medium = ModelConfig(num_layers=24, hidden_size=1024, num_attention_heads=16)
+        >>> model_size(medium).num_parameters
+        354871296
+    """
+    vocab = vocab_size or model.vocab_size or GPT2_VOCAB_SIZE
+    rows = padded_vocab_size(vocab, model.make_vocab_size_divisible_by)
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size or 4 * model.hidden_size
+    attention = 4 * hidden * hidden + 4 * hidden
+    mlp = 2 * hidden * ffn + ffn + hidden
+    norms = 4 * hidden
+    embeddings = (rows + model.seq_length) * hidden
+    total = embeddings + model.num_layers * (attention + mlp + norms) + 2 * hidden
+    return ModelSize(total, total - (rows - vocab) * hidden, embeddings)
+
+
+def flops_per_token(model: ModelConfig, vocab_size: int | None = None) -> float:
+    """Floating-point operations of a training step per token: 6 N + 12 L H S (PaLM, appendix B).
+
+    N leaves out the position embeddings, which do no multiplication; attention is counted without the causal half.
+    """
+    size = model_size(model, vocab_size)
+    matmul = size.num_parameters - model.seq_length * model.hidden_size
+    return 6 * matmul + 12 * model.num_layers * model.hidden_size * model.seq_length
+
+
+def optimizer_state_tensors(name: str) -> int:
+    """fp32 tensors of optimizer state a parameter has besides its master copy."""
+    return {"lion": 1, "sgd": 1, "adamw": 2}[name]
+
+
+def memory_bytes(config: RunConfig, world_size: int, vocab_size: int | None = None) -> dict[str, int]:
+    """Memory a process needs for parameters, gradients, optimizer and activations (bytes; activations estimated).
+
+    Parameters and gradients follow the tensor- and pipeline-parallel split; master weights and optimizer state also
+    the data-parallel one under the distributed optimizer. Activations follow Korthikanti et al. 2022, eq. 2, without
+    the attention matrix, which scaled_dot_product_attention does not store.
+    """
+    parallel = config.parallel
+    shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    size = model_size(config.model, vocab_size)
+    local = size.num_parameters // shards
+    data_shards = config.data_parallel_size(world_size) if parallel.use_distributed_optimizer else 1
+    low_precision = config.train.precision != "fp32"
+    width = 2 if low_precision else 4
+    model, batch = config.model, config.train.micro_batch_size
+    tokens = batch * model.seq_length
+    layers = math.ceil(model.num_layers / parallel.pipeline_model_parallel_size)
+    per_layer = tokens * model.hidden_size * 34 * width // 2
+    logits = tokens * padded_vocab_size(vocab_size or model.vocab_size or GPT2_VOCAB_SIZE, model.make_vocab_size_divisible_by) * 8
+    states = optimizer_state_tensors(config.optimizer.name) + (1 if low_precision else 0)
+    return {
+        "parameters": local * width,
+        "gradients": local * 4,
+        "optimizer": local * 4 * states // data_shards,
+        "activations": (layers * per_layer if not model.recompute else layers * tokens * model.hidden_size * width) + logits,
+    }
