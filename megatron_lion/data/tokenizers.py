@@ -100,7 +100,9 @@ class Tokenizer:
                 f"{self.source}: the vocabulary has no {DEFAULT_EOD} and tokenizer_config.json names no "
                 "eos_token; name the token that ends a document (--eod-token)"
             )
-        return int(self._backend.token_to_id(self.eod_token))
+        index = self._backend.token_to_id(self.eod_token)
+        assert index is not None, "eod_token was found in the vocabulary when the tokenizer was built"
+        return index
 
     @property
     def backend(self) -> tokenizers.Tokenizer:

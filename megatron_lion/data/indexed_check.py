@@ -1,0 +1,232 @@
+"""Megatron's `.bin/.idx` token files: their layout, and a check that trusts nothing on opening.
+
+PREFIX.bin holds the token ids of all sequences one after another. PREFIX.idx holds, little-endian:
+
+    9 bytes  magic b"MMIDIDX\\0\\0"
+    uint64   version, 1
+    uint8    dtype of the ids: 8 = uint16 (vocabularies below 65,500), 4 = int32
+    uint64   S, number of sequences
+    uint64   D, number of document boundaries = documents + 1
+    int32    lengths[S], in tokens
+    int64    pointers[S], byte offsets into PREFIX.bin
+    int64    documents[D], index of the first sequence of each document, and S at the end
+
+Source: megatron.core.datasets.indexed_dataset (megatron-core 0.19.2), byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lion.data.files import sha256_file
+from megatron_lion.data.manifest import NAME as MANIFEST_NAME
+from megatron_lion.data.manifest import SplitInfo, read_manifest
+from megatron_lion.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
+UINT16_VOCAB_LIMIT = 65500
+_SCAN_TOKENS = 1 << 22
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The dtype Megatron stores ids of a vocabulary in.
+
+    >>> token_dtype(50257).name, token_dtype(100_000).name
+    ('uint16', 'int32')
+    """
+    return DTYPE_CODES[8] if vocab_size < UINT16_VOCAB_LIMIT else DTYPE_CODES[4]
+
+
+@dataclass(frozen=True)
+class IndexedInfo:
+    """What a verified pair of files holds.
+
+    Attributes:
+        prefix: path without .bin/.idx.
+        dtype: of the token ids.
+        num_documents, num_sequences, num_tokens: counts.
+        bin_bytes, idx_bytes: sizes of the two files.
+        listed: the pair's entry in the folder's manifest.json, if there is one.
+    """
+
+    prefix: Path
+    dtype: np.dtype[Any]
+    num_documents: int
+    num_sequences: int
+    num_tokens: int
+    bin_bytes: int
+    idx_bytes: int
+    listed: SplitInfo | None = None
+
+    @property
+    def bin_path(self) -> Path:
+        """PREFIX.bin."""
+        return with_ending(self.prefix, ".bin")
+
+    @property
+    def idx_path(self) -> Path:
+        """PREFIX.idx."""
+        return with_ending(self.prefix, ".idx")
+
+    @cached_property
+    def bin_sha256(self) -> str:
+        """SHA-256 of PREFIX.bin; read when first asked for (about 1.9 GB/s)."""
+        return sha256_file(self.bin_path)
+
+    @cached_property
+    def idx_sha256(self) -> str:
+        """SHA-256 of PREFIX.idx; read when first asked for."""
+        return sha256_file(self.idx_path)
+
+    @cached_property
+    def max_token(self) -> int:
+        """Largest token id; reads the whole of PREFIX.bin when first asked for."""
+        tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+        starts = range(0, len(tokens), _SCAN_TOKENS)
+        return max(int(tokens[start : start + _SCAN_TOKENS].max()) for start in starts)
+
+    def verify_content(self, rebuild: str | None = None) -> None:
+        """Reads both files and compares their hashes with the folder's manifest.
+
+        Raises:
+            DataError: a hash differs, or there is no manifest to compare with.
+        """
+        if self.listed is None:
+            raise DataError(
+                f"{self.prefix}: no {MANIFEST_NAME} beside it lists this pair, so nothing to verify by"
+            )
+        for path, found, stated in (
+            (self.idx_path, self.idx_sha256, self.listed.idx_sha256),
+            (self.bin_path, self.bin_sha256, self.listed.bin_sha256),
+        ):
+            if found != stated:
+                raise DataError(
+                    f"{path}: sha256 {found[:16]}…, {MANIFEST_NAME} says {stated[:16]}…: changed or damaged; "
+                    f"{rebuild or rebuild_hint(self.prefix)}"
+                )
+
+
+def with_ending(prefix: str | Path, ending: str) -> Path:
+    """PREFIX + ending; unlike Path.with_suffix it leaves dots in the prefix alone."""
+    return Path(f"{prefix}{ending}")
+
+
+def rebuild_hint(prefix: str | Path) -> str:
+    """What to type to make the files of `prefix` again."""
+    folder = Path(prefix).parent
+    return f"make it again: megatron-lion prepare --input FILE --tokenizer PATH --output {folder} --overwrite"
+
+
+def check_indexed(prefix: str | Path, rebuild: str | None = None) -> IndexedInfo:
+    """Opens PREFIX.bin and PREFIX.idx and verifies all that can be without reading the tokens.
+
+    Magic, version, dtype, both sizes, every length, pointer and document boundary; and where a
+    manifest.json beside them lists the pair, the index's hash and the size of the tokens, so that files
+    swapped between datasets or splits do not pass.
+
+    Args:
+        prefix: path without ending; a given .bin or .idx is cut off.
+        rebuild: what to type to make the files again, for messages.
+
+    Raises:
+        DataError: names the file, what was expected, and the command that makes it again.
+    """
+    text = str(prefix)
+    prefix = Path(text[:-4] if text.endswith((".bin", ".idx")) else text)
+    again = rebuild or rebuild_hint(prefix)
+    bin_path, idx_path = with_ending(prefix, ".bin"), with_ending(prefix, ".idx")
+    for path in (idx_path, bin_path):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; PREFIX.bin and PREFIX.idx are needed; {again}")
+    try:
+        index, bin_bytes = idx_path.read_bytes(), bin_path.stat().st_size
+        dtype, num_sequences, num_boundaries = _read_header(index, idx_path, bin_path, again)
+        num_tokens = _check_index(index, dtype, num_sequences, num_boundaries, idx_path, again)
+    except OSError as error:
+        raise DataError(f"{error.filename or prefix}: cannot be read: {error.strerror}") from None
+    needed = num_tokens * dtype.itemsize
+    if bin_bytes != needed:
+        raise DataError(
+            f"{bin_path}: {bin_bytes} bytes, but {idx_path.name} describes {num_tokens} tokens of "
+            f"{dtype.itemsize} bytes = {needed}: truncated, or of another dataset; {again}"
+        )
+    listed = _listed(prefix)
+    found = (num_boundaries - 1, num_tokens, bin_bytes)
+    if listed is not None and (
+        (listed.documents, listed.tokens, listed.bin_bytes) != found
+        or listed.idx_sha256 != hashlib.sha256(index).hexdigest()
+    ):
+        raise DataError(
+            f"{idx_path}: not the file that {MANIFEST_NAME} beside it lists (its sha256 differs); {again}"
+        )
+    return IndexedInfo(
+        prefix, dtype, num_boundaries - 1, num_sequences, num_tokens, bin_bytes, len(index), listed
+    )
+
+
+def _listed(prefix: Path) -> SplitInfo | None:
+    if not (prefix.parent / MANIFEST_NAME).is_file():
+        return None
+    splits = read_manifest(prefix.parent).splits.values()
+    return next((split for split in splits if split.prefix == prefix.name), None)
+
+
+def _read_header(index: bytes, idx_path: Path, bin_path: Path, again: str) -> tuple[np.dtype[Any], int, int]:
+    """Checks the 34 bytes before the arrays and returns dtype, sequences and document boundaries."""
+    if len(index) < HEADER.size:
+        raise DataError(
+            f"{idx_path}: {len(index)} bytes, the header alone has {HEADER.size}: truncated; {again}"
+        )
+    magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(index)
+    if magic != MAGIC:
+        with open(bin_path, "rb") as stream:
+            swapped = stream.read(len(MAGIC)) == MAGIC
+        said = f"{bin_path.name} does: the two are swapped" if swapped else "not an index of token files"
+        raise DataError(f"{idx_path}: does not begin with MMIDIDX; {said}; {again}")
+    if version != VERSION:
+        raise DataError(f"{idx_path}: index version {version}, {VERSION} is needed; {again}")
+    if code not in DTYPE_CODES:
+        raise DataError(f"{idx_path}: dtype code {code}; token ids are 8 (uint16) or 4 (int32); {again}")
+    if num_sequences == 0 or num_boundaries < 2:
+        raise DataError(f"{idx_path}: holds no documents; {again}")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    if len(index) != expected:
+        raise DataError(
+            f"{idx_path}: {len(index)} bytes, but its header ({num_sequences} sequences, "
+            f"{num_boundaries - 1} documents) needs {expected}: truncated, damaged or not a text index; {again}"
+        )
+    return DTYPE_CODES[code], num_sequences, num_boundaries
+
+
+def _check_index(
+    index: bytes, dtype: np.dtype[Any], num_sequences: int, num_boundaries: int, idx_path: Path, again: str
+) -> int:
+    """Checks the three arrays against each other and returns the number of tokens."""
+    lengths = np.frombuffer(index, "<i4", num_sequences, HEADER.size)
+    pointers = np.frombuffer(index, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
+    boundaries = np.frombuffer(index, "<i8", num_boundaries, HEADER.size + 12 * num_sequences)
+    if lengths.min() < 0:
+        raise DataError(
+            f"{idx_path}: sequence {int(lengths.argmin())} has length {lengths.min()}: damaged; {again}"
+        )
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    wrong = np.flatnonzero(pointers != ends - lengths.astype(np.int64) * dtype.itemsize)
+    if wrong.size:
+        raise DataError(
+            f"{idx_path}: sequence {int(wrong[0])} does not begin where the one before ends: damaged; {again}"
+        )
+    if boundaries[0] != 0 or boundaries[-1] != num_sequences or np.any(boundaries[1:] < boundaries[:-1]):
+        raise DataError(
+            f"{idx_path}: document boundaries do not run from 0 to {num_sequences}: damaged; {again}"
+        )
+    return int(ends[-1]) // dtype.itemsize
