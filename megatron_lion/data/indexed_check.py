@@ -203,7 +203,7 @@ def _read_header(index: bytes, idx_path: Path, bin_path: Path, again: str) -> tu
     if len(index) != expected:
         raise DataError(
             f"{idx_path}: {len(index)} bytes, but its header ({num_sequences} sequences, "
-            f"{num_boundaries - 1} documents) needs {expected}: truncated, damaged or not a text index; {again}"
+            f"{num_boundaries - 1} documents) needs {expected}: truncated or damaged; {again}"
         )
     return DTYPE_CODES[code], num_sequences, num_boundaries
 

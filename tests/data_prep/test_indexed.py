@@ -40,7 +40,8 @@ def make_manifest(prefix: Path) -> Manifest:
     return Manifest(
         version="0", kind="gpt", sources=(SourceInfo(path="x", bytes=1, sha256="0", documents=1),),
         tokenizer=TokenizerInfo(sha256="0", kind="BPE", vocab_size=300, eod_token=None, eod_id=None),
-        dtype="uint16", split=(100.0, 0.0, 0.0), seed=0, documents=info.num_documents, tokens=info.num_tokens, text_bytes=1,
+        dtype="uint16", split=(100.0, 0.0, 0.0), seed=0,
+        documents=info.num_documents, tokens=info.num_tokens, text_bytes=1,
         duplicate_documents=0, skipped={}, rejected={}, splits={"train": split},
     )  # fmt: skip
 
@@ -121,12 +122,12 @@ def test_nothing_is_left_of_a_failed_write(tmp_path: Path, monkeypatch: pytest.M
     ("ending", "change", "said"),
     [
         (".idx", lambda data: data[:20], "the header alone has 34"),
-        (".idx", lambda data: data[:-1], "truncated, damaged"),
-        (".idx", lambda data: data + b"\0", "truncated, damaged"),
+        (".idx", lambda data: data[:-1], "truncated or damaged"),
+        (".idx", lambda data: data + b"\0", "truncated or damaged"),
         (".idx", lambda data: b"X" + data[1:], "does not begin with MMIDIDX"),
         (".idx", lambda data: data[:9] + b"\2" + data[10:], "index version 2"),
         (".idx", lambda data: data[:17] + b"\5" + data[18:], "dtype code 5"),
-        (".idx", lambda data: data[:18] + b"\xff" * 8 + data[26:], "truncated, damaged"),
+        (".idx", lambda data: data[:18] + b"\xff" * 8 + data[26:], "truncated or damaged"),
         (".bin", lambda data: data[: len(data) // 2], "truncated, or of another dataset"),
         (".bin", lambda data: b"", "truncated, or of another dataset"),
     ],

@@ -1,0 +1,194 @@
+"""Finds the files of a corpus and opens them.
+
+JSON lines (`.jsonl`, `.ndjson`, `.json`), plain text (`.txt`, `.text`) and Parquet (`.parquet`); the first
+two also compressed (`.gz`, `.zst`, `.xz`, `.bz2`). pieces.py cuts them into pieces and reads the documents.
+"""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import importlib
+import io
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from megatron_lion.errors import ConfigError, DataError, EnvironmentFault
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".txt": "txt",
+    ".text": "txt",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of a corpus: path, format ("jsonl", "txt", "parquet"), compression ("" if none), size."""
+
+    path: Path
+    format: str
+    compression: str
+    bytes: int
+
+
+def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[InputFile]:
+    """The files that a list of files, folders and glob patterns stands for.
+
+    Folders are searched to any depth for known endings; the result of a folder or pattern is sorted by path,
+    the order of the list is kept.
+
+    Args:
+        inputs: paths or patterns.
+        format: "auto" by the file's ending, or "jsonl", "txt", "parquet" for every file named.
+
+    Raises:
+        DataError: nothing found, an unknown ending, or a file that comes twice.
+    """
+    found: list[InputFile] = []
+    for given in inputs:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            paths = sorted(inner for inner in path.rglob("*") if inner.is_file() and _kind(inner) is not None)
+            if not paths:
+                raise DataError(
+                    f"{given}: no file in this folder ends in {', '.join(FORMATS)} (or those + .gz, .zst)"
+                )
+        elif path.is_file():
+            paths = [path]
+        else:
+            paths = sorted(
+                Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()
+            )
+            if not paths:
+                raise DataError(f"{given}: no such file or folder, and no file matches it as a pattern")
+        found += [_input_file(path, format) for path in paths]
+    if not found:
+        raise ConfigError("no input given; name at least one file: --input FILE")
+    seen: set[Path] = set()
+    for file in found:
+        real = file.path.resolve()
+        if real in seen:
+            raise DataError(f"{file.path}: named twice, so its documents would count twice; name it once")
+        seen.add(real)
+    return found
+
+
+def _kind(path: Path) -> tuple[str, str] | None:
+    """(format, compression) by the path's endings, or None."""
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    ending = Path(path.stem).suffix if compression else path.suffix
+    kind = FORMATS.get(ending.lower())
+    return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
+
+
+def _input_file(path: Path, format: str) -> InputFile:
+    kind = _kind(path)
+    if format != "auto":
+        kind = (format, path.suffix if path.suffix in COMPRESSIONS and format != "parquet" else "")
+    if kind is None:
+        endings = ", ".join(FORMATS)
+        raise DataError(
+            f"{path}: unknown ending {path.suffix!r}; known: {endings}; or say --format jsonl|txt|parquet"
+        )
+    try:
+        return InputFile(path, *kind, bytes=path.stat().st_size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a damaged or unreadable file raises in the block into a DataError that names it."""
+    try:
+        yield
+    except (EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: damaged or cut short: {error}; fetch it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+@contextmanager
+def opened(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Opens a file: (stream of its decompressed bytes, the file as stored, for its position).
+
+    Raises:
+        EnvironmentFault: a .zst file, and the package zstandard is not installed.
+    """
+    with open(file.path, "rb", buffering=1 << 20) as stored, _decompressing(file, stored) as stream:
+        yield stream, stored
+
+
+def _decompressing(file: InputFile, stored: IO[bytes]) -> IO[bytes]:
+    if file.compression == ".gz":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=stored, mode="rb"))
+    if file.compression == ".xz":
+        return cast(IO[bytes], lzma.LZMAFile(stored))
+    if file.compression == ".bz2":
+        return cast(IO[bytes], bz2.BZ2File(stored))
+    if file.compression == ".zst":
+        return io.BufferedReader(_ZstdStream(optional_package("zstandard", file.path), stored), 1 << 20)
+    return stored
+
+
+class _ZstdStream(io.RawIOBase):
+    """The content of a .zst file of one or more frames.
+
+    The library's own stream reader ends without a word where a file is cut short; this one raises EOFError.
+    """
+
+    def __init__(self, library: Any, stored: IO[bytes]) -> None:
+        self._library = library
+        self._stored = stored
+        self._frame = self._library.ZstdDecompressor().decompressobj()
+        self._in_frame = False
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._content:
+            # Small bites: 16 KiB can hold half a gigabyte of repeated bytes.
+            stored = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._in_frame = self._library.ZstdDecompressor().decompressobj(), False
+            stored = stored or self._stored.read(1 << 14)
+            if not stored:
+                if self._in_frame:
+                    raise EOFError("the compressed data end within a frame")
+                return 0
+            self._in_frame = True
+            try:
+                self._content = memoryview(self._frame.decompress(stored))
+            except self._library.ZstdError as error:
+                raise ValueError(str(error)) from None
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._content))
+        view[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+
+def optional_package(module: str, path: Path) -> Any:
+    """Imports a package that only some formats need.
+
+    Raises:
+        EnvironmentFault: it is not installed; the message says what to type.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise EnvironmentFault(
+            f'{path}: reading it needs the package {module}: pip install "megatron-lion[data]"'
+        ) from None

@@ -1,0 +1,127 @@
+"""One line of JSON or one row of a table: its text, or what is wrong with it.
+
+The rules, and the kind under which each refusal is counted:
+
+- bytes are strict UTF-8 (`not_utf8`); nothing is normalised, replaced or stripped;
+- a byte-order mark may begin a file, not a later line (`byte_order_mark`);
+- the line is one JSON value and nothing after it (`not_json`), nested at most 100 deep (`too_deep`);
+  NaN, huge numbers and repeated keys are let pass, the last of equal keys counting, as Python does;
+- the value is an object (`not_an_object`) with the text's key (`missing_key`), which holds a string
+  (`not_a_string`) without half surrogate pairs (`lone_surrogate`).
+
+A blank line (`blank_line`) and a text of white space only (`empty_document`) are no errors: they are
+passed over and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MAX_DEPTH = 100
+BOM = b"\xef\xbb\xbf"
+
+# Other fields' numbers are of no interest: as floats, none of them is too long to convert.
+_DECODER = json.JSONDecoder(parse_int=float)
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a string", float: "a number", bool: "true or false"}
+
+
+class BadLine(Exception):
+    """A line that gives no document.
+
+    Attributes:
+        kind: the name it is counted under.
+        what: what is wrong, for a message.
+    """
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(what)
+        self.kind = kind
+        self.what = what
+
+
+class Skip(Exception):
+    """A line that is passed over without being an error; `kind` is the name it is counted under."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+def text_of_line(line: bytes, key: str = "text") -> str:
+    r"""The document's text in one line of JSON.
+
+    Args:
+        line: the bytes of the line, with or without its ending (LF or CR LF).
+        key: the top-level key that holds the text.
+
+    Raises:
+        BadLine: by the rules above.
+        Skip: blank line or empty document.
+
+    >>> text_of_line(b'{"text": "caf\\u00e9", "id": 7}\r\n')
+    'café'
+    """
+    if not line.strip(b" \t\r\n"):
+        raise Skip("blank_line")
+    try:
+        value = _DECODER.decode(decode_utf8(line))
+    except json.JSONDecodeError as error:
+        raise BadLine("not_json", f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise BadLine("too_deep", f"nested more than {MAX_DEPTH} deep") from None
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+        raise BadLine("too_deep", f"nested more than {MAX_DEPTH} deep")
+    if not isinstance(value, dict):
+        raise BadLine("not_an_object", f'{_name(value)} where an object {{"{key}": "…"}} is needed')
+    if key not in value:
+        keys = ", ".join(map(repr, list(value)[:5])) or "none"
+        raise BadLine(
+            "missing_key", f"no key {key!r} (its keys: {keys}); name the text's key with --json-key"
+        )
+    return checked_text(value[key], key)
+
+
+def decode_utf8(data: bytes) -> str:
+    """Strict UTF-8 without a byte-order mark at its start, or BadLine."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadLine("not_utf8", f"not UTF-8 at byte {error.start + 1}") from None
+    if text.startswith("\ufeff"):
+        raise BadLine("byte_order_mark", "begins with a byte-order mark")
+    return text
+
+
+def checked_text(text: Any, key: str) -> str:
+    """The value of the text's key if it is a usable, non-empty string; BadLine or Skip if not."""
+    if not isinstance(text, str):
+        raise BadLine("not_a_string", f"{key!r} holds {_name(text)} where a string is needed")
+    if not text or text.isspace():
+        raise Skip("empty_document")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"{key!r} holds half of a surrogate pair at character {error.start + 1}"
+        raise BadLine("lone_surrogate", what) from None
+    return text
+
+
+def _name(value: Any) -> str:
+    return "null" if value is None else _JSON_NAMES.get(type(value), type(value).__name__)
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    """Whether a JSON value is nested deeper than `limit`; level by level, so no stack can overflow."""
+    level = [value]
+    for _ in range(limit + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(item.values())
+            elif isinstance(item, list):
+                inner.extend(item)
+        level = inner
+        if not level:
+            return False
+    return True
