@@ -103,7 +103,6 @@ def select_device(wanted: str = "auto") -> Device:
                 "start at most that many processes a node, or use --device cpu"
             )
         torch.cuda.set_device(local_rank)
-        quiet_known_warnings()
         return Device("cuda", local_rank, "nccl")
     install_cpu_stand_in()
     return Device("cpu", 0, "gloo")
@@ -137,6 +136,7 @@ def quiet_known_warnings() -> None:
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
         "megatron.core.dist_checkpointing.strategies.state_dict_saver",
         "megatron.core.distributed.param_and_grad_buffer",
+        "megatron.core.distributed.distributed_data_parallel",
         "megatron.core.datasets.blended_megatron_dataset_config",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -263,12 +263,12 @@ def install_cpu_stand_in() -> None:
     tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment,method-assign]
 
-    quiet_known_warnings()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.tensor_parallel import random as megatron_random
 
     # On CPU the tracker's generators and the default generator are one: a fork swaps its state in and out.
     megatron_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     _installed = True
+
+
+quiet_known_warnings()  # at import: megatron-core warns while it is imported

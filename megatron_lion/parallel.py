@@ -48,15 +48,6 @@ class Ranks:
         return self.pp_rank == self.pp_size - 1
 
 
-def world_size_from_env() -> int:
-    """Number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_from_env() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _init_process_group(device: Device, timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
     options: dict[str, Any] = {"backend": device.backend, "timeout": timeout}
@@ -162,6 +153,22 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values
+
+
+def reduce_losses(outputs: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[float, int]:
+    """Sums (loss sum, token count) over micro-batches and data ranks; known on every rank, whatever the pipeline stage."""
+    from megatron.core import parallel_state
+
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for output in outputs:
+        totals[0] += output["loss_sum"]
+        totals[1] += output["num_tokens"]
+    if dist.get_world_size() > 1:
+        # Only the last stage has losses, and every tensor-parallel rank has the same: count each once.
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            totals.zero_()
+        dist.all_reduce(totals)
+    return float(totals[0]), int(totals[1])
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

@@ -7,32 +7,12 @@ So a run at TP 2 x DP 2 starts from the very weights of a run on one process, an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from megatron_lion.optim.shards import named_global_parameters
 from megatron_lion.parallel import derive_seed
-
-TIED_OUTPUT = "output_layer.weight"
-TOKEN_EMBEDDING = "embedding.word_embeddings.weight"
-
-
-def named_global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yields (name over the whole model, local parameter): pipeline stages count layers on, a tied copy has its source's name."""
-    offsets: dict[str, tuple[str, str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, TransformerLayer):
-            stem, _ = name.rsplit(".", 1)
-            offsets[name + "."] = (stem, str(module.layer_number - 1))
-    for name, parameter in model.named_parameters():
-        for prefix, (stem, number) in offsets.items():
-            if name.startswith(prefix):
-                name = f"{stem}.{number}.{name[len(prefix):]}"
-                break
-        name = name.removeprefix("module.").removeprefix("module.")
-        yield (TOKEN_EMBEDDING if name.endswith(TIED_OUTPUT) else name), parameter
 
 
 @torch.no_grad()

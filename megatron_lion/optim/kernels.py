@@ -1,228 +1,280 @@
-"""LION as one Triton launch for any number of tensors.
+"""LION as one Triton launch for any number of tensors, in every precision mode.
 
 The kernel finds its work in tables in device memory instead of in its arguments: `rows` holds one line of
-pointers for each tensor, `chunks` one (row, chunk) pair for each program, `groups` the hyper-parameters of
-each parameter group. So one launch covers all tensors, each with its own group's rate and decay, and the
-tables are rebuilt only when a pointer or a hyper-parameter changes. Nothing here waits for the device.
+pointers for each tensor, `chunks` one (row, chunk) pair for each program, `groups` the hyper-parameters of each
+parameter group, and the rate is read through a pointer. So one launch covers all tensors of a kind, each with
+its own group's rate and decay. `megatron_lion.optim.launch` makes the tables.
 
-There is no autotuning: it would apply the update once for every configuration it tries. Addresses are
-computed in 64 bits. The operations and their order are those of `megatron_lion.optim.lion.Lion`;
-`enable_fp_fusion=False` keeps the compiler from fusing a multiplication into an addition, which would round
-once instead of twice.
+A program updates BLOCK neighbouring elements. Whole chunks load and store without masks, so that the compiler
+can move 16 bytes an instruction; a tensor's last chunk is masked. There is no autotuning: it would apply the
+update once for every configuration it tries. Addresses are computed in 64 bits.
+
+The operations and their order are those of `megatron_lion.optim.lion.Lion` and `megatron_lion.optim.precision`,
+bit for bit. That needs `enable_fp_fusion=False` at launch: a compiler may otherwise fuse a multiplication into an
+addition, which rounds once instead of twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
-from .lion import Slot
+# Columns of `rows`: int64 addresses, then the number of elements and the group's index.
+PARAM = tl.constexpr(0)
+GRAD = tl.constexpr(1)
+EXP_AVG = tl.constexpr(2)
+MASTER = tl.constexpr(3)
+NUMEL = tl.constexpr(4)
+GROUP = tl.constexpr(5)
+ROW = tl.constexpr(6)
+# Columns of `groups`, float32. The rate's column is used where the rate is a number and not a tensor.
+WEIGHT_DECAY = tl.constexpr(0)
+BETA1 = tl.constexpr(1)
+ONE_MINUS_BETA1 = tl.constexpr(2)
+BETA2 = tl.constexpr(3)
+ONE_MINUS_BETA2 = tl.constexpr(4)
+LR = tl.constexpr(5)
+GROUP_ROW = tl.constexpr(6)
 
-BLOCK = 2048  # elements a program; a multiple of every quantisation block
-NUM_WARPS = 4
-ROW = 8  # int64 entries: param, grad, exp_avg, step, numel, group, unused, unused
-GROUP = 5  # float32 entries: weight_decay, beta1, 1 - beta1, beta2, 1 - beta2
+INT8_BLOCK = tl.constexpr(32)
+SMALLEST_SCALE = tl.constexpr(2.0**-126)
+ONE_127TH = tl.constexpr(1 / 127)
+ROUNDING = tl.constexpr(1.5 * 2**23)  # adding and taking it away rounds |x| < 2^22 to the nearest even integer
 
 
 @triton.jit
-def _rounded(values: tl.tensor, kind: tl.constexpr) -> tl.tensor:
-    """float32 values as `kind`, to nearest, ties to even; NaN stays NaN."""
-    if kind == tl.bfloat16:
-        # In integers, because Triton's interpreter does not round a bfloat16 as the device does.
-        bits = values.to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        high = tl.where(values == values, nearest, (bits >> 16) | 0x40)
-        result = high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def _bits(values: tl.tensor) -> tl.tensor:
+    return values.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _float(bits: tl.tensor) -> tl.tensor:
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _bf16_bits(values: tl.tensor) -> tl.tensor:
+    """Upper halves, in uint32, of float32 values rounded to bfloat16, to nearest even; NaN stays NaN."""
+    bits = _bits(values)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(values == values, nearest, 0x7FC0)
+
+
+@triton.jit
+def _pointers(
+    address: tl.tensor, kind: tl.constexpr, start: tl.tensor, offsets: tl.tensor, ALIGNED: tl.constexpr
+) -> tl.tensor:
+    base = address.to(tl.pointer_type(kind))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base + start + offsets
+
+
+@triton.jit
+def _load(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
+    if MASKED:
+        values = tl.load(pointers, mask=mask, other=0)
     else:
-        result = values.to(kind)
-    return result
+        values = tl.load(pointers)
+    return values
 
 
 @triton.jit
-def _sign_or_nan(values: tl.tensor) -> tl.tensor:
-    sign = tl.where(values > 0, 1.0, tl.where(values < 0, -1.0, 0.0))
-    return tl.where(tl.abs(values) < float("inf"), sign, float("nan"))
+def _store(pointers: tl.tensor, values: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> None:
+    if MASKED:
+        tl.store(pointers, values, mask=mask)
+    else:
+        tl.store(pointers, values)
 
 
 @triton.jit
-def _lion_kernel(
+def _join_master(param: tl.tensor, remainder: tl.tensor, MASTER_WEIGHTS: tl.constexpr) -> tl.tensor:
+    """float32 from upper halves (uint16) and remainders, as `megatron_lion.optim.precision.join_master`."""
+    lo = remainder.to(tl.int32)
+    if MASTER_WEIGHTS == "split24":
+        lo = lo << 8
+    return _float((param.to(tl.uint32) << 16) + lo.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def _split_master(values: tl.tensor, MASTER_WEIGHTS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """(uint16 halves, remainders) of float32 values, as `megatron_lion.optim.precision.split_master`."""
+    bits = tl.where(values == values, _bits(values), 0x7FC00000)
+    if MASTER_WEIGHTS == "split24":
+        bits = (bits + 0x80) & 0xFFFFFF00
+    hi = (bits + 0x8000) >> 16
+    lo = (bits - (hi << 16)).to(tl.int32, bitcast=True)
+    if MASTER_WEIGHTS == "split24":
+        remainder = (lo >> 8).to(tl.int8)
+    else:
+        remainder = lo.to(tl.int16)
+    return hi.to(tl.uint16), remainder
+
+
+@triton.jit
+def _pack_int8(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """([blocks, 32] int8, [blocks] uint16 scales), as `megatron_lion.optim.precision.pack_int8`."""
+    # As integers the magnitudes order like the numbers, and NaN is the largest of all.
+    largest_bits = tl.max((_bits(values) & 0x7FFFFFFF).to(tl.int32, bitcast=True), axis=1)
+    finite = largest_bits < 0x7F800000
+    largest = tl.where(finite, largest_bits, 0).to(tl.float32, bitcast=True)
+    scale_bits = _bf16_bits(largest * ONE_127TH)
+    scale = _float(scale_bits << 16)
+    useful = scale >= SMALLEST_SCALE
+    inverse = tl.where(useful, tl.div_rn(1.0, tl.where(useful, scale, 1.0)), 0.0)
+    quantised = tl.where(finite[:, None], values, 0.0) * inverse[:, None]
+    quantised = (quantised + ROUNDING) - ROUNDING
+    quantised = tl.minimum(tl.maximum(quantised, -127.0), 127.0)
+    scale_bits = tl.where(finite, tl.where(useful, scale_bits, 0), 0x7FC0)
+    return quantised.to(tl.int8), scale_bits.to(tl.uint16)
+
+
+@triton.jit
+def _lion(
+    p: tl.tensor, g: tl.tensor, m: tl.tensor, group: tl.tensor, lr: tl.tensor, BEGIN: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """The equations: parameter and momentum after the step."""
+    if BEGIN:
+        m = tl.where(m == m, m, g)
+    c = m * tl.load(group + BETA1) + g * tl.load(group + ONE_MINUS_BETA1)
+    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
+    sign = tl.where(tl.abs(c) < float("inf"), sign, float("nan"))
+    u = sign + p * tl.load(group + WEIGHT_DECAY)
+    p = p - u * lr
+    m = m * tl.load(group + BETA2) + g * tl.load(group + ONE_MINUS_BETA2)
+    return p, m
+
+
+@triton.jit
+def _update_chunk(
+    row: tl.tensor,
+    start: tl.tensor,
+    numel: tl.tensor,
+    group: tl.tensor,
+    lr: tl.tensor,
+    multiplier: tl.tensor,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MASTER_WEIGHTS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEGIN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> None:
+    """Reads, updates and writes the BLOCK elements from `start` on; if MASKED, only those below `numel`."""
+    SPLIT: tl.constexpr = MASTER_WEIGHTS == "split32" or MASTER_WEIGHTS == "split24"
+    MASTER_TYPE: tl.constexpr = (
+        tl.int16 if MASTER_WEIGHTS == "split32" else tl.int8 if MASTER_WEIGHTS == "split24" else tl.float32
+    )
+    # bfloat16 is handled as its 16 bits: Triton's interpreter does not round to it as devices do.
+    STORED_TYPE: tl.constexpr = tl.uint16 if PARAM_TYPE == tl.bfloat16 else PARAM_TYPE
+    MOMENTUM_TYPE: tl.constexpr = tl.int8 if MOMENTUM == "int8" else tl.uint16 if MOMENTUM == "bf16" else tl.float32
+    exp_avg_address = tl.load(row + EXP_AVG)
+    if MOMENTUM == "int8":
+        blocks = tl.arange(0, BLOCK // INT8_BLOCK)
+        offsets = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
+        first_scale = exp_avg_address + (numel + INT8_BLOCK - 1) // INT8_BLOCK * INT8_BLOCK
+        scales = _pointers(first_scale, tl.uint16, start // INT8_BLOCK, blocks, False)
+        scale_mask = blocks * INT8_BLOCK < numel - start
+    else:
+        offsets = tl.arange(0, BLOCK)
+    mask = offsets < numel - start
+    params = _pointers(tl.load(row + PARAM), STORED_TYPE, start, offsets, ALIGNED)
+    grads = _pointers(tl.load(row + GRAD), GRAD_TYPE, start, offsets, ALIGNED)
+    exp_avgs = _pointers(exp_avg_address, MOMENTUM_TYPE, start, offsets, ALIGNED)
+
+    g = _load(grads, mask, MASKED).to(tl.float32) * multiplier
+    if MOMENTUM == "int8":
+        m = _load(exp_avgs, mask, MASKED).to(tl.float32)
+        m = m * _float(_load(scales, scale_mask, MASKED).to(tl.uint32) << 16)[:, None]
+    elif MOMENTUM == "bf16":
+        m = _float(_load(exp_avgs, mask, MASKED).to(tl.uint32) << 16)
+    else:
+        m = _load(exp_avgs, mask, MASKED)
+    if MASTER_WEIGHTS == "none":
+        p = _load(params, mask, MASKED)
+        if PARAM_TYPE == tl.bfloat16:
+            p = _float(p.to(tl.uint32) << 16)
+        p = p.to(tl.float32)
+    else:
+        masters = _pointers(tl.load(row + MASTER), MASTER_TYPE, start, offsets, ALIGNED)
+        p = _load(masters, mask, MASKED)
+        if SPLIT:
+            p = _join_master(_load(params, mask, MASKED), p, MASTER_WEIGHTS)
+
+    p, m = _lion(p, g, m, group, lr, BEGIN)
+
+    if SPLIT:
+        hi, remainder = _split_master(p, MASTER_WEIGHTS)
+        _store(params, hi, mask, MASKED)
+        _store(masters, remainder, mask, MASKED)
+    else:
+        if MASTER_WEIGHTS == "fp32":
+            _store(masters, p, mask, MASKED)
+        if PARAM_TYPE == tl.bfloat16:
+            _store(params, _bf16_bits(p).to(tl.uint16), mask, MASKED)
+        else:
+            _store(params, p.to(PARAM_TYPE), mask, MASKED)
+    if MOMENTUM == "int8":
+        quantised, scale_bits = _pack_int8(m)
+        _store(exp_avgs, quantised, mask, MASKED)
+        _store(scales, scale_bits, scale_mask, MASKED)
+    elif MOMENTUM == "bf16":
+        _store(exp_avgs, _bf16_bits(m).to(tl.uint16), mask, MASKED)
+    else:
+        _store(exp_avgs, m, mask, MASKED)
+
+
+@triton.jit
+def lion_kernel(
     rows: tl.tensor,
     chunks: tl.tensor,
     groups: tl.tensor,
-    lr_pointers: tl.tensor,
+    lr_addresses: tl.tensor,
     multiplier: tl.tensor,
     found_inf: tl.tensor,
-    param_type: tl.constexpr,
-    grad_type: tl.constexpr,
-    FIRST_GRADIENT: tl.constexpr,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MASTER_WEIGHTS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEGIN: tl.constexpr,
     HAS_MULTIPLIER: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROW: tl.constexpr,
-    GROUP: tl.constexpr,
 ) -> None:
+    """One LION step for every element that `rows` and `chunks` name.
+
+    Args:
+        rows: int64 [R, ROW], the columns above.
+        chunks: int32 [programs, 2]: row, and which chunk of BLOCK elements of it.
+        groups: float32 [G, GROUP_ROW], the columns above.
+        lr_addresses: int64 [G]: where each group's rate lies, float32.
+        multiplier: float32 [1], read if HAS_MULTIPLIER: every gradient is multiplied by it.
+        found_inf: float32 [1], read if HAS_FOUND_INF: unless it is 0, nothing is written.
+        PARAM_TYPE: of the parameters; likewise GRAD_TYPE.
+        MASTER_WEIGHTS: form of the master weights; likewise MOMENTUM.
+        BEGIN: whether a momentum that is NaN takes the gradient.
+        ALIGNED: whether every address in `rows` is a multiple of 16.
+        BLOCK: elements a program, a multiple of 32.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(chunks + 2 * program).to(tl.int64) * ROW
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
-    numel = tl.load(row + 4)
-    if HAS_FOUND_INF:
-        numel = tl.where(tl.load(found_inf) == 0, numel, 0)  # every lane masked off: nothing is written
-    offsets = start + tl.arange(0, BLOCK).to(tl.int64)
-    mask = offsets < numel
-    param = tl.load(row + 0).to(tl.pointer_type(param_type))
-    grad = tl.load(row + 1).to(tl.pointer_type(grad_type))
-    exp_avg = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-    if ALIGNED:
-        param, grad = tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
-        exp_avg = tl.multiple_of(exp_avg, 16)
-
-    g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(exp_avg + offsets, mask=mask, other=0.0)
-    p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
-
-    group_index = tl.load(row + 5)
-    group = groups + group_index * GROUP
-    lr = tl.load(tl.load(lr_pointers + group_index).to(tl.pointer_type(tl.float32)))
+    numel = tl.load(row + NUMEL)
+    group_index = tl.load(row + GROUP)
+    group = groups + group_index * GROUP_ROW
+    lr = tl.load(tl.load(lr_addresses + group_index).to(tl.pointer_type(tl.float32)))
+    factor = 1.0  # g · 1 is g
     if HAS_MULTIPLIER:
-        g = g * tl.load(multiplier)
-    if FIRST_GRADIENT:
-        m = tl.where(tl.load(tl.load(row + 3).to(tl.pointer_type(tl.float32))) == 0, g, m)
-    c = m * tl.load(group + 1) + g * tl.load(group + 2)
-    u = _sign_or_nan(c) + p * tl.load(group)
-    p = p - u * lr
-    m = m * tl.load(group + 3) + g * tl.load(group + 4)
-    tl.store(param + offsets, _rounded(p, param_type), mask=mask)
-    tl.store(exp_avg + offsets, m, mask=mask)
-
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@dataclass
-class _Plan:
-    """Tables of one launch on the device, and what they were made from."""
-
-    addresses: tuple[tuple[int, ...], ...]
-    hyper: tuple[tuple[float | int, ...], ...]
-    rows: torch.Tensor
-    chunks: torch.Tensor
-    groups: torch.Tensor
-    lrs: torch.Tensor
-    lr_pointers: torch.Tensor
-    aligned: bool
-
-
-def lion_step(
-    slots: Sequence[Slot],
-    first_gradient: bool,
-    multiplier: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    plans: dict[Any, Any],
-) -> None:
-    """Takes one LION step for all slots: one launch for each combination of device and dtypes.
-
-    Args:
-        slots: parameters with gradient, state and group.
-        first_gradient: the momentum of a parameter whose `step` is 0 starts as its gradient.
-        multiplier: one float32 element that every gradient is multiplied by, or None.
-        found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
-        plans: kept by the caller between steps; holds the tables.
-
-    Raises:
-        ValueError: a dtype or device that the kernel does not do.
-    """
-    launches: dict[tuple[torch.device, torch.dtype, torch.dtype], list[Slot]] = {}
-    for slot in slots:
-        launches.setdefault((slot.param.device, slot.param.dtype, slot.grad.dtype), []).append(slot)
-    for (device, param_dtype, grad_dtype), members in launches.items():
-        if param_dtype not in _TYPES or grad_dtype not in _TYPES:
-            raise ValueError(
-                f"implementation = 'triton' with a parameter of {param_dtype} and a gradient of "
-                f"{grad_dtype}: needs float32, bfloat16 or float16; use implementation = 'foreach'"
-            )
-        key = (device, param_dtype, grad_dtype)
-        plan = plans[key] = _make_plan(members, plans.get(key))
-        if plan.chunks.numel() == 0:
-            continue
-        _lion_kernel[(plan.chunks.shape[0],)](
-            plan.rows,
-            plan.chunks,
-            plan.groups,
-            plan.lr_pointers,
-            multiplier,
-            found_inf,
-            param_type=_TYPES[param_dtype],
-            grad_type=_TYPES[grad_dtype],
-            FIRST_GRADIENT=first_gradient,
-            HAS_MULTIPLIER=multiplier is not None,
-            HAS_FOUND_INF=found_inf is not None,
-            ALIGNED=plan.aligned,
-            BLOCK=BLOCK,
-            ROW=ROW,
-            GROUP=GROUP,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
-
-
-def _make_plan(slots: Sequence[Slot], old: _Plan | None) -> _Plan:
-    """The tables for these tensors; those of last time wherever nothing changed."""
-    device = slots[0].param.device
-    group_index = {id(group): i for i, group in enumerate({id(s.group): s.group for s in slots}.values())}
-    addresses = tuple(
-        (
-            slot.param.data_ptr(),
-            slot.grad.data_ptr(),
-            slot.state["exp_avg"].data_ptr(),
-            slot.state["step"].data_ptr() if "step" in slot.state else 0,
-            slot.param.numel(),
-            group_index[id(slot.group)],
-            0,
-            0,
-        )
-        for slot in slots
-    )
-    groups = list({id(slot.group): slot.group for slot in slots}.values())
-    hyper = tuple(_hyper_parameters(group, device) for group in groups)
-    if old is not None and old.addresses == addresses and old.hyper == hyper:
-        return old
-    if old is None or old.addresses != addresses:
-        chunk_list = [(i, c) for i, entry in enumerate(addresses) for c in range(-(-entry[4] // BLOCK))]
-        rows = _upload(torch.tensor(addresses, dtype=torch.int64), device)
-        chunks = _upload(torch.tensor(chunk_list, dtype=torch.int32).view(-1, 2), device)
+        factor = tl.load(multiplier)
+    if HAS_FOUND_INF:
+        skip = tl.load(found_inf) != 0
     else:
-        rows, chunks = old.rows, old.chunks
-    lrs = _upload(torch.tensor([h[1] for h in hyper], dtype=torch.float32), device)
-    pointers = [int(h[0]) or lrs.data_ptr() + 4 * i for i, h in enumerate(hyper)]
-    return _Plan(
-        addresses,
-        hyper,
-        rows,
-        chunks,
-        _upload(torch.tensor([h[2:] for h in hyper], dtype=torch.float32), device),
-        lrs,
-        _upload(torch.tensor(pointers, dtype=torch.int64), device),
-        all(pointer % 16 == 0 for entry in addresses for pointer in entry[:3]),
-    )
-
-
-def _hyper_parameters(group: dict[str, Any], device: torch.device) -> tuple[float | int, ...]:
-    """(address of the rate or 0, rate if it is a number, decay, β1, 1-β1, β2, 1-β2)."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    address, value = 0, 0.0
-    if isinstance(lr, torch.Tensor) and lr.device == device:
-        address = lr.data_ptr()
-    else:
-        value = float(lr)  # a tensor in host memory: reading it waits for nothing
-    return (address, value, group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2)
-
-
-def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a table to the device without waiting: pinned memory is held back until the copy is done."""
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+        skip = False
+    if not skip:
+        if start + BLOCK <= numel:
+            _update_chunk(row, start, numel, group, lr, factor, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, ALIGNED, BLOCK, False)  # fmt: skip # noqa: E501
+        else:
+            _update_chunk(row, start, numel, group, lr, factor, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, ALIGNED, BLOCK, True)  # fmt: skip # noqa: E501

@@ -15,7 +15,10 @@ import torch
 
 INIT_CHOICES = ("zeros", "first_gradient")
 IMPLEMENTATION_CHOICES = ("auto", "reference", "foreach", "triton")
+MASTER_CHOICES = ("none", "fp32", "split32", "split24")
+MOMENTUM_CHOICES = ("fp32", "bf16", "int8")
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
 class Slot(NamedTuple):
@@ -91,9 +94,12 @@ class Lion(torch.optim.Optimizer):
     1 - 1.19e-7 in float32, 19 % off. A gradient that is NaN or ±inf makes its parameter NaN: it is never
     turned into a step.
 
-    **State.** `exp_avg`, in float32 whatever the parameter's dtype (float64 for float64). With
-    ``init_exp_avg="first_gradient"`` or ``count_steps`` also `step`, a 0-d float32 tensor on the parameter's
-    device. Parameters need to be float32, bfloat16, float16 or float64, real, dense, without gaps in memory.
+    **State.** One tensor `exp_avg` a parameter, float32 whatever the parameter's dtype (float64 for float64).
+    m_0 = g_1 needs no counter: `exp_avg` starts as NaN, which means "not begun", and takes the first gradient
+    that comes. Reduced precision (see `megatron_lion.optim.precision`): `momentum` stores `exp_avg` in fewer
+    bits; `master_weights` adds `master_param`, the float32 value of a 16-bit parameter in whole ("fp32") or
+    as what bfloat16 leaves over ("split32", exact; "split24", 8 bits of it). `load_state_dict` reads the
+    state of any mode into any other.
 
     Args:
         params: tensors, or dicts with `params` and their own `lr`, `betas`, `weight_decay`; other keys stay.
@@ -104,7 +110,10 @@ class Lion(torch.optim.Optimizer):
         init_exp_avg: "zeros" (m_0 = 0, the practice) or "first_gradient" (m_0 = g_1, as the proof has it).
         implementation: "reference" (the equations), "foreach" (few launches), "triton" (one launch for all
             tensors) or "auto": Triton on CUDA where it is installed, else foreach.
-        count_steps: keep `step` also with m_0 = 0, for software that looks for it in the state.
+        master_weights: "none" (the parameter is all there is), "fp32", "split32" or "split24".
+        momentum: "fp32", "bf16" or "int8" (blocks of 32 elements with a bfloat16 scale). The last two need
+            β2 ≤ 0.996: a momentum that shrinks by less than 2^-8 a step would not shrink at all.
+        count_steps: keep a 0-d float32 `step` in every parameter's state, for software that looks for it.
 
     Raises:
         ValueError: a hyper-parameter, or a tensor given to `step`, is outside what is listed above.
@@ -122,7 +131,7 @@ class Lion(torch.optim.Optimizer):
     Algorithm 1, and Lemma 6 for m_0 = g_1.
     """
 
-    _SETTINGS = ("init_exp_avg", "implementation", "count_steps")
+    _SETTINGS = ("init_exp_avg", "implementation", "count_steps", "layout")
 
     def __init__(
         self,
@@ -133,13 +142,22 @@ class Lion(torch.optim.Optimizer):
         *,
         init_exp_avg: str = "zeros",
         implementation: str = "auto",
+        master_weights: str = "none",
+        momentum: str = "fp32",
         count_steps: bool = False,
     ) -> None:
         _check_choice("init_exp_avg", init_exp_avg, INIT_CHOICES)
         _check_choice("implementation", implementation, IMPLEMENTATION_CHOICES)
+        _check_choice("master_weights", master_weights, MASTER_CHOICES)
+        _check_choice("momentum", momentum, MOMENTUM_CHOICES)
         self.init_exp_avg = init_exp_avg
         self.implementation = implementation
-        self.count_steps = count_steps or init_exp_avg == "first_gradient"
+        self.count_steps = count_steps
+        self.layout = PlainLayout()
+        if (master_weights, momentum) != ("none", "fp32"):
+            from .precision import PackedLayout
+
+            self.layout = PackedLayout(master_weights, momentum)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,6 +169,7 @@ class Lion(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
+            self.layout.check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -186,44 +205,62 @@ class Lion(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         slots = self._slots()
-        if not slots:
-            return loss
-        first = self.init_exp_avg == "first_gradient"
-        self._update(slots, self._choose(slots), first, grad_multiplier, found_inf)
-        return loss
-
-    def _update(
-        self,
-        slots: Sequence[Slot],
-        implementation: str,
-        first: bool,
-        multiplier: torch.Tensor | None,
-        found_inf: torch.Tensor | None,
-    ) -> None:
+        implementation = self._choose(slots)
+        begin = self.init_exp_avg == "first_gradient"
         taken: float | torch.Tensor = 1.0
         if implementation == "triton":
-            from .kernels import lion_step
+            from .launch import lion_step
 
-            lion_step(slots, first, multiplier, found_inf, self.__dict__.setdefault("_plans", {}))
-            if found_inf is not None:
-                taken = (found_inf == 0).to(torch.float32).view(())
+            plans = self.__dict__.setdefault("_plans", {})
+            lion_step(slots, self.layout, begin, grad_multiplier, found_inf, plans)
+            taken = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).view(())
         elif found_inf is not None and bool(found_inf):
-            return
+            return loss
         elif implementation == "foreach":
             from .foreach import foreach_step
 
-            foreach_step(slots, first, multiplier)
+            foreach_step(slots, self.layout, begin, grad_multiplier)
         else:
-            reference_step(slots, first, multiplier)
+            reference_step(slots, self.layout, begin, grad_multiplier)
         steps = [slot.state["step"] for slot in slots if "step" in slot.state]
         if steps:
             torch._foreach_add_(steps, taken)
+        return loss
+
+    def get_unscaled_state(self, param: torch.Tensor, name: str) -> torch.Tensor:
+        """The state `name` of a parameter as true float32, whatever form it is kept in (`step` as it is)."""
+        value = self._state_of(param)[name]
+        if name == "step" or value.dtype in (torch.float32, torch.float64):
+            return value
+        from .precision import decode_state
+
+        return decode_state(param, value)
+
+    def set_scaled_state(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
+        """Stores a float32 value, or one already in the stored form, as the state `name` of a parameter.
+
+        A master weight also sets the parameter, to the 16-bit value that belongs to it.
+        """
+        state = self._state_of(param)
+        if name in ("exp_avg", "master_param"):
+            self.layout.encode(param, state, name, value)
+        elif name in state:
+            state[name].copy_(value)
+
+    def unscaled_state_dict(self) -> dict[str, Any]:
+        """Like `state_dict`, with every state as true float32: larger, and readable without this class."""
+        packed = self.state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        for number, state in packed["state"].items():
+            param = params[number]
+            packed["state"][number] = {name: self.get_unscaled_state(param, name) for name in state}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads groups and state; unlike torch's own, it leaves the state's dtype as it should be.
+        """Loads groups and state, packed or unscaled, and leaves the state's dtype as it should be.
 
-        torch casts every state tensor to its parameter's dtype, which would destroy a float32 momentum of
-        bfloat16 parameters. The usual hooks run as ever.
+        torch's own casts every state tensor to its parameter's dtype, which would destroy a float32 momentum
+        of bfloat16 parameters. The usual hooks run as ever.
         """
         saved: dict[Any, dict[str, torch.Tensor]] = {}
         numbers: list[Any] = []
@@ -233,11 +270,15 @@ class Lion(torch.optim.Optimizer):
             numbers.extend(number for group in loaded["param_groups"] for number in group["params"])
             loaded["state"] = {}
 
+        @torch.no_grad()
         def put_in(_: torch.optim.Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
             for number, param in zip(numbers, params, strict=True):
-                if saved.get(number):
-                    self._load_state_of(param, saved[number])
+                state = saved.get(number, {})
+                for name, value in state.items():
+                    self.set_scaled_state(param, name, value)
+                if state and "master_param" not in state:
+                    self.set_scaled_state(param, "master_param", param.detach())
 
         before = self.register_load_state_dict_pre_hook(set_aside)
         after = self.register_load_state_dict_post_hook(put_in, prepend=True)
@@ -247,36 +288,23 @@ class Lion(torch.optim.Optimizer):
             before.remove()
             after.remove()
 
-    def _load_state_of(self, param: torch.Tensor, saved: dict[str, torch.Tensor]) -> None:
-        state = self._state_of(param)
-        for key, value in saved.items():
-            if key not in state:
-                continue  # a `step` written by an optimizer that counts, read by one that does not
-            if value.numel() != state[key].numel():
-                raise ValueError(
-                    f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}: "
-                    "load the state of the same model"
-                )
-            state[key].copy_(value.reshape(state[key].shape))
-
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         state = cast(dict[str, torch.Tensor], self.state[param])
         if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(param, dtype=compute_dtype(param), requires_grad=False)
-            if self.count_steps:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            start = float("nan") if self.init_exp_avg == "first_gradient" else 0.0
+            state.update(self.layout.new_state(param, start))
+        if self.count_steps and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         return state
 
     def _slots(self) -> list[Slot]:
         slots = []
         for group in self.param_groups:
             for param in group["params"]:
-                grad = getattr(
-                    param, "decoupled_grad", None
-                )  # Megatron's place for a gradient of another dtype
+                grad = getattr(param, "decoupled_grad", None)  # Megatron's place for one of another dtype
                 grad = param.grad if grad is None else grad
                 if grad is not None:
-                    _check_layout(param, grad)
+                    _check_gradient(param, grad)
                     state = {key: _local(value) for key, value in self._state_of(param).items()}
                     slots.append(Slot(_local(param), _local(grad), state, group))
         return slots
@@ -285,7 +313,39 @@ class Lion(torch.optim.Optimizer):
         if self.implementation != "auto":
             return self.implementation
         fits = all(slot.param.is_cuda and slot.param.dtype != torch.float64 for slot in slots)
-        return "triton" if fits and _has_triton() else "foreach"
+        return "triton" if fits and importlib.util.find_spec("triton") is not None else "foreach"
+
+
+class PlainLayout:
+    """How state is kept when nothing is packed: the parameter is its own master, `exp_avg` full precision."""
+
+    master_weights = "none"
+    momentum = "fp32"
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where this layout cannot keep the group's state."""
+
+    def new_state(self, param: torch.Tensor, start: float) -> dict[str, torch.Tensor]:
+        """State of a parameter that has none; every momentum element is `start`."""
+        return {"exp_avg": torch.full_like(param, start, dtype=compute_dtype(param), requires_grad=False)}
+
+    def read(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+        """Master weight and momentum in the compute dtype: the stored tensors themselves where they fit."""
+        return slot.param.to(compute_dtype(slot.param)), slot.state["exp_avg"]
+
+    def write(self, slot: Slot, param_N: torch.Tensor, exp_avg_N: torch.Tensor) -> None:
+        """Stores what was read and updated."""
+        for stored, updated in ((slot.param, param_N), (slot.state["exp_avg"], exp_avg_N)):
+            if stored is not updated:
+                stored.copy_(updated)
+
+    def encode(self, param: torch.Tensor, state: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+        """Stores a state given in any form; a master weight goes into the parameter."""
+        if not value.is_floating_point() or value.numel() != param.numel():
+            from .precision import decode_state
+
+            value = decode_state(param, value)
+        (param if name == "master_param" else state[name]).copy_(value.view(param.shape))
 
 
 def compute_dtype(param: torch.Tensor) -> torch.dtype:
@@ -314,29 +374,31 @@ def lion_update(
     exp_avg_N.copy_(exp_avg_N * beta2 + grad_N * (1 - beta2))
 
 
-def reference_step(slots: Sequence[Slot], first_gradient: bool, multiplier: torch.Tensor | None) -> None:
-    """Applies `lion_update` to one parameter after the other."""
-    for param, grad, state, group in slots:
-        grad_N = grad.to(compute_dtype(param))
+def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
+    """Applies `lion_update` to one parameter after the other.
+
+    Args:
+        slots: parameters with gradient, state and group.
+        layout: how the state is kept.
+        begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
+        multiplier: one element that every gradient is multiplied by, or None.
+    """
+    for slot in slots:
+        param_N, exp_avg_N = layout.read(slot)
+        grad_N = slot.grad.to(param_N.dtype)
         if multiplier is not None:
             grad_N = grad_N * multiplier.view(())
-        exp_avg_N = state["exp_avg"]
-        if first_gradient:
-            exp_avg_N.copy_(torch.where(state["step"] == 0, grad_N, exp_avg_N))
-        param_N = param.to(compute_dtype(param))  # the parameter itself where the dtype is the same
+        if begin:
+            exp_avg_N.copy_(torch.where(exp_avg_N.isnan(), grad_N, exp_avg_N))
+        group = slot.group
         lion_update(param_N, grad_N, exp_avg_N, group["lr"], group["betas"], group["weight_decay"])
-        if param_N is not param:
-            param.copy_(param_N)
+        layout.write(slot, param_N, exp_avg_N)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The shard of this rank, for a DTensor; any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
@@ -363,30 +425,13 @@ def _check_group(group: dict[str, Any]) -> None:
             )
 
 
-def _check_layout(param: torch.Tensor, grad: torch.Tensor) -> None:
-    if grad.layout != torch.strided or grad.dtype not in SUPPORTED_DTYPES:
+def _check_gradient(param: torch.Tensor, grad: torch.Tensor) -> None:
+    strided = grad.layout == torch.strided and grad.dtype in SUPPORTED_DTYPES and grad.shape == param.shape
+    if not strided or not any(
+        param.is_contiguous(memory_format=form) and grad.is_contiguous(memory_format=form) for form in MEMORY_FORMATS
+    ):
         raise ValueError(
-            f"the gradient of a parameter of shape {tuple(param.shape)} is {grad.dtype}, {grad.layout}: "
-            "needs a dense real one; turn off `sparse=True` of embeddings"
+            f"a parameter of shape {tuple(param.shape)}, strides {param.stride()}, has a gradient of "
+            f"{grad.dtype}, {grad.layout}, shape {tuple(grad.shape)}: needs a dense real one of that shape, both "
+            "contiguous or both channels_last; call .contiguous(), or turn off `sparse=True`"
         )
-    if grad.shape != param.shape:
-        raise ValueError(
-            f"gradient of shape {tuple(grad.shape)} for a parameter of shape {tuple(param.shape)}"
-        )
-    if param.is_contiguous() and grad.is_contiguous():
-        return
-    if param.stride() != grad.stride() or not _without_gaps(param):
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} has strides {tuple(param.stride())}, its gradient "
-            f"{tuple(grad.stride())}: needs the same order without gaps for both; call .contiguous() on them"
-        )
-
-
-def _without_gaps(tensor: torch.Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True

@@ -101,8 +101,8 @@ class TrainOptimizer:
                 parameter: float(groups[group]["weight_decay"])
                 for parameter, (group, _) in self.megatron.model_param_group_index_map.items()
             }
-        pairs = {main: model for model, main in self._model_and_main_params()}
-        return {pairs[main]: float(group["weight_decay"]) for group in groups for main in group["params"]}
+        models = {main: model for model, main in self.model_and_main_params()}
+        return {models[main]: float(group["weight_decay"]) for group in groups for main in group["params"]}
 
     def nonfinite_parameters(self, model_chunks: Sequence[torch.nn.Module]) -> list[str]:
         """Names, with the first flat index, of parameters whose gradient on this rank is not finite."""
@@ -155,7 +155,7 @@ class TrainOptimizer:
             return self.megatron.sharded_tensors(model_state, is_loading=is_loading, layout=layout)
         places = {item.data: item for item in model_state.values() if isinstance(item, ShardedTensor)}
         state: dict[Any, Any] = {}
-        for number, (model_param, main_param) in enumerate(self._model_and_main_params()):
+        for number, (model_param, main_param) in enumerate(self.model_and_main_params()):
             place = places[model_param]
             tensors = {
                 "param": main_param,
@@ -174,12 +174,13 @@ class TrainOptimizer:
         if isinstance(self.megatron, StatefulDistributedOptimizer):
             self.megatron.load_sharded_tensors(state, layout=layout)
             return
-        for number, (_, main_param) in enumerate(self._model_and_main_params()):
+        for number, (_, main_param) in enumerate(self.model_and_main_params()):
             for key, loaded in state[number].items():
                 target = main_param.data if key == "param" else self.inner.state[main_param][key]
                 target.copy_(loaded)
 
-    def _model_and_main_params(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    def model_and_main_params(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """(model parameter, whole master copy) pairs, where nothing is sharded."""
         optimizer = self.megatron
         if isinstance(optimizer, Float16OptimizerWithFloat16Params):
             pairs = [

@@ -1,0 +1,123 @@
+"""The command line: a table of verbs, and the one place where errors become a line and an exit code.
+
+A verb's module is imported when its name was read, and imports torch only when its arguments were understood.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from types import ModuleType
+from typing import Any
+
+from megatron_lion import __version__
+from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
+
+VERBS = {
+    "prepare": "text to a dataset folder of token files",
+    "pretrain": "train GPT-2 with LION, SGD or AdamW; the same command resumes",
+    "evaluate": "zero-shot perplexity of a run's checkpoints",
+    "compare": "tables and figures over several runs",
+    "toy": "the two-dimensional experiment of the convergence theory",
+    "env": "versions and hardware, for bug reports",
+    "demo": "the whole path on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
+}
+
+USAGE = """usage: megatron-lion VERB [options]          (the same as: python -m megatron_lion VERB)
+
+{verbs}
+
+`megatron-lion VERB --help` explains a verb's options; `--traceback` before the verb shows where an error came from.
+"""
+
+
+def usage() -> str:
+    return USAGE.format(verbs="\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit code (docs/exit-codes.md)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in words[:1]
+    if traceback:
+        words.pop(0)
+    if words and words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0
+    if words and words[0] == "--version":
+        sys.stdout.write(f"megatron-lion {__version__}\n")
+        return 0
+    try:
+        return _run_verb(words)
+    except MegatronLionError as error:
+        if traceback and not isinstance(error, StoppedOnRequest):
+            raise
+        _report(error)
+        return error.exit_code
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader left; keep the interpreter's flush quiet
+        return 0
+    except KeyboardInterrupt:
+        sys.stderr.write("megatron-lion: interrupted\n")
+        return 128 + signal.SIGINT
+
+
+def _run_verb(words: list[str]) -> int:
+    if not words:
+        sys.stderr.write(usage())
+        return 2
+    verb = words[0]
+    if verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        raise ConfigError(
+            f"no verb '{verb}'{f'; did you mean {close[0]}?' if close else ''} (verbs: {', '.join(VERBS)})"
+        )
+    module = importlib.import_module(f"megatron_lion.commands.{verb}")
+    parser = build_parser(verb, module)
+    outcome = module.run(parse(parser, words[1:]))
+    return int(outcome or 0)
+
+
+def build_parser(verb: str, module: ModuleType) -> Any:
+    """The parser of a verb, with its help line and options."""
+    from megatron_lion.configfile import UserParser
+
+    parser = UserParser(prog=f"megatron-lion {verb}", description=module.HELP, exit_on_error=True)
+    module.add_arguments(parser)
+    return parser
+
+
+def parse(parser: Any, words: list[str]) -> Any:
+    """Parses a verb's words; every mistake is a ConfigError of one line."""
+    from megatron_lion.configfile import one_line
+
+    try:
+        namespace = parser.parse_args(words)
+    except MegatronLionError:
+        raise
+    except (TypeError, ValueError, KeyError, OSError) as error:
+        raise ConfigError(one_line(str(error))) from error
+    namespace.parser = parser
+    return namespace
+
+
+def _report(error: MegatronLionError) -> None:
+    """One line on stderr; with torchrun also exit.<rank>.json in the run folder, for launchers."""
+    rank = os.environ.get("RANK")
+    prefix = f"megatron-lion[rank {rank}]: " if rank not in (None, "0") else "megatron-lion: "
+    if rank in (None, "0") or not isinstance(error, StoppedOnRequest | ConfigError):
+        sys.stderr.write(f"{prefix}{error}\n")
+    folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
+    if rank is not None and folder and os.path.isdir(folder):
+        with open(os.path.join(folder, f"exit.{rank}.json"), "w", encoding="utf-8") as stream:
+            json.dump({"rank": int(rank), "exit_code": error.exit_code, "error": str(error)}, stream)
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""`megatron-lion pretrain`: train, or resume, a run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from megatron_lion.config import RunConfig, check_config
+from megatron_lion.configfile import add_run_config, run_config_from_namespace
+
+HELP = (
+    "Pretrain a model; started again with the same settings it resumes from the newest checkpoint. "
+    "One process by itself; several with torchrun --nproc-per-node N -m megatron_lion pretrain …"
+)
+
+
+def add_arguments(parser: Any) -> None:
+    add_run_config(parser)
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes, memory and time, and stop")
+    parser.add_argument("--fresh", action="store_true", help="move an earlier run in run_dir aside and start over")
+    parser.add_argument("--max-steps", type=int, default=None, help="stop (and save) after this step; the schedule keeps train.steps")
+
+
+def run(args: Any) -> None:
+    from dataclasses import replace
+
+    from megatron_lion.parallel_env import rank_from_env, world_size_from_env
+
+    config: RunConfig = run_config_from_namespace(args.parser, args)
+    if args.max_steps is not None:
+        config = replace(config, train=replace(config.train, stop_after=args.max_steps))
+    check_config(config, world_size_from_env())
+    if args.dry_run:
+        from megatron_lion.train.dryrun import dry_run
+
+        if rank_from_env() == 0:
+            sys.stdout.write(dry_run(config, world_size_from_env()) + "\n")
+        return
+    from megatron_lion.train.loop import pretrain
+
+    pretrain(config, fresh=args.fresh)
+    if rank_from_env() == 0:
+        sys.stdout.write(f"done: {config.train.steps:,} steps in {config.run_dir}\n")
+

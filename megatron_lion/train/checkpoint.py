@@ -1,0 +1,275 @@
+"""Checkpoints that are either whole or not there: written beside, digested, renamed; verified before they are read.
+
+    RUN/checkpoints/step_0001000/   .metadata, *.distcp (tensors, megatron-core's torch_dist format), rng_*.safetensors,
+                                    manifest.json (step, layout, counters, digest of every file, state fingerprint)
+    RUN/checkpoints/latest          name of the newest one
+
+Only tensors and JSON are stored. Upstream's `.metadata` is a pickle: before megatron-core opens it, its digest is
+compared and its opcodes are replayed by an unpickler that knows the sixteen classes such a file may hold.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
+
+from megatron_lion.data.files import sha256_file, storage_errors, sync_folder, write_whole
+from megatron_lion.errors import CheckpointError
+from megatron_lion.parallel import Ranks, agree, broadcast_object
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_STEP_NAME = re.compile(r"step_(\d{7,})$")
+_METADATA_CLASSES = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.planner", "SavePlan"),
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
+    ("torch.distributed.checkpoint.planner", "WriteItem"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its folder and its manifest."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses every class but those that torch's checkpoint metadata is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain_torch_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _METADATA_CLASSES or plain_torch_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:07d}"
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    """Steps of the committed checkpoints of a run, ascending."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    found = (match for entry in folder.iterdir() if (match := _STEP_NAME.match(entry.name)) and (entry / MANIFEST).is_file())
+    return sorted(int(match[1]) for match in found)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of a newer format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no complete checkpoint") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); choose another step") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}")
+    return Checkpoint(folder, manifest)
+
+
+def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> None:
+    """Compares size and SHA-256 of every file, shared out over the ranks, and looks through the pickled metadata.
+
+    Raises:
+        CheckpointError: names the file that is missing, changed or unsafe; on all ranks.
+    """
+    rank, size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
+    with agree("verifying the checkpoint"):
+        for number, (name, stated) in enumerate(sorted(checkpoint.manifest["files"].items())):
+            path = checkpoint.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path}: missing; resume from another step or copy the checkpoint again")
+            if path.stat().st_size != stated["bytes"]:
+                raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {stated['bytes']}: cut short or changed")
+            if number % size == rank and sha256_file(path) != stated["sha256"]:
+                raise CheckpointError(f"{path}: its SHA-256 is not the one in {MANIFEST}: damaged or changed; choose another step")
+        check_metadata(checkpoint.folder / ".metadata")
+
+
+def check_metadata(path: Path) -> None:
+    """Replays a `.metadata` pickle with the allow-list; nothing else in it can run.
+
+    Raises:
+        CheckpointError: it holds anything but checkpoint metadata.
+    """
+    try:
+        content = path.read_bytes()
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
+    names = [item for item in vars(found).get("state_dict_metadata", {}).values() if type(item).__name__ == "BytesStorageMetadata"]
+    if names:
+        raise CheckpointError(f"{path}: holds {len(names)} pickled objects; a checkpoint of this project holds tensors only")
+
+
+def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
+    """Writes ShardedTensors with megatron-core's torch_dist strategy (a collective call)."""
+    tensors, plain = save_preprocess(sharded, validate_access_integrity=True)
+    assert not any(True for _ in nested_values(plain)), "plain values belong into the manifest"
+    with storage_errors(folder):
+        TorchDistSaveShardedStrategy().save(tensors, folder)
+
+
+def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Reads the tensors that `sharded` describes, at whatever layout it describes them.
+
+    Raises:
+        CheckpointError: a tensor is not in the checkpoint or has another shape.
+    """
+    try:
+        tensors, local, factories = load_preprocess(sharded)
+        assert not factories, "no model here has tensors that are split on loading"
+        loaded = TorchDistLoadShardedStrategy().load(tensors, folder)
+        merge(loaded, local)
+        return loaded
+    except Exception as error:  # torch raises its own CheckpointException, KeyErrors and RuntimeErrors
+        text = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: does not fit this model: {text}") from error
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, sharded: dict[str, Any], rng: dict[str, torch.Tensor], facts: dict[str, Any], ranks: Ranks
+) -> Checkpoint:
+    """Writes and commits a checkpoint; a collective call.
+
+    Args:
+        run_dir: the run's folder.
+        step: optimizer steps done.
+        sharded: ShardedTensors of model and optimizer.
+        rng: this rank's random states.
+        facts: plain values for the manifest, equal on every rank.
+        ranks: this process's place.
+
+    Raises:
+        StorageError: the disk refused; the unfinished folder stays under its temporary name and is never read.
+    """
+    final = step_folder(run_dir, step)
+    if broadcast_object((final / MANIFEST).is_file() if ranks.is_main else None):
+        return open_checkpoint(final)
+    attempt = broadcast_object(f"{os.getpid()}-{os.urandom(3).hex()}" if ranks.is_main else None)
+    temporary = final.with_name(f"{final.name}.tmp-{attempt}")
+    with agree("making the checkpoint folder"):
+        if ranks.is_main:
+            with storage_errors(temporary, "made"):
+                temporary.mkdir(parents=True)
+    if dist.get_world_size() > 1:
+        dist.barrier()
+    with agree("writing the checkpoint"):
+        write_tensors(sharded, temporary)
+        _write_rng(temporary, rng, ranks)
+    with agree("committing the checkpoint"):
+        if ranks.is_main:
+            with storage_errors(temporary):
+                _commit(temporary, final, {"format": FORMAT, "step": step, **facts})
+    return open_checkpoint(final)
+
+
+def _write_rng(folder: Path, rng: dict[str, torch.Tensor], ranks: Ranks) -> None:
+    from safetensors.torch import save
+
+    write_whole(folder / f"rng_{ranks.rank:05d}.safetensors", save(rng))
+
+
+def read_rng(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, torch.Tensor] | None:
+    """This rank's random states, or None where the checkpoint was written at another layout."""
+    from safetensors.torch import load_file
+
+    if checkpoint.manifest["layout"] != layout_facts(ranks):
+        return None
+    path = checkpoint.folder / f"rng_{ranks.rank:05d}.safetensors"
+    return load_file(path) if path.is_file() else None
+
+
+def layout_facts(ranks: Ranks) -> dict[str, int]:
+    return {"world_size": ranks.world_size, "dp_size": ranks.dp_size, "tp_size": ranks.tp_size, "pp_size": ranks.pp_size}
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    files = {}
+    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_whole(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1).encode())
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    write_whole(final.parent / "latest", final.name.encode())
+
+
+def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
+    """Deletes all but the newest `keep` checkpoints and those listed, and unfinished folders of earlier attempts.
+
+    Call it after a newer checkpoint was committed. Returns the steps removed.
+    """
+    folder = run_dir / "checkpoints"
+    for entry in folder.glob("step_*.tmp-*"):
+        shutil.rmtree(entry, ignore_errors=True)
+    if keep == 0:
+        return []
+    removable = [step for step in list_steps(run_dir) if step not in always_keep]
+    gone = removable[:-keep]
+    for step in gone:
+        doomed = step_folder(run_dir, step)
+        trash = doomed.with_name(doomed.name + ".tmp-removed")
+        os.replace(doomed, trash)  # from here on no reader takes it for whole
+        shutil.rmtree(trash, ignore_errors=True)
+    return gone
+
+
+def find_latest(run_dir: Path) -> Checkpoint | None:
+    """The newest committed checkpoint, or None where there is none.
+
+    The folders decide, not the pointer, which may be older after a crash.
+
+    Raises:
+        CheckpointError: folders are there but none is complete.
+    """
+    steps = list_steps(run_dir)
+    if steps:
+        return open_checkpoint(step_folder(run_dir, steps[-1]))
+    folder = run_dir / "checkpoints"
+    broken = [entry.name for entry in folder.glob("step_*") if _STEP_NAME.match(entry.name)] if folder.is_dir() else []
+    if broken:
+        raise CheckpointError(f"{folder}: {broken[-1]} has no {MANIFEST}; restore it, or give --fresh to start over")
+    return None

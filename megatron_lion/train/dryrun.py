@@ -1,0 +1,63 @@
+"""`--dry-run`: what a run would be, from its config and its data's manifest alone; no torch, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_lion.config import RunConfig
+from megatron_lion.model.sizes import GPT2_VOCAB_SIZE, flops_per_token, memory_bytes, model_size
+
+# Dense bf16 FLOP/s of one A100 at 40 % utilisation: what well-tuned 124M-350M runs reach (nanoGPT, MPT).
+_ASSUMED_FLOPS = 0.4 * 312e12
+
+
+def dry_run(config: RunConfig, world_size: int) -> str:
+    """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory a process, time.
+
+    The vocabulary is the config's, else that of the first dataset folder, else GPT-2's.
+    """
+    from megatron_lion.train.announce import batch_sentence
+
+    vocab, source, train_tokens = _vocabulary(config)
+    size = model_size(config.model, vocab)
+    memory = memory_bytes(config, world_size, vocab)
+    train = config.train
+    tokens = train.steps * train.global_batch_size * config.model.seq_length
+    seconds = tokens * flops_per_token(config.model, vocab) / (_ASSUMED_FLOPS * world_size)
+    gib = {key: value / 2**30 for key, value in memory.items()}
+    lines = [
+        f"run folder   {config.run_dir}",
+        f"model        {config.label}: {size.num_parameters:,} parameters ({size.num_parameters_unpadded:,} without padded vocabulary, "
+        f"{source} {vocab:,} ids), sqrt d {size.sqrt_d:,.1f}",
+        f"optimizer    {config.optimizer.name}, lr {config.optimizer.lr:g}, {config.schedule.kind} schedule, {config.warmup_steps:,} warm-up steps",
+        f"processes    {world_size}: TP {config.parallel.tensor_model_parallel_size} x PP {config.parallel.pipeline_model_parallel_size} x "
+        f"DP {config.data_parallel_size(world_size)}",
+        f"batch        {batch_sentence(config, world_size)}",
+        f"tokens       {train.steps:,} steps = {tokens:,} tokens"
+        + (f" = {tokens / train_tokens:.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
+        f"memory       {sum(gib.values()):.2f} GiB a process: " + ", ".join(f"{key} {value:.2f}" for key, value in gib.items()) + " (activations estimated)",
+        f"arithmetic   {tokens * flops_per_token(config.model, vocab):.3g} FLOP; about {_duration(seconds)} on {world_size} x A100 at 40 % of peak",
+    ]
+    return "\n".join(lines)
+
+
+def _vocabulary(config: RunConfig) -> tuple[int, str, int | None]:
+    manifest = Path(config.data.path[0]) / "manifest.json" if config.data.path else None
+    if manifest is not None and manifest.is_file():
+        from megatron_lion.data.manifest import read_manifest
+
+        found = [read_manifest(path) for path in config.data.path]
+        tokens = sum(item.splits["train"].tokens for item in found if "train" in item.splits)
+        return config.model.vocab_size or found[0].tokenizer.vocab_size, "the data's", tokens
+    if config.model.vocab_size:
+        return config.model.vocab_size, "the config's", None
+    return GPT2_VOCAB_SIZE, "GPT-2's", None
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+

@@ -1,0 +1,95 @@
+"""A hash of weights and optimizer state that does not depend on the layout.
+
+Every element contributes mix(bits) · (2 · global index + 1) mod 2^64 to its tensor's sum; sums over shards therefore
+add up to the same number at any data-, tensor- or pipeline-parallel size. Two states with equal fingerprints are
+equal bit for bit, up to a chance of about 2^-64; it guards against faults, not against an adversary (file digests do).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_lion.optim.megatron import TrainOptimizer
+from megatron_lion.optim.shards import counts_here, local_shards, named_global_parameters
+from megatron_lion.parallel import all_reduce_sum
+
+_CHUNK = 1 << 22
+_MIX = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX2 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where a tensor-parallel part lies in its whole tensor: local flat index i has global flat index
+    first + (i // columns) · whole_columns + i % columns."""
+
+    columns: int
+    whole_columns: int
+    first: int
+
+
+def _placement(parameter: torch.nn.Parameter) -> _Placement:
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    columns = parameter.shape[-1] if parameter.dim() else 1
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return _Placement(columns, columns, 0)
+    if parameter.dim() > 1 and getattr(parameter, "partition_dim", 0) == parameter.dim() - 1:
+        return _Placement(columns, columns * size, rank * columns)
+    return _Placement(columns, columns, rank * parameter.numel())
+
+
+def _tensor_sum(flat: torch.Tensor, start: int, place: _Placement, salt: int) -> int:
+    """Sum of a slice's contributions; its element i is flat element start + i of the local tensor."""
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for chunk_start in range(0, flat.numel(), _CHUNK):
+        part = flat[chunk_start : chunk_start + _CHUNK].detach().contiguous()
+        bits = part.view(torch.int32 if part.element_size() == 4 else torch.int16).to(torch.int64)
+        local = torch.arange(part.numel(), dtype=torch.int64, device=flat.device) + (start + chunk_start)
+        whole = local if place.whole_columns == place.columns else (local // place.columns) * place.whole_columns + local % place.columns
+        mixed = (bits ^ salt) * _MIX
+        mixed = (mixed ^ (mixed >> 31)) * _MIX2
+        total += ((mixed ^ (mixed >> 29)) * (2 * (whole + place.first) + 1)).sum()
+    return int(total)
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+@torch.no_grad()
+def state_fingerprint(model: list[Any], optimizer: TrainOptimizer) -> str:
+    """Hash of master weights and optimizer state: 32 hexadecimal digits, the same at every layout; a collective call."""
+    total = 0
+    for shard in local_shards(model, optimizer):
+        placement = _placement(shard.parameter)
+        for key, flat in {"param": shard.main, **shard.state}.items():
+            total += _tensor_sum(flat, shard.start, placement, _salt(f"{shard.name}:{key}"))
+    return _over_all_ranks(total, next(model[0].parameters()).device)
+
+
+@torch.no_grad()
+def weights_fingerprint(model: list[Any]) -> str:
+    """Hash of the model's own weights (bf16 where training is bf16), the same at every layout; a collective call."""
+    total = 0
+    if parallel_state.get_data_parallel_rank() == 0:
+        for chunk in model:
+            for name, parameter in named_global_parameters(chunk):
+                if counts_here(parameter):
+                    total += _tensor_sum(parameter.data.view(-1), 0, _placement(parameter), _salt(name))
+    return _over_all_ranks(total, next(model[0].parameters()).device)
+
+
+def _salt(name: str) -> int:
+    return _signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+
+
+def _over_all_ranks(total: int, device: torch.device) -> str:
+    box = torch.tensor([_signed(total)], dtype=torch.int64, device=device)
+    return hashlib.sha256(str(int(all_reduce_sum(box))).encode()).hexdigest()[:32]

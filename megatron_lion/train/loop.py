@@ -1,0 +1,227 @@
+"""`pretrain`: the loop on one screen.
+
+build → resume → announce → while steps remain: step, log, probe, test, save → end. The step neither logs nor prints.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_lion.config import RunConfig
+from megatron_lion.device import Device, select_device
+from megatron_lion.errors import NumericsError, StoppedOnRequest
+from megatron_lion.gradient.probe import probe_run
+from megatron_lion.model.sizes import flops_per_token, model_size
+from megatron_lion.parallel import Ranks, agree, process_groups
+from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.metrics import MetricsWriter
+from megatron_lion.train.progress import TrainProgress, announce
+from megatron_lion.train.run import Run, build_run, random_state_kept, restore_run, save_run, sync_parameters
+from megatron_lion.train.runfolder import environment_facts, locked, prepare_run_folder, write_json
+from megatron_lion.train.schedule import lr_at
+from megatron_lion.train.step import TrainStep, mean_loss, train_step
+
+
+def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
+    """Trains to `config.train.steps`, or resumes the run in `config.run_dir` from its newest complete checkpoint.
+
+    Raises:
+        StoppedOnRequest: a signal came; a checkpoint was saved first.
+        NumericsError: too many steps in a row had gradients that were not finite.
+        ConfigError, DataError, CheckpointError, StorageError, BusyError: before anything was computed.
+    """
+    device = select_device(config.device)
+    parallel = config.parallel
+    with ExitStack() as stack:
+        ranks = stack.enter_context(
+            process_groups(
+                device, tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size, timeout_s=parallel.timeout_s,
+            )
+        )
+        run_dir = Path(config.run_dir)
+        with agree("opening the run folder"):
+            if ranks.is_main:
+                stack.enter_context(locked(run_dir))
+                prepare_run_folder(config, fresh=fresh)
+        run = build_run(config, device, ranks)
+        with agree("looking for a checkpoint"):
+            latest = ckpt.find_latest(run_dir)
+        if latest is not None:
+            restore_run(run, latest)
+        describe_run(run)
+        announce(run, resumed=latest is not None)
+        metrics = MetricsWriter(run_dir, config, is_main=ranks.is_main)
+        stack.callback(metrics.close)
+        progress = stack.enter_context(TrainProgress(config, start=run.step, shown=config.log.progress and ranks.is_main))
+        train(run, metrics, progress, stack.enter_context(stop_signals()))
+
+
+def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[str, bool]) -> None:
+    """Runs the steps that remain; `stop["now"]` is set by a signal."""
+    config, ranks = run.config, run.ranks
+    batches = run.train_batches()
+    clock = _Clock(run)
+    skipped_in_a_row = 0
+    last = config.train.steps
+    if run.step == 0:
+        observe(run, metrics, progress, at_start=True)
+    while run.step < last:
+        result = train_step(run.model, run.optimizer, batches, run.forward_step, config, ranks, lr_at(config, run.step + 1))
+        run.step += 1
+        run.consumed_samples += config.train.global_batch_size
+        clock.count(result)
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        if result.skipped:
+            report_skipped(run, metrics, skipped_in_a_row)
+        if run.step % config.train.log_every == 0 or run.step in (1, last):
+            values = clock.values(result)
+            metrics.write(run.step, values)
+            progress.update(run.step, values)
+        observe(run, metrics, progress)
+        stopping = _any_rank(stop["now"], run.device) or run.step == config.train.stop_after
+        if stopping or run.step == last or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
+            save_run(run)
+            if ranks.is_main:
+                ckpt.remove_old(run.run_dir, keep=config.checkpoint.keep, always_keep={*config.checkpoint.at_steps, last})
+            clock.restart()
+        if stopping and run.step < last:
+            raise StoppedOnRequest(f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes")
+
+
+def observe(run: Run, metrics: MetricsWriter, progress: TrainProgress, *, at_start: bool = False) -> None:
+    """Probes the full gradient and measures held-out losses where they are due; leaves training untouched."""
+    config = run.config
+    probe_due = is_due(run.step, config.probe.every) or (at_start and config.probe.every > 0)
+    test_due = is_due(run.step, config.train.test_every) or (at_start and config.train.test_every > 0)
+    test_due = test_due or (config.train.test_every > 0 and run.step == config.train.steps)
+    if not (probe_due or test_due):
+        return
+    sync_parameters(run.model)
+    values: dict[str, Any] = {}
+    with random_state_kept():
+        if test_due:
+            progress.note("measuring the held-out losses")
+            count = config.train.test_batches * config.num_microbatches(run.ranks.world_size)
+            for split, name in ((1, "valid"), (2, "test")):
+                values[f"{name}/loss"] = mean_loss(run.model, run.held_out_batches(split), run.forward_step, config, count)
+        if probe_due:
+            progress.note("probing the full gradient")
+            values.update(probe_run(run))
+    metrics.write(run.step, values)
+    progress.note("")
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def report_skipped(run: Run, metrics: MetricsWriter, in_a_row: int) -> None:
+    """Counts a step that changed nothing, names the culprit, and ends the run when it goes on."""
+    names = run.optimizer.nonfinite_parameters(run.model)
+    found: list[list[str]] = [[] for _ in range(run.ranks.world_size)]
+    dist.all_gather_object(found, names)
+    named = next(((rank, items[0]) for rank, items in enumerate(found) if items), None)
+    where = f"first in {named[1]} on rank {named[0]}" if named else "in the reduced gradient or its norm"
+    metrics.write(run.step, {"optim/skipped_steps": run.optimizer.num_skipped, "optim/nonfinite_gradient": where})
+    # fp16 finds its loss scale by overflowing now and then; only a long series means trouble.
+    limit = run.config.optimizer.max_skipped_steps * (10 if run.config.train.precision == "fp16" else 1)
+    if in_a_row >= limit:
+        raise NumericsError(
+            f"step {run.step}: gradients were NaN or infinite {in_a_row} times in a row ({where}); nothing was changed by these steps. "
+            "Lower optimizer.lr or look at the data of these steps; the newest checkpoint is from before"
+        )
+
+
+def describe_run(run: Run) -> None:
+    """Writes run.json, environment.json and the tokenizer into the run folder."""
+    if not run.ranks.is_main:
+        return
+    config, tokenizer = run.config, run.corpora.tokenizer
+    size = model_size(config.model, run.corpora.vocab_size)
+    write_json(run.run_dir / "run.json", {
+        "format": 1, "name": config.label, "model": config.model.kind, "optimizer": config.optimizer.name, "seed": config.seed,
+        "num_parameters": size.num_parameters, "num_parameters_unpadded": size.num_parameters_unpadded,
+        "vocab_size": run.corpora.vocab_size, "seq_length": config.model.seq_length, "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
+        "data_digest": run.corpora.digest, "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
+        "world_size": run.ranks.world_size, "precision": config.train.precision, "device": run.device.name(),
+    })  # fmt: skip
+    write_json(run.run_dir / "environment.json", environment_facts(run.device.name(), run.ranks.world_size))
+    if tokenizer is not None and not (run.run_dir / "tokenizer").is_dir():
+        tokenizer.save(run.run_dir / "tokenizer")
+
+
+class _Clock:
+    """Tokens per second since the last time it was read, without the time of probes, tests and saves."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.flops = flops_per_token(run.config.model, run.corpora.vocab_size)
+        self.peak = run.device.peak_flops(run.config.train.precision)
+        self.restart()
+
+    def restart(self) -> None:
+        self.tokens, self.seconds, self.loss_sum, self.started = 0, 0.0, 0.0, time.perf_counter()
+
+    def count(self, result: TrainStep) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.started
+        self.tokens += result.num_tokens
+        self.started = now
+
+    def values(self, result: TrainStep) -> dict[str, float | int | None]:
+        """The log line of a step; rates are over the steps since the last line."""
+        run = self.run
+        rate = self.tokens / max(self.seconds, 1e-9)
+        self.tokens, self.seconds = 0, 0.0
+        mfu = rate * self.flops / (self.peak * run.ranks.world_size) if self.peak else None
+        return {
+            "train/loss": result.loss,
+            "optim/lr": lr_at(run.config, run.step),
+            "optim/grad_l2": result.grad_l2 if math.isfinite(result.grad_l2) else None,
+            "optim/skipped_steps": run.optimizer.num_skipped,
+            "perf/tokens_per_s": rate,
+            "perf/mfu": mfu,
+            "memory/max_gib": run.device.max_memory_gib(),
+            "progress/consumed_samples": run.consumed_samples,
+            "progress/consumed_tokens": run.consumed_samples * run.config.model.seq_length,
+        }
+
+
+def _any_rank(flag: bool, device: Device) -> bool:
+    if dist.get_world_size() == 1:
+        return flag
+    box = torch.tensor([int(flag)], device=device.torch_device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
+@contextmanager
+def stop_signals() -> Iterator[dict[str, bool]]:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a save and an orderly end after the step; a second SIGINT ends at once."""
+    stop = {"now": False}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop["now"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop["now"] = True
+
+    old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["Ranks", "pretrain"]

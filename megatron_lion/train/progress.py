@@ -1,0 +1,83 @@
+"""What a person sees while a run goes on: a paragraph at its start and one line that moves. Everything on stderr."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_lion.config import RunConfig
+from megatron_lion.model.sizes import model_size
+from megatron_lion.train.announce import batch_sentence
+from megatron_lion.train.run import Run
+
+
+def announce(run: Run, *, resumed: bool) -> None:
+    """Says on stderr, once, what is about to happen."""
+    if not run.ranks.is_main:
+        return
+    config = run.config
+    size = model_size(config.model, run.corpora.vocab_size)
+    optimizer = config.optimizer
+    betas = f" betas {optimizer.resolved_betas()}" if optimizer.name != "sgd" else f" momentum {optimizer.momentum}"
+    tokens = config.train.steps * config.train.global_batch_size * config.model.seq_length
+    epochs = tokens / max(1, run.corpora.train_tokens)
+    lines = [
+        f"{config.label}: {size.num_parameters:,} parameters (sqrt d {size.sqrt_d:,.1f}), {config.train.precision} on "
+        f"{run.ranks.world_size} x {run.device.kind} (TP {run.ranks.tp_size}, PP {run.ranks.pp_size}, DP {run.ranks.dp_size})",
+        f"{optimizer.name}: lr {optimizer.lr:g}, weight_decay {optimizer.weight_decay:g},{betas}, clip_grad {optimizer.clip_grad:g}; "
+        f"{config.schedule.kind} schedule, {config.warmup_steps} warm-up steps",
+        batch_sentence(config, run.ranks.world_size),
+        f"{config.train.steps:,} steps = {tokens:,} tokens, {epochs:.2f} x the training data",
+    ]
+    if epochs > 1.05:
+        lines.append(f"note: the training data is read {epochs:.1f} times")
+    if resumed:
+        lines.append(f"resuming after step {run.step:,}: checkpoint verified")
+    Console(stderr=True, highlight=False, soft_wrap=True).print("\n".join(lines))
+
+
+class TrainProgress:
+    """A progress line on a terminal; a plain line every so often where stderr is a file."""
+
+    def __init__(self, config: RunConfig, *, start: int, shown: bool) -> None:
+        self.total = config.train.steps
+        self.label = config.optimizer.name
+        self.shown = shown
+        self._plain = not sys.stderr.isatty()
+        self._last_plain = 0.0
+        self._started, self._start_step = time.monotonic(), start
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=False,
+            disable=not shown or self._plain,
+        )
+        self._task = self._progress.add_task(self.label, total=self.total, completed=start, facts="")
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.__exit__(kind, error, trace)
+
+    def update(self, step: int, values: dict[str, float | int | None]) -> None:
+        loss, rate = values.get("train/loss") or 0.0, values.get("perf/tokens_per_s") or 0.0
+        facts = f"loss {loss:.4f}  {rate:,.0f} tok/s"
+        self._progress.update(self._task, completed=step, facts=facts)
+        now = time.monotonic()
+        if self.shown and self._plain and (now - self._last_plain > 15 or step == self.total):
+            self._last_plain = now
+            pace = (now - self._started) / max(1, step - self._start_step)
+            end = datetime.datetime.now() + datetime.timedelta(seconds=pace * (self.total - step))
+            sys.stderr.write(f"{self.label}: step {step}/{self.total}  {facts}  done about {end:%Y-%m-%d %H:%M}\n")
+            sys.stderr.flush()
+
+    def note(self, text: str) -> None:
+        """Says what interrupts the steps (a probe, a test), until the next update."""
+        self._progress.update(self._task, description=f"{self.label} ({text})" if text else self.label)

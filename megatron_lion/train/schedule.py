@@ -1,0 +1,39 @@
+"""The learning rate of each step, as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_lion.config import RunConfig
+
+
+def lr_at(config: RunConfig, step: int) -> float:
+    """Learning rate of optimizer step `step` (the first step is 1).
+
+    Warm-up: lr · step / warmup_steps. Then, with t the share of the remaining steps done (1 at the last step):
+    cosine  min + (lr - min)(1 + cos πt)/2 · linear  lr - (lr - min) t · constant  lr ·
+    inverse_sqrt  lr · √(w / step), w = max(1, warmup_steps) · wsd  lr, then linear to min over the last
+    `wsd_decay_fraction` of the steps.
+
+    Example:
+        >>> from megatron_lion.config import OptimizerConfig, TrainConfig
+        >>> run = RunConfig(optimizer=OptimizerConfig(lr=1.0), train=TrainConfig(steps=100))
+        >>> lr_at(run, 1), lr_at(run, 100)
+        (1.0, 0.0)
+    """
+    schedule, peak = config.schedule, config.optimizer.lr
+    warmup, total = config.warmup_steps, config.train.steps
+    if step < warmup:
+        return peak * step / warmup
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "inverse_sqrt":
+        return peak * math.sqrt(max(1, warmup) / max(1, step, warmup))
+    if schedule.kind == "wsd":
+        decay_steps = max(1, round(schedule.wsd_decay_fraction * total))
+        done = max(0.0, (step - (total - decay_steps)) / decay_steps)
+        return peak - (peak - schedule.min_lr) * min(1.0, done)
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    if schedule.kind == "linear":
+        return peak - (peak - schedule.min_lr) * done
+    return schedule.min_lr + (peak - schedule.min_lr) * (1.0 + math.cos(math.pi * done)) / 2.0

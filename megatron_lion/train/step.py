@@ -1,0 +1,98 @@
+"""One optimizer step, and the loss of a set of samples, through megatron-core's schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_lion.config import RunConfig
+from megatron_lion.optim.megatron import TrainOptimizer
+from megatron_lion.parallel import Ranks, reduce_losses
+
+ForwardStep = Callable[[Iterator[dict[str, torch.Tensor]], torch.nn.Module], tuple[torch.Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: mean over the global batch (nats per token), before the update.
+        grad_l2: norm of the mean gradient before clipping.
+        num_tokens: tokens that counted, over all ranks.
+        skipped: nothing was changed because a gradient was not finite.
+    """
+
+    loss: float
+    grad_l2: float
+    num_tokens: int
+    skipped: bool
+
+
+def train_step(
+    model: list[Any],
+    optimizer: TrainOptimizer,
+    batches: Iterator[dict[str, torch.Tensor]],
+    forward_step: ForwardStep,
+    config: RunConfig,
+    ranks: Ranks,
+    lr: float,
+) -> TrainStep:
+    """Forward and backward over the micro-batches of one global batch, then one update.
+
+    Gradients are sums over tokens; megatron-core divides them by the global token count after the reduction, so that
+    a step is the mean over all tokens of the global batch at every layout.
+    """
+    for chunk in model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    optimizer.set_lr(lr)
+    settings = model[0].config
+    settings.finalize_model_grads_func = finalize_model_grads
+    settings.grad_scale_func = optimizer.scale_loss
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=config.num_microbatches(ranks.world_size),
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=False,
+    )
+    loss_sum, num_tokens = reduce_losses(outputs, next(model[0].parameters()).device)
+    result = optimizer.step()
+    return TrainStep(loss_sum / max(1, num_tokens), result.grad_l2, num_tokens, result.skipped)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: list[Any],
+    batches: Iterator[dict[str, torch.Tensor]],
+    forward_step: ForwardStep,
+    config: RunConfig,
+    num_microbatches: int,
+) -> float:
+    """Mean loss (nats per token, dropout off) over `num_microbatches` micro-batches a data rank; changes nothing."""
+    for chunk in model:
+        chunk.eval()
+    settings = model[0].config
+    settings.grad_scale_func = None
+    outputs = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=batches,
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=num_microbatches,
+        seq_length=config.model.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=True,
+    )
+    for chunk in model:
+        chunk.train()
+    loss_sum, num_tokens = reduce_losses(outputs, next(model[0].parameters()).device)
+    return loss_sum / max(1, num_tokens)
