@@ -40,5 +40,6 @@ def run(args: Any) -> None:
 
     pretrain(config, fresh=args.fresh)
     if rank_from_env() == 0:
-        sys.stdout.write(f"done: {config.train.steps:,} steps in {config.run_dir}\n")
+        steps = min(config.train.steps, config.train.stop_after or config.train.steps)
+        sys.stdout.write(f"done: {steps:,} of {config.train.steps:,} steps in {config.run_dir}\n")
 

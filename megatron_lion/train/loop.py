@@ -89,13 +89,16 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             metrics.write(run.step, values)
             progress.update(run.step, values)
         observe(run, metrics, progress)
-        stopping = _any_rank(stop["now"], run.device) or run.step == config.train.stop_after
-        if stopping or run.step == last or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
+        asked = _any_rank(stop["now"], run.device)
+        ending = asked or run.step in (last, config.train.stop_after)
+        if ending or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
             save_run(run)
             if ranks.is_main:
                 ckpt.remove_old(run.run_dir, keep=config.checkpoint.keep, always_keep={*config.checkpoint.at_steps, last})
             clock.restart()
-        if stopping and run.step < last:
+        if run.step == config.train.stop_after:
+            return
+        if asked and run.step < last:
             raise StoppedOnRequest(f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes")
 
 
