@@ -34,12 +34,13 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of a corpus: path, format ("jsonl", "txt", "parquet"), compression ("" if none), size."""
+    """One file of a corpus: path, format ("jsonl", "txt", "parquet"), compression ("" if none), size and time."""
 
     path: Path
     format: str
     compression: str
     bytes: int
+    modified_ns: int
 
 
 def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[InputFile]:
@@ -61,18 +62,14 @@ def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[Inpu
         if path.is_dir():
             paths = sorted(inner for inner in path.rglob("*") if inner.is_file() and _kind(inner) is not None)
             if not paths:
-                raise DataError(
-                    f"{given}: no file in this folder ends in {', '.join(FORMATS)} (or those + .gz, .zst)"
-                )
+                raise DataError(f"{given}: no file in this folder ends in {', '.join(FORMATS)} (or those + .gz, .zst)")
         elif path.is_file():
             paths = [path]
         else:
-            paths = sorted(
-                Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file()
-            )
+            paths = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
             if not paths:
                 raise DataError(f"{given}: no such file or folder, and no file matches it as a pattern")
-        found += [_input_file(path, format) for path in paths]
+        found += [input_file(path, format) for path in paths]
     if not found:
         raise ConfigError("no input given; name at least one file: --input FILE")
     seen: set[Path] = set()
@@ -92,19 +89,23 @@ def _kind(path: Path) -> tuple[str, str] | None:
     return None if kind is None or (kind == "parquet" and compression) else (kind, compression)
 
 
-def _input_file(path: Path, format: str) -> InputFile:
+def input_file(path: Path, format: str = "auto") -> InputFile:
+    """One file as `find_inputs` gives it.
+
+    Raises:
+        DataError: it cannot be read, or "auto" does not know its ending.
+    """
     kind = _kind(path)
     if format != "auto":
         kind = (format, path.suffix if path.suffix in COMPRESSIONS and format != "parquet" else "")
     if kind is None:
         endings = ", ".join(FORMATS)
-        raise DataError(
-            f"{path}: unknown ending {path.suffix!r}; known: {endings}; or say --format jsonl|txt|parquet"
-        )
+        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {endings}; or say --format jsonl|txt|parquet")
     try:
-        return InputFile(path, *kind, bytes=path.stat().st_size)
+        status = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return InputFile(path, *kind, bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
 
 @contextmanager

@@ -76,9 +76,7 @@ def text_of_line(line: bytes, key: str = "text") -> str:
         raise BadLine("not_an_object", f'{_name(value)} where an object {{"{key}": "…"}} is needed')
     if key not in value:
         keys = ", ".join(map(repr, list(value)[:5])) or "none"
-        raise BadLine(
-            "missing_key", f"no key {key!r} (its keys: {keys}); name the text's key with --json-key"
-        )
+        raise BadLine("missing_key", f"no key {key!r} (its keys: {keys}); name the text's key with --json-key")
     return checked_text(value[key], key)
 
 

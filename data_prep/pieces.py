@@ -250,14 +250,10 @@ def _parquet_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
         table = optional_package("pyarrow.parquet", path).ParquetFile(path)
         schema = table.schema_arrow
         if key not in schema.names:
-            raise DataError(
-                f"{path}: no column {key!r} (its columns: {', '.join(schema.names)}); give --json-key"
-            )
+            raise DataError(f"{path}: no column {key!r} (its columns: {', '.join(schema.names)}); give --json-key")
         kind = schema.field(key).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(
-                f"{path}: column {key!r} holds {kind}, strings are needed; give another --json-key"
-            )
+            raise DataError(f"{path}: column {key!r} holds {kind}, strings are needed; give another --json-key")
         # As bytes: the library does not check that strings are UTF-8.
         column = table.read_row_group(piece.start, columns=[key]).column(key).cast(pyarrow.large_binary())
     for number, data in enumerate((value for chunk in column.chunks for value in chunk.to_pylist()), start=1):

@@ -84,13 +84,9 @@ class IndexedWriter:
     def _append(
         self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]
     ) -> None:
-        assert int(lengths.sum()) == tokens.size, (
-            f"lengths sum to {lengths.sum()}, there are {tokens.size} tokens"
-        )
+        assert int(lengths.sum()) == tokens.size, f"lengths sum to {lengths.sum()}, there are {tokens.size} tokens"
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
-            raise DataError(
-                f"{self.prefix}: a document of {lengths.max()} tokens; the index holds at most {2**31 - 1}"
-            )
+            raise DataError(f"{self.prefix}: a document of {lengths.max()} tokens; the index holds at most {2**31 - 1}")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             raise DataError(
                 f"{self.prefix}: token ids from {tokens.min()} to {tokens.max()} do not fit a vocabulary of "

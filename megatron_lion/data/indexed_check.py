@@ -102,9 +102,7 @@ class IndexedInfo:
             DataError: a hash differs, or there is no manifest to compare with.
         """
         if self.listed is None:
-            raise DataError(
-                f"{self.prefix}: no {MANIFEST_NAME} beside it lists this pair, so nothing to verify by"
-            )
+            raise DataError(f"{self.prefix}: no {MANIFEST_NAME} beside it lists this pair, so nothing to verify by")
         for path, found, stated in (
             (self.idx_path, self.idx_sha256, self.listed.idx_sha256),
             (self.bin_path, self.bin_sha256, self.listed.bin_sha256),
@@ -166,12 +164,8 @@ def check_indexed(prefix: str | Path, rebuild: str | None = None) -> IndexedInfo
         (listed.documents, listed.tokens, listed.bin_bytes) != found
         or listed.idx_sha256 != hashlib.sha256(index).hexdigest()
     ):
-        raise DataError(
-            f"{idx_path}: not the file that {MANIFEST_NAME} beside it lists (its sha256 differs); {again}"
-        )
-    return IndexedInfo(
-        prefix, dtype, num_boundaries - 1, num_sequences, num_tokens, bin_bytes, len(index), listed
-    )
+        raise DataError(f"{idx_path}: not the file that {MANIFEST_NAME} beside it lists (its sha256 differs); {again}")
+    return IndexedInfo(prefix, dtype, num_boundaries - 1, num_sequences, num_tokens, bin_bytes, len(index), listed)
 
 
 def _listed(prefix: Path) -> SplitInfo | None:
@@ -184,9 +178,7 @@ def _listed(prefix: Path) -> SplitInfo | None:
 def _read_header(index: bytes, idx_path: Path, bin_path: Path, again: str) -> tuple[np.dtype[Any], int, int]:
     """Checks the 34 bytes before the arrays and returns dtype, sequences and document boundaries."""
     if len(index) < HEADER.size:
-        raise DataError(
-            f"{idx_path}: {len(index)} bytes, the header alone has {HEADER.size}: truncated; {again}"
-        )
+        raise DataError(f"{idx_path}: {len(index)} bytes, the header alone has {HEADER.size}: truncated; {again}")
     magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(index)
     if magic != MAGIC:
         with open(bin_path, "rb") as stream:
@@ -216,9 +208,7 @@ def _check_index(
     pointers = np.frombuffer(index, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     boundaries = np.frombuffer(index, "<i8", num_boundaries, HEADER.size + 12 * num_sequences)
     if lengths.min() < 0:
-        raise DataError(
-            f"{idx_path}: sequence {int(lengths.argmin())} has length {lengths.min()}: damaged; {again}"
-        )
+        raise DataError(f"{idx_path}: sequence {int(lengths.argmin())} has length {lengths.min()}: damaged; {again}")
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     wrong = np.flatnonzero(pointers != ends - lengths.astype(np.int64) * dtype.itemsize)
     if wrong.size:
@@ -226,7 +216,5 @@ def _check_index(
             f"{idx_path}: sequence {int(wrong[0])} does not begin where the one before ends: damaged; {again}"
         )
     if boundaries[0] != 0 or boundaries[-1] != num_sequences or np.any(boundaries[1:] < boundaries[:-1]):
-        raise DataError(
-            f"{idx_path}: document boundaries do not run from 0 to {num_sequences}: damaged; {again}"
-        )
+        raise DataError(f"{idx_path}: document boundaries do not run from 0 to {num_sequences}: damaged; {again}")
     return int(ends[-1]) // dtype.itemsize

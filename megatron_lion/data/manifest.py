@@ -68,6 +68,7 @@ class Manifest:
 
     Attributes:
         version: version of megatron-lion that wrote it.
+        encoder: library that made the ids, with its version.
         kind: "gpt" (one sequence a document).
         dtype: of the token files: "uint16" or "int32".
         split: share of the documents of train, valid and test in percent; sums to 100.
@@ -80,6 +81,7 @@ class Manifest:
     """
 
     version: str
+    encoder: str
     kind: str
     sources: tuple[SourceInfo, ...]
     tokenizer: TokenizerInfo
@@ -100,15 +102,27 @@ class Manifest:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         return json.dumps({**content, "sha256": _digest(content)}, indent=2, ensure_ascii=False) + "\n"
 
-    def same_input(self, other: Manifest) -> bool:
-        """Whether two manifests describe the same preparation: same source bytes, tokenizer and settings."""
-        return _input_key(self) == _input_key(other)
+    def differences(self, other: Manifest) -> list[str]:
+        """What in the input or the settings of two preparations differs; empty if they make the same tokens.
+
+        Where a file lay, who wrote the manifest and by which encoder do not matter.
+        """
+        found = [] if _contents(self) == _contents(other) else ["the input files"]
+        for name in ("kind", "dtype", "split", "seed"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append(f"{name} {mine} instead of {theirs}")
+        if self.tokenizer != other.tokenizer:
+            found.append(f"tokenizer {self.tokenizer.sha256[:12]}… instead of {other.tokenizer.sha256[:12]}…")
+        for name in sorted(self.options.keys() | other.options.keys()):
+            mine, theirs = self.options.get(name), other.options.get(name)
+            if mine != theirs:
+                found.append(f"{name} {mine!r} instead of {theirs!r}")
+        return found
 
 
-def _input_key(manifest: Manifest) -> tuple[Any, ...]:
-    sources = [(source.sha256, source.bytes) for source in manifest.sources]
-    settings = (manifest.kind, manifest.split, manifest.seed, manifest.options, manifest.dtype)
-    return sources, manifest.tokenizer, settings
+def _contents(manifest: Manifest) -> list[tuple[str, int]]:
+    return [(source.sha256, source.bytes) for source in manifest.sources]
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -134,9 +148,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"{folder}: no {NAME}, so this is no dataset folder made by megatron-lion prepare"
-        ) from None
+        raise DataError(f"{folder}: no {NAME}, so this is no dataset folder made by megatron-lion prepare") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

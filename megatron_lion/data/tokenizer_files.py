@@ -47,9 +47,7 @@ def read_files(source: Path) -> dict[str, bytes]:
             continue
         lacking = [name for name in names if not (folder / name).is_file()]
         if lacking:
-            raise DataError(
-                f"{folder}: {lacking[0]} is missing beside the tokenizer's other file; needed: {WANTED}"
-            )
+            raise DataError(f"{folder}: {lacking[0]} is missing beside the tokenizer's other file; needed: {WANTED}")
         canonical = (SINGLE,) if len(names) == 1 else PAIRS[0]
         found = {new: read_bytes(folder / name) for new, name in zip(canonical, names, strict=True)}
         if (folder / CONFIG).is_file():
@@ -123,9 +121,7 @@ def parse_vocab(data: bytes, where: str) -> dict[str, int]:
         if type(index) is not int or index < 0:
             raise DataError(f"{where}: token {token!r} has id {index!r}; a whole number from 0 is needed")
     if len(set(vocab.values())) != len(vocab):
-        raise DataError(
-            f"{where}: two tokens share an id; {len(vocab)} tokens have {len(set(vocab.values()))} ids"
-        )
+        raise DataError(f"{where}: two tokens share an id; {len(vocab)} tokens have {len(set(vocab.values()))} ids")
     absent = [letter for letter in byte_letters() if letter not in vocab]
     if absent:
         raise DataError(
@@ -147,14 +143,10 @@ def parse_merges(data: bytes, vocab: dict[str, int], where: str) -> list[list[st
         if line.startswith("#version") or pair == [""]:
             continue
         if len(pair) != 2 or not all(pair):
-            raise DataError(
-                f"{where}: line {number}: two parts with one blank between are needed, got {line[:60]!r}"
-            )
+            raise DataError(f"{where}: line {number}: two parts with one blank between are needed, got {line[:60]!r}")
         for token in (*pair, "".join(pair)):
             if token not in vocab:
-                raise DataError(
-                    f"{where}: line {number}: {token!r} is not in vocab.json; are the two files a pair?"
-                )
+                raise DataError(f"{where}: line {number}: {token!r} is not in vocab.json; are the two files a pair?")
         merges.append(pair)
     if not merges:
         raise DataError(f"{where}: holds no merges; is this the right file?")
@@ -191,14 +183,11 @@ def definition_sha256(definition: dict[str, Any]) -> str:
     vocab = definition["model"]["vocab"]
     if isinstance(vocab, dict):
         ids = {**vocab, **{token["content"]: token["id"] for token in added}}
-        table: list[Any] = sorted(
-            ([index, token] for token, index in ids.items()), key=lambda row: (row[0], row[1])
-        )
+        table: list[Any] = sorted(([index, token] for token, index in ids.items()), key=lambda row: (row[0], row[1]))
     else:  # Unigram: a list of (token, score) in order of id
         table = [vocab, sorted([token["id"], token["content"]] for token in added)]
     merges = [
-        pair.split(" ", 1) if isinstance(pair, str) else list(pair)
-        for pair in definition["model"].get("merges", [])
+        pair.split(" ", 1) if isinstance(pair, str) else list(pair) for pair in definition["model"].get("merges", [])
     ]
     meaning = {
         "model": _essential(model),
@@ -221,11 +210,7 @@ def _essential(value: Any) -> Any:
         return [_essential(item) for item in value]
     if not isinstance(value, dict):
         return value
-    kept = {
-        key: _essential(item)
-        for key, item in value.items()
-        if key not in _WITHOUT_EFFECT and key != "use_regex"
-    }
+    kept = {key: _essential(item) for key, item in value.items() if key not in _WITHOUT_EFFECT and key != "use_regex"}
     kept = {key: item for key, item in kept.items() if item or (item == 0 and item is not False)}
     if value.get("use_regex") is False:
         kept["use_regex"] = False

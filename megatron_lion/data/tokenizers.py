@@ -125,10 +125,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts, on all cores unless TOKENIZERS_PARALLELISM is false."""
         try:
-            return [
-                encoding.ids
-                for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-            ]
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:
             raise DataError(
                 f"{self.source}: a text to encode is not a str of valid Unicode (a lone surrogate?)"
@@ -153,14 +150,10 @@ class Tokenizer:
         folder = Path(folder)
         files = dict(self._files)
         config = parse_json(files[CONFIG], CONFIG) if CONFIG in files else {}
-        config.setdefault(
-            "tokenizer_class", "PreTrainedTokenizerFast" if SINGLE in files else "GPT2Tokenizer"
-        )
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if SINGLE in files else "GPT2Tokenizer")
         if self.eod_token is not None:
             config["eos_token"] = self.eod_token
-        files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode(
-            "utf-8"
-        )
+        files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode("utf-8")
         written = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -236,9 +229,7 @@ def _hub_files(name: str, *, download: bool) -> dict[str, bytes]:
 
     def fetch(filename: str) -> bytes | None:
         try:
-            return read_bytes(
-                Path(huggingface_hub.hf_hub_download(name, filename, local_files_only=not download))
-            )
+            return read_bytes(Path(huggingface_hub.hf_hub_download(name, filename, local_files_only=not download)))
         except LocalEntryNotFoundError:
             if not download:
                 return None
@@ -259,9 +250,7 @@ def _hub_files(name: str, *, download: bool) -> dict[str, bytes]:
     files = {part: content for part, content in found.items() if content is not None}
     if SINGLE not in files and not {"vocab.json", "merges.txt"} <= files.keys():
         if download:
-            raise DataError(
-                f"hf:{name}: that repository has no tokenizer.json and no vocab.json + merges.txt"
-            )
+            raise DataError(f"hf:{name}: that repository has no tokenizer.json and no vocab.json + merges.txt")
         return {}
     return files
 

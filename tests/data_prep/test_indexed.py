@@ -38,7 +38,7 @@ def make_manifest(prefix: Path) -> Manifest:
         idx_bytes=info.idx_bytes, bin_sha256=info.bin_sha256, idx_sha256=info.idx_sha256,
     )  # fmt: skip
     return Manifest(
-        version="0", kind="gpt", sources=(SourceInfo(path="x", bytes=1, sha256="0", documents=1),),
+        version="0", encoder="none", kind="gpt", sources=(SourceInfo(path="x", bytes=1, sha256="0", documents=1),),
         tokenizer=TokenizerInfo(sha256="0", kind="BPE", vocab_size=300, eod_token=None, eod_id=None),
         dtype="uint16", split=(100.0, 0.0, 0.0), seed=0,
         documents=info.num_documents, tokens=info.num_tokens, text_bytes=1,
@@ -173,9 +173,7 @@ def test_no_flip_in_the_index_passes_beside_a_manifest(
     index = bytearray(pristine.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         index[data.draw(st.integers(0, len(index) - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    index = index[: data.draw(st.sampled_from([len(index), len(index), 33, 60]))] + data.draw(
-        st.binary(max_size=2)
-    )
+    index = index[: data.draw(st.sampled_from([len(index), len(index), 33, 60]))] + data.draw(st.binary(max_size=2))
     (folder / "a.idx").write_bytes(index)
     if bytes(index) == pristine.read_bytes():
         assert check_indexed(folder / "a").num_tokens == 6
@@ -211,8 +209,10 @@ def test_manifest_reads_back_and_detects_every_change(tmp_path: Path) -> None:
     manifest = make_manifest(tmp_path / "a")
     path = write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
-    assert manifest.same_input(dataclasses.replace(manifest, version="other"))
-    assert not manifest.same_input(dataclasses.replace(manifest, seed=1))
+    assert manifest.differences(dataclasses.replace(manifest, version="other", encoder="other")) == []
+    other = dataclasses.replace(manifest, seed=1, sources=(), options={"json_key": "body"})
+    said = ["the input files", "seed 0 instead of 1", "json_key None instead of 'body'"]
+    assert manifest.differences(other) == said
     text = path.read_text("utf-8")
     for old, new in (
         ('"seed": 0', '"seed": 1'),

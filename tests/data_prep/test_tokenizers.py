@@ -20,14 +20,10 @@ def gpt2(shared_data: Path) -> Tokenizer:
     return load_tokenizer(shared_data / "gpt2")
 
 
-def small_files(
-    folder: Path, *, eod: str | None = "<|endoftext|>", merges: tuple[str, ...] = ("t h", "th e")
-) -> Path:
+def small_files(folder: Path, *, eod: str | None = "<|endoftext|>", merges: tuple[str, ...] = ("t h", "th e")) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [*byte_letters(), "th", "the", *([eod] if eod else [])]
-    (folder / "vocab.json").write_text(
-        json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8"
-    )
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
     return folder
 

@@ -1,0 +1,97 @@
+"""Progress of long jobs on stderr: a bar with MB/s and time left on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Protocol, Self
+
+logger = logging.getLogger(__name__)
+
+_LINE_EVERY_S = 30.0
+
+
+class Progress(Protocol):
+    """What a job reports to."""
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """A stage begins; the one before it has ended."""
+
+    def advance(self, num_bytes: int) -> None:
+        """So many more bytes of the stage are done."""
+
+
+class NoProgress:
+    """Reports nothing."""
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """Nothing."""
+
+    def advance(self, num_bytes: int) -> None:
+        """Nothing."""
+
+
+class ConsoleProgress:
+    """Shows progress on stderr; use as a context manager.
+
+    On a terminal a rich bar; elsewhere (log files, batch jobs) one log line every 30 s.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        console = Console(stderr=True)
+        self._live = console.is_terminal
+        self._bar = RichProgress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self._live,
+        )
+        self._name, self._total, self._done, self._began, self._told = "", 0, 0, 0.0, 0.0
+        self._task = self._bar.add_task("", visible=False)
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        """Begins a new bar."""
+        self._end_stage()
+        self._name, self._total, self._done = name, total_bytes, 0
+        self._began = self._told = time.monotonic()
+        self._task = self._bar.add_task(name, total=total_bytes)
+
+    def advance(self, num_bytes: int) -> None:
+        """Moves the bar, or logs a line if the last is 30 s old."""
+        self._done += num_bytes
+        self._bar.update(self._task, advance=num_bytes)
+        now = time.monotonic()
+        if not self._live and now - self._told > _LINE_EVERY_S:
+            self._told = now
+            rate = self._done / max(now - self._began, 1e-9)
+            left = (self._total - self._done) / max(rate, 1e-9)
+            share = 100 * self._done / max(self._total, 1)
+            logger.info("%s: %.1f %% done, %.1f MB/s, %.0f s left", self._name, share, rate / 1e6, left)
+
+    def _end_stage(self) -> None:
+        self._bar.update(self._task, completed=self._total)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._end_stage()
+        self._bar.stop()

@@ -1,0 +1,83 @@
+"""Which documents are for training, validation and test: decided by each document's own hash.
+
+A document belongs to the same split whatever stands around it, however many files or workers there are,
+and equal texts go together. So a corpus can grow without a test document becoming a training one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lion.data.manifest import SPLITS
+from megatron_lion.errors import ConfigError
+
+_END = 1 << 64
+
+
+def parse_split(text: str | Sequence[float]) -> tuple[float, float, float]:
+    """Shares of train, valid and test in percent, from up to three relative weights.
+
+    >>> parse_split("969,30,1"), parse_split("1")
+    ((96.9, 3.0, 0.1), (100.0, 0.0, 0.0))
+
+    Raises:
+        ConfigError: not one to three numbers ≥ 0, or all are 0.
+    """
+    parts = text.split(",") if isinstance(text, str) else list(text)
+    try:
+        weights = [float(part) for part in parts]
+    except (TypeError, ValueError):
+        weights = []
+    total = sum(weights)
+    if not 1 <= len(weights) <= 3 or not all(weight >= 0 for weight in weights) or not 0 < total < float("inf"):
+        raise ConfigError(f"split {text!r}: one to three weights ≥ 0 are needed, for train,valid,test: 99.9,0.05,0.05")
+    train, valid, test = (round(100 * weight / total, 9) for weight in (*weights, 0.0, 0.0)[:3])
+    return train, valid, test
+
+
+def document_hash(utf8: bytes, seed: int) -> int:
+    """The 64 bits that place a document: the first 8 bytes of SHA-256 over the seed and the text."""
+    return int.from_bytes(hashlib.sha256(b"%d\0" % seed + utf8).digest()[:8], "little")
+
+
+def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, float]) -> npt.NDArray[np.uint8]:
+    """The split of each document: 0 train, 1 valid, 2 test.
+
+    The range of the 64-bit hash is divided in proportion to the shares. If a split with a share above zero
+    gets no document, it is given the one whose hash lies nearest to its part of the range, with its
+    duplicates, from the split with the most distinct texts, as long as that one keeps some. So three
+    distinct texts are enough for three splits.
+
+    Args:
+        hashes: (D,) uint64, from `document_hash`.
+        split: shares in percent.
+
+    Returns:
+        (D,) uint8. A split may still be empty where there are fewer distinct texts than splits.
+    """
+    bounds = [0, round(split[0] / 100 * _END), round((split[0] + split[1]) / 100 * _END), _END]
+    bounds = [min(bound, _END) for bound in bounds]
+    texts, inverse = np.unique(hashes, return_inverse=True)
+    members = np.zeros(texts.size, dtype=np.uint8)
+    for index in (1, 2):
+        if split[index] > 0 and bounds[index] < _END:
+            members[texts >= np.uint64(bounds[index])] = index
+    for index in range(3):
+        counts = np.bincount(members, minlength=3)
+        donor = int(counts.argmax())
+        if split[index] == 0 or counts[index] > 0 or counts[donor] < 2:
+            continue
+        low, high = (np.uint64(min(bound, _END - 1)) for bound in (bounds[index], bounds[index + 1]))
+        distance = np.where(texts < low, low - texts, texts - np.minimum(texts, high))
+        candidates = np.flatnonzero(members == donor)
+        members[candidates[distance[candidates].argmin()]] = index
+    return members[inverse]
+
+
+def split_names(split: tuple[float, float, float]) -> list[str]:
+    """Names of the splits with a share above zero."""
+    return [name for name, share in zip(SPLITS, split, strict=True) if share > 0]

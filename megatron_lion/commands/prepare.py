@@ -1,0 +1,119 @@
+"""`megatron-lion prepare`: text files to a dataset folder of Megatron token files."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from data_prep.prepare import Manifest
+
+HELP = "turn text (jsonl, txt, parquet; plain or compressed) into a dataset folder of Megatron .bin/.idx files"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    add("--input", type=str, nargs="+", required=True, metavar="FILE", help="files, folders, glob patterns")
+    add(
+        "--tokenizer",
+        type=str,
+        required=True,
+        metavar="PATH",
+        help="folder with vocab.json + merges.txt (GPT-2) or tokenizer.json, one of these files, or hf:NAME to "
+        "fetch it from Hugging Face's hub",
+    )
+    add("--output", type=str, required=True, metavar="DIR", help="dataset folder to make")
+    add("--split", type=str, default="99.9,0.05,0.05", help="relative shares of documents: train,valid,test")
+    add("--seed", type=int, default=1234, help="of the hashes that decide a document's split")
+    add("--workers", type=int, default=0, help="processes; 0 takes one a core")
+    add(
+        "--on-error",
+        type=Literal["stop", "skip"],
+        default="stop",
+        help="at a bad line: stop and name it, or skip and count it",
+    )
+    add("--append-eod", type=bool, default=True, help="true or false: end each document with the end-of-document token")
+    add("--json-key", type=str, default="text", help="key (jsonl) or column (parquet) that holds the text")
+    add(
+        "--txt-documents",
+        type=Literal["file", "blank-line"],
+        default="file",
+        help="a .txt file is one document, or blank lines divide it",
+    )
+    add(
+        "--format",
+        type=Literal["auto", "jsonl", "txt", "parquet"],
+        default="auto",
+        help="of the input files; auto goes by their endings",
+    )
+    add(
+        "--eod-token",
+        type=str,
+        default=None,
+        metavar="TOKEN",
+        help="end-of-document token; default: <|endoftext|>, else the tokenizer's eos_token",
+    )
+    add(
+        "--encoder",
+        type=Literal["auto", "tokenizers", "gigatoken"],
+        default="auto",
+        help="library that encodes, the ids are the same; auto takes gigatoken where it is installed",
+    )
+    add("--overwrite", action="store_true", help="replace a dataset folder that was made otherwise")
+
+
+def run(args: Any) -> None:
+    """Prepares, and shows on stdout what was made."""
+    from data_prep.prepare import PrepareOptions, prepare
+    from data_prep.progress import ConsoleProgress
+    from data_prep.workfolder import work_folder
+    from megatron_lion.errors import StoppedOnRequest
+
+    if not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    options = PrepareOptions(
+        inputs=args.input,
+        tokenizer=args.tokenizer,
+        output=args.output,
+        split=args.split,
+        seed=args.seed,
+        workers=args.workers,
+        on_error=args.on_error,
+        append_eod=args.append_eod,
+        json_key=args.json_key,
+        txt_documents=args.txt_documents,
+        format=args.format,
+        eod_token=args.eod_token,
+        encoder=args.encoder,
+        overwrite=args.overwrite,
+    )
+    try:
+        with ConsoleProgress() as progress:
+            manifest = prepare(options, progress=progress)
+    except KeyboardInterrupt:
+        kept = work_folder(options.output_folder)
+        raise StoppedOnRequest(f"stopped; what is encoded is kept in {kept}: the same command goes on") from None
+    sys.stdout.write(summary(args.output, manifest))
+
+
+def summary(output: str, manifest: Manifest) -> str:
+    """The dataset in a few lines: splits, what was passed over, the tokenizer."""
+    lines = [f"{output}"]
+    for name, split in manifest.splits.items():
+        size = f"{split.bin_bytes / 1e6:>12,.1f} MB"
+        lines.append(f"  {name:5}  {split.documents:>12,} documents  {split.tokens:>16,} tokens  {size}")
+    tokenizer = manifest.tokenizer
+    lines.append(
+        f"  vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), stored as {manifest.dtype}, end of document "
+        f"{tokenizer.eod_token!r} = {tokenizer.eod_id}"
+    )
+    if manifest.duplicate_documents:
+        lines.append(f"  {manifest.duplicate_documents:,} documents repeat an earlier one")
+    for what, counts in (("passed over", manifest.skipped), ("rejected", manifest.rejected)):
+        if counts:
+            lines.append(f"  {what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+    return "\n".join(lines) + "\n"
