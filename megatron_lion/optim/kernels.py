@@ -168,7 +168,7 @@ def _update_chunk(
         tl.int16 if MASTER_WEIGHTS == "split32" else tl.int8 if MASTER_WEIGHTS == "split24" else tl.float32
     )
     # bfloat16 is handled as its 16 bits: Triton's interpreter does not round to it as devices do.
-    STORED_TYPE: tl.constexpr = tl.uint16 if PARAM_TYPE == tl.bfloat16 else PARAM_TYPE
+    STORED_TYPE: tl.constexpr = tl.uint16 if tl.bfloat16 == PARAM_TYPE else PARAM_TYPE
     MOMENTUM_TYPE: tl.constexpr = tl.int8 if MOMENTUM == "int8" else tl.uint16 if MOMENTUM == "bf16" else tl.float32
     exp_avg_address = tl.load(row + EXP_AVG)
     if MOMENTUM == "int8":
@@ -194,7 +194,7 @@ def _update_chunk(
         m = _load(exp_avgs, mask, MASKED)
     if MASTER_WEIGHTS == "none":
         p = _load(params, mask, MASKED)
-        if PARAM_TYPE == tl.bfloat16:
+        if tl.bfloat16 == PARAM_TYPE:
             p = _float(p.to(tl.uint32) << 16)
         p = p.to(tl.float32)
     else:
@@ -212,7 +212,7 @@ def _update_chunk(
     else:
         if MASTER_WEIGHTS == "fp32":
             _store(masters, p, mask, MASKED)
-        if PARAM_TYPE == tl.bfloat16:
+        if tl.bfloat16 == PARAM_TYPE:
             _store(params, _bf16_bits(p).to(tl.uint16), mask, MASKED)
         else:
             _store(params, p.to(PARAM_TYPE), mask, MASKED)

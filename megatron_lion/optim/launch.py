@@ -1,0 +1,174 @@
+"""Tables and launches for the Triton kernel: the host's side of a fused step, which never waits for the device.
+
+A step makes one launch for each kind of tensor: device, dtypes of parameter and gradient, form of the master
+weight, and whether all addresses are multiples of 16. In a model there is one kind, seldom two. The tables stay on
+the device between steps and are sent again only when an address or a hyper-parameter changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from .kernels import lion_kernel
+from .lion import PlainLayout, Slot
+
+# Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones, and since every array is laid
+# out alike over the threads, nothing is exchanged between them. Compiled for sm_80 and sm_90 this takes 32 to 40
+# registers, so that an SM is full of threads (tests/optim/test_kernel_compiled.py reads it from the compiler).
+BLOCK = 1024
+NUM_WARPS = 8
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+Kind = tuple[torch.device, torch.dtype, torch.dtype, str, bool]
+Row = tuple[int, int, int, int, int, int]
+
+
+@dataclass
+class Plan:
+    """The tables of one launch, and what they were made from.
+
+    Attributes:
+        rows: (addresses of parameter, gradient, momentum and master weight; elements; group) of every tensor.
+        hyper: (decay, β1, 1-β1, β2, 1-β2, rate or 0) of every group.
+        lrs: (address of the rate or 0) of every group.
+        rows_table: `rows` on the device, int64.
+        chunks_table: (row, chunk) of every program, int32.
+        groups_table: `hyper` on the device, float32.
+        lrs_table: address of every group's rate, int64: the tensor's own, or that of a column of `groups_table`.
+    """
+
+    rows: tuple[Row, ...]
+    hyper: tuple[tuple[float, ...], ...]
+    lrs: tuple[int, ...]
+    rows_table: torch.Tensor
+    chunks_table: torch.Tensor
+    groups_table: torch.Tensor
+    lrs_table: torch.Tensor
+
+
+def lion_step(
+    slots: Sequence[Slot],
+    layout: PlainLayout,
+    begin: bool,
+    multiplier: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    plans: dict[Kind, Plan],
+) -> None:
+    """Takes one LION step for all slots.
+
+    Args:
+        slots: parameters with gradient, state and group.
+        layout: how the state is kept.
+        begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
+        multiplier: one float32 element that every gradient is multiplied by, or None.
+        found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
+        plans: kept by the caller between steps.
+
+    Raises:
+        ValueError: a dtype or device that the kernel does not do.
+    """
+    groups = list({id(slot.group): slot.group for slot in slots}.values())
+    group_index = {id(group): index for index, group in enumerate(groups)}
+    kinds: dict[Kind, list[Row]] = {}
+    for slot in slots:
+        kind, row = _describe(slot, layout, group_index[id(slot.group)])
+        kinds.setdefault(kind, []).append(row)
+    for kind, rows in kinds.items():
+        plan = plans[kind] = update_plan(plans.get(kind), tuple(rows), groups, kind[0])
+        if len(plan.chunks_table):
+            launch(plan, kind, layout.momentum, begin, multiplier, found_inf)
+
+
+def _describe(slot: Slot, layout: PlainLayout, group: int) -> tuple[Kind, Row]:
+    param, grad = slot.param, slot.grad
+    if param.dtype not in TYPES or grad.dtype not in TYPES:
+        raise ValueError(
+            f"implementation = 'triton' with a parameter of {param.dtype} and a gradient of {grad.dtype}: needs "
+            "float32, bfloat16 or float16; use implementation = 'foreach'"
+        )
+    form = "none" if param.dtype == torch.float32 else layout.master_weights
+    master = slot.state["master_param"].data_ptr() if form != "none" else 0
+    addresses = (param.data_ptr(), grad.data_ptr(), slot.state["exp_avg"].data_ptr(), master)
+    aligned = not any(address % 16 for address in addresses)
+    return (param.device, param.dtype, grad.dtype, form, aligned), (*addresses, param.numel(), group)
+
+
+def launch(
+    plan: Plan,
+    kind: Kind,
+    momentum: str,
+    begin: bool,
+    multiplier: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> None:
+    """Starts the kernel on what the plan names."""
+    _, param_dtype, grad_dtype, form, aligned = kind
+    lion_kernel[(len(plan.chunks_table),)](
+        plan.rows_table,
+        plan.chunks_table,
+        plan.groups_table,
+        plan.lrs_table,
+        multiplier,
+        found_inf,
+        PARAM_TYPE=TYPES[param_dtype],
+        GRAD_TYPE=TYPES[grad_dtype],
+        MASTER_WEIGHTS=form,
+        MOMENTUM=momentum,
+        BEGIN=begin,
+        HAS_MULTIPLIER=multiplier is not None,
+        HAS_FOUND_INF=found_inf is not None,
+        ALIGNED=aligned,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def update_plan(
+    plan: Plan | None, rows: tuple[Row, ...], groups: Sequence[dict[str, Any]], device: torch.device
+) -> Plan:
+    """The tables for these tensors and groups; parts of the old plan that still hold are kept."""
+    hyper = tuple(_hyper_parameters(group, device) for group in groups)
+    lrs = tuple(_lr_address(group["lr"], device) for group in groups)
+    if plan is None or plan.rows != rows or plan.lrs != lrs:
+        chunks = [(index, chunk) for index, row in enumerate(rows) for chunk in range(-(-row[4] // BLOCK))]
+        groups_table = torch.empty(len(groups), len(hyper[0]), dtype=torch.float32, device=device)
+        columns = [groups_table.data_ptr() + 4 * (6 * index + 5) for index in range(len(groups))]
+        plan = Plan(
+            rows,
+            (),
+            lrs,
+            _upload(torch.tensor(rows, dtype=torch.int64), device),
+            _upload(torch.tensor(chunks, dtype=torch.int32).view(-1, 2), device),
+            groups_table,
+            _upload(torch.tensor([lr or column for lr, column in zip(lrs, columns, strict=True)]), device),
+        )
+    if plan.hyper != hyper:
+        plan.groups_table.copy_(_pinned(torch.tensor(hyper, dtype=torch.float32), device), non_blocking=True)
+        plan.hyper = hyper
+    return plan
+
+
+def _lr_address(lr: float | torch.Tensor, device: torch.device) -> int:
+    return lr.data_ptr() if isinstance(lr, torch.Tensor) and lr.device == device else 0
+
+
+def _hyper_parameters(group: dict[str, Any], device: torch.device) -> tuple[float, ...]:
+    beta1, beta2 = group["betas"]
+    # A rate on the device is read there; one in host memory is a number like any other.
+    lr = 0.0 if _lr_address(group["lr"], device) else float(group["lr"])
+    return (group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, lr)
+
+
+def _pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Memory that a copy to the device can leave from on its own; torch holds it back until the copy is done."""
+    return table if device.type == "cpu" else table.pin_memory()
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return _pinned(table, device).to(device, non_blocking=True)

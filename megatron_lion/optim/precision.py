@@ -1,0 +1,219 @@
+"""LION's state in fewer bits: split master weights and packed momentum, in plain torch.
+
+These are the definitions that the Triton kernel is held to, bit for bit.
+
+**Master weights.** A float32 number is a bfloat16 number (its upper 16 bits, rounded) and what is left over:
+
+    hi = (bits + 0x8000) >> 16        the bfloat16 parameter: rounded to nearest, halves away from zero
+    lo = bits - (hi << 16)            in [-2^15, 2^15), kept as int16
+    bits = (hi << 16) + lo            exact
+
+Halves must go up: with "nearest even" both neighbours of an even hi would leave lo = -2^15, and the sum could not be
+undone. So the parameter differs from torch's own cast at exact ties, one value in 65,536; the master never does.
+"split24" first rounds the bits to a multiple of 2^8 and keeps 8 bits of lo. It resolves 2^-16 of a weight: a step
+below 2^-17 |θ| is lost, so keep η above 8e-6 times the largest weight.
+
+**Momentum.** "bf16" is torch's cast, to nearest even. "int8" keeps 32 neighbours as q·s with one bfloat16 scale:
+
+    s = bfloat16(max|m| · fl(1/127)),   q = round_half_even(m · fl(1/s)) in [-127, 127]
+
+A block whose s is below 2^-126 becomes zero, one that holds NaN or ±inf becomes NaN. max|q| is 127 in every other,
+so decoding and encoding again gives the same bytes: a checkpoint in float32 restores packed state exactly. Bytes lie
+in one uint8 tensor, all q first, then all s: ceil(N/32) · 34 bytes for N elements.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .lion import PlainLayout, Slot
+
+INT8_BLOCK = 32
+INT8_BLOCK_BYTES = INT8_BLOCK + 2
+SMALLEST_SCALE = 2.0**-126
+NAN_BITS = 0x7FC00000
+REMAINDER_DTYPES = {"split32": torch.int16, "split24": torch.int8}
+MAX_PACKED_BETA2 = 1 - 2**-8
+
+
+def split_master(master_N: torch.Tensor, master_weights: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits float32 values into bfloat16 and what is left over.
+
+    Args:
+        master_N: float32, any shape.
+        master_weights: "split32" (exact) or "split24" (rounded to 24 bits).
+
+    Returns:
+        (bfloat16 values, remainders in int16 or int8), of the same shape. NaN becomes the one quiet NaN 0x7FC0.
+
+    Example:
+        >>> hi, lo = split_master(torch.tensor([1.0 + 2**-8, -3.3]), "split32")
+        >>> hi, lo
+        (tensor([ 1.0078, -3.2969], dtype=torch.bfloat16), tensor([-32768,  13107], dtype=torch.int16))
+        >>> join_master(hi, lo)
+        tensor([ 1.0039, -3.3000])
+    """
+    # NaN has many bit patterns, and rounding up the largest would carry into the sign and give -0.
+    bits_N = torch.where(master_N.isnan(), NAN_BITS, master_N.view(torch.int32).to(torch.int64) & 0xFFFFFFFF)
+    if master_weights == "split24":
+        bits_N = (bits_N + 0x80) & 0xFFFFFF00
+    hi_N = ((bits_N + 0x8000) >> 16) & 0xFFFF
+    lo_N = ((bits_N - (hi_N << 16) + 0x8000) & 0xFFFFFFFF) - 0x8000
+    if master_weights == "split24":
+        lo_N = lo_N >> 8
+    signed_N = torch.where(hi_N >= 0x8000, hi_N - 0x10000, hi_N).to(torch.int16)
+    return signed_N.view(torch.bfloat16), lo_N.to(REMAINDER_DTYPES[master_weights])
+
+
+def join_master(param_N: torch.Tensor, remainder_N: torch.Tensor) -> torch.Tensor:
+    """The float32 values that `split_master` took apart; remainders in int16 or int8 tell the kind."""
+    hi_N = param_N.view(torch.int16).to(torch.int32) << 16
+    lo_N = remainder_N.to(torch.int32)
+    return (hi_N + (lo_N << 8 if remainder_N.dtype == torch.int8 else lo_N)).view(torch.float32)
+
+
+def int8_bytes(numel: int) -> int:
+    """Bytes of the packed momentum of `numel` elements."""
+    return -(-numel // INT8_BLOCK) * INT8_BLOCK_BYTES
+
+
+def pack_int8(values: torch.Tensor) -> torch.Tensor:
+    """Packs float32 values, any shape, into uint8 [int8_bytes(numel)] as the file's head defines."""
+    numel = values.numel()
+    blocks_BK = torch.zeros(-(-numel // INT8_BLOCK), INT8_BLOCK, dtype=torch.float32, device=values.device)
+    blocks_BK.view(-1)[:numel] = values.reshape(-1)
+    if numel == 0:
+        return torch.empty(0, dtype=torch.uint8, device=values.device)
+    largest_B = blocks_BK.abs().amax(dim=1)
+    scale_B = (largest_B * (1 / 127)).to(torch.bfloat16).to(torch.float32)
+    scale_B = torch.where(scale_B < SMALLEST_SCALE, 0.0, scale_B)
+    inverse_B = torch.where(scale_B > 0, 1.0 / scale_B, 0.0)
+    finite_B = largest_B < float("inf")
+    quantised_BK = torch.round(blocks_BK * inverse_B[:, None]).clamp(-127, 127)
+    quantised_BK = torch.where(finite_B[:, None], quantised_BK, 0.0).to(torch.int8)
+    scale_B = torch.where(finite_B, scale_B, float("nan")).to(torch.bfloat16)
+    return torch.cat([quantised_BK.view(-1).view(torch.uint8), scale_B.view(torch.uint8)])
+
+
+def unpack_int8(packed: torch.Tensor, numel: int) -> torch.Tensor:
+    """The float32 values [numel] in what `pack_int8` made."""
+    blocks = packed.numel() // INT8_BLOCK_BYTES
+    quantised_BK = packed[: blocks * INT8_BLOCK].view(torch.int8).view(blocks, INT8_BLOCK)
+    scale_B = packed[blocks * INT8_BLOCK :].view(torch.bfloat16).to(torch.float32)
+    return (quantised_BK.to(torch.float32) * scale_B[:, None]).view(-1)[:numel]
+
+
+def decode_state(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A state in any of the stored forms as float32 in the shape of its parameter.
+
+    Args:
+        param: the parameter; the upper half of its master weight where `value` is a remainder.
+        value: float32, bfloat16 or float16 as it is; int16 or int8 remainders; uint8 packed momentum.
+
+    Raises:
+        ValueError: the number of elements is not that of the parameter.
+    """
+    numel = int8_bytes(param.numel()) if value.dtype == torch.uint8 else param.numel()
+    if value.numel() != numel:
+        raise ValueError(
+            f"state of {value.numel()} elements, {value.dtype}, for a parameter of shape {tuple(param.shape)}: "
+            "load the state of the same model and layout"
+        )
+    if value.dtype == torch.uint8:
+        value = unpack_int8(value, param.numel())
+    elif not value.is_floating_point():
+        value = join_master(param.detach().to(torch.bfloat16), value.view(param.shape))
+    return value.to(torch.float32).view(param.shape)
+
+
+class PackedLayout(PlainLayout):
+    """State with `master_param` and `exp_avg` in the chosen forms.
+
+    A float32 parameter is its own master: its `master_param` is the parameter itself. Every tensor of the state is
+    flat-addressable like the parameter, but for the packed int8 momentum, which is uint8.
+    """
+
+    def __init__(self, master_weights: str, momentum: str) -> None:
+        self.master_weights = master_weights
+        self.momentum = momentum
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where a parameter's dtype or β2 does not suit the chosen forms."""
+        for param in group["params"]:
+            allowed = [torch.float32, torch.bfloat16]
+            if self.master_weights in ("none", "fp32"):
+                allowed.append(torch.float16)
+            if param.dtype not in allowed:
+                raise ValueError(
+                    f"master_weights = {self.master_weights!r}, momentum = {self.momentum!r} with a parameter of "
+                    f"{param.dtype}: needs one of {', '.join(map(str, allowed))}"
+                )
+            if self.momentum == "int8" and hasattr(param, "to_local"):
+                raise ValueError("momentum = 'int8' with DTensor parameters: needs momentum = 'fp32' or 'bf16'")
+        if self.momentum != "fp32" and group["betas"][1] > MAX_PACKED_BETA2:
+            raise ValueError(
+                f"momentum = {self.momentum!r} with betas = {group['betas']}: needs the second at most "
+                f"{MAX_PACKED_BETA2}, else rounding keeps the momentum from shrinking; or momentum = 'fp32'"
+            )
+
+    def new_state(self, param: torch.Tensor, start: float) -> dict[str, torch.Tensor]:
+        """Momentum of `start` everywhere, and a master weight equal to the parameter."""
+        state = {}
+        if self.momentum == "int8":
+            state["exp_avg"] = pack_int8(torch.full((param.numel(),), start, device=param.device))
+        else:
+            dtype = torch.float32 if self.momentum == "fp32" else torch.bfloat16
+            state["exp_avg"] = torch.full_like(param, start, dtype=dtype, requires_grad=False)
+        if self.master_weights != "none":
+            state["master_param"] = self._new_master(param.detach())
+        return state
+
+    def _new_master(self, param: torch.Tensor) -> torch.Tensor:
+        if param.dtype == torch.float32:
+            return param
+        if self.master_weights == "fp32":
+            return param.to(torch.float32)
+        return torch.zeros_like(param, dtype=REMAINDER_DTYPES[self.master_weights])
+
+    def read(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
+        """Master weight and momentum in float32."""
+        param, state = slot.param, slot.state
+        master = state.get("master_param")
+        if master is None or param.dtype == torch.float32:
+            param_N = param.to(torch.float32)
+        else:
+            param_N = decode_state(param, master)
+        return param_N, decode_state(param, state["exp_avg"])
+
+    def write(self, slot: Slot, param_N: torch.Tensor, exp_avg_N: torch.Tensor) -> None:
+        """Stores both in their forms, and the 16-bit parameter that belongs to the master weight."""
+        if "master_param" in slot.state and slot.param.dtype != torch.float32:
+            self.encode(slot.param, slot.state, "master_param", param_N)
+        elif slot.param is not param_N:
+            slot.param.copy_(param_N)
+        if slot.state["exp_avg"] is not exp_avg_N:
+            self.encode(slot.param, slot.state, "exp_avg", exp_avg_N)
+
+    def encode(self, param: torch.Tensor, state: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
+        """Stores a state given in any form; a master weight also sets the parameter."""
+        if name not in state:
+            super().encode(param, state, name, value)
+            return
+        stored = state[name]
+        if value.dtype == stored.dtype and value.numel() == stored.numel():
+            if stored is not value:
+                stored.copy_(value.view(stored.shape))
+        else:
+            value = decode_state(param, value)
+            if stored.dtype == torch.uint8:
+                stored.copy_(pack_int8(value))
+            elif stored.is_floating_point():
+                stored.copy_(value)
+            else:
+                hi, lo = split_master(value, self.master_weights)
+                param.copy_(hi)
+                stored.copy_(lo)
+        if name == "master_param" and stored.dtype == torch.float32 and param.dtype != torch.float32:
+            param.copy_(stored)
