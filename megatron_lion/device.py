@@ -117,6 +117,8 @@ def quiet_known_warnings() -> None:
         ".*torch.distributed.* is deprecated",
         "The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",
         "full scope is deprecated",
+        "The argument order of load has been changed",
+        "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load",
         ".*numpy.core.multiarray is deprecated.*",
         ".*numpy.core is deprecated.*",
         ".*is deprecated, use torch.Tensor.*",
