@@ -1,0 +1,75 @@
+"""`megatron-lion theory`: rate constants of runs, and what Corollary 3 would choose."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = "tightest rate constants of runs, estimates of L, sigma^2, Delta, and what Corollary 3 would choose"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    add("runs", type=str, nargs="*", metavar="RUN", help="run folders that differ in their seed only")
+    add("--steps", type=int, default=None, metavar="K", help="steps to plan; default: the run's own schedule")
+    add("--smoothness", type=float, default=None, metavar="L", help="L, in place of the run's lower bound")
+    add("--noise-variance", type=float, default=None, help="sigma^2 of a global batch, not the estimate")
+    add("--gap", type=float, default=None, metavar="DELTA", help="f(theta_1) - f*, in place of the estimate")
+    add("--dimension", type=int, default=None, metavar="D", help="parameters, where no RUN is given")
+    add(
+        "--weighting",
+        type=str,
+        default="linear",
+        choices=["linear", "hold", "probes"],
+        help="norms between probes: linear, the last probe's, or count probes instead of steps",
+    )
+    add("--confidence", type=float, default=0.95, help="of the intervals over seeds")
+
+
+def run(args: Any) -> None:
+    """Writes Markdown to stdout."""
+    from megatron_lion.errors import ConfigError
+
+    try:
+        text = _from_numbers(args) if not args.runs else _from_runs(args)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    sys.stdout.write(text + "\n")
+
+
+def _from_numbers(args: Any) -> str:
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.theory.advice import HONESTY, advice_table, advise
+
+    needed = ("steps", "smoothness", "noise_variance", "gap", "dimension")
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
+    if missing:
+        raise ConfigError(f"without a RUN these are needed too: {' '.join(missing)}")
+    advice = advise(args.steps, L=args.smoothness, noise_variance=args.noise_variance, gap=args.gap, d=args.dimension)
+    title = f"K = {args.steps}, d = {args.dimension:,}"
+    return "\n\n".join([title, advice_table([("given", advice)]), *HONESTY])
+
+
+def _from_runs(args: Any) -> str:
+    from megatron_lion.theory.advice import HONESTY
+    from megatron_lion.theory.records import read_run
+    from megatron_lion.theory.run_report import advice_section, rates_section
+
+    records = [read_run(path) for path in args.runs]
+    parts = ["## Rate constants", rates_section(records, args.weighting, args.confidence)]
+    for record in records:
+        parts += [
+            f"## Corollary 3 for {record.path}",
+            advice_section(
+                record,
+                args.steps,
+                smoothness=args.smoothness,
+                noise_variance=args.noise_variance,
+                gap=args.gap,
+            ),
+        ]
+    return "\n\n".join([*parts, "## What this does not say", *HONESTY])

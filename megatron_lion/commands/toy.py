@@ -1,0 +1,79 @@
+"""`megatron-lion toy`: the two-dimensional problem, both sides of the theorems, paths, tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = "measure both sides of the convergence bounds on a two-dimensional problem"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    add("--output", type=str, default="./toy", metavar="DIR", help="folder for figures, toy.md and toy.csv")
+    add("--lr", type=float, default=0.01, help="eta, the size of a step")
+    add("--weight-decay", type=float, default=0.1, help="lambda; the box is 1/lambda, 0 leaves out the box")
+    add("--betas", type=float, nargs=2, default=[0.9, 0.99], metavar=("B1", "B2"), help="beta1 and beta2")
+    add(
+        "--init-exp-avg",
+        type=str,
+        default="zeros",
+        choices=["zeros", "first_gradient"],
+        help="momentum before the first step: zeros (practice) or the first gradient (the proof)",
+    )
+    add("--noise-std", type=float, default=1.0, help="standard deviation of each coordinate's gradient noise")
+    add("--steps", type=int, default=2000, help="steps of each run")
+    add("--starts", type=int, default=5, help="starting points")
+    add("--repeats", type=int, default=5, help="noise sequences for each starting point")
+    add("--seed", type=int, default=0, help="fixes starting points and noise")
+    add("--conventions", action="store_true", help="also ask which betas and momentum fit the reference")
+    add("--no-figures", action="store_true", help="write the tables only")
+
+
+def run(args: Any) -> None:
+    """Simulates, writes the folder, shows the tables on stdout."""
+    from megatron_lion.errors import ConfigError, StorageError
+    from megatron_lion.theory.toy import EXPERIMENTS, ToySettings, run_toy
+    from megatron_lion.theory.toy_checks import theorem_points
+    from megatron_lion.theory.toy_report import curves_csv, has_reference, markdown, write_text
+
+    beta1, beta2 = args.betas
+    try:
+        settings = ToySettings(
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            betas=(beta1, beta2),
+            init_exp_avg=args.init_exp_avg,
+            noise_std=args.noise_std,
+            steps=args.steps,
+            starts=args.starts,
+            repeats=args.repeats,
+            seed=args.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    experiments = [e for e in EXPERIMENTS if e != "constrained" or settings.weight_decay > 0]
+    results = [run_toy(experiment, settings) for experiment in experiments]
+    points = {experiment: theorem_points(experiment, settings) for experiment in experiments}
+    text = markdown(results, points, with_conventions=args.conventions)
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "toy.md", text)
+        write_text(folder / "toy.csv", curves_csv(results))
+        if not args.no_figures:
+            from megatron_lion.theory.toy_figures import plot_inequality, plot_paths, plot_theorem
+
+            plot_inequality(results, folder / "toy_inequality.png", with_reference=has_reference(settings))
+            plot_paths(settings, folder / "toy_paths.png")
+            if any(points.values()):
+                plot_theorem({e: p for e, p in points.items() if p}, folder / "toy_theorem.png")
+    except OSError as error:
+        raise StorageError(f"--output {folder}: cannot be written: {error.strerror or error}") from error
+    sys.stdout.write(text)
+    sys.stdout.write(f"\nWritten to {folder}\n")

@@ -1,0 +1,185 @@
+"""Estimates of L, σ² and Δ from the records of a run, each with what it assumes.
+
+None of the three can be measured for sure from norms along one path: Assumptions 1 and 3 speak of all θ, f*
+is unknown, and probes average a finite number of batches. What is given here is therefore labelled as a lower
+bound, an upper bound or an estimate, and `megatron_lion.theory.advice` shows how the answer moves when L is
+larger than its lower bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_lion.theory.records import RunRecord
+from megatron_lion.theory.symbols import Array
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """σ² of Assumption 3, at each probe that has training steps beside it.
+
+    Attributes:
+        steps: probe steps that could be used.
+        values: estimates of E‖g − ∇f‖₂² there.
+        std: standard error of each, from the scatter of the single batches alone.
+        drift: how far ‖∇f‖₂² moved within the window of each, by interpolation between probes.
+        signal_l2_squared: ‖∇f‖₂² there: the probe's squared norm less the noise that is left in it, where that noise is
+            trusted.
+    """
+
+    steps: Array
+    values: Array
+    std: Array
+    drift: Array
+    signal_l2_squared: Array
+
+    @property
+    def trusted(self) -> NDArray[np.bool_]:
+        """Where the estimate exceeds both the drift and two standard errors; elsewhere it is mostly the error."""
+        return np.asarray((self.values > self.drift) & (self.values > 2 * self.std))
+
+    @property
+    def largest(self) -> float:
+        """The largest trusted value, which stands for the supremum of Assumption 3; NaN where none is."""
+        return float(self.values[self.trusted].max()) if self.trusted.any() else math.nan
+
+    @property
+    def median(self) -> float:
+        """Median of the trusted values; NaN where none is."""
+        return float(np.median(self.values[self.trusted])) if self.trusted.any() else math.nan
+
+
+@dataclass(frozen=True)
+class GapEstimate:
+    """Δ = f(θ¹) − f*.
+
+    Attributes:
+        first_loss: loss of the first probe (nats per token), taken for f(θ¹).
+        first_step: its step; not 0 means that the run had already gone down.
+        low: `first_loss` less the smallest loss probed: no more than Δ, up to the error of two probes.
+        high: `first_loss` itself: no less than Δ, since a cross-entropy is never negative.
+    """
+
+    first_loss: float
+    first_step: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SmoothnessEstimate:
+    """A number that L is not below, up to the error of the probes.
+
+    Attributes:
+        low: max over pairs of probes of |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| over an upper bound on ‖θ_a − θ_b‖₂.
+        pair: steps of the two probes.
+    """
+
+    low: float
+    pair: tuple[int, int]
+
+
+def estimate_noise(run: RunRecord, *, window: int | None = None, at_least: int = 3) -> NoiseEstimate | None:
+    """σ² from the norms of single global batches beside the norm of the probe's mean over B of them.
+
+    E‖g‖² = ‖∇f‖² + σ² and E‖ḡ‖² = ‖∇f‖² + σ²/B give the unbiased pair
+
+        σ²    = (mean ‖g‖² − ‖ḡ‖²) / (1 − 1/B)
+        ‖∇f‖² = ‖ḡ‖² − σ²/B
+
+    where ‖ḡ‖² is interpolated from probe to probe, since ‖∇f‖ moves along the run. Assumes that the probe's batches
+    are as large as the run's global batches, that ‖∇f‖² is about linear between probes, and that the batches are
+    independent. Training gradients include the dropout's noise, as LION's own g do.
+
+    Args:
+        run: with 'optim/grad_l2' (before clipping) and 'probe/grad_l2', 'probe/num_batches'.
+        window: training steps within this distance of a probe count; None takes half the smallest distance
+            between probes, at most 50.
+        at_least: training records that a probe needs beside it.
+
+    Returns:
+        Estimates, or None where the run has too little to make any.
+
+    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", appendix A.1, with batches of 1
+    and B.
+    """
+    if not {"optim/grad_l2", "probe/grad_l2", "probe/num_batches"} <= run.metrics.keys():
+        return None
+    train_steps, train_l2 = run.series("optim/grad_l2")
+    probe_steps, probe_l2 = run.series("probe/grad_l2")
+    batches = dict(zip(*(axis.tolist() for axis in run.series("probe/num_batches")), strict=True))
+    if window is None:
+        distance = float(np.diff(probe_steps).min()) if len(probe_steps) > 1 else 100.0
+        window = max(1, min(50, int(distance / 2)))
+    # A training line at step t holds the gradient at the point that a probe at t - 1 sees.
+    points = train_steps - 1
+    between = (points >= probe_steps[0]) & (points <= probe_steps[-1]) if len(probe_steps) > 1 else points >= 0
+    rows = []
+    for step, mean_l2 in zip(probe_steps.tolist(), probe_l2.tolist(), strict=True):
+        count = batches.get(step, 0)
+        near = (np.abs(points - step) <= window) & between
+        if count < 2 or near.sum() < at_least:
+            continue
+        path = np.interp(points[near], probe_steps, probe_l2**2)
+        excess = (train_l2[near] ** 2 - path) / (1 - 1 / count)
+        error = float(excess.std(ddof=1)) / math.sqrt(len(excess))
+        rows.append((step, float(excess.mean()), error, float(np.abs(path - mean_l2**2).max()), mean_l2**2, count))
+    if not rows:
+        return None
+    steps, values, std, drift, mean_squared, counts = np.array(rows).T
+    estimate = NoiseEstimate(steps, values, std, drift, mean_squared)
+    left_over = np.where(estimate.trusted, values / counts, 0.0)
+    return replace(estimate, signal_l2_squared=np.maximum(mean_squared - left_over, 0.0))
+
+
+def estimate_gap(run: RunRecord) -> GapEstimate | None:
+    """Both ends for Δ from the probes' losses; None where there is no probe with a loss."""
+    if "probe/loss" not in run.metrics:
+        return None
+    steps, losses = run.series("probe/loss")
+    first = float(losses[0])
+    return GapEstimate(first, int(steps[0]), first - float(losses.min()), first)
+
+
+def estimate_smoothness(run: RunRecord, noise: NoiseEstimate | None = None) -> SmoothnessEstimate | None:
+    """A lower bound on L from the change of the gradient's norm and the longest way LION can have gone.
+
+    |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| ≤ ‖∇f(θ_a) − ∇f(θ_b)‖₂ ≤ L ‖θ_a − θ_b‖₂ and
+    ‖θ_a − θ_b‖₂ ≤ Σ_{a<t≤b} η_t √d (1 + λ max‖θ‖∞), where inside the box λ‖θ‖∞ ≤ 1.
+
+    The way is zigzag, and gradients turn without changing length, so the true L is usually far larger. For SGD and
+    AdamW the records hold no such bound on the way.
+
+    Args:
+        run: a LION run with 'optim/lr' and 'probe/grad_l2'. max‖θ‖∞ is that of 'probe/theta_linf'; without that, or
+            without λ in config.yaml, λ‖θ‖∞ is taken to be 1.
+        noise: takes the left-over noise out of the norms, which would else be too large while ∇f is small.
+
+    Returns:
+        The bound, or None for another optimizer or too few probes.
+    """
+    if run.optimizer != "lion" or not {"optim/lr", "probe/grad_l2"} <= run.metrics.keys():
+        return None
+    steps, norms = run.series("probe/grad_l2")
+    if noise is not None:
+        kept = np.isin(steps, noise.steps)
+        steps, norms = steps[kept], np.sqrt(noise.signal_l2_squared)
+    if len(steps) < 2:
+        return None
+    lr_steps, lr = run.series("optim/lr")
+    # Rates between logged steps are linear in the step; travelled[t] is the sum of the rates of steps 1 … t.
+    travelled = np.concatenate([[0.0], np.cumsum(np.interp(np.arange(1, int(steps[-1]) + 1), lr_steps, lr))])
+    weight_decay, reach = run.setting("optimizer", "weight_decay"), 1.0
+    if isinstance(weight_decay, int | float) and "probe/theta_linf" in run.metrics:
+        reach = float(weight_decay) * float(run.series("probe/theta_linf")[1].max())
+    way = (1 + reach) * math.sqrt(run.num_parameters) * travelled[steps.astype(int)]
+    distance = np.abs(way[:, None] - way[None, :])
+    change = np.abs(norms[:, None] - norms[None, :])
+    ratio = np.divide(change, distance, out=np.zeros_like(change), where=distance > 0)
+    first, second = sorted(int(i) for i in np.unravel_index(ratio.argmax(), ratio.shape))
+    low = float(ratio.max())
+    return SmoothnessEstimate(low, (int(steps[first]), int(steps[second]))) if low > 0 else None

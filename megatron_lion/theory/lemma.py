@@ -1,0 +1,87 @@
+"""Lemma 6: how far LION's update direction is from the full gradient. Symbols as in `megatron_lion.theory.bounds`."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_lion.theory.symbols import Array, require_beta, require_positive
+
+
+def initial_error(
+    *, beta1: ArrayLike, sigma: ArrayLike, grad_l2: ArrayLike | None = None, first_gradient: bool = True
+) -> Array:
+    """Bound on E‖δ¹‖₂, the error of the first update direction c¹, for both ways to start the momentum.
+
+    m⁰ = g¹ (the proof): δ¹ = g¹ − ∇f(θ¹), so E‖δ¹‖ ≤ σ.
+    m⁰ = 0 (practice): δ¹ = −β₁∇f(θ¹) + (1−β₁)(g¹ − ∇f(θ¹)), so E‖δ¹‖ ≤ √(β₁²‖∇f(θ¹)‖² + (1−β₁)²σ²).
+
+    Args:
+        beta1: β₁.
+        sigma: σ.
+        grad_l2: ‖∇f(θ¹)‖₂; needed for m⁰ = 0 only.
+        first_gradient: m⁰ = g¹; False for m⁰ = 0.
+
+    Raises:
+        ValueError: a number outside its range, or `grad_l2` is missing for m⁰ = 0.
+
+    Source: last line of the proof of Lemma 6 (m⁰ = g¹); the same expansion with m⁰ = 0.
+    """
+    beta1, sigma = require_beta("beta1", beta1), require_positive("sigma", sigma, zero=True)
+    if first_gradient:
+        return sigma + np.zeros_like(beta1)
+    if grad_l2 is None:
+        raise ValueError("grad_l2 = None: expected the l2 norm of the first full gradient when momentum starts at 0")
+    grad_l2 = require_positive("grad_l2", grad_l2, zero=True)
+    return np.sqrt((beta1 * grad_l2) ** 2 + ((1 - beta1) * sigma) ** 2)
+
+
+def lemma6(
+    K: ArrayLike,
+    *,
+    beta1: ArrayLike,
+    beta2: ArrayLike,
+    lr: ArrayLike,
+    L: ArrayLike,
+    sigma: ArrayLike,
+    d: ArrayLike,
+    first_error: ArrayLike | None = None,
+) -> Array:
+    """Lemma 6: how far c^k is from the full gradient, on average over the steps.
+
+    (1/K) Σ_{k≤K} E‖δ^k‖₂ ≤ σ/(K(1−β₂)) + 2Lη√d/(1−β₂) + (|β₁−β₂| + 1 − β₁) σ/√(1−β₂),  δ^k = c^k − ∇f(θ^k)
+
+    It needs ‖θ^k‖∞ ≤ 1/λ for every k, and holds for any β₁, β₂ in [0, 1) and any K.
+
+    Args:
+        K: steps.
+        beta1: β₁.
+        beta2: β₂.
+        lr: η.
+        L: smoothness.
+        sigma: σ; 0 means exact gradients.
+        d: dimension.
+        first_error: E‖δ¹‖₂ in place of the σ of the first summand; see `initial_error`. The paper's σ is
+            for m⁰ = g¹.
+
+    Returns:
+        The right side, in the unit of a gradient.
+
+    Raises:
+        ValueError: a number outside its range.
+
+    Example:
+        >>> round(float(lemma6(100, beta1=0.9, beta2=0.99, lr=0.01, L=7, sigma=2**0.5, d=2)), 3)
+        23.9
+
+    Source: Lemma 6 (Appendix A.2).
+    """
+    K, d = require_positive("K", K), require_positive("d", d)
+    beta1, beta2 = require_beta("beta1", beta1), require_beta("beta2", beta2)
+    lr, L = require_positive("lr", lr), require_positive("L", L)
+    sigma = require_positive("sigma", sigma, zero=True)
+    first = sigma if first_error is None else require_positive("first_error", first_error, zero=True)
+    start = first / (K * (1 - beta2))
+    drift = 2 * L * lr * np.sqrt(d) / (1 - beta2)
+    noise = (np.abs(beta1 - beta2) + 1 - beta1) * sigma / np.sqrt(1 - beta2)
+    return np.asarray(start + drift + noise)

@@ -1,0 +1,254 @@
+"""The tightest constants with which the K^{−¼} rate holds along a run, and how sure several seeds make them.
+
+c_LION = max_K K^¼ d^{−½} (1/K) Σ_{k≤K} ‖∇f(θ^k)‖₁   so that   mean ‖∇f‖₁ ≤ c_LION √d K^{−¼} for every K
+c_SGD  = max_K K^¼ (1/K) Σ_{k≤K} ‖∇f(θ^k)‖₂          so that   mean ‖∇f‖₂ ≤ c_SGD K^{−¼} for every K
+
+Full gradients are measured every so many steps only. A probe written at `step` sees θ^{step+1}. Between
+probes the norm is taken to be linear in k ('linear'), or to stay at the last probe ('hold'); before the first
+probe it is taken to be the first probe's value. 'probes' forgets steps: K counts the probes, as epochs would.
+The maximum runs over every integer K up to the last probe. The constants therefore depend on the unit of K,
+and only constants of the same unit compare.
+
+Source: journal edition of "Convergence Rate Analysis of LION", Appendix A.1.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from megatron_lion.theory.symbols import Array, require_positive
+
+type Weighting = Literal["linear", "hold", "probes"]
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting.__value__)
+
+
+@dataclass(frozen=True)
+class RateConstant:
+    """max_K K^¼ scale mean_{k≤K} of a norm.
+
+    Attributes:
+        value: the constant, in the unit of a gradient.
+        at: the K of the maximum.
+        last: K^¼ scale mean at the last K; far below `value` means that the norm falls faster than K^{−¼}.
+        steps: K of the last probe, or the number of probes.
+    """
+
+    value: float
+    at: int
+    last: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Estimate with a two-sided confidence interval.
+
+    Attributes:
+        mean: the estimate.
+        low: lower end; NaN for a single run.
+        high: upper end; NaN for a single run.
+        confidence: its probability.
+        runs: number of seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    confidence: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class SeedRates:
+    """A rate constant over runs that differ in their seed.
+
+    Attributes:
+        of_mean: constant of the norms averaged over the runs, the expectation that the theorems bound.
+        of_mean_interval: percentile bootstrap over runs for `of_mean`. With fewer than about 10 runs it is
+            too narrow.
+        per_run: constant of each run.
+        per_run_interval: Student's t interval for the mean of `per_run`.
+    """
+
+    of_mean: RateConstant
+    of_mean_interval: Interval
+    per_run: tuple[RateConstant, ...]
+    per_run_interval: Interval
+
+
+def spread_over_steps(steps: ArrayLike, values: ArrayLike, weighting: Weighting = "linear") -> Array:
+    """One value for each k = 1, 2, … up to the last probe, from values at sparse probes.
+
+    Args:
+        steps: optimizer steps done at each probe, ascending, ≥ 0; a probe at step s sees θ^{s+1}.
+        values: the norm at each probe.
+        weighting: 'linear', 'hold' or 'probes'.
+
+    Returns:
+        Values at k = 1 … K, shape (K,).
+
+    Raises:
+        ValueError: shapes differ, steps do not ascend, values are not finite, or an unknown weighting.
+
+    Example:
+        >>> spread_over_steps([0, 2], [4.0, 2.0]).tolist()
+        [4.0, 3.0, 2.0]
+        >>> spread_over_steps([1, 3], [4.0, 2.0], "hold").tolist()
+        [4.0, 4.0, 4.0, 2.0]
+    """
+    steps, values = np.asarray(steps, dtype=np.float64), require_positive("values", values, zero=True)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting = {weighting!r}: expected one of {', '.join(WEIGHTINGS)}")
+    if steps.ndim != 1 or steps.shape != values.shape or len(steps) == 0:
+        raise ValueError(f"steps and values have shapes {steps.shape} and {values.shape}: expected the same (n,)")
+    if steps[0] < 0 or np.any(np.diff(steps) <= 0):
+        raise ValueError("steps: expected ascending numbers >= 0")
+    if weighting == "probes":
+        return values
+    k = np.arange(1, int(steps[-1]) + 2)
+    if weighting == "linear":
+        return np.interp(k, steps + 1, values)
+    return np.asarray(values[np.maximum(np.searchsorted(steps + 1, k, side="right") - 1, 0)])
+
+
+def rate_constant(
+    steps: ArrayLike, values: ArrayLike, *, scale: float = 1.0, weighting: Weighting = "linear"
+) -> RateConstant:
+    """The smallest c with scale × mean_{k≤K} ‖∇f(θ^k)‖ ≤ c K^{−¼} for every K up to the last probe.
+
+    Args:
+        steps: optimizer steps done at each probe.
+        values: ‖∇f‖₁ or ‖∇f‖₂ at each probe.
+        scale: d^{−½} for ‖∇f‖₁ (`c_lion`), 1 for ‖∇f‖₂ (`c_sgd`).
+        weighting: how probes stand for the steps between them.
+
+    Raises:
+        ValueError: as `spread_over_steps`, or `scale` is not positive.
+
+    Example:
+        >>> rate_constant([0, 1, 2, 3], [1.0, 1.0, 1.0, 1.0]).value == 4**0.25
+        True
+    """
+    require_positive("scale", scale)
+    dense = spread_over_steps(steps, values, weighting)
+    K = np.arange(1, len(dense) + 1)
+    curve = scale * K**-0.75 * np.cumsum(dense)
+    best = int(curve.argmax())
+    return RateConstant(float(curve[best]), best + 1, float(curve[-1]), len(dense))
+
+
+def c_lion(steps: ArrayLike, grad_l1: ArrayLike, d: int, weighting: Weighting = "linear") -> RateConstant:
+    """c_LION = max_K K^¼ d^{−½} mean_{k≤K} ‖∇f(θ^k)‖₁; as `rate_constant`, d counts every parameter."""
+    return rate_constant(steps, grad_l1, scale=float(require_positive("d", d)) ** -0.5, weighting=weighting)
+
+
+def c_sgd(steps: ArrayLike, grad_l2: ArrayLike, weighting: Weighting = "linear") -> RateConstant:
+    """c_SGD = max_K K^¼ mean_{k≤K} ‖∇f(θ^k)‖₂; arguments as `rate_constant`."""
+    return rate_constant(steps, grad_l2, weighting=weighting)
+
+
+def rates_over_seeds(
+    runs: Sequence[tuple[ArrayLike, ArrayLike]],
+    *,
+    scale: float = 1.0,
+    weighting: Weighting = "linear",
+    confidence: float = 0.95,
+    resamples: int = 1000,
+) -> SeedRates:
+    """Rate constant over seeds, in both readings of 'averaged over runs'.
+
+    Args:
+        runs: (steps, norms) of each run; steps that not all runs have are left out.
+        scale: as `rate_constant`.
+        weighting: as `rate_constant`.
+        confidence: of both intervals, in (0, 1).
+        resamples: of the bootstrap; its random numbers are fixed.
+
+    Raises:
+        ValueError: no runs, no common step, or a number outside its range.
+    """
+    if not runs:
+        raise ValueError("runs is empty: expected at least one run")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence:g}: expected a number in (0, 1)")
+    common = sorted(set.intersection(*(set(np.asarray(steps, dtype=np.float64).tolist()) for steps, _ in runs)))
+    if not common:
+        raise ValueError("the runs have no probe step in common: expected runs probed at the same steps")
+    values = np.stack(
+        [
+            np.asarray(norms, dtype=np.float64)[np.isin(np.asarray(steps, dtype=np.float64), common)]
+            for steps, norms in runs
+        ]
+    )
+    per_run = tuple(rate_constant(common, row, scale=scale, weighting=weighting) for row in values)
+    of_mean = rate_constant(common, values.mean(axis=0), scale=scale, weighting=weighting)
+    low = high = math.nan
+    if len(runs) > 1:
+        draws = np.random.default_rng(0).integers(0, len(runs), (resamples, len(runs)))
+        # Equal draws give equal constants: with few seeds there are few different ones.
+        unique, counts = np.unique(np.sort(draws, axis=1), axis=0, return_counts=True)
+        constants = [
+            rate_constant(common, values[draw].mean(axis=0), scale=scale, weighting=weighting).value for draw in unique
+        ]
+        tail = (1 - confidence) / 2
+        low, high = (float(x) for x in np.quantile(np.repeat(constants, counts), [tail, 1 - tail]))
+    return SeedRates(
+        of_mean,
+        Interval(of_mean.value, low, high, confidence, len(runs)),
+        per_run,
+        t_interval([rate.value for rate in per_run], confidence),
+    )
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's t interval for the mean of independent, roughly normal values.
+
+    Example:
+        >>> interval = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
+        (1.037, 3.0, 4.963)
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Interval(mean, math.nan, math.nan, confidence, n)
+    half = t_quantile(1 - (1 - confidence) / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, confidence, n)
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t distribution with whole degrees of freedom, by bisection.
+
+    Example:
+        >>> round(t_quantile(0.975, 4), 4)
+        2.7764
+    """
+    if not 0.5 <= probability < 1 or freedom < 1:
+        raise ValueError(
+            f"probability = {probability:g}, freedom = {freedom}: expected a probability in [0.5, 1) and freedom >= 1"
+        )
+    low, high = 0.0, 1.0
+    while _t_cdf(high, freedom) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_cdf(middle, freedom) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def _t_cdf(t: float, freedom: int) -> float:
+    """P(T ≤ t) for t ≥ 0, by the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    total, term = 0.0, cosine if freedom % 2 else 1.0
+    for power in range(3 if freedom % 2 else 2, freedom + 1, 2):
+        total += term
+        term *= cosine * cosine * (power - 1) / power
+    if freedom % 2:
+        return 0.5 + (angle + sine * total) / math.pi
+    return 0.5 + sine * total / 2
