@@ -1,0 +1,26 @@
+"""`megatron-lion env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+HELP = "Print versions, hardware and what is missing, as JSON, for bug reports"
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
+
+
+def run(args: Any) -> None:
+    from megatron_lion.device import select_device
+    from megatron_lion.model.gpt import choose_attention
+    from megatron_lion.parallel_env import world_size_from_env
+    from megatron_lion.train.runfolder import environment_facts
+
+    device = select_device(args.device)
+    facts = environment_facts(device.name(), world_size_from_env())
+    facts["attention"] = choose_attention("auto", device)
+    facts["backend"] = device.backend
+    sys.stdout.write(json.dumps(facts, indent=2) + "\n")
