@@ -77,17 +77,21 @@ def _inequality_panel(ax: Axes, result: ToyResult, with_reference: bool) -> None
     ax.plot(k[k >= mean], right[k >= mean], color=VERMILION, label=f"{corollary}: {formula}", linewidth=1.8)
     own = result.own_bound.mean(axis=1)
     ax.plot(k, own, color=GREY, linestyle="--", linewidth=1.2, label="bound for the settings of the run")
-    ax.axvspan(low, min(high, k[-1]), color=ORANGE, alpha=0.15, linewidth=0)
-    ax.axvline(mean, color=ORANGE, linewidth=1.3)
+    if low < k[-1]:
+        ax.axvspan(low, min(high, k[-1]), color=ORANGE, alpha=0.15, linewidth=0)
+    if mean < k[-1]:
+        ax.axvline(mean, color=ORANGE, linewidth=1.3)
     ax.set_yscale("log")
     top = 400.0
     ax.set_ylim(0.7 * float(left.min()), top)
+    # A line in the right half, or beyond the last step, has its label on the left.
     ax.text(
-        mean,
+        min(mean, k[-1]),
         top * 0.93,
-        rf" $K_{{min}}$ = {mean:.0f} ({low:.0f}–{high:.0f})",
+        rf" $K_{{min}}$ = {mean:.0f} ({low:.0f}–{high:.0f}) ",
         fontsize=8,
         va="top",
+        ha="left" if mean < k[-1] / 2 else "right",
         color="#8a5a00",
     )
     if with_reference:
