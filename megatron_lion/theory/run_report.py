@@ -51,6 +51,8 @@ def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: f
         notes.append(f"Before the first probe (step {first}) its value is assumed.")
     if len(runs) == 1:
         notes.append("One run has no interval: give runs that differ in their seed.")
+    if any(rates.of_mean.at == rates.of_mean.steps for _, rates in rows):
+        notes.append("A maximum at the last K still grows: more steps would give a larger constant.")
     notes.append("Noise left in a probe's mean makes both norms, and so both constants, too large.")
     return "\n".join(lines) + "\n\n" + " ".join(notes)
 
@@ -115,7 +117,7 @@ def advice_section(
     missing = [
         text
         for absent, text in (
-            (not scenarios, "L (only a LION run with probes gives a lower bound): give --smoothness"),
+            (not scenarios, "L (needs a LION run with two probes beside training norms): give --smoothness"),
             (
                 noise_variance is None,
                 "σ² (needs optim/grad_l2 beside probes of ≥ 2 batches): give --noise-variance",

@@ -152,17 +152,25 @@ def test_theory_verb_over_seeds(run_folders, capsys):
     text = capsys.readouterr().out
     assert "| c_LION (‖∇f‖₁/√d) |" in text
     assert "of the mean over 3 runs" in text
+    assert "still grows" not in text
     assert text.count("## Corollary 3 for") == 3
     assert "| L × 100, Δ high |" in text
     assert "beta1 = beta2 (Signum)" in text
     assert "The run used β = (0.9, 0.95) and a peak η of 0.01." in text
 
 
+def test_theory_verb_says_that_a_constant_still_grows(tmp_path, capsys):
+    probes = [{"step": s, "probe/grad_l1": 3.0, "probe/grad_l2": 1.0, "probe/num_parameters": 9} for s in (0, 50)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in probes))
+    call(theory_verb, tmp_path, "--steps", 100)
+    assert "A maximum at the last K still grows" in capsys.readouterr().out
+
+
 def test_theory_verb_says_what_it_cannot_estimate(tmp_path, capsys):
     folder = write_run(tmp_path / "run", optimizer="sgd")
     call(theory_verb, folder)
     text = capsys.readouterr().out
-    assert "not estimated: L (only a LION run with probes gives a lower bound): give --smoothness" in text
+    assert "not estimated: L (needs a LION run with two probes beside training norms): give --smoothness" in text
     assert "| scenario |" not in text
     assert text.count("beta1 = beta2 (Signum)") == 1
     call(theory_verb, folder, "--smoothness", 3, "--noise-variance", 0.5, "--gap", 200)
