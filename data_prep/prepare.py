@@ -81,7 +81,7 @@ def prepare(
     with locked_work_folder(output) as work:
         files = [_spool(documents, work, options.json_key)] if documents is not None else []
         files += find_inputs(options.inputs, options.format) if options.inputs or documents is None else []
-        sources = _hash_sources(files, progress)
+        sources = _hash_sources(files, work, progress)
         planned = dataclasses.replace(planned, sources=tuple(sources))
         existing = _existing(output, planned, options.overwrite)
         if existing is not None:
@@ -135,13 +135,14 @@ def _spool(documents: Iterable[str], work: Path, key: str) -> InputFile:
     return input_file(path, "jsonl")
 
 
-def _hash_sources(files: Sequence[InputFile], progress: Progress) -> list[SourceInfo]:
+def _hash_sources(files: Sequence[InputFile], work: Path, progress: Progress) -> list[SourceInfo]:
     progress.stage("hashing the input", sum(file.bytes for file in files))
     sources = []
     for file in files:
         with reading(file.path):
             digest = sha256_file(file.path, progress.advance)
-        sources.append(SourceInfo(path=str(file.path), bytes=file.bytes, sha256=digest, documents=0))
+        path = file.path.name if file.path.parent == work else str(file.path)  # the work folder will be gone
+        sources.append(SourceInfo(path=path, bytes=file.bytes, sha256=digest, documents=0))
     return sources
 
 
@@ -199,18 +200,14 @@ class _Preparation:
             vocab_size=tokenizer.vocab_size,
         )
         total = sum(file.bytes for file in files)
-        self.piece_bytes = min(max(total // _PIECES, _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
+        # A power of two, so that a small change of the corpus leaves the cuts of the other files where they are.
+        self.piece_bytes = min(max(1 << (total // _PIECES).bit_length(), _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
         self.shards_folder = work / f"shards-{self._shards_key()[:16]}"
 
     def _shards_key(self) -> str:
         """What the shards depend on; shards of another key are never taken."""
-        sources = [
-            (source.sha256, file.format, file.compression)
-            for source, file in zip(self.planned.sources, self.files, strict=True)
-        ]
         parts = (
             _SHARDS_FORMAT,
-            sources,
             self.planned.tokenizer.sha256,
             dataclasses.asdict(self.settings),
             self.piece_bytes,
@@ -242,9 +239,13 @@ class _Preparation:
         return manifest
 
     def _named_pieces(self) -> Iterator[tuple[str, Piece]]:
-        for index, file in enumerate(self.files):
+        """Shards are named by the content of their file: one that was mended is encoded again, the others stay."""
+        times: Counter[str] = Counter()
+        for source, file in zip(self.planned.sources, self.files, strict=True):
+            content = f"{source.sha256[:24]}-{file.format}{file.compression}"
+            times[content] += 1
             for piece in cut_pieces(file, self.piece_bytes):
-                yield f"{index:05d}-{piece.number:06d}", piece
+                yield f"{content}-{times[content]}-{piece.number:06d}", piece
 
     def _check_space(self) -> None:
         estimate = estimate_work(self.files, self.settings, self.encoder)
@@ -273,11 +274,9 @@ class _Preparation:
     def _check_unchanged(self) -> None:
         for file, source in zip(self.files, self.planned.sources, strict=True):
             with reading(file.path):
-                size = file.path.stat().st_size
-            if size != source.bytes:
-                raise DataError(
-                    f"{file.path}: changed while it was read ({source.bytes} bytes, now {size}); start again"
-                )
+                now = file.path.stat()
+            if (now.st_size, now.st_mtime_ns) != (source.bytes, file.modified_ns):
+                raise DataError(f"{file.path}: changed while it was read; give the same command again")
 
     def _merge(self, collector: Collector, shards: Sequence[Shard], result: Path) -> Manifest:
         """Writes the splits' token files, the tokenizer and the manifest into `result`."""

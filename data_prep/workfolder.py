@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from megatron_lion.data.files import storage_errors, sync_folder
 from megatron_lion.data.manifest import NAME
 from megatron_lion.errors import BusyError, ConfigError, StorageError
+
+logger = logging.getLogger(__name__)
 
 
 def work_folder(output: Path) -> Path:
@@ -39,7 +42,14 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
             raise BusyError(
                 f"{output}: another prepare is writing it; wait for it or choose another --output"
             ) from None
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if any(folder.glob("shards-*/*.json")):
+                logger.info("what is encoded is kept in %s; the same command goes on from there", folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -70,7 +70,6 @@ def run(args: Any) -> None:
     """Prepares, and shows on stdout what was made."""
     from data_prep.prepare import PrepareOptions, prepare
     from data_prep.progress import ConsoleProgress
-    from data_prep.workfolder import work_folder
     from megatron_lion.errors import StoppedOnRequest
 
     if not logging.getLogger().handlers:
@@ -95,8 +94,7 @@ def run(args: Any) -> None:
         with ConsoleProgress() as progress:
             manifest = prepare(options, progress=progress)
     except KeyboardInterrupt:
-        kept = work_folder(options.output_folder)
-        raise StoppedOnRequest(f"stopped; what is encoded is kept in {kept}: the same command goes on") from None
+        raise StoppedOnRequest("stopped; the same command goes on from the pieces that are encoded") from None
     sys.stdout.write(summary(args.output, manifest))
 
 
