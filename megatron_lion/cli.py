@@ -22,6 +22,7 @@ VERBS = {
     "evaluate": "zero-shot perplexity of a run's checkpoints",
     "compare": "tables and figures over several runs",
     "toy": "the two-dimensional experiment of the convergence theory",
+    "theory": "rate constants of runs, and what Corollary 3 would choose",
     "env": "versions and hardware, for bug reports",
     "demo": "the whole path on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
 }
