@@ -1,0 +1,148 @@
+"""`megatron-lion demo`: from raw text to a comparison of LION, SGD and AdamW, on any machine, in about five minutes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HELP = (
+    "Build a small corpus from this machine's Python documentation, train a tokenizer and a small GPT-2 with LION, SGD and AdamW on "
+    "two processes, probe the full gradient, evaluate zero-shot on prose of another kind, and compare"
+)
+
+VOCAB_SIZE = 4096
+SPLIT = "94,3,3"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer at its rate from the grid in benchmarks/results/rates_demo.md."""
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+
+
+RECIPES = (
+    Recipe("lion", 3e-3, 0.1),
+    Recipe("sgd", 1.0, 0.0),
+    Recipe("adamw", 1e-2, 0.03),
+)
+QUICK_STEPS = 20
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--output", type=str, default="demo", help="folder for everything the demo makes")
+    parser.add_argument("--processes", type=int, default=2, help="processes that train together (data parallel)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps only: shows that the path works, not how it ends")
+    parser.add_argument("--paper-rates", action="store_true", help="the paper's rates (configs/demo_paper_rates.yaml) instead of tuned ones")
+
+
+def run(args: Any) -> None:
+    from megatron_lion.errors import ConfigError
+
+    output = Path(args.output)
+    if args.processes < 1 or 16 % args.processes:
+        raise ConfigError(f"--processes {args.processes}: the demo's batches of 16 samples divide over 1, 2, 4, 8 or 16 processes")
+    if output.is_dir() and any(output.iterdir()) and not (output / ".demo").is_file():
+        raise ConfigError(f"--output {output}: not empty and not made by a demo; choose another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / ".demo").write_text("made by megatron-lion demo\n")
+    demo = _Demo(output, args.processes, args.quick, args.paper_rates)
+    demo.run()
+
+
+class _Demo:
+    """The verbs that a user would give one by one, in order, each shown before it runs."""
+
+    def __init__(self, output: Path, processes: int, quick: bool, paper_rates: bool) -> None:
+        self.output, self.processes, self.quick = output, processes, quick
+        self.config = _configs_folder() / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
+        self.paper_rates = paper_rates
+        self.started = time.monotonic()
+        self.step_number = 0
+
+    def run(self) -> None:
+        dataset, held_out = self.prepare()
+        runs = [self.pretrain(recipe, dataset) for recipe in RECIPES]
+        for folder in runs:
+            self.evaluate(folder, held_out)
+        self.compare(runs)
+
+    def prepare(self) -> tuple[Path, Path]:
+        from data_prep.demo_corpus import build_demo_corpus, train_bpe
+
+        self.say("a corpus from this machine's Python documentation, and a tokenizer for it")
+        corpus = build_demo_corpus(self.output / "text")
+        train_bpe(corpus.train, VOCAB_SIZE, self.output / "tokenizer")
+        dataset = self.output / "data"
+        self.verb("prepare", "--input", str(corpus.train), "--tokenizer", str(self.output / "tokenizer"), "--output", str(dataset),
+                  "--split", SPLIT)  # fmt: skip
+        return dataset, corpus.held_out
+
+    def pretrain(self, recipe: Recipe, dataset: Path) -> Path:
+        self.say(f"pretraining with {recipe.optimizer.upper()} on {self.processes} processes")
+        folder = self.output / "runs" / recipe.optimizer
+        options = ["--config", str(self.config), "--run_dir", str(folder), "--data.path", f"[{dataset}]",
+                   "--data.cache", str(self.output / "cache"), "--optimizer.name", recipe.optimizer]  # fmt: skip
+        if self.paper_rates:
+            options += ["--optimizer.lr", "1e-4" if recipe.optimizer == "sgd" else "1e-5"]
+        else:
+            options += ["--optimizer.lr", f"{recipe.lr:g}", "--optimizer.weight_decay", f"{recipe.weight_decay:g}"]
+        if self.quick:
+            at = [QUICK_STEPS // 2, QUICK_STEPS]
+            options += ["--train.steps", str(QUICK_STEPS), "--checkpoint.at_steps", str(at), "--train.test_every", str(at[0]),
+                        "--probe.every", str(at[0]), "--probe.num_batches", "2", "--train.test_batches", "1"]  # fmt: skip
+        self.verb("pretrain", *options, distributed=True)
+        return folder
+
+    def evaluate(self, folder: Path, held_out: Path) -> None:
+        self.say(f"zero-shot perplexity of {folder.name.upper()}'s checkpoints on prose of another kind")
+        self.verb("evaluate", str(folder), "--steps", "all", "--text", str(held_out), distributed=True)
+
+    def compare(self, runs: list[Path]) -> None:
+        self.say("the comparison")
+        self.verb("compare", *map(str, runs), "--output", str(self.output / "comparison"))
+        minutes = (time.monotonic() - self.started) / 60
+        rates = "the paper's rates" if self.paper_rates else "rates of a small grid (benchmarks/results/rates_demo.md)"
+        sys.stdout.write(
+            f"\ndone in {minutes:.1f} minutes, each optimizer at {rates}\n"
+            f"  {self.output}/comparison   tables and figures\n"
+            f"  {self.output}/runs         one folder a run: config.yaml, metrics.jsonl, checkpoints/, eval/\n"
+        )
+
+    def say(self, text: str) -> None:
+        self.step_number += 1
+        sys.stderr.write(f"\n[{self.step_number}] {text}\n")
+        sys.stderr.flush()
+
+    def verb(self, verb: str, *words: str, distributed: bool = False) -> None:
+        """Runs a verb in a process of its own and ends the demo with its code if it fails."""
+        from megatron_lion.errors import MegatronLionError
+
+        start = ["-m"]
+        if distributed and self.processes > 1:
+            start = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes), "--rdzv-backend", "c10d",
+                     "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m"]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        sys.stderr.write(f"    megatron-lion {verb} {' '.join(words)}\n")
+        sys.stderr.flush()
+        outcome = subprocess.run([sys.executable, *start, "megatron_lion", verb, *words], env=environment, check=False)
+        if outcome.returncode:
+            error = MegatronLionError(f"the demo stopped: `megatron-lion {verb}` ended with code {outcome.returncode}; see above")
+            error.exit_code = outcome.returncode if outcome.returncode > 0 else 1
+            raise error
+
+
+def _configs_folder() -> Path:
+    from megatron_lion.errors import EnvironmentFault
+
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    if not (folder / "demo.yaml").is_file():
+        raise EnvironmentFault("the demo runs in a checkout of the repository: its configs/ folder is not installed with the package")
+    return folder
