@@ -1,0 +1,94 @@
+"""LAMBADA: does the model know the last word of a passage that needs the whole of it?
+
+The last word, with the blank before it, is the target; all before it is context, without a start token. A
+passage counts as right if greedy decoding gives every token of the target. Perplexity is that of the last
+*word*: exp of the mean over passages of the target's summed negative log likelihood.
+
+Source: Paperno et al. 2016; the processed test set of Radford et al. 2019 (5,153 passages), scored as the
+`lambada_openai` task of lm-evaluation-harness does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_lion.errors import DataError
+from megatron_lion.evaluate.scoring import Segment
+
+KNOWN_SETS = {
+    "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226": "LAMBADA test, as processed for GPT-2"
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passages:
+    """A LAMBADA file.
+
+    Attributes:
+        path: where it was read from.
+        sha256: hash of its bytes.
+        version: name of a known file, or "unknown".
+        texts: one passage each; the last word is the target.
+    """
+
+    path: str
+    sha256: str
+    version: str
+    texts: list[str]
+
+
+def read_passages(path: str | Path) -> Passages:
+    """Reads a JSONL file with a passage under `text` in each line.
+
+    Raises:
+        DataError: the file is missing or not such a file; the message names the line.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give LAMBADA as JSONL") from None
+    texts = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}:{number}: not a JSON object with a passage under 'text'") from None
+        if not isinstance(text, str) or " " not in text.strip():
+            raise DataError(f"{path}:{number}: a passage needs at least two words under 'text'")
+        texts.append(text.strip())
+    if not texts:
+        raise DataError(f"{path}: no passage in it; needed: JSONL with a passage under 'text' in each line")
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Passages(path=str(path), sha256=sha256, version=KNOWN_SETS.get(sha256, "unknown"), texts=texts)
+
+
+def passage_segment(text: str, encode: Callable[[str], list[int]], seq_length: int) -> Segment:
+    """Tokens of a passage with its last word scored; a passage too long loses its beginning.
+
+    Args:
+        text: the passage.
+        encode: text to token ids.
+        seq_length: the model's context length.
+
+    >>> segment = passage_segment("ab cd ef", lambda s: [ord(c) for c in s], seq_length=5)
+    >>> "".join(map(chr, segment.ids)), segment.num_scored
+    (' cd ef', 3)
+    """
+    context, _, word = text.rpartition(" ")
+    before = encode(context)
+    # Both halves in one go: a tokenizer that merges across the blank must not be scored on a split it never makes.
+    ids = encode(f"{context} {word}")
+    target = ids[len(before) :] or ids[-1:]
+    if not before or len(target) > seq_length:
+        raise DataError(f"passage {text[:40]!r}: no room for context before a last word of {len(target)} tokens")
+    kept = ids[-(seq_length + 1) :]
+    return Segment(ids=torch.tensor(kept, dtype=torch.int64), num_scored=len(target))

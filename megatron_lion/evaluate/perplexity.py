@@ -1,0 +1,147 @@
+r"""Perplexity of one token stream by overlapping windows, over any number of ranks, each target exactly once.
+
+The stream $x_0 \dots x_{n-1}$ is scored without a start token: $x_0$ is only context, so there are $n-1$
+targets. Windows have the model's length $S$ and start every $o$ tokens (the stride). The first window scores
+all of its $S$ targets, each later one only its last $o$, which so have more than $S-o$ tokens of context:
+
+$$\mathrm{loss} = \frac{1}{n-1} \sum_{t=1}^{n-1} -\ln p(x_t \mid x_{s(t)} \dots x_{t-1}).$$
+
+Source: the convention of Megatron-LM's zero-shot evaluation; reading a stream with a stride shorter than the
+window is also the Hugging Face documentation's `stride`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_lion.errors import ConfigError, DataError
+from megatron_lion.evaluate.scoring import (
+    DetailedScorer,
+    Progress,
+    Scorer,
+    Segment,
+    SegmentScores,
+    score_segments,
+    single_rank,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """One window: feed `tokens[start : stop + 1]`, score the targets `first_target` to `stop`, inclusive."""
+
+    start: int
+    stop: int
+    first_target: int
+
+    @property
+    def num_scored(self) -> int:
+        """Number of targets this window scores."""
+        return self.stop - self.first_target + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPlan:
+    """The windows of a stream; build it with `plan_windows`.
+
+    Attributes:
+        n_tok: tokens in the stream.
+        seq_length: predictions a window makes at most, S.
+        stride: tokens from one window's start to the next, o.
+    """
+
+    n_tok: int
+    seq_length: int
+    stride: int
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows that score at least one target."""
+        return 1 + max(0, math.ceil((self.n_tok - 1 - self.seq_length) / self.stride))
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens that go through the model: windows are all padded to the full length."""
+        return self.num_windows * self.seq_length
+
+    def window(self, index: int) -> Window:
+        """The window of that index; 0 is the first."""
+        start = index * self.stride
+        first = 1 if index == 0 else start + self.seq_length - self.stride + 1
+        return Window(start=start, stop=min(start + self.seq_length, self.n_tok - 1), first_target=first)
+
+
+def plan_windows(n_tok: int, seq_length: int, stride: int) -> WindowPlan:
+    """Plans the windows over a stream of `n_tok` tokens.
+
+    Args:
+        n_tok: tokens in the stream, at least 2.
+        seq_length: the model's context length.
+        stride: targets each window after the first scores; `seq_length` gives windows that do not overlap.
+
+    Raises:
+        ConfigError: stride outside 1..seq_length.
+        DataError: fewer than two tokens.
+
+    >>> plan = plan_windows(n_tok=11, seq_length=4, stride=3)
+    >>> [(w.start, w.stop, w.first_target) for w in map(plan.window, range(plan.num_windows))]
+    [(0, 4, 1), (3, 7, 5), (6, 10, 8)]
+    """
+    if not 1 <= stride <= seq_length:
+        raise ConfigError(f"--stride {stride}: must be from 1 to the model's sequence length {seq_length}")
+    if n_tok < 2:
+        raise DataError(f"the text encodes to {n_tok} token(s); perplexity needs at least 2")
+    return WindowPlan(n_tok=n_tok, seq_length=seq_length, stride=stride)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinity where float64 overflows.
+
+    >>> perplexity(0.0), perplexity(1e6)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def score_stream(
+    tokens: Sequence[int] | Tensor,
+    plan: WindowPlan,
+    scorer: Scorer | DetailedScorer,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 8,
+    all_reduce_sum: Callable[[Tensor], Tensor] = single_rank,
+    progress: Progress | None = None,
+) -> SegmentScores:
+    """Scores a stream by a plan of windows; see `score_segments` for the arguments after `scorer`.
+
+    Args:
+        tokens: the token ids, `plan.n_tok` of them.
+        plan: from `plan_windows`.
+        scorer: the model; see `Scorer`.
+
+    Raises:
+        NumericsError: the model gave NaN or an infinite loss.
+    """
+    stream = torch.as_tensor(tokens, dtype=torch.int64)
+    assert stream.numel() == plan.n_tok, "the plan is for another stream"
+    windows = [plan.window(k) for k in range(plan.num_windows)]
+    return score_segments(
+        [Segment(ids=stream[w.start : w.stop + 1], num_scored=w.num_scored) for w in windows],
+        scorer,
+        seq_length=plan.seq_length,
+        rank=rank,
+        world_size=world_size,
+        batch_size=batch_size,
+        all_reduce_sum=all_reduce_sum,
+        progress=progress,
+    )

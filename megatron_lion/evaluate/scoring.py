@@ -1,0 +1,193 @@
+"""What an evaluation needs of a model: the probability it gives to each next token, in batches over the ranks.
+
+Shape suffixes: B batch, T tokens given (one more than predictions), S predictions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from megatron_lion.errors import NumericsError
+
+Progress = Callable[[int, int], None]
+"""Called with (segments done by this rank, segments this rank has to do)."""
+
+PAD_TO = 64
+"""Batches are padded to a multiple of this, so that few shapes occur and sequence-parallel ranks divide them."""
+
+
+class Scorer(Protocol):
+    """Gives the negative log likelihood of each token after the first.
+
+    Called with token ids [B, T] (int64, on the CPU), it returns [B, T-1] in nats, fp32 or fp64, on any
+    device: element i is -ln p(token i+1 | tokens 0..i). The model is causal: padding on the right changes
+    nothing.
+    """
+
+    def __call__(self, tokens_BT: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class DetailedScorer(Protocol):
+    """A scorer that can leave out positions nobody asked for and tell whether a token was the likeliest.
+
+    `score(tokens_BT, last)` returns (nll, is_greedy), both [B, last]: the last `last` predictions only. An
+    implementation computes the output layer for those alone.
+    """
+
+    def score(self, tokens_BT: Tensor, last: int, /) -> tuple[Tensor, Tensor]: ...
+
+
+class LogitsScorer:
+    """Both scorer interfaces over a function that gives logits.
+
+    Args:
+        logits: called with token ids [B, S] on `device` and `last`; returns logits [B, last, V], any float.
+        device: where the token ids are sent.
+    """
+
+    def __init__(self, logits: Callable[[Tensor, int], Tensor], device: torch.device | str = "cpu") -> None:
+        self.logits = logits
+        self.device = torch.device(device)
+
+    def __call__(self, tokens_BT: Tensor, /) -> Tensor:
+        """Negative log likelihood of every token after the first, [B, T-1], fp32."""
+        return self.score(tokens_BT, tokens_BT.shape[1] - 1)[0]
+
+    @torch.no_grad()
+    def score(self, tokens_BT: Tensor, last: int, /) -> tuple[Tensor, Tensor]:
+        """Negative log likelihood of the last `last` tokens and whether each was the likeliest, [B, last]."""
+        tokens_BT = tokens_BT.to(self.device)
+        logits_BSV = self.logits(tokens_BT[:, :-1], last).float()
+        targets_BS = tokens_BT[:, -last:]
+        chosen_BS = logits_BSV.gather(-1, targets_BS.unsqueeze(-1)).squeeze(-1)
+        nll_BS = logits_BSV.logsumexp(-1) - chosen_BS
+        return nll_BS, logits_BSV.argmax(-1) == targets_BS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Tokens that go through the model together, and how many of the last ones are scored.
+
+    Attributes:
+        ids: token ids, int64 [T], at least two.
+        num_scored: the last `num_scored` tokens count, 1 to T-1; those before are context.
+    """
+
+    ids: Tensor
+    num_scored: int
+
+    @property
+    def num_context(self) -> int:
+        """Tokens that are context only."""
+        return len(self.ids) - self.num_scored
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentScores:
+    """Sums over segments on all ranks.
+
+    Attributes:
+        loss_sum: negative log likelihood in nats.
+        num_targets: tokens scored.
+        num_greedy: segments whose every scored token was the likeliest; 0 from a scorer that cannot tell.
+    """
+
+    loss_sum: float
+    num_targets: int
+    num_greedy: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.loss_sum / self.num_targets
+
+
+def single_rank(tensor: Tensor) -> Tensor:
+    """The all-reduce of a job with one rank: nothing to add."""
+    return tensor
+
+
+def score_segments(
+    segments: Sequence[Segment],
+    scorer: Scorer | DetailedScorer,
+    *,
+    seq_length: int,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 8,
+    all_reduce_sum: Callable[[Tensor], Tensor] = single_rank,
+    progress: Progress | None = None,
+) -> SegmentScores:
+    """Scores segments in batches of like length, each exactly once over all ranks.
+
+    Segment k belongs to rank k mod world_size; none is repeated to even out the ranks, so the sums are the
+    same at any world size up to the order of additions in float64.
+
+    Args:
+        segments: what to score; the same on every rank.
+        scorer: the model.
+        seq_length: the model's context length; no segment has more than `seq_length + 1` tokens.
+        rank: this data-parallel rank.
+        world_size: number of data-parallel ranks.
+        batch_size: segments in one call of the scorer.
+        all_reduce_sum: returns the sum of a float64 CPU tensor over the ranks; called once, by every rank.
+        progress: called after each batch.
+
+    Raises:
+        NumericsError: on every rank alike, if the model gave NaN or an infinite loss anywhere.
+    """
+    mine = segments[rank::world_size]
+    sums, done = torch.zeros(3, dtype=torch.float64), 0
+    for batch in _batches(mine, batch_size):
+        sums += _score_batch(batch, scorer, seq_length)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(mine))
+    sums = all_reduce_sum(sums)
+    if not bool(torch.isfinite(sums).all()):
+        raise NumericsError(
+            "the model's loss is NaN or infinite: its weights are damaged, or it overflows in this precision "
+            "(then try --precision fp32)"
+        )
+    loss_sum, num_targets, num_greedy = sums.tolist()
+    return SegmentScores(loss_sum=loss_sum, num_targets=round(num_targets), num_greedy=round(num_greedy))
+
+
+def _batches(segments: Sequence[Segment], batch_size: int) -> Iterator[list[Segment]]:
+    """Longest first; segments share a batch only if their contexts end within PAD_TO tokens of each other."""
+    ordered = sorted(segments, key=lambda s: (s.num_context, len(s.ids)), reverse=True)
+    batch: list[Segment] = []
+    for segment in ordered:
+        if batch and (len(batch) == batch_size or batch[0].num_context - segment.num_context > PAD_TO):
+            yield batch
+            batch = []
+        batch.append(segment)
+    if batch:
+        yield batch
+
+
+def _score_batch(batch: list[Segment], scorer: Scorer | DetailedScorer, seq_length: int) -> Tensor:
+    """[loss sum, targets, greedy segments] (float64) of a few segments, padded on the right to one length."""
+    longest = max(len(s.ids) for s in batch) - 1
+    # Positional tables end at the model's length, which need not be a multiple of PAD_TO.
+    length = min(-(-longest // PAD_TO) * PAD_TO, seq_length)
+    last = length - min(s.num_context for s in batch) + 1
+    tokens_BT = torch.zeros(len(batch), length + 1, dtype=torch.int64)
+    scored_BS = torch.zeros(len(batch), last, dtype=torch.bool)
+    for row, segment in enumerate(batch):
+        tokens_BT[row, : len(segment.ids)] = segment.ids
+        begin = segment.num_context - (length + 1 - last)
+        scored_BS[row, begin : begin + segment.num_scored] = True
+    if isinstance(scorer, DetailedScorer):
+        nll_BS, greedy_BS = (t.cpu() for t in scorer.score(tokens_BT, last))
+        num_greedy = (greedy_BS | ~scored_BS).all(1).sum().to(torch.float64)
+    else:
+        nll_BS, num_greedy = scorer(tokens_BT)[:, -last:].cpu(), torch.zeros((), dtype=torch.float64)
+    loss_sum = nll_BS.to(torch.float64)[scored_BS].sum()
+    return torch.stack([loss_sum, scored_BS.sum().to(torch.float64), num_greedy])

@@ -1,0 +1,171 @@
+"""WikiText as models are scored on it: which file it is, how it is detokenised and its words counted.
+
+WikiText is distributed with its words parted by blanks (`a guest @-@ starring role , which`). Published
+zero-shot perplexities undo that before they encode the text, but divide by the number of *original* words.
+A number without its text version and its counts is therefore not comparable with any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lion.errors import DataError
+
+# sha256 of the files as their publisher distributes them. The raw test file of WikiText-2 and WikiText-103 is
+# one and the same; the tokenised ones differ in which words are `<unk>`.
+KNOWN_TEXTS: dict[str, str] = {
+    "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9": "WikiText-103 tokens test",
+    "9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b": "WikiText-103 tokens valid",
+    "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08": "WikiText raw test",
+    "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0": "WikiText-2 tokens test",
+    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8": "WikiText-2 tokens valid",
+}
+UNKNOWN_TEXT = "unknown"
+
+
+def _inside(opening: str, closing: str) -> tuple[re.Pattern[str], str]:
+    """Rule that takes the blanks from just inside a pair of brackets or quotes; pairs do not nest."""
+    body = rf"\s*([^{re.escape(closing)}]*?)\s*"
+    return re.compile(re.escape(opening) + body + re.escape(closing)), rf"{opening}\1{closing}"
+
+
+# The order is part of the convention: each rule sees what the ones before it left.
+_RULES: tuple[tuple[str | re.Pattern[str], str], ...] = (
+    ("s '", "s'"),
+    *((f" @{mark}@ ", mark) for mark in "-,."),
+    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+    *(_inside(opening, closing) for opening, closing in ("()", "[]", "{}", '""', "''")),
+    *((" ".join("=" * n), "=" * n) for n in (4, 3, 2)),
+    (" ° ", "°"),
+    (" \n", "\n"),
+    ("\n ", "\n"),
+    (" N ", " 1 "),
+    (" 's", "'s"),
+)
+
+
+def detokenize(text: str) -> str:
+    r"""Puts WikiText's blank-separated words back into running text, as Megatron's zero-shot evaluation does.
+
+    The rules, in order: `s '` closes a plural possessive; ` @-@ `, ` @,@ ` and ` @.@ ` lose their marks; no
+    blank before `: ; . ! ? ,`; none just inside `() [] {} "" ''`; runs of `=` join; ` ° `; no blank at either
+    end of a line; ` N ` becomes ` 1 `; ` 's` joins its word. It is not invertible.
+
+    Args:
+        text: the file as read, not stripped.
+
+    Returns:
+        The text to encode.
+
+    >>> detokenize(' = = Early life = = \n He had a " guest @-@ starring " role , in 1 @,@ 000 plays . \n')
+    ' == Early life ==\nHe had a "guest-starring" role, in 1,000 plays.\n'
+
+    Source: the convention of Megatron-LM's WikiText-103 evaluation (Shoeybi et al. 2019, section 5.2).
+    """
+    for pattern, replacement in _RULES:
+        text = text.replace(pattern, replacement) if isinstance(pattern, str) else pattern.sub(replacement, text)
+    return text
+
+
+def count_original_tokens(text: str) -> int:
+    r"""Counts the words of the original text as Megatron does: pieces between single blanks.
+
+    A line break is no blank, so the last word of a line and the first of the next are parted only by the
+    blanks WikiText puts around the break; an empty line counts one. For wiki.test.tokens of WikiText-103
+    this gives 245,566.
+
+    >>> count_original_tokens(" \n = Title = \n \n A word . \n ")
+    8
+    """
+    return len(text.strip().split(" "))
+
+
+def count_harness_words(text: str) -> int:
+    r"""Counts words as lm-evaluation-harness does: pieces between runs of white space, empty outer ones too.
+
+    >>> count_harness_words(" = Title = \n \n A word . \n ")
+    8
+    """
+    return len(re.split(r"\s+", text))
+
+
+def split_pages(text: str) -> list[str]:
+    r"""Splits WikiText at its first-level headings, as the document-level edition the harness reads.
+
+    A page starts at a line that reads `= ... =` once runs of `=` are joined. Blank pages are left out. The
+    raw test file has 60 articles but gives 62 pages: two body lines look like headings, and the
+    lm-evaluation-harness counts them so.
+
+    >>> split_pages(" \n = One = \n \n = = Part = = \n text \n = Two = \n more \n")
+    [' = One = \n \n = = Part = = \n text ', ' = Two = \n more \n']
+    """
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        joined = line.replace("= = =", "===").replace("= =", "==").strip()
+        if joined.startswith("= ") and joined.endswith(" ="):
+            pages.append([])
+        pages[-1].append(line)
+    return [page for page in map("\n".join, pages) if page.strip()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationText:
+    """A text to score and everything that must stand beside a perplexity measured on it.
+
+    Attributes:
+        kind: "wikitext103" (detokenised before encoding) or "text" (encoded as it is).
+        path: where it was read from.
+        sha256: hash of the file's bytes.
+        version: name of a known file, or "unknown".
+        original: the file's text as read.
+        encoded: the text that is given to the tokenizer.
+        n_orig: number of original words: `count_original_tokens` for WikiText, white-space words otherwise.
+    """
+
+    kind: str
+    path: str
+    sha256: str
+    version: str
+    original: str
+    encoded: str
+    n_orig: int
+
+
+def read_text(path: str | Path, kind: str) -> EvaluationText:
+    """Reads a text file for evaluation and recognises it by its hash.
+
+    Args:
+        path: a UTF-8 text file.
+        kind: "wikitext103" to detokenise it by Megatron's convention, "text" to take it as it is.
+
+    Raises:
+        DataError: the file is missing, unreadable, not UTF-8, or holds fewer than two words.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such text file; give the path of a UTF-8 text") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: a folder was given where a text file is needed") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from None
+    n_orig = count_original_tokens(text) if kind == "wikitext103" else len(text.split())
+    if n_orig < 2:
+        raise DataError(f"{path}: the text is empty or a single word; perplexity needs at least two words")
+    sha256 = hashlib.sha256(content).hexdigest()
+    return EvaluationText(
+        kind=kind,
+        path=str(path),
+        sha256=sha256,
+        version=KNOWN_TEXTS.get(sha256, UNKNOWN_TEXT),
+        original=text,
+        encoded=detokenize(text) if kind == "wikitext103" else text,
+        n_orig=n_orig,
+    )

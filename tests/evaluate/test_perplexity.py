@@ -1,0 +1,145 @@
+"""Window plans and stream scores against one-token-at-a-time loops."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_lion.errors import ConfigError, DataError, NumericsError
+from megatron_lion.evaluate.perplexity import perplexity, plan_windows, score_stream
+from megatron_lion.evaluate.scoring import LogitsScorer
+
+VOCAB = 7
+
+
+class Bigram:
+    """-ln p(next | this) from a table; counts how often each position was asked for."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.logp = torch.randn(VOCAB, VOCAB, dtype=torch.float64).log_softmax(-1)
+
+    def __call__(self, tokens_BT: Tensor) -> Tensor:
+        return -self.logp[tokens_BT[:, :-1], tokens_BT[:, 1:]]
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.integers(2, 90), st.integers(1, 30), st.data())
+def test_every_target_is_scored_exactly_once_with_enough_context(
+    n_tok: int, seq_length: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, seq_length))
+    plan = plan_windows(n_tok, seq_length, stride)
+    windows = [plan.window(k) for k in range(plan.num_windows)]
+    scored = Counter(t for w in windows for t in range(w.first_target, w.stop + 1))
+    assert scored == Counter(range(1, n_tok))
+    for k, window in enumerate(windows):
+        assert window.start == k * stride
+        assert window.stop - window.start <= seq_length
+        assert window.num_scored >= 1
+        if k > 0:
+            assert window.first_target - window.start > seq_length - stride
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(st.integers(2, 120), st.integers(1, 20), st.integers(1, 4), st.integers(1, 5), st.data())
+def test_stream_score_equals_a_loop_over_tokens(
+    n_tok: int, seq_length: int, world_size: int, batch_size: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, seq_length))
+    model = Bigram()
+    tokens = torch.randint(0, VOCAB, (n_tok,), generator=torch.Generator().manual_seed(n_tok))
+    expected = sum(-float(model.logp[tokens[t - 1], tokens[t]]) for t in range(1, n_tok))
+    plan = plan_windows(n_tok, seq_length, stride)
+    parts: list[Tensor] = []
+
+    def keep(sums: Tensor) -> Tensor:
+        parts.append(sums)
+        return sums
+
+    for rank in range(world_size):
+        score_stream(tokens, plan, model, rank=rank, world_size=world_size, batch_size=batch_size, all_reduce_sum=keep)
+    loss_sum, count, _ = torch.stack(parts).sum(0).tolist()
+    assert count == n_tok - 1
+    assert loss_sum == pytest.approx(expected, rel=1e-12)  # float64 sums in another order
+
+
+def tiny_gpt2(n_positions: int) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=50, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2)
+    # Weights large enough that context and position really change the predictions.
+    model = GPT2LMHeadModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("detailed", [True, False])
+def test_a_transformer_is_scored_as_by_a_naive_loop(stride: int, detailed: bool) -> None:
+    seq_length, n_tok = 8, 30
+    model = tiny_gpt2(seq_length)
+    tokens = torch.randint(0, 50, (n_tok,), generator=torch.Generator().manual_seed(5))
+    full = LogitsScorer(lambda ids, last: model(ids).logits[:, -last:])
+    scorer = full if detailed else full.__call__
+    score = score_stream(tokens, plan_windows(n_tok, seq_length, stride), scorer, batch_size=3)
+
+    expected = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for target in range(1, n_tok):
+            # The first window that reaches the target, by its definition and one target at a time.
+            start = 0
+            while start + seq_length < target:
+                start += stride
+            logits = model(tokens[start:target][None]).logits[0, -1].double()
+            expected -= logits.log_softmax(-1)[tokens[target]]
+    assert score.num_targets == n_tok - 1
+    # fp32 logits of size ~10: 1e-6 relative each, averaged over 29 targets.
+    assert score.loss_sum == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_detailed_scores_tell_the_likeliest_token() -> None:
+    logits_BSV = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 1.0, 2.0]]])
+    nll, greedy = LogitsScorer(lambda ids, last: logits_BSV[:, -last:]).score(torch.tensor([[9, 0, 1]]), 2)
+    assert greedy.tolist() == [[True, False]]
+    expected = [-math.log(math.e**3 / (math.e**3 + 2)), -math.log(math.e / (1 + math.e + math.e**2))]
+    assert nll[0].tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_progress_counts_this_ranks_windows() -> None:
+    seen: list[tuple[int, int]] = []
+    plan = plan_windows(50, 10, 4)
+    score_stream([1] * 50, plan, Bigram(), rank=1, world_size=2, batch_size=2, progress=lambda *at: seen.append(at))
+    mine = len(range(1, plan.num_windows, 2))
+    assert seen[-1] == (mine, mine)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_a_model_that_gives_nan_is_refused() -> None:
+    with pytest.raises(NumericsError, match="NaN or infinite"):
+        score_stream([1, 2, 3], plan_windows(3, 2, 2), lambda t: torch.full((len(t), 2), math.nan))
+
+
+def test_huge_losses_do_not_crash() -> None:
+    score = score_stream([1, 2, 3], plan_windows(3, 2, 2), lambda t: torch.full((len(t), 2), 5e4))
+    assert score.loss == 5e4
+    assert perplexity(score.loss) == math.inf
+
+
+@pytest.mark.parametrize("stride", [0, -1, 11])
+def test_impossible_strides_are_refused(stride: int) -> None:
+    with pytest.raises(ConfigError, match="from 1 to the model's sequence length 10"):
+        plan_windows(100, 10, stride)
+
+
+def test_a_stream_of_one_token_is_refused() -> None:
+    with pytest.raises(DataError, match="at least 2"):
+        plan_windows(1, 10, 10)
