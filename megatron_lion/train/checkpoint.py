@@ -1,19 +1,18 @@
 """Checkpoints that are either whole or not there: written beside, digested, renamed; verified before they are read.
 
     RUN/checkpoints/step_0001000/   .metadata, *.distcp (tensors, megatron-core's torch_dist format), rng_*.safetensors,
-                                    manifest.json (step, layout, counters, digest of every file, state fingerprint)
-    RUN/checkpoints/latest          name of the newest one
+                                    manifest.json (step, layout, counters, digest of every file and of itself,
+                                    state fingerprint)
+    RUN/checkpoints/latest          name of the newest one, for people and scripts
 
-Only tensors and JSON are stored. Upstream's `.metadata` is a pickle: before megatron-core opens it, its digest is
-compared and its opcodes are replayed by an unpickler that knows the sixteen classes such a file may hold.
+Only tensors and JSON are stored; tensorfiles.py does the tensors.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 from dataclasses import dataclass
@@ -22,38 +21,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
-)
 
 from megatron_lion.data.files import sha256_file, storage_errors, sync_folder, write_whole
 from megatron_lion.errors import CheckpointError
 from megatron_lion.parallel import Ranks, agree, broadcast_object
+from megatron_lion.train.tensorfiles import check_metadata, read_tensors, write_tensors
+
+__all__ = [
+    "Checkpoint", "find_latest", "layout_facts", "list_steps", "open_checkpoint", "read_rng", "read_tensors", "remove_old",
+    "save_checkpoint", "step_folder", "verify_checkpoint",
+]  # fmt: skip
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+GO_BACK = "copy it here again, or move this step's folder away to resume from the checkpoint before it"
 _STEP_NAME = re.compile(r"step_(\d{7,})$")
-_METADATA_CLASSES = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "Metadata"),
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.planner", "SavePlan"),
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
-    ("torch.distributed.checkpoint.planner", "WriteItem"),
-    ("torch.distributed.checkpoint.planner", "WriteItemType"),
-}
 
 
 @dataclass(frozen=True)
@@ -66,16 +48,6 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return int(self.manifest["step"])
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Refuses every class but those that torch's checkpoint metadata is made of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain_torch_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) in _METADATA_CLASSES or plain_torch_dtype:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -102,9 +74,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no complete checkpoint") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); choose another step") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format {manifest.get('format')}, this version reads format {FORMAT}")
+        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); {GO_BACK}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise CheckpointError(f"{folder}: format {found}, this version reads format {FORMAT}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise CheckpointError(f"{folder / MANIFEST}: does not match its own sha256: damaged or changed; {GO_BACK}")
     return Checkpoint(folder, manifest)
 
 
@@ -119,53 +94,12 @@ def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> Non
         for number, (name, stated) in enumerate(sorted(checkpoint.manifest["files"].items())):
             path = checkpoint.folder / name
             if not path.is_file():
-                raise CheckpointError(f"{path}: missing; resume from another step or copy the checkpoint again")
+                raise CheckpointError(f"{path}: missing; {GO_BACK}")
             if path.stat().st_size != stated["bytes"]:
-                raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {stated['bytes']}: cut short or changed")
+                raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {stated['bytes']}: cut short or changed; {GO_BACK}")
             if number % size == rank and sha256_file(path) != stated["sha256"]:
-                raise CheckpointError(f"{path}: its SHA-256 is not the one in {MANIFEST}: damaged or changed; choose another step")
-        check_metadata(checkpoint.folder / ".metadata")
-
-
-def check_metadata(path: Path) -> None:
-    """Replays a `.metadata` pickle with the allow-list; nothing else in it can run.
-
-    Raises:
-        CheckpointError: it holds anything but checkpoint metadata.
-    """
-    try:
-        content = path.read_bytes()
-        found = _MetadataUnpickler(io.BytesIO(content)).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
-    names = [item for item in vars(found).get("state_dict_metadata", {}).values() if type(item).__name__ == "BytesStorageMetadata"]
-    if names:
-        raise CheckpointError(f"{path}: holds {len(names)} pickled objects; a checkpoint of this project holds tensors only")
-
-
-def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
-    """Writes ShardedTensors with megatron-core's torch_dist strategy (a collective call)."""
-    tensors, plain = save_preprocess(sharded, validate_access_integrity=True)
-    assert not any(True for _ in nested_values(plain)), "plain values belong into the manifest"
-    with storage_errors(folder):
-        TorchDistSaveShardedStrategy().save(tensors, folder)
-
-
-def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Reads the tensors that `sharded` describes, at whatever layout it describes them.
-
-    Raises:
-        CheckpointError: a tensor is not in the checkpoint or has another shape.
-    """
-    try:
-        tensors, local, factories = load_preprocess(sharded)
-        assert not factories, "no model here has tensors that are split on loading"
-        loaded = TorchDistLoadShardedStrategy().load(tensors, folder)
-        merge(loaded, local)
-        return loaded
-    except Exception as error:  # torch raises its own CheckpointException, KeyErrors and RuntimeErrors
-        text = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: does not fit this model: {text}") from error
+                raise CheckpointError(f"{path}: its SHA-256 is not the one in {MANIFEST}: damaged or changed; {GO_BACK}")
+        check_metadata(checkpoint.folder / ".metadata", checkpoint.manifest["files"])
 
 
 def save_checkpoint(
@@ -195,8 +129,8 @@ def save_checkpoint(
                 temporary.mkdir(parents=True)
     if dist.get_world_size() > 1:
         dist.barrier()
-    with agree("writing the checkpoint"):
-        write_tensors(sharded, temporary)
+    write_tensors(sharded, temporary)
+    with agree("writing the random states"):
         _write_rng(temporary, rng, ranks)
     with agree("committing the checkpoint"):
         if ranks.is_main:
@@ -231,16 +165,24 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
         files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    write_whole(temporary / MANIFEST, json.dumps({**manifest, "files": files}, indent=1).encode())
+    content = {**manifest, "files": files}
+    write_whole(temporary / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
     os.replace(temporary, final)
     sync_folder(final.parent)
     write_whole(final.parent / "latest", final.name.encode())
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
     """Deletes all but the newest `keep` checkpoints and those listed, and unfinished folders of earlier attempts.
 
     Call it after a newer checkpoint was committed. Returns the steps removed.
+
+    Raises:
+        StorageError: the file system does not let go of them.
     """
     folder = run_dir / "checkpoints"
     for entry in folder.glob("step_*.tmp-*"):
@@ -252,7 +194,8 @@ def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
     for step in gone:
         doomed = step_folder(run_dir, step)
         trash = doomed.with_name(doomed.name + ".tmp-removed")
-        os.replace(doomed, trash)  # from here on no reader takes it for whole
+        with storage_errors(doomed, "removed"):
+            os.replace(doomed, trash)  # from here on no reader takes it for whole
         shutil.rmtree(trash, ignore_errors=True)
     return gone
 
