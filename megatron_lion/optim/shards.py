@@ -92,3 +92,15 @@ def local_shards(model: list[Any], optimizer: TrainOptimizer) -> Iterator[Shard]
                 state = {key: optimizer.inner.state[main][key].view(-1) for key in STATE_KEYS[optimizer.name]}
                 piece = grad.view(-1) if grad is not None else None
                 yield Shard(name, parameter, 0, main.data.view(-1), piece, state, decays[parameter])
+
+
+def nonfinite_gradients(model: list[Any]) -> list[str]:
+    """Names, with the first flat index in this rank's part, of parameters whose gradient buffer here is not finite."""
+    found = []
+    for chunk in model:
+        for name, parameter in named_global_parameters(chunk):
+            grad = getattr(parameter, "main_grad", None)
+            if grad is not None and not bool(torch.isfinite(grad).all()):
+                index = int((~torch.isfinite(grad.view(-1))).nonzero()[0])
+                found.append(f"{name}[{index}]")
+    return found

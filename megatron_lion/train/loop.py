@@ -22,6 +22,7 @@ from megatron_lion.device import Device, select_device
 from megatron_lion.errors import NumericsError, StoppedOnRequest
 from megatron_lion.gradient.probe import probe_run
 from megatron_lion.model.sizes import flops_per_token, model_size
+from megatron_lion.optim.shards import nonfinite_gradients
 from megatron_lion.parallel import Ranks, agree, process_groups
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.metrics import MetricsWriter
@@ -43,6 +44,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
     device = select_device(config.device)
     parallel = config.parallel
     with ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
         ranks = stack.enter_context(
             process_groups(
                 device, tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -64,7 +66,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
         metrics = MetricsWriter(run_dir, config, is_main=ranks.is_main)
         stack.callback(metrics.close)
         progress = stack.enter_context(TrainProgress(config, start=run.step, shown=config.log.progress and ranks.is_main))
-        train(run, metrics, progress, stack.enter_context(stop_signals()))
+        train(run, metrics, progress, stop)
 
 
 def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[str, bool]) -> None:
@@ -74,9 +76,10 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
     clock = _Clock(run)
     skipped_in_a_row = 0
     last = config.train.steps
+    stop_after = min(last, config.train.stop_after or last)
     if run.step == 0:
         observe(run, metrics, progress, at_start=True)
-    while run.step < last:
+    while run.step < stop_after:
         result = train_step(run.model, run.optimizer, batches, run.forward_step, config, ranks, lr_at(config, run.step + 1))
         run.step += 1
         run.consumed_samples += config.train.global_batch_size
@@ -84,21 +87,20 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
         if result.skipped:
             report_skipped(run, metrics, skipped_in_a_row)
-        if run.step % config.train.log_every == 0 or run.step in (1, last):
+        if run.step % config.train.log_every == 0 or run.step in (1, stop_after):
             values = clock.values(result)
             metrics.write(run.step, values)
             progress.update(run.step, values)
         observe(run, metrics, progress)
         asked = _any_rank(stop["now"], run.device)
-        ending = asked or run.step in (last, config.train.stop_after)
+        ending = asked or run.step == stop_after
         if ending or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
             save_run(run)
-            if ranks.is_main:
-                ckpt.remove_old(run.run_dir, keep=config.checkpoint.keep, always_keep={*config.checkpoint.at_steps, last})
+            with agree("removing old checkpoints"):
+                if ranks.is_main:
+                    ckpt.remove_old(run.run_dir, keep=config.checkpoint.keep, always_keep={*config.checkpoint.at_steps, last})
             clock.restart()
-        if run.step == config.train.stop_after:
-            return
-        if asked and run.step < last:
+        if asked and run.step < stop_after:
             raise StoppedOnRequest(f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes")
 
 
@@ -131,7 +133,7 @@ def is_due(step: int, every: int) -> bool:
 
 def report_skipped(run: Run, metrics: MetricsWriter, in_a_row: int) -> None:
     """Counts a step that changed nothing, names the culprit, and ends the run when it goes on."""
-    names = run.optimizer.nonfinite_parameters(run.model)
+    names = nonfinite_gradients(run.model)
     found: list[list[str]] = [[] for _ in range(run.ranks.world_size)]
     dist.all_gather_object(found, names)
     named = next(((rank, items[0]) for rank, items in enumerate(found) if items), None)
