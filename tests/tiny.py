@@ -1,0 +1,131 @@
+"""Tiny corpora, configs and runs: two layers, a second to train, and every code path of the big ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_lion.config import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_lion.data.indexed import IndexedWriter
+
+VOCAB = 120
+
+
+def write_corpus(prefix: Path, *, seed: int = 0, documents: int = 160, vocab_size: int = VOCAB) -> str:
+    """Random documents of 10-60 tokens; ids fall off as 1/rank, so that there is something to learn."""
+    random = np.random.default_rng(seed)
+    chances = 1.0 / np.arange(1, vocab_size + 1)
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for length in random.integers(10, 60, documents):
+            writer.add_document(random.choice(vocab_size, length, p=chances / chances.sum()))
+        writer.finalize()
+    return str(prefix)
+
+
+def tiny_config(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
+    """A config whose every part is small; `changes` are dotted keys with `__` for the dot (`optimizer__lr=1e-3`)."""
+    config = RunConfig(
+        run_dir=str(run_dir),
+        device="cpu",
+        model=ModelConfig(
+            num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, vocab_size=VOCAB,
+            make_vocab_size_divisible_by=64, hidden_dropout=0.0, attention_dropout=0.0,
+        ),
+        data=DataConfig(path=[corpus], split="80,10,10"),
+        optimizer=OptimizerConfig(lr=1e-3),
+        train=TrainConfig(steps=5, global_batch_size=8, micro_batch_size=1, precision="fp32", test_every=0, log_every=1),
+        checkpoint=CheckpointConfig(every=0),
+        log=LogConfig(progress=False),
+    )  # fmt: skip
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        if sections:
+            section = dataclasses.replace(getattr(config, sections[0]), **{name: value})
+            config = dataclasses.replace(config, **{sections[0]: section})
+        else:
+            config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Runs `pretrain` (in every process of the job) and returns what it left: losses, norms, newest manifest."""
+    from megatron_lion.train.loop import pretrain
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        pretrain(config)
+    return outcome(config.run_dir)
+
+
+def outcome(run_dir: Path | str) -> dict[str, Any]:
+    """Per-step losses and gradient norms of a run and the manifest of its newest checkpoint."""
+    lines = read_metrics(run_dir)
+    steps = {line["step"]: line for line in lines if "train/loss" in line}
+    checkpoints = sorted(Path(run_dir, "checkpoints").glob("step_*/manifest.json"))
+    return {
+        "losses": [steps[step]["train/loss"] for step in sorted(steps)],
+        "norms": [steps[step]["optim/grad_l2"] for step in sorted(steps)],
+        "probes": [line for line in lines if "probe/grad_l1" in line],
+        "manifest": json.loads(checkpoints[-1].read_text()) if checkpoints else None,
+    }
+
+
+def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+@contextlib.contextmanager
+def opened_run(config: RunConfig) -> Iterator[Any]:
+    """Process groups and a built run, without the loop around it."""
+    from megatron_lion.device import select_device
+    from megatron_lion.parallel import process_groups
+    from megatron_lion.train.run import build_run
+
+    layout = {
+        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+    }
+    device = select_device("cpu")
+    with process_groups(device, **layout) as ranks:
+        yield build_run(config, device, ranks)
+
+
+def step_once(run: Any, batches: Any) -> Any:
+    """One optimizer step of an opened run."""
+    from megatron_lion.train.schedule import lr_at
+    from megatron_lion.train.step import train_step
+
+    result = train_step(
+        run.model, run.optimizer, batches, run.forward_step, run.config, run.ranks, lr_at(run.config, run.step + 1)
+    )
+    run.step += 1
+    run.consumed_samples += run.config.train.global_batch_size
+    return result
+
+
+def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
+    """(class name, message) of the MegatronLionError that a call raises; ("", "") where it raises none."""
+    from megatron_lion.errors import MegatronLionError
+
+    try:
+        call(*args, **kwargs)
+    except MegatronLionError as error:
+        return type(error).__name__, str(error)
+    except BaseException:
+        return "traceback", traceback.format_exc()
+    return "", ""
