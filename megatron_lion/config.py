@@ -87,6 +87,11 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     init_exp_avg: Literal["zeros", "first_gradient"] = "zeros"
     """LION's momentum before the first step: zeros (practice) or the first gradient (the proof of Lemma 6)."""
+    master_weights: Literal["shards", "fp32", "split32", "split24"] = "shards"
+    """Where bf16 training keeps master weights: shards (Megatron's fp32 shards, 4 bytes a parameter and a copy each step), or in
+    LION's own fused step: fp32 (4 bytes), split32 (2 bytes, the same fp32 values bit for bit), split24 (1 byte, 24 bits)."""
+    momentum_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
+    """How LION's fused step stores its momentum: 4, 2 or 1.06 bytes a parameter; needs master_weights other than shards."""
     clip_grad: float = 1.0
     """Clip the global gradient norm to this, after it was measured; 0 switches clipping off."""
     max_skipped_steps: int = 3
@@ -290,6 +295,16 @@ def _check_numbers(config: RunConfig) -> list[str]:
         value = getattr(optimizer, key)
         need(value >= 0 and value != float("inf"), f"optimizer.{key}", value, "a finite number of at least 0")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "a number in [0, 1)")
+    packed = optimizer.master_weights != "shards"
+    if packed and (optimizer.name != "lion" or train.precision != "bf16" or not config.parallel.use_distributed_optimizer):
+        problems.append(
+            f"optimizer.master_weights: {optimizer.master_weights} needs optimizer.name lion, train.precision bf16 and "
+            "parallel.use_distributed_optimizer; use shards"
+        )
+    if optimizer.momentum_dtype != "fp32" and not packed:
+        problems.append(
+            f"optimizer.momentum_dtype: {optimizer.momentum_dtype} needs optimizer.master_weights fp32, split32 or split24"
+        )
     for beta in optimizer.resolved_betas():
         need(0 <= beta < 1, "optimizer.betas", beta, "two numbers in [0, 1)")
     need(0 <= config.schedule.warmup_fraction <= 1, "schedule.warmup_fraction", config.schedule.warmup_fraction, "a number in [0, 1]")

@@ -8,7 +8,6 @@ exemptions, clipping and loss scaling, and with a gate that no NaN or infinity p
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_lion.config import OptimizerConfig
 from megatron_lion.optim.lion import Lion
 from megatron_lion.optim.sgd import Sgd
-from megatron_lion.optim.sharded import STATE_KEYS, StatefulDistributedOptimizer
+from megatron_lion.optim.sharded import (
+    STATE_KEYS,
+    FusedDistributedOptimizer,
+    StatefulDistributedOptimizer,
+    let_optimizer_own_master_weights,
+)
 
 __all__ = ["StepResult", "TrainOptimizer", "build_optimizer"]
 
@@ -82,6 +86,12 @@ class TrainOptimizer:
         The norm is the gate: it is reduced over all ranks, and it is finite only if every gradient is. sign() would
         turn a NaN into a zero and an infinity into a unit step, and no loss curve would show it.
         """
+        if isinstance(self.megatron, FusedDistributedOptimizer):
+            grad_l2 = float(self.megatron.fused_step(self.clip_grad))
+            skipped = not math.isfinite(grad_l2)
+            self.num_skipped += skipped
+            self.num_steps += not skipped
+            return StepResult(grad_l2, skipped)
         found_inf = self.megatron.prepare_grads()
         grad_l2 = float("nan") if found_inf else float(self.megatron.get_grad_norm())
         if found_inf or not math.isfinite(grad_l2):
@@ -103,17 +113,6 @@ class TrainOptimizer:
             }
         models = {main: model for model, main in self.model_and_main_params()}
         return {models[main]: float(group["weight_decay"]) for group in groups for main in group["params"]}
-
-    def nonfinite_parameters(self, model_chunks: Sequence[torch.nn.Module]) -> list[str]:
-        """Names, with the first flat index, of parameters whose gradient on this rank is not finite."""
-        found = []
-        for chunk in model_chunks:
-            for name, parameter in chunk.named_parameters():
-                grad = getattr(parameter, "main_grad", None)
-                if grad is not None and not bool(torch.isfinite(grad).all()):
-                    index = int((~torch.isfinite(grad.view(-1))).nonzero()[0])
-                    found.append(f"{name.removeprefix('module.').removeprefix('module.')}[{index}]")
-        return found
 
     def extra_state(self) -> dict[str, Any]:
         """Plain numbers that belong to the optimizer: step counters and the loss scale."""
@@ -199,7 +198,10 @@ def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]])
     common = {"lr": config.lr, "weight_decay": config.weight_decay}
     betas = config.resolved_betas()
     if config.name == "lion":
-        return Lion(groups, betas=betas, init_exp_avg=config.init_exp_avg, **common)
+        master = "none" if config.master_weights == "shards" else config.master_weights
+        return Lion(
+            groups, betas=betas, init_exp_avg=config.init_exp_avg, master_weights=master, momentum=config.momentum_dtype, **common
+        )
     if config.name == "sgd":
         return Sgd(
             groups, momentum=config.momentum, coupled_weight_decay=config.coupled_weight_decay, **common
@@ -209,6 +211,9 @@ def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]])
 
 def initialize_state(optimizer: torch.optim.Optimizer, name: str) -> None:
     """Makes every state tensor at once, so that a checkpoint can be loaded into an optimizer that never stepped."""
+    if isinstance(optimizer, Lion):
+        optimizer.init_state()
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
+from megatron.core.optimizer import OptimizerConfig, clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 STATE_KEYS = {"lion": ("exp_avg",), "sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -68,6 +69,58 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
     def bucket_sizes(self) -> list[Any]:
         """Elements of each bucket without padding: equal in two runs that can exchange dp_reshardable state."""
         return [sizes for buffer in self.per_bucket_numel_unpadded for sizes in buffer.values()]
+
+
+class FusedDistributedOptimizer(StatefulDistributedOptimizer):
+    """The precision-aware mode: the inner optimizer owns the master weights and writes the bf16 shard itself.
+
+    No main→model copy, no gradient cast and no scaling pass run: the gradient buffer is read in place, and the clip
+    coefficient and the non-finite flag reach the kernel in device memory. Nothing waits for the device until the
+    caller reads the norm.
+    """
+
+    @torch.no_grad()
+    def fused_step(self, clip_grad: float) -> torch.Tensor:
+        """One update.
+
+        Args:
+            clip_grad: largest global gradient norm; 0 switches clipping off.
+
+        Returns:
+            The gradient's norm before clipping, a float64 scalar on the device; where it is not finite, nothing was changed.
+        """
+        self.prepare_grads()
+        norm = self._grad_norm_on_device()
+        coefficient = None
+        if clip_grad > 0.0:
+            # In float64 and then rounded, as upstream's Python arithmetic does: equal bits either way.
+            coefficient = (clip_grad / (norm + 1.0e-6)).clamp(max=1.0).float()
+        self.optimizer.step(grad_multiplier=coefficient, found_inf=(~torch.isfinite(norm)).float())
+        if not self.ddp_config.overlap_param_gather:
+            self.start_param_sync_for_bucket_group_subset()
+        return norm
+
+    def _grad_norm_on_device(self) -> torch.Tensor:
+        """What upstream's get_grad_norm_fp32 computes, without its `.item()`."""
+        grads = self.get_grads_for_grad_norm()
+        total = torch.zeros(1, dtype=torch.float, device=torch.cuda.current_device())
+        if grads:
+            unused = torch.zeros(1, dtype=torch.int, device=total.device)
+            norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, unused, [grads], False)
+            total = norm**2
+        torch.distributed.all_reduce(total, group=self.get_grad_stats_parallel_group())
+        return total.double().sqrt().view(())
+
+
+def let_optimizer_own_master_weights(settings: OptimizerConfig) -> None:
+    """Switches a megatron-core config to the precision-aware mode.
+
+    mcore 0.19.2: its __post_init__ allows the mode for Transformer Engine's Adam only, although DistributedOptimizer asks no more than
+    get_unscaled_state and set_scaled_state of the optimizer; remove when it takes any optimizer that has them.
+    """
+    settings.use_precision_aware_optimizer = True
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    settings.store_param_remainders = False
 
 
 def _with_bucket_padding(packed: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
