@@ -17,8 +17,9 @@ from megatron_lion.errors import ConfigError
 class ModelConfig:
     """The network."""
 
-    kind: Literal["gpt2"] = "gpt2"
-    """Architecture: gpt2 (pre-LN decoder, learned positions, tied embeddings, tanh GELU)."""
+    kind: Literal["gpt2", "bert"] = "gpt2"
+    """Architecture: gpt2 (pre-LN decoder) or bert (pre-LN encoder with token types, masked-LM head and sentence-order head); both
+    with learned positions, tied embeddings and tanh GELU."""
     num_layers: int = 12
     """Transformer layers."""
     hidden_size: int = 768

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -156,19 +156,24 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def reduce_losses(outputs: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[float, int]:
-    """Sums (loss sum, token count) over micro-batches and data ranks; known on every rank, whatever the pipeline stage."""
+    """Sums (loss sum, token count) over micro-batches and data ranks; see `reduce_sums`."""
+    sums = reduce_sums(outputs, ("loss_sum", "num_tokens"), device)
+    return sums["loss_sum"], int(sums["num_tokens"])
+
+
+def reduce_sums(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Sums of scalars over micro-batches and data ranks; known on every rank, whatever the pipeline stage."""
     from megatron.core import parallel_state
 
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(names), dtype=torch.float64, device=device)
     for output in outputs:
-        totals[0] += output["loss_sum"]
-        totals[1] += output["num_tokens"]
+        totals += torch.stack([output[name].double() for name in names])
     if dist.get_world_size() > 1:
         # Only the last stage has losses, and every tensor-parallel rank has the same: count each once.
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             totals.zero_()
         dist.all_reduce(totals)
-    return float(totals[0]), int(totals[1])
+    return dict(zip(names, totals.tolist(), strict=True))
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

@@ -15,7 +15,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> None:
     from megatron_lion.device import select_device
-    from megatron_lion.model.gpt import choose_attention
+    from megatron_lion.model.settings import choose_attention
     from megatron_lion.parallel_env import world_size_from_env
     from megatron_lion.train.runfolder import environment_facts
 

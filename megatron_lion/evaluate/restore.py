@@ -16,7 +16,7 @@ from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import CheckpointError, DataError
 from megatron_lion.evaluate.scoring import LogitsScorer
-from megatron_lion.model.gpt import build_model
+from megatron_lion.model.build import build_model
 from megatron_lion.parallel import Ranks, agree, all_reduce_sum, process_groups
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.run import load_model_tensors, model_sharded_state, unwrap

@@ -30,7 +30,7 @@ from megatron_lion.train.progress import TrainProgress, announce
 from megatron_lion.train.run import Run, build_run, random_state_kept, restore_run, save_run, sync_parameters
 from megatron_lion.train.runfolder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.train.schedule import lr_at
-from megatron_lion.train.step import TrainStep, mean_loss, train_step
+from megatron_lion.train.step import TrainStep, mean_losses, train_step
 
 
 def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
@@ -80,7 +80,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
     if run.step == 0:
         observe(run, metrics, progress, at_start=True)
     while run.step < stop_after:
-        result = train_step(run.model, run.optimizer, batches, run.forward_step, config, ranks, lr_at(config, run.step + 1))
+        result = train_step(run.model, run.optimizer, batches, run.objective, config, ranks, lr_at(config, run.step + 1))
         run.step += 1
         run.consumed_samples += config.train.global_batch_size
         clock.count(result)
@@ -119,7 +119,8 @@ def observe(run: Run, metrics: MetricsWriter, progress: TrainProgress, *, at_sta
             progress.note("measuring the held-out losses")
             count = config.train.test_batches * config.num_microbatches(run.ranks.world_size)
             for split, name in ((1, "valid"), (2, "test")):
-                values[f"{name}/loss"] = mean_loss(run.model, run.held_out_batches(split), run.forward_step, config, count)
+                means = mean_losses(run.model, run.held_out_batches(split), run.objective, config, count)
+                values.update({f"{name}/{key}": value for key, value in means.items()})
         if probe_due:
             progress.note("probing the full gradient")
             values.update(probe_run(run))
@@ -192,6 +193,7 @@ class _Clock:
         mfu = rate * self.flops / (self.peak * run.ranks.world_size) if self.peak else None
         return {
             "train/loss": result.loss,
+            **{f"train/{name}": value for name, value in result.parts.items()},
             "optim/lr": lr_at(run.config, run.step),
             "optim/grad_l2": result.grad_l2 if math.isfinite(result.grad_l2) else None,
             "optim/skipped_steps": run.optimizer.num_skipped,

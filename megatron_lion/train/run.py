@@ -19,7 +19,8 @@ from megatron_lion.configfile import dump_config
 from megatron_lion.data.datasets import Corpora, build_datasets, micro_batches, open_corpora
 from megatron_lion.device import Device
 from megatron_lion.errors import CheckpointError
-from megatron_lion.model.gpt import build_model, forward_step
+from megatron_lion.model.build import build_model, build_objective
+from megatron_lion.model.objective import Objective
 from megatron_lion.optim.megatron import TrainOptimizer, build_optimizer
 from megatron_lion.optim.sharded import StatefulDistributedOptimizer
 from megatron_lion.parallel import Ranks, agree, derive_seed, seed_everything
@@ -39,7 +40,8 @@ class Run:
         corpora: the checked data.
         datasets: Megatron's train, validation and test datasets (None where not needed).
         probe_dataset: the fixed samples of the full-gradient probe, a shuffle of the training data of its own.
-        forward_step: of this model.
+        probe_weight: what the loss must know about all of them together, once it was found.
+        objective: what the model minimises.
         step: optimizer steps attempted so far; position in the data and the schedule.
         consumed_samples: training samples read so far.
     """
@@ -51,10 +53,15 @@ class Run:
     optimizer: TrainOptimizer
     corpora: Corpora
     datasets: list[Any]
-    forward_step: ForwardStep
+    objective: Objective
     probe_dataset: Any = None
+    probe_weight: torch.Tensor | None = None
     step: int = 0
     consumed_samples: int = 0
+
+    @property
+    def forward_step(self) -> ForwardStep:
+        return self.objective.forward_step
 
     @property
     def run_dir(self) -> Path:
@@ -62,15 +69,20 @@ class Run:
 
     def train_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's micro-batches from the next unread sample to the last of the run."""
-        return self._batches(self.datasets[0], self.consumed_samples, self.config.train.steps * self.config.train.global_batch_size)
+        end = self.config.train.steps * self.config.train.global_batch_size
+        batches = self._batches(self.datasets[0], self.consumed_samples, end)
+        return self.objective.weigh_steps(batches, self.config.num_microbatches(self.ranks.world_size))
 
     def held_out_batches(self, split: int) -> Iterator[dict[str, torch.Tensor]]:
         """The same held-out samples every time: split 1 is validation, 2 is test."""
         return self._batches(self.datasets[split], 0, self.config.train.test_batches * self.config.train.global_batch_size)
 
     def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The same training samples every time, independent of what training has read."""
-        return self._batches(self.probe_dataset, 0, self.config.probe.num_batches * self.config.train.global_batch_size)
+        """The same training samples every time, independent of what training has read; a collective call."""
+        end = self.config.probe.num_batches * self.config.train.global_batch_size
+        if self.probe_weight is None:
+            self.probe_weight = self.objective.weight(self._batches(self.probe_dataset, 0, end))
+        return self.objective.weighed(self._batches(self.probe_dataset, 0, end), self.probe_weight)
 
     def _batches(self, dataset: Any, start: int, end: int) -> Iterator[dict[str, torch.Tensor]]:
         train = self.config.train
@@ -99,7 +111,7 @@ def build_run(config: RunConfig, device: Device, ranks: Ranks) -> Run:
     seed_everything(config.seed, ranks)
     model = build_model(config, device, corpora.vocab_size)
     optimizer = build_optimizer(config.optimizer, model, precision=train.precision)
-    return Run(config, device, ranks, model, optimizer, corpora, datasets, forward_step, probe_dataset)
+    return Run(config, device, ranks, model, optimizer, corpora, datasets, build_objective(config.model.kind), probe_dataset)
 
 
 def unwrap(chunk: Any) -> Any:

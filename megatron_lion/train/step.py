@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lion.config import RunConfig
+from megatron_lion.model.objective import Objective
 from megatron_lion.optim.megatron import TrainOptimizer
-from megatron_lion.parallel import Ranks, reduce_losses
+from megatron_lion.parallel import Ranks, reduce_sums
 
 ForwardStep = Callable[[Iterator[dict[str, torch.Tensor]], torch.nn.Module], tuple[torch.Tensor, Any]]
 
@@ -24,29 +25,31 @@ class TrainStep:
     Attributes:
         loss: mean over the global batch (nats per token), before the update.
         grad_l2: norm of the mean gradient before clipping.
-        num_tokens: tokens that counted, over all ranks.
+        num_tokens: tokens read, over all ranks (padding included, where there is any).
         skipped: nothing was changed because a gradient was not finite.
+        parts: the other means of the objective over the global batch, by name.
     """
 
     loss: float
     grad_l2: float
     num_tokens: int
     skipped: bool
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 def train_step(
     model: list[Any],
     optimizer: TrainOptimizer,
     batches: Iterator[dict[str, torch.Tensor]],
-    forward_step: ForwardStep,
+    objective: Objective,
     config: RunConfig,
     ranks: Ranks,
     lr: float,
 ) -> TrainStep:
     """Forward and backward over the micro-batches of one global batch, then one update.
 
-    Gradients are sums over tokens; megatron-core divides them by the global token count after the reduction, so that
-    a step is the mean over all tokens of the global batch at every layout.
+    Gradients are sums; megatron-core divides them by the global count of the objective after the reduction, so that
+    a step is the mean over the global batch at every layout.
     """
     for chunk in model:
         chunk.train()
@@ -57,7 +60,7 @@ def train_step(
     settings.finalize_model_grads_func = finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss
     outputs = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=objective.forward_step,
         data_iterator=batches,
         model=model if len(model) > 1 else model[0],
         num_microbatches=config.num_microbatches(ranks.world_size),
@@ -65,26 +68,30 @@ def train_step(
         micro_batch_size=config.train.micro_batch_size,
         forward_only=False,
     )
-    loss_sum, num_tokens = reduce_losses(outputs, next(model[0].parameters()).device)
+    means = objective.means(reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device))
     result = optimizer.step()
-    return TrainStep(loss_sum / max(1, num_tokens), result.grad_l2, num_tokens, result.skipped)
+    num_tokens = config.train.global_batch_size * config.model.seq_length
+    return TrainStep(means.pop("loss"), result.grad_l2, num_tokens, result.skipped, means)
 
 
 @torch.no_grad()
-def mean_loss(
+def mean_losses(
     model: list[Any],
     batches: Iterator[dict[str, torch.Tensor]],
-    forward_step: ForwardStep,
+    objective: Objective,
     config: RunConfig,
     num_microbatches: int,
-) -> float:
-    """Mean loss (nats per token, dropout off) over `num_microbatches` micro-batches a data rank; changes nothing."""
+) -> dict[str, float]:
+    """The objective's means by name, `loss` (nats) among them, over `num_microbatches` micro-batches a data rank.
+
+    Dropout is off; nothing is changed.
+    """
     for chunk in model:
         chunk.eval()
     settings = model[0].config
     settings.grad_scale_func = None
     outputs = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=objective.forward_step,
         data_iterator=batches,
         model=model if len(model) > 1 else model[0],
         num_microbatches=num_microbatches,
@@ -94,5 +101,4 @@ def mean_loss(
     )
     for chunk in model:
         chunk.train()
-    loss_sum, num_tokens = reduce_losses(outputs, next(model[0].parameters()).device)
-    return loss_sum / max(1, num_tokens)
+    return objective.means(reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device))

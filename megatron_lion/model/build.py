@@ -1,0 +1,58 @@
+"""From a config to this rank's part of the network, wrapped for training, and to what it minimises."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_lion.config import RunConfig, padded_vocab_size
+from megatron_lion.device import Device
+from megatron_lion.model.bert import MaskedAndOrder, build_bert
+from megatron_lion.model.gpt import NextToken, build_gpt
+from megatron_lion.model.initialize import initialize_weights
+from megatron_lion.model.objective import Objective
+from megatron_lion.model.settings import build_transformer_config, choose_attention
+
+
+def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[DistributedDataParallel]:
+    """Builds, initialises and wraps this rank's part of the network.
+
+    Args:
+        config: the run.
+        device: where it lives.
+        vocab_size: ids before padding.
+
+    Returns:
+        Model chunks (one: no interleaved schedule) wrapped in megatron-core's DDP with contiguous fp32 gradient
+        buffers.
+    """
+    settings = build_transformer_config(config, device)
+    build = {"gpt2": build_gpt, "bert": build_bert}[config.model.kind]
+    attention = choose_attention(config.model.attention, device)
+    rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+    network: torch.nn.Module = build(config.model, settings, attention, rows)
+    initialize_weights(
+        network, seed=config.seed, std=config.model.init_method_std, num_layers=config.model.num_layers
+    )
+    if device.kind == "cuda":
+        network.cuda(device.index)
+    if config.train.precision != "fp32":
+        network = Float16Module(settings, network)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        check_for_nan_in_grad=False,  # the optimizer's gate looks, skips and names the parameter
+    )
+    wrapped = DistributedDataParallel(config=settings, ddp_config=ddp_config, module=network)
+    if config.parallel.overlap_grad_reduce:
+        # Else the wrapper counts micro-batches to know when to reduce, and a probe has another number than a step.
+        settings.no_sync_func = wrapped.no_sync
+    return [wrapped]
+
+
+def build_objective(kind: str) -> Objective:
+    """What a kind of model minimises."""
+    return MaskedAndOrder() if kind == "bert" else NextToken()
