@@ -136,7 +136,6 @@ def update_plan(
     hyper = tuple(_hyper_parameters(group, device) for group in groups)
     lrs = tuple(_lr_address(group["lr"], device) for group in groups)
     if plan is None or plan.rows != rows or plan.lrs != lrs:
-        chunks = [(index, chunk) for index, row in enumerate(rows) for chunk in range(-(-row[4] // BLOCK))]
         groups_table = torch.empty(len(groups), len(hyper[0]), dtype=torch.float32, device=device)
         columns = [groups_table.data_ptr() + 4 * (6 * index + 5) for index in range(len(groups))]
         plan = Plan(
@@ -144,7 +143,7 @@ def update_plan(
             (),
             lrs,
             _upload(torch.tensor(rows, dtype=torch.int64), device),
-            _upload(torch.tensor(chunks, dtype=torch.int32).view(-1, 2), device),
+            _upload(_chunks([row[4] for row in rows]), device),
             groups_table,
             _upload(torch.tensor([lr or column for lr, column in zip(lrs, columns, strict=True)]), device),
         )
@@ -152,6 +151,14 @@ def update_plan(
         plan.groups_table.copy_(_pinned(torch.tensor(hyper, dtype=torch.float32), device), non_blocking=True)
         plan.hyper = hyper
     return plan
+
+
+def _chunks(numels: Sequence[int]) -> torch.Tensor:
+    """(row, chunk) of every program, int32 [programs, 2], for rows of these many elements."""
+    counts = torch.tensor([-(-numel // BLOCK) for numel in numels])
+    rows = torch.repeat_interleave(counts)
+    first = torch.cumsum(counts, 0) - counts
+    return torch.stack([rows, torch.arange(len(rows)) - first[rows]], dim=1).to(torch.int32)
 
 
 def _lr_address(lr: float | torch.Tensor, device: torch.device) -> int:

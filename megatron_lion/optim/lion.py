@@ -236,6 +236,7 @@ class Lion(torch.optim.Optimizer):
 
         return decode_state(param, value)
 
+    @torch.no_grad()
     def set_scaled_state(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
         """Stores a float32 value, or one already in the stored form, as the state `name` of a parameter.
 
@@ -270,7 +271,6 @@ class Lion(torch.optim.Optimizer):
             numbers.extend(number for group in loaded["param_groups"] for number in group["params"])
             loaded["state"] = {}
 
-        @torch.no_grad()
         def put_in(_: torch.optim.Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
             for number, param in zip(numbers, params, strict=True):

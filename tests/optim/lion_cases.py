@@ -1,0 +1,59 @@
+"""What the LION tests share: the device, the implementations, hyper-parameters and awkward values."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from hypothesis import strategies as st
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IMPLEMENTATIONS = ("reference", "foreach", "triton")
+FAST = ("foreach", "triton")
+MASTERS = ("none", "fp32", "split32", "split24")
+MOMENTA = ("fp32", "bf16", "int8")
+
+# ±0, the smallest and a middling subnormal, the smallest normal, bfloat16 ties of both parities, a carry into the
+# exponent, the largest number, infinities, NaN.
+AWKWARD_BITS = (
+    0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x00412345, 0x00800000, 0x3F808000, 0x3F818000, 0xBF808000,
+    0x3F7FFFFF, 0x3FFF8000, 0x3F80807F, 0x3F808080, 0x7F7FFFFF, 0xFF7FFFFF, 0x7F7F8000, 0x7F800000, 0xFF800000,
+    0x7FC00000, 0x7FFFFFFF,
+)  # fmt: skip
+AWKWARD = tuple(struct.unpack("<f", struct.pack("<I", bits))[0] for bits in AWKWARD_BITS)
+
+floats = st.floats(width=32, allow_nan=True) | st.sampled_from(AWKWARD) | st.floats(-4, 4, width=32)
+finite_floats = st.floats(-1e3, 1e3, width=32)
+betas = st.sampled_from([(0.9, 0.99), (0.9, 0.95), (0.0, 0.5), (0.95, 0.0), (0.7, 0.7)])
+lrs = st.sampled_from([0.0, 1e-5, 1e-4, 0.03, 1.0])
+decays = st.sampled_from([0.0, 0.01, 0.1, 1.0])
+
+
+def tensor(values, dtype=torch.float32) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=DEVICE).to(dtype)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal bit for bit, -0 apart from 0; any NaN equals any other."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    if not left.is_floating_point():
+        return torch.equal(left, right)
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+    nan = left.isnan() & right.isnan()
+    return bool((nan | (left.view(whole) == right.view(whole))).all())
+
+
+def same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> bool:
+    """Whether two optimizers hold the same parameters and state, bit for bit."""
+    pairs = zip(parameters(left), parameters(right), strict=True)
+    return all(
+        same_bits(a.detach(), b.detach())
+        and left.state[a].keys() == right.state[b].keys()
+        and all(same_bits(value, right.state[b][key]) for key, value in left.state[a].items())
+        for a, b in pairs
+    )
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]

@@ -1,0 +1,186 @@
+"""The Triton kernel's own business: addresses, masks, tables, launches. Interpreted on CPU, compiled on CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lion_cases import DEVICE, MASTERS, MOMENTA, same_bits, same_state
+
+from megatron_lion.optim import launch
+from megatron_lion.optim.lion import Lion
+from megatron_lion.optim.precision import PackedLayout, int8_bytes
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+
+
+def shards_of(buffer, lengths, first):
+    """Neighbouring views of a buffer, the first at element `first`."""
+    views = []
+    for length in lengths:
+        views.append(buffer[first : first + length])
+        first += length
+    return views
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 64])
+@pytest.mark.parametrize("mode", [("split32", "fp32"), ("split24", "int8"), ("fp32", "bf16")])
+def test_views_at_any_offset_are_updated_and_their_neighbours_left_alone(first, mode):
+    """Shards begin where a rank's share begins: lengths around a program's, odd starts, an empty one."""
+    lengths = (launch.BLOCK - 1, launch.BLOCK, 0, launch.BLOCK + 1, 1, 31, 33)
+    generator = torch.Generator().manual_seed(first)
+    values = torch.randn(first + sum(lengths) + 5, generator=generator).to(DEVICE, torch.bfloat16)
+    grads = torch.randn(values.shape, generator=generator).to(DEVICE)
+    ends = {}
+    for implementation in ("reference", "triton"):
+        buffer, grad_buffer = values.clone(), grads.clone()
+        params = [torch.nn.Parameter(view) for view in shards_of(buffer, lengths, first)]
+        for param, grad in zip(params, shards_of(grad_buffer, lengths, first), strict=True):
+            param.decoupled_grad = grad
+        optimizer = Lion(
+            [{"params": params[:3], "weight_decay": 0.1}, {"params": params[3:], "lr": 0.1}],
+            lr=0.01,
+            implementation=implementation,
+            master_weights=mode[0],
+            momentum=mode[1],
+        )
+        for _ in range(2):
+            optimizer.step()
+        assert torch.equal(grad_buffer, grads)
+        assert torch.equal(buffer[:first], values[:first])
+        assert torch.equal(buffer[-5:], values[-5:])
+        ends[implementation] = optimizer
+    assert same_state(ends["reference"], ends["triton"])
+
+
+@pytest.mark.parametrize("master_weights", MASTERS)
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_elements_beyond_two_to_the_31(master_weights, momentum):
+    """Addresses are moved back by more than 2^31 elements, and the programs told to work that far on.
+
+    A packed int8 momentum has its scales behind all its elements: there 2 GiB of address space are taken, of which
+    only the touched pages become memory.
+    """
+    first = (2**31 + 16) // launch.BLOCK + 3
+    beyond, length = first * launch.BLOCK, launch.BLOCK + 77
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.nn.Parameter(torch.randn(length, generator=generator).to(DEVICE, torch.bfloat16))
+    plain.decoupled_grad = torch.randn(length, generator=generator).to(DEVICE)
+    expected = Lion([plain], master_weights=master_weights, momentum=momentum, implementation="reference")
+    expected.step()
+    param = plain.detach().clone()
+    state = {key: value.detach().clone() for key, value in expected.state[plain].items()}
+    expected.step()
+
+    tail = state["exp_avg"]
+    if momentum == "int8":
+        state["exp_avg"], tail = far_away(tail, beyond, length)
+    slot = launch.Slot(param, plain.decoupled_grad, state, expected.param_groups[0])
+    kind, row = launch._describe(slot, PackedLayout(master_weights, momentum), 0)
+    sizes = [2, 4, 0 if momentum == "int8" else tail.element_size()]
+    sizes.append(state["master_param"].element_size() if "master_param" in state else 0)
+    addresses = [address - beyond * size for address, size in zip(row[:4], sizes, strict=True)]
+    plan = launch.update_plan(None, ((*addresses, beyond + length, 0),), expected.param_groups, DEVICE)
+    plan.chunks_table = torch.tensor([[0, first], [0, first + 1]], dtype=torch.int32, device=DEVICE)
+    launch.launch(plan, kind, momentum, False, None, None)
+
+    assert same_bits(param, plain.detach())
+    if momentum == "int8":
+        state["exp_avg"] = torch.cat([part.view(torch.uint8) for part in tail])
+    for key, value in expected.state[plain].items():
+        assert same_bits(state[key], value.detach()), key
+
+
+def far_away(packed, beyond, length):
+    """A packed momentum of `beyond + length` elements whose end is `packed`, and views of that end's two parts."""
+    blocks = -(-length // 32)
+    whole = torch.empty(int8_bytes(beyond + length), dtype=torch.uint8, device=packed.device)
+    elements, scales = whole[beyond : beyond + 32 * blocks], whole[-2 * blocks :]
+    elements.copy_(packed[: 32 * blocks])
+    scales.copy_(packed[32 * blocks :])
+    return whole, (elements, scales)
+
+
+def tiny(implementation="triton", **settings):
+    params = [torch.nn.Parameter(torch.ones(size, device=DEVICE)) for size in (70, 3, 5)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    groups = [{"params": params[:1], "weight_decay": 0.1}, {"params": params[1:]}]
+    return Lion(groups, implementation=implementation, **settings), params
+
+
+def test_all_groups_and_tensors_go_in_one_launch(monkeypatch):
+    launches = []
+    start = launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *arguments: launches.append(1) or start(*arguments))
+    optimizer, params = tiny()
+    optimizer.step()
+    assert len(launches) == 1
+    params[1].data = params[1].data.to(torch.bfloat16)
+    params[1].grad = torch.ones_like(params[1])
+    optimizer.step()
+    assert len(launches) == 3
+
+
+def test_tables_are_sent_again_only_when_something_changed(monkeypatch):
+    uploads = []
+    pinned = launch._pinned
+    monkeypatch.setattr(launch, "_pinned", lambda *arguments: uploads.append(1) or pinned(*arguments))
+    optimizer, params = tiny()
+    optimizer.step()
+    first = len(uploads)
+    optimizer.step()
+    assert len(uploads) == first
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()
+    assert len(uploads) == first + 1
+    assert params[0][0].item() == pytest.approx((1 - 1.1e-4) - 1e-4 * 1.1 - 0.5 * 1.1, abs=1e-3)
+    params[0].grad = params[0].grad.clone()
+    optimizer.step()
+    assert len(uploads) > first + 1
+
+
+def test_a_rate_in_device_memory_is_read_at_each_step():
+    lr = torch.tensor(0.5, device=DEVICE)
+    optimizer, params = tiny(lr=lr)
+    optimizer.step()
+    lr.fill_(0.25)
+    optimizer.step()
+    assert params[1].tolist() == [0.25] * 3
+
+
+def test_gradients_that_move_are_found_again():
+    optimizer, params = tiny(lr=0.5)
+    for sign in (1.0, -1.0, -1.0, 1.0):
+        for param in params:
+            param.grad = torch.full_like(param, sign * 10)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    expected, reference = tiny("reference", lr=0.5)
+    for sign in (1.0, -1.0, -1.0, 1.0):
+        for param in reference:
+            param.grad = torch.full_like(param, sign * 10)
+        expected.step()
+    assert same_state(optimizer, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_the_step_waits_for_nothing_and_runs_in_a_graph():
+    optimizer, params = tiny(lr=torch.tensor(0.5, device=DEVICE), count_steps=True)
+    multiplier, found = torch.ones((), device=DEVICE), torch.zeros((), device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step(grad_multiplier=multiplier, found_inf=found)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    before = params[1].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step(grad_multiplier=multiplier, found_inf=found)
+    assert torch.equal(params[1], before)
+    graph.replay()
+    assert torch.equal(params[1], before - 0.5)
+    found.fill_(1)
+    graph.replay()
+    assert torch.equal(params[1], before - 0.5)

@@ -1,0 +1,83 @@
+"""What the compiler makes of the kernel for A100 (sm_80) and H100/H200 (sm_90): no device is needed to read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMPILE = r"""
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_lion.optim.kernels import lion_kernel
+from megatron_lion.optim.launch import BLOCK, NUM_WARPS
+
+pointers = {"rows": "*i64", "chunks": "*i32", "groups": "*fp32", "lr_addresses": "*i64", "multiplier": "*fp32",
+            "found_inf": "*fp32"}
+found = []
+for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
+    fixed = {"PARAM_TYPE": getattr(tl, param), "GRAD_TYPE": getattr(tl, grad), "MASTER_WEIGHTS": master,
+             "MOMENTUM": momentum, "BEGIN": True, "HAS_MULTIPLIER": True, "HAS_FOUND_INF": True, "ALIGNED": True,
+             "BLOCK": BLOCK}
+    source = ASTSource(
+        fn=lion_kernel,
+        signature={**pointers, **dict.fromkeys(fixed, "constexpr")},
+        constexprs={(lion_kernel.arg_names.index(name),): value for name, value in fixed.items()},
+    )
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = kernel.asm["ptx"]
+    found.append({
+        "fused": len(re.findall(r"\bfma\.", text)),
+        "flushed": text.count(".ftz"),
+        "wide": len(re.findall(r"(?:ld|st)\.global\.v[24]\.b32", text)),
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
+        "shared": kernel.metadata.shared,
+    })
+sys.stdout.write(json.dumps(found))
+"""
+
+CASES = [
+    # capability, parameter, gradient, master weights, momentum, wide accesses a whole chunk needs
+    (80, "float32", "float32", "none", "fp32", 5),
+    (90, "float32", "float32", "none", "fp32", 5),
+    (80, "bfloat16", "float32", "split32", "fp32", 7),
+    (90, "bfloat16", "float32", "split32", "fp32", 7),
+    (90, "bfloat16", "bfloat16", "split32", "bf16", 7),
+    (90, "bfloat16", "float32", "fp32", "fp32", 6),
+    (90, "bfloat16", "float32", "split24", "int8", 3),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    arguments = [sys.executable, "-c", COMPILE, json.dumps([case[:5] for case in CASES])]
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case[:5])) for case in CASES])
+def test_the_kernel_compiles_to_wide_exact_code(compiled, index):
+    kernel, wide = compiled[index], CASES[index][5]
+    assert kernel["fused"] == 0
+    assert kernel["flushed"] == 0
+    assert kernel["wide"] >= wide
+    assert kernel["stack"] == 0
+    # 65,536 registers and 2,048 threads an SM: up to 32 registers all of them can live at once, at 40 still 1,536.
+    assert kernel["registers"] <= 40
+    assert kernel["shared"] <= 1024
