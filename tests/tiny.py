@@ -111,7 +111,7 @@ def step_once(run: Any, batches: Any) -> Any:
     from megatron_lion.train.step import train_step
 
     result = train_step(
-        run.model, run.optimizer, batches, run.forward_step, run.config, run.ranks, lr_at(run.config, run.step + 1)
+        run.model, run.optimizer, batches, run.objective, run.config, run.ranks, lr_at(run.config, run.step + 1)
     )
     run.step += 1
     run.consumed_samples += run.config.train.global_batch_size
