@@ -111,6 +111,18 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def stream_segments(tokens: Tensor, plan: WindowPlan) -> list[Segment]:
+    """The windows of a plan as segments to score.
+
+    Args:
+        tokens: the token ids, int64 [plan.n_tok].
+        plan: from `plan_windows`.
+    """
+    assert tokens.numel() == plan.n_tok, "the plan is for another stream"
+    windows = map(plan.window, range(plan.num_windows))
+    return [Segment(ids=tokens[w.start : w.stop + 1], num_scored=w.num_scored) for w in windows]
+
+
 def score_stream(
     tokens: Sequence[int] | Tensor,
     plan: WindowPlan,
@@ -132,11 +144,8 @@ def score_stream(
     Raises:
         NumericsError: the model gave NaN or an infinite loss.
     """
-    stream = torch.as_tensor(tokens, dtype=torch.int64)
-    assert stream.numel() == plan.n_tok, "the plan is for another stream"
-    windows = [plan.window(k) for k in range(plan.num_windows)]
     return score_segments(
-        [Segment(ids=stream[w.start : w.stop + 1], num_scored=w.num_scored) for w in windows],
+        stream_segments(torch.as_tensor(tokens, dtype=torch.int64), plan),
         scorer,
         seq_length=plan.seq_length,
         rank=rank,

@@ -1,0 +1,279 @@
+"""`megatron-lion evaluate`: zero-shot perplexity of a run's checkpoints, every number with its convention."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from megatron_lion.evaluate.session import Outcome
+    from megatron_lion.evaluate.tasks import Task
+
+HELP = "Zero-shot perplexity of a run's checkpoints, or of a Hugging Face GPT-2, on WikiText-103, LAMBADA or any text"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    add(
+        "target",
+        type=str,
+        help="run folder, one checkpoint of it (RUN/checkpoints/step_…), or Hugging Face GPT-2 folder",
+    )
+    add("--steps", type=str, default="latest", help="all, latest, or steps such as 10000,20000")
+    add(
+        "--wikitext103",
+        type=str,
+        default=None,
+        metavar="FILE",
+        help="wiki.test.tokens or wiki.test.raw: Megatron's convention, and page by page",
+    )
+    add("--text", type=str, nargs="+", default=[], metavar="FILE", help="any UTF-8 text, taken as it is")
+    add("--lambada", type=str, default=None, metavar="FILE", help="LAMBADA as JSONL with a passage under 'text'")
+    add(
+        "--stride",
+        type=str,
+        default="32",
+        help="targets each window scores after the first: tokens, `full` for no overlap, or several: 32,full",
+    )
+    add(
+        "--pages",
+        type=bool,
+        default=True,
+        help="with --wikitext103 also word and byte perplexity page by page, as lm-evaluation-harness",
+    )
+    add("--batch-size", type=int, default=16, help="windows in one forward pass on one process")
+    add(
+        "--max-tokens",
+        type=int,
+        default=None,
+        help="score only the first tokens of a stream, for a quick look; marked in the result",
+    )
+    add("--precision", type=str, default="fp32", choices=["fp32", "bf16"], help="of the forward pass")
+    add(
+        "--device",
+        type=str,
+        default="auto",
+        choices=["auto", "cuda", "cpu"],
+        help="auto takes CUDA where it is visible",
+    )
+    add("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the one in the target folder")
+    add(
+        "--watch",
+        action="store_true",
+        help="follow a run in training and evaluate each new checkpoint until its last step",
+    )
+    add(
+        "--explain",
+        type=float,
+        default=None,
+        metavar="NUMBER",
+        help="say by which convention a published number is comparable, and what ours is there",
+    )
+
+
+def run(args: Any) -> None:
+    """Evaluates, writes TARGET/eval/*.json, prints one line a result."""
+    from megatron_lion.errors import ConfigError
+
+    folder, steps = _target(Path(args.target), args.steps)
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
+    if not (args.wikitext103 or args.text or args.lambada):
+        if args.explain is None:
+            raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
+        sys.stdout.write(_explain(args.explain, folder / "eval") + "\n")
+        return
+    with _open(folder, args) as model:
+        chosen = _chosen_steps(model, folder, steps, watch=args.watch)
+        outcomes = _evaluate(model, folder, chosen, _tasks(model, args), args)
+        if model.rank == 0:
+            _print_outcomes(outcomes, folder)
+            if args.explain is not None:
+                sys.stdout.write("\n" + _explain(args.explain, folder / "eval") + "\n")
+
+
+def _target(target: Path, steps: str) -> tuple[Path, str]:
+    """The run or model folder, and the steps; a checkpoint's folder names its own step."""
+    if target.parent.name == "checkpoints" and target.name.startswith("step_") and target.name[5:].isdigit():
+        return target.parent.parent, str(int(target.name[5:]))
+    return target, steps
+
+
+def _open(folder: Path, args: Any) -> AbstractContextManager[Any]:
+    """Opens a run or a Hugging Face folder, by what lies in it."""
+    from megatron_lion.errors import CheckpointError
+
+    options = {"device": args.device, "precision": args.precision, "tokenizer": args.tokenizer}
+    if (folder / "config.yaml").is_file():
+        from megatron_lion.evaluate.restore import open_run
+
+        return open_run(folder, **options)
+    if (folder / "config.json").is_file():
+        from megatron_lion.evaluate.huggingface import open_huggingface
+
+        return open_huggingface(folder, **options)
+    what = (
+        "holds neither a run (config.yaml) nor a Hugging Face model (config.json)"
+        if folder.is_dir()
+        else "no such folder"
+    )
+    raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
+
+
+def _tasks(model: Any, args: Any) -> list[Task]:
+    """Reads and encodes the texts, the same on every rank."""
+    from megatron_lion.evaluate.lambada import read_passages
+    from megatron_lion.evaluate.tasks import Reader, lambada_task, pages_task, stream_task
+    from megatron_lion.evaluate.wikitext import read_text
+
+    reader = Reader(
+        tokenizer=model.tokenizer,
+        tokenizer_sha256=model.tokenizer.sha256,
+        seq_length=model.seq_length,
+        precision=args.precision,
+        max_tokens=args.max_tokens,
+    )
+    strides = _strides(args.stride, model.seq_length)
+    tasks: list[Task] = []
+    if args.wikitext103:
+        text = read_text(args.wikitext103, "wikitext103")
+        tasks += [stream_task(reader, text, stride) for stride in strides]
+        if args.pages and args.max_tokens is None and getattr(model.tokenizer, "eod_token", None):
+            tasks.append(pages_task(reader, text))
+    for path in args.text:
+        text = read_text(path, "text")
+        tasks += [stream_task(reader, text, stride) for stride in strides]
+    if args.lambada:
+        tasks.append(lambada_task(reader, read_passages(args.lambada)))
+    if model.rank == 0:
+        _warn_of_short_texts(tasks, model.seq_length)
+    return tasks
+
+
+def _warn_of_short_texts(tasks: list[Task], seq_length: int) -> None:
+    for task in tasks:
+        if task.kind in ("wikitext103", "text") and len(task.segments) == 1 and task.forward_tokens < seq_length:
+            sys.stderr.write(
+                f"{task.conditions['text_path']}: {task.forward_tokens + 1} tokens are fewer than one window of "
+                f"{seq_length}; the loss is that of short contexts\n"
+            )
+
+
+def _strides(words: str, seq_length: int) -> list[int]:
+    """The strides of --stride, each once."""
+    from megatron_lion.errors import ConfigError
+
+    try:
+        strides = [seq_length if word.strip() == "full" else int(word) for word in words.split(",")]
+    except ValueError:
+        raise ConfigError(f"--stride {words}: give a number of tokens, full, or several separated by commas") from None
+    return list(dict.fromkeys(strides))
+
+
+def _chosen_steps(model: Any, folder: Path, asked: str, *, watch: bool) -> Iterable[int]:
+    """The checkpoints to evaluate; with --watch, as training makes them."""
+    from megatron_lion.configfile import load_config
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.evaluate.session import choose_steps, follow
+
+    if not watch:
+        return choose_steps(asked, model.steps)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"--watch: {folder} is no run in training")
+    from megatron_lion.train.checkpoint import list_steps
+
+    return follow(model, lambda: list_steps(folder), load_config(folder / "config.yaml").train.steps)
+
+
+def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task], args: Any) -> list[Outcome]:
+    """Measures every task on every step, with a progress bar on the first rank."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from megatron_lion.evaluate.session import evaluate_step
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    outcomes: list[Outcome] = []
+    with Progress(*columns, console=_stderr_console(), disable=model.rank != 0, transient=True) as bars:
+
+        def progress(task: Task, step: int) -> Callable[[int, int], None]:
+            bar = bars.add_task(f"step {step}  {task.kind}", total=None)
+            return lambda done, total: bars.update(bar, completed=done, total=total, visible=done < total)
+
+        for step in steps:
+            for outcome in evaluate_step(
+                model, step, tasks, folder / "eval", batch_size=args.batch_size, progress=progress
+            ):
+                outcomes.append(outcome)
+                if args.watch and model.rank == 0:
+                    bars.console.print("  ".join(_row(outcome)))
+    return outcomes
+
+
+def _stderr_console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _print_outcomes(outcomes: list[Outcome], folder: Path) -> None:
+    """A table on stdout: one line a result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Zero-shot evaluation of {folder}", title_justify="left")
+    for name in ("step", "measured", "text", "stride", "loss (nats)", "perplexity", "ln ppl", "further", ""):
+        table.add_column(name, justify="left" if name in ("measured", "text", "further", "") else "right", no_wrap=True)
+    for outcome in outcomes:
+        table.add_row(*_row(outcome))
+    console = Console(file=sys.stdout)
+    if not sys.stdout.isatty():
+        console.width = 200
+    console.print(table)
+    sys.stdout.write(f"results: {folder / 'eval'}\n")
+
+
+def _row(outcome: Outcome) -> list[str]:
+    record = outcome.record
+    kind = record["kind"]
+    text = record["text_version"] if record["text_version"] != "unknown" else Path(record["text_path"]).name
+    if kind == "lambada":
+        shown = ("word", record["word_ppl"], record["log_word_ppl"], f"accuracy {record['accuracy']:.2%}")
+    elif kind.endswith("_pages"):
+        shown = ("word", record["word_ppl"], record["log_word_ppl"], f"{record['bits_per_byte']:.4f} bits/byte")
+    else:
+        shown = ("token", record["token_ppl"], record["log_token_ppl"], f"adjusted {_number(record['adjusted_ppl'])}")
+    level, ppl, log_ppl, further = shown
+    if record.get("max_tokens"):
+        further += f", first {record['max_tokens']} tokens only"
+    stride = "" if record["stride"] is None else str(record["stride"])
+    return [str(record["step"]), f"{kind} ({level})", text, stride, f"{record['loss']:.4f}", _number(ppl),
+            f"{log_ppl:.4f}", further, "new" if outcome.is_new else "found"]  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    """A perplexity as it is read: inf where it went beyond float64."""
+    if value is None:
+        return "inf"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3e}"
+
+
+def _explain(value: float, folder: Path) -> str:
+    """The text of --explain over all results of the folder."""
+    import json
+
+    from megatron_lion.evaluate.published import explain
+
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            sys.stderr.write(f"{path}: not a whole result, left out\n")
+    return explain(value, [r for r in results if isinstance(r, dict)])

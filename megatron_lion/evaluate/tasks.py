@@ -1,0 +1,206 @@
+"""One measurement on a text: what is scored, what stands beside the number, and the file it goes to.
+
+A task is prepared once (the text is read and encoded) and then measured on any number of checkpoints. Its
+result is one JSON object that carries its whole convention; a result whose key fields all match is reused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron_lion.data.files import storage_errors, write_whole
+from megatron_lion.errors import ConfigError
+from megatron_lion.evaluate.harness import page_segments, read_pages
+from megatron_lion.evaluate.lambada import Passages, passage_segment
+from megatron_lion.evaluate.perplexity import perplexity, plan_windows, stream_segments
+from megatron_lion.evaluate.scoring import Segment, SegmentScores
+from megatron_lion.evaluate.wikitext import EvaluationText
+
+FORMAT = 1
+DEFAULT_STRIDE = 32
+# Two results with these fields equal are the same measurement.
+KEY_FIELDS = ("format", "kind", "state_sha256", "text_sha256", "stride", "seq_length", "precision", "max_tokens",
+              "tokenizer_sha256")  # fmt: skip
+
+
+class TokenizerLike(Protocol):
+    """What a task needs of a tokenizer."""
+
+    @property
+    def eod_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """The reading side of all tasks of one command.
+
+    Attributes:
+        tokenizer: the run's.
+        tokenizer_sha256: its hash.
+        seq_length: the model's context length.
+        precision: "fp32" or "bf16".
+        max_tokens: score only this many tokens of a stream; None scores all.
+    """
+
+    tokenizer: TokenizerLike
+    tokenizer_sha256: str
+    seq_length: int
+    precision: str
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A measurement that is ready to run on a checkpoint.
+
+    Attributes:
+        conditions: the fields of the result that are known beforehand, `kind` among them.
+        suffix: what tells its file from that of the default convention.
+        segments: what is scored.
+        summarize: the fields that the scores give.
+    """
+
+    conditions: dict[str, Any]
+    suffix: str
+    segments: list[Segment] = field(repr=False)
+    summarize: Callable[[SegmentScores], dict[str, Any]] = field(repr=False)
+
+    @property
+    def kind(self) -> str:
+        """Name of the measurement: wikitext103, text, wikitext103_pages or lambada."""
+        return str(self.conditions["kind"])
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return sum(len(segment.ids) - 1 for segment in self.segments)
+
+    def path(self, folder: Path, step: int) -> Path:
+        """Where the result of a step lies in the evaluation folder."""
+        return folder / f"{self.kind}-step_{step:07d}{self.suffix}.json"
+
+    def find(self, folder: Path, step: int, state_sha256: str) -> dict[str, Any] | None:
+        """An earlier result of this very measurement on these very weights, if there is one."""
+        try:
+            found = json.loads(self.path(folder, step).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        wanted = {**self.conditions, "state_sha256": state_sha256}
+        same = isinstance(found, dict) and all(found.get(key) == wanted[key] for key in KEY_FIELDS)
+        return found if same else None
+
+    def record(self, scores: SegmentScores, *, step: int, state_sha256: str, seconds: float) -> dict[str, Any]:
+        """The result: every number with its convention; a value beyond float64 is null, its log never is."""
+        measured = {
+            key: None if isinstance(value, float) and math.isinf(value) else value
+            for key, value in self.summarize(scores).items()
+        }
+        return {**self.conditions, "step": step, "state_sha256": state_sha256, **measured,
+                "num_targets": scores.num_targets, "seconds": round(seconds, 3)}  # fmt: skip
+
+
+def write_result(path: Path, record: dict[str, Any]) -> None:
+    """Writes a result whole or not at all.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with storage_errors(path.parent, "made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def _conditions(reader: Reader, kind: str, path: str, sha256: str, version: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT, "kind": kind, "text_path": path, "text_sha256": sha256, "text_version": version,
+        "stride": None, "seq_length": reader.seq_length, "precision": reader.precision, "max_tokens": None,
+        "tokenizer_sha256": reader.tokenizer_sha256,
+    }  # fmt: skip
+
+
+def _suffix(conditions: dict[str, Any], *, named_text: bool) -> str:
+    """Readable marks of everything that departs from stride 32, fp32, the whole text and a known kind of text."""
+    marks = [] if named_text else [conditions["text_sha256"][:8]]
+    if conditions["stride"] not in (None, DEFAULT_STRIDE):
+        marks.append(f"stride{conditions['stride']}")
+    if conditions["precision"] != "fp32":
+        marks.append(conditions["precision"])
+    if conditions["max_tokens"] is not None:
+        marks.append(f"first{conditions['max_tokens']}")
+    return "".join(f"-{mark}" for mark in marks)
+
+
+def stream_task(reader: Reader, text: EvaluationText, stride: int) -> Task:
+    """Perplexity of a text as one stream (Megatron's convention; see `megatron_lion.evaluate.perplexity`).
+
+    With `max_tokens` the loss is that of the beginning alone, while `n_orig` and `n_tok` stay those of the
+    whole text, so that the adjusted perplexity uses the whole text's tokens per word.
+
+    Raises:
+        ConfigError: impossible stride or max_tokens.
+        DataError: the text gives fewer than two tokens.
+    """
+    ids = reader.tokenizer.encode(text.encoded)
+    if reader.max_tokens is not None and reader.max_tokens < 2:
+        raise ConfigError(f"--max-tokens {reader.max_tokens}: perplexity needs at least 2 tokens")
+    shortened = reader.max_tokens is not None and reader.max_tokens < len(ids)
+    tokens = torch.tensor(ids[: reader.max_tokens] if shortened else ids, dtype=torch.int64)
+    plan = plan_windows(len(tokens), reader.seq_length, stride)
+    ratio = (len(ids) - 1) / (text.n_orig - 1)
+
+    def summarize(scores: SegmentScores) -> dict[str, Any]:
+        return {
+            "n_orig": text.n_orig, "n_tok": len(ids), "loss": scores.loss,
+            "token_ppl": perplexity(scores.loss), "log_token_ppl": scores.loss,
+            "adjusted_ppl": perplexity(scores.loss * ratio), "log_adjusted_ppl": scores.loss * ratio,
+        }  # fmt: skip
+
+    conditions = _conditions(reader, text.kind, text.path, text.sha256, text.version)
+    conditions |= {"stride": stride, "max_tokens": reader.max_tokens if shortened else None}
+    suffix = _suffix(conditions, named_text=text.kind == "wikitext103")
+    return Task(conditions=conditions, suffix=suffix, segments=stream_segments(tokens, plan), summarize=summarize)
+
+
+def pages_task(reader: Reader, text: EvaluationText) -> Task:
+    """Word and byte perplexity page by page (lm-evaluation-harness; see `megatron_lion.evaluate.harness`)."""
+    pages, counts = read_pages(text.original)
+    eod_id = reader.tokenizer.eod_id
+    segments = [
+        segment for page in pages for segment in page_segments(reader.tokenizer.encode(page), eod_id, reader.seq_length)
+    ]
+
+    def summarize(scores: SegmentScores) -> dict[str, Any]:
+        word_loss, byte_loss = counts.word_loss(scores.loss_sum), counts.byte_loss(scores.loss_sum)
+        return {
+            "n_pages": counts.n_pages, "n_words": counts.n_words, "n_bytes": counts.n_bytes, "loss": scores.loss,
+            "token_ppl": perplexity(scores.loss), "word_ppl": perplexity(word_loss), "log_word_ppl": word_loss,
+            "byte_ppl": perplexity(byte_loss), "bits_per_byte": counts.bits_per_byte(scores.loss_sum),
+        }  # fmt: skip
+
+    conditions = _conditions(reader, f"{text.kind}_pages", text.path, text.sha256, text.version)
+    return Task(
+        conditions=conditions, suffix=_suffix(conditions, named_text=True), segments=segments, summarize=summarize
+    )
+
+
+def lambada_task(reader: Reader, passages: Passages) -> Task:
+    """Accuracy and perplexity of the last word (see `megatron_lion.evaluate.lambada`)."""
+    segments = [passage_segment(text, reader.tokenizer.encode, reader.seq_length) for text in passages.texts]
+
+    def summarize(scores: SegmentScores) -> dict[str, Any]:
+        loss = scores.loss_sum / len(segments)
+        return {"n_passages": len(segments), "loss": loss, "word_ppl": perplexity(loss), "log_word_ppl": loss,
+                "accuracy": scores.num_greedy / len(segments)}  # fmt: skip
+
+    conditions = _conditions(reader, "lambada", passages.path, passages.sha256, passages.version)
+    return Task(
+        conditions=conditions, suffix=_suffix(conditions, named_text=True), segments=segments, summarize=summarize
+    )
