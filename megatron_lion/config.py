@@ -176,14 +176,21 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """The full gradient at frozen parameters."""
+    """The full gradient: norms, KKT residual, signal and noise."""
 
     every: int = 0
     """Probe every so many steps and before the first; 0 never."""
     num_batches: int = 100
     """Global batches to average the gradient over (100 x 640 = 64,000 samples in the paper)."""
+    mode: Literal["frozen", "moving"] = "frozen"
+    """frozen: passes of its own at one point, no memory besides. moving: the mean gradient of the last num_batches training
+    steps, no passes besides, but 4 bytes a parameter in each process's shard while a window is open."""
+    data: Literal["fixed", "fresh", "test"] = "fixed"
+    """Training samples, the same in every probe (fixed) or others each time (fresh), or the test split."""
     dropout: bool = False
     """Keep dropout on while probing."""
+    ladder: bool = True
+    """Tell signal from noise: read the sum at 1, 2, 4, ... batches too (a reduction each), and follow a sample of coordinates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +273,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
 
 def _check_numbers(config: RunConfig) -> list[str]:
     problems: list[str] = []
-    model, optimizer, train = config.model, config.optimizer, config.train
+    model, optimizer, train, probe = config.model, config.optimizer, config.train, config.probe
 
     def need(ok: bool, key: str, given: object, expected: str) -> None:
         if not ok:
@@ -306,6 +313,10 @@ def _check_numbers(config: RunConfig) -> list[str]:
         problems.append(
             f"optimizer.momentum_dtype: {optimizer.momentum_dtype} needs optimizer.master_weights fp32, split32 or split24"
         )
+    need(
+        probe.mode == "frozen" or not 0 < probe.every < probe.num_batches,
+        "probe.every", probe.every, f"at least probe.num_batches {probe.num_batches} with probe.mode moving: windows must not overlap",
+    )
     for beta in optimizer.resolved_betas():
         need(0 <= beta < 1, "optimizer.betas", beta, "two numbers in [0, 1)")
     need(0 <= config.schedule.warmup_fraction <= 1, "schedule.warmup_fraction", config.schedule.warmup_fraction, "a number in [0, 1]")

@@ -45,8 +45,12 @@ def train_step(
     config: RunConfig,
     ranks: Ranks,
     lr: float,
+    *,
+    on_gradient: Callable[[], None] | None = None,
 ) -> TrainStep:
     """Forward and backward over the micro-batches of one global batch, then one update.
+
+    `on_gradient` is called when the buffers hold the reduced gradient, before it is measured, clipped and used.
 
     Gradients are sums; megatron-core divides them by the global count of the objective after the reduction, so that
     a step is the mean over the global batch at every layout.
@@ -69,6 +73,8 @@ def train_step(
         forward_only=False,
     )
     means = objective.means(reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device))
+    if on_gradient is not None:
+        on_gradient()
     result = optimizer.step()
     num_tokens = config.train.global_batch_size * config.model.seq_length
     return TrainStep(means.pop("loss"), result.grad_l2, num_tokens, result.skipped, means)
