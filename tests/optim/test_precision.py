@@ -24,6 +24,7 @@ from lion_cases import (
 )
 from reference import LionFloat32, round_to_bfloat16
 
+from megatron_lion.optim import foreach
 from megatron_lion.optim.lion import Lion
 from megatron_lion.optim.precision import int8_bytes, join_master, pack_int8, split_master, unpack_int8
 
@@ -331,3 +332,24 @@ def test_awkward_masters_survive_a_step_that_changes_nothing():
         param.grad = torch.ones_like(param)
         optimizer.step()
         assert same_bits(optimizer.get_unscaled_state(param, "master_param"), values), implementation
+
+
+@pytest.mark.parametrize("mode", [("none", "fp32"), ("split32", "bf16"), ("fp32", "int8")])
+def test_blocks_of_the_cpu_path_meet_without_a_seam(mode, monkeypatch):
+    monkeypatch.setattr(foreach, "CPU_BLOCK", 7)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for shape in ((64, 5), (2, 3, 5, 5)):
+        generator = torch.Generator().manual_seed(1)
+        start = torch.randn(shape, generator=generator).to(torch.bfloat16)
+        gradient = torch.randn(shape, generator=generator)
+        if len(shape) == 4:
+            start, gradient = (x.to(memory_format=torch.channels_last) for x in (start, gradient))
+        ends = []
+        for implementation in ("reference", "foreach"):
+            param = torch.nn.Parameter(start.clone())
+            param.decoupled_grad = gradient
+            settings = {"master_weights": mode[0], "momentum": mode[1], "weight_decay": 0.1, "lr": 0.01}
+            ends.append(Lion([param], implementation=implementation, count_steps=True, **settings))
+            for _ in range(3):
+                ends[-1].step()
+        assert same_state(*ends)
