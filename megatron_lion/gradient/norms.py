@@ -1,39 +1,57 @@
-"""Norms of the gradient over shards: every coordinate once, fp32 reads, float64 sums, one reduction."""
+"""Norms of the gradient over shards: every coordinate once, one read, fp32 block partials, float64 sums.
+
+A table holds one row a parameter; sums over rows are the norms of the whole model, of a layer, of a kind of
+parameter, or of the model without its embeddings or without the rows that pad the vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_lion.optim.shards import Shard
+from megatron_lion.gradient.names import PADDING, is_vocabulary
+from megatron_lion.optim.shards import Shard, counts_here, named_global_parameters
+from megatron_lion.parallel import Ranks
 
 GAUSSIAN_RATIO = math.sqrt(2.0 / math.pi)
 """‖g‖₁ / (√d ‖g‖₂) of pure Gaussian noise as d grows: an under-averaged gradient shows this number by itself."""
 
-_CHUNK = 1 << 22
+BOX_MARGIN = 0.01
+"""A weight with |θ| ≥ (1 − BOX_MARGIN)/λ counts as lying at the edge of the box ‖θ‖∞ ≤ 1/λ."""
+
+_BLOCK = 1024  # elements a partial sum in fp32 covers: rounding stays near 1e-7 of the block
+_CHUNK_CPU, _CHUNK_CUDA = 1 << 18, 1 << 22  # small enough to stay in cache between the reductions: memory is read once
+_SUMS = ("l1", "squares", "dot", "decayed_dot", "count", "decayed", "at_edge")
+_PEAKS = ("linf", "theta_linf")
 
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """What the theory of LION speaks of, for one gradient.
+    """What the theory of LION speaks of, for one gradient over one set of coordinates.
 
     Attributes:
-        grad_l1, grad_l2, grad_linf: norms of ∇f over all d coordinates.
-        kkt_residual: Σ over groups of λ⟨∇f, θ⟩, plus ‖∇f‖₁, with each group's own λ; zero exactly at KKT points of
-            min f s.t. ‖θ‖∞ ≤ 1/λ, never negative inside the box.
+        grad_l1, grad_l2, grad_linf: norms of ∇f.
+        grad_dot_theta: ⟨∇f, θ⟩.
+        kkt_residual: Σ_i λ_i g_i θ_i + |g_i| with each parameter group's λ (0 for exempt ones, whose share is |g_i|):
+            zero exactly at KKT points of min f s.t. ‖θ‖∞ ≤ 1/λ, never negative inside the box. None where no
+            coordinate has a λ: there is no box, and the residual is not defined.
         theta_linf: ‖θ‖∞.
-        num_parameters: d.
+        box_fraction: share of the coordinates with a λ that lie within 1 % of 1/λ, or beyond; None where none has one.
+        num_parameters: how many coordinates these are (d).
     """
 
     grad_l1: float
     grad_l2: float
     grad_linf: float
-    kkt_residual: float
+    grad_dot_theta: float
+    kkt_residual: float | None
     theta_linf: float
+    box_fraction: float | None
     num_parameters: int
 
     @property
@@ -43,33 +61,142 @@ class GradientNorms:
 
     @property
     def norm_ratio_over_sqrt_d(self) -> float:
-        return self.norm_ratio / math.sqrt(self.num_parameters)
+        return self.norm_ratio / math.sqrt(self.num_parameters) if self.num_parameters else float("nan")
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Every number under its name, ratios included."""
+        return {**self.__dict__, "norm_ratio": self.norm_ratio, "norm_ratio_over_sqrt_d": self.norm_ratio_over_sqrt_d}
+
+
+@dataclass(frozen=True)
+class NormTable:
+    """Sums and peaks of each parameter over all ranks; a gradient's norms over any set of parameters follow from it.
+
+    Attributes:
+        names: one a row; rows that pad the vocabulary have a row of their own, ending in `PADDING`.
+        sums: float64 [P, 7], of g: Σ|g|, Σg², Σgθ, Σλgθ, and counts of coordinates, of those with λ > 0, of those at the edge.
+        peaks: float64 [P, 2]: max|g|, max|θ|.
+        scale: what a value of g is multiplied by to be the mean gradient (1 / number of tokens where g is a sum).
+    """
+
+    names: tuple[str, ...]
+    sums: torch.Tensor
+    peaks: torch.Tensor
+    scale: float = 1.0
+
+    def norms(self, keep: Callable[[str], bool] = lambda name: True) -> GradientNorms:
+        """Norms over the parameters whose name `keep` accepts."""
+        rows = [row for row, name in enumerate(self.names) if keep(name)]
+        l1, squares, dot, decayed_dot, count, decayed, at_edge = self.sums[rows].sum(0).tolist()
+        linf, theta_linf = self.peaks[rows].amax(0).tolist() if rows else (0.0, 0.0)
+        return GradientNorms(
+            grad_l1=l1 * self.scale,
+            grad_l2=math.sqrt(squares) * self.scale,
+            grad_linf=linf * self.scale,
+            grad_dot_theta=dot * self.scale,
+            kkt_residual=(decayed_dot + l1) * self.scale if decayed else None,
+            theta_linf=theta_linf,
+            box_fraction=at_edge / decayed if decayed else None,
+            num_parameters=int(count),
+        )
+
+    def grouped(self, group_of: Callable[[str], str]) -> dict[str, GradientNorms]:
+        """Norms of each group of parameters, in the order in which the groups first appear."""
+        groups = dict.fromkeys(group_of(name) for name in self.names)
+        return {group: self.norms(lambda name, group=group: group_of(name) == group) for group in groups}  # type: ignore[misc]
+
+
+def parameter_rows(model: Sequence[Any]) -> tuple[str, ...]:
+    """Row names of a model's table, the same on every rank and in the order of the network; a collective call."""
+    own = [name for chunk in model for name, parameter in named_global_parameters(chunk) if counts_here(parameter)]
+    parts: list[Any] = [own]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, own)
+    names = dict.fromkeys(name for part in parts for name in part)
+    return tuple(row for name in names for row in ((name, name + PADDING) if is_vocabulary(name) else (name,)))
 
 
 @torch.no_grad()
-def gradient_norms(shards: Iterable[Shard], device: torch.device) -> GradientNorms:
+def norm_table(
+    shards: Iterable[Shard],
+    rows: Sequence[str],
+    *,
+    vocab_size: int,
+    ranks: Ranks,
+    device: torch.device,
+    scale: float = 1.0,
+) -> NormTable:
     """Reduces the gradients in `shards` over all ranks; a collective call.
 
     Args:
-        shards: from `local_shards`, after the gradients were reduced.
+        shards: from `local_shards`, after the gradients were reduced; `grad` [N] and `main` [N] of each.
+        rows: from `parameter_rows`.
+        vocab_size: ids before padding.
+        ranks: this process's place.
         device: of the tensors.
+        scale: turns a value of the buffers into one of the mean gradient.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # Σ|g|, Σg², Σ λ g θ, count
-    peaks = torch.zeros(2, dtype=torch.float64, device=device)  # max|g|, max|θ|
+    index = {name: row for row, name in enumerate(rows)}
+    sums = torch.zeros(len(rows), len(_SUMS), dtype=torch.float64, device=device)
+    peaks = torch.zeros(len(rows), len(_PEAKS), dtype=torch.float64, device=device)
     for shard in shards:
         if shard.grad is None:
             continue
-        for start in range(0, shard.grad.numel(), _CHUNK):
-            grad = shard.grad[start : start + _CHUNK].float()
-            theta = shard.main[start : start + _CHUNK].float()
-            magnitude = grad.abs()
-            sums[0] += magnitude.sum(dtype=torch.float64)
-            sums[1] += grad.double().square_().sum()
-            sums[2] += shard.weight_decay * (grad.double() * theta).sum()
-            sums[3] += grad.numel()
-            torch.maximum(peaks, torch.stack([magnitude.max(), theta.abs().max()]).double(), out=peaks)
+        for name, piece in vocabulary_pieces(shard, vocab_size, ranks):
+            grad, theta = shard.grad[piece], shard.main[piece]
+            if grad.numel():
+                _add_block_sums(grad, theta, shard.weight_decay, sums[index[name]], peaks[index[name]])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-    l1, squares, weighted, count = sums.tolist()
-    return GradientNorms(l1, math.sqrt(squares), float(peaks[0]), weighted + l1, float(peaks[1]), int(count))
+    return NormTable(tuple(rows), sums.cpu(), peaks.cpu(), scale)
+
+
+def vocabulary_pieces(shard: Shard, vocab_size: int, ranks: Ranks) -> Iterator[tuple[str, slice]]:
+    """(row name, slice) of a shard: tensors over the vocabulary are cut where its padding begins."""
+    length = shard.main.numel()
+    if not is_vocabulary(shard.name):
+        yield shard.name, slice(0, length)
+        return
+    rows, columns = shard.parameter.shape[0], shard.parameter[0].numel()
+    first_row = ranks.tp_rank * rows if getattr(shard.parameter, "tensor_model_parallel", False) else 0
+    boundary = min(max((vocab_size - first_row) * columns - shard.start, 0), length)
+    yield shard.name, slice(0, boundary)
+    yield shard.name + PADDING, slice(boundary, length)
+
+
+def _add_block_sums(
+    grad: torch.Tensor, theta: torch.Tensor, weight_decay: float, sums: torch.Tensor, peaks: torch.Tensor
+) -> None:
+    """Adds a slice's sums to its row."""
+    chunk = _CHUNK_CUDA if grad.is_cuda else _CHUNK_CPU
+    whole = grad.numel() // _BLOCK * _BLOCK
+    for start in range(0, whole, chunk):
+        end = min(start + chunk, whole)
+        _add_blocks(grad[start:end].view(-1, _BLOCK), theta[start:end].view(-1, _BLOCK), weight_decay, sums, peaks)
+    if whole < grad.numel():
+        _add_blocks(grad[whole:].view(1, -1), theta[whole:].view(1, -1), weight_decay, sums, peaks)
+
+
+def _add_blocks(
+    grad_RB: torch.Tensor, theta_RB: torch.Tensor, weight_decay: float, sums: torch.Tensor, peaks: torch.Tensor
+) -> None:
+    grad_RB, theta_RB = grad_RB.float(), theta_RB.float()
+    norm = torch.linalg.vector_norm
+    dot = torch.linalg.vecdot(grad_RB, theta_RB).sum(dtype=torch.float64)
+    l1 = norm(grad_RB, 1, dim=1).sum(dtype=torch.float64)
+    squares = norm(grad_RB, 2, dim=1).double().square_().sum()
+    count = torch.full_like(l1, grad_RB.numel())
+    decayed, at_edge = torch.zeros_like(l1), torch.zeros_like(l1)
+    theta_low, theta_high = torch.aminmax(theta_RB)
+    if weight_decay > 0:
+        decayed = count
+        edge = (1 - BOX_MARGIN) / weight_decay
+        # On CPU the peaks are known by now and mostly spare the second look; on CUDA asking them would cost more.
+        if grad_RB.is_cuda or max(-float(theta_low), float(theta_high)) >= edge:
+            at_edge = (theta_RB.abs() >= edge).sum().double()
+    sums += torch.stack([l1, squares, dot, weight_decay * dot, count, decayed, at_edge])
+    grad_low, grad_high = torch.aminmax(grad_RB)
+    found = torch.stack([torch.maximum(-grad_low, grad_high), torch.maximum(-theta_low, theta_high)]).double()
+    torch.maximum(peaks, found, out=peaks)

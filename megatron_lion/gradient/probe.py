@@ -1,20 +1,25 @@
-"""The full-gradient probe: ∇f over many global batches at frozen parameters, in DDP's own gradient buffers."""
+"""The full-gradient probe of a run: accumulate, read the ladder on the way, and put the result together."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
+import torch
 
 from megatron_lion.config import RunConfig
-from megatron_lion.errors import ConfigError
-from megatron_lion.gradient.norms import gradient_norms
+from megatron_lion.gradient.accumulate import FullGradient
+from megatron_lion.gradient.noise import NoiseEstimate, Rung, estimate_noise, make_rung, rungs_of
+from megatron_lion.gradient.norms import GradientNorms
+from megatron_lion.gradient.result import ProbeResult
+from megatron_lion.gradient.sample import CoordinateSample
 from megatron_lion.optim.megatron import TrainOptimizer
-from megatron_lion.optim.shards import local_shards
-from megatron_lion.parallel import Ranks, reduce_losses
+from megatron_lion.parallel import Ranks, derive_seed
+
+_log = logging.getLogger(__name__)
 
 
 class ProbedRun(Protocol):
@@ -24,61 +29,114 @@ class ProbedRun(Protocol):
     ranks: Ranks
     model: list[Any]
     optimizer: TrainOptimizer
-    forward_step: Any
+    corpora: Any
+    step: int
 
-    def probe_batches(self) -> Any: ...
+    @property
+    def forward_step(self) -> Any: ...
+
+    def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]: ...
 
 
-def probe_run(run: ProbedRun) -> dict[str, float | int]:
+def probe_run(
+    run: ProbedRun,
+    *,
+    on_batch: Callable[[int], None] = lambda done: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> ProbeResult | None:
     """Averages loss and gradient over `probe.num_batches` global batches and measures the mean gradient.
 
-    One long accumulation: gradients of all micro-batches add up in DDP's fp32 buffers, and one reduction at the end
-    leaves each rank its shard of the mean. Parameters, optimizer state and the data position of training are not
-    touched; the caller puts random states back. Dropout is off unless `probe.dropout`.
+    Parameters, optimizer state and the data position of training are not touched; with `probe.dropout` the caller
+    puts random states back. A collective call.
+
+    Args:
+        run: the run, between two steps.
+        on_batch: told how many batches are done.
+        should_stop: asked on every process after each batch.
 
     Returns:
-        Values for metrics.jsonl under probe/…
+        The result, or None where any process was asked to stop: the run is then as if the probe had never begun.
     """
-    config, model = run.config, run.model
+    config = run.config
     started = time.perf_counter()
-    tokens = config.probe.num_batches * config.train.global_batch_size * config.model.seq_length
-    if tokens >= 2**31:
-        raise ConfigError(
-            f"probe.num_batches: {config.probe.num_batches} x {config.train.global_batch_size} samples are {tokens:,} tokens; "
-            f"at most 2^31 in one probe, that is {2**31 // (config.train.global_batch_size * config.model.seq_length)} batches"
-        )
-    for chunk in model:
-        chunk.train(config.probe.dropout)
-        chunk.zero_grad_buffer()
-    settings = model[0].config
-    settings.finalize_model_grads_func = finalize_model_grads
-    settings.grad_scale_func = None
-    outputs = get_forward_backward_func()(
-        forward_step_func=run.forward_step,
-        data_iterator=run.probe_batches(),
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=config.probe.num_batches * config.num_microbatches(run.ranks.world_size),
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        forward_only=False,
-    )
-    device = next(model[0].parameters()).device
-    norms = gradient_norms(local_shards(model, run.optimizer), device)
-    loss_sum, num_tokens = reduce_losses(outputs, device)
-    for chunk in model:
-        chunk.train()
-        chunk.zero_grad_buffer()
+    rungs = rungs_of(config.probe.num_batches) if config.probe.ladder else [config.probe.num_batches]
+    dropout_seed = derive_seed(config.seed, f"probe dropout at {run.step}") if config.probe.dropout else None
+    sample = CoordinateSample(run.model) if config.probe.ladder else None
+    batches = run.probe_batches()
+    read: list[tuple[int, GradientNorms]] = []
+    with FullGradient(
+        run.model, run.optimizer, run.forward_step, run.ranks,
+        num_microbatches=config.num_microbatches(run.ranks.world_size),
+        micro_batch_size=config.train.micro_batch_size, seq_length=config.model.seq_length,
+        vocab_size=run.corpora.vocab_size, dropout_seed=dropout_seed, sample=sample,
+    ) as full:  # fmt: skip
+        while full.num_batches < config.probe.num_batches:
+            if full.add(batches, stop=should_stop()):
+                return None
+            if full.num_batches in rungs:
+                table = full.read()
+                read.append((full.num_batches, table.norms()))
+            on_batch(full.num_batches)
+        ladder, noise = _ladder(read, sample, config.train.global_batch_size)
+        result = ProbeResult(
+            step=run.step, mode="frozen", data=config.probe.data, dropout=config.probe.dropout,
+            num_batches=full.num_batches, num_samples=full.num_batches * config.train.global_batch_size,
+            num_tokens=full.num_batches * config.train.global_batch_size * config.model.seq_length, loss=full.loss, loss_standard_error=standard_error(full.losses),
+            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise, facts=layout_facts(config, run.ranks),
+        )  # fmt: skip
+    warn_of(result, run.ranks)
+    return result
+
+
+def _ladder(
+    read: list[tuple[int, GradientNorms]], sample: CoordinateSample | None, batch_samples: int
+) -> tuple[tuple[Rung, ...], NoiseEstimate | None]:
+    if sample is None:
+        return (), None
+    groups, whole = sample.groups()
+    ladder = tuple(make_rung(count, norms, groups) for count, norms in read)
+    noise = estimate_noise(groups, whole, read[-1][1], batch_samples=batch_samples, sampled_fraction=sample.fraction)
+    return ladder, noise
+
+
+def standard_error(losses: list[tuple[float, int]]) -> float | None:
+    """Standard error of a mean loss from (loss sum, count) of independent batches; None for a single one.
+
+    Example:
+        >>> standard_error([(2.0, 1), (4.0, 1)])
+        1.0
+    """
+    if len(losses) < 2:
+        return None
+    means = [loss / max(1, tokens) for loss, tokens in losses]
+    center = math.fsum(means) / len(means)
+    return math.sqrt(math.fsum((mean - center) ** 2 for mean in means) / (len(means) - 1) / len(means))
+
+
+def layout_facts(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     return {
-        "probe/loss": loss_sum / max(1, num_tokens),
-        "probe/grad_l1": norms.grad_l1,
-        "probe/grad_l2": norms.grad_l2,
-        "probe/grad_linf": norms.grad_linf,
-        "probe/norm_ratio": norms.norm_ratio,
-        "probe/norm_ratio_over_sqrt_d": norms.norm_ratio_over_sqrt_d,
-        "probe/kkt_residual": norms.kkt_residual,
-        "probe/theta_linf": norms.theta_linf,
-        "probe/num_parameters": norms.num_parameters,
-        "probe/sqrt_d": math.sqrt(norms.num_parameters),
-        "probe/num_batches": config.probe.num_batches,
-        "probe/seconds": round(time.perf_counter() - started, 3),
-    }
+        "global_batch_size": config.train.global_batch_size, "seq_length": config.model.seq_length,
+        "precision": config.train.precision, "weight_decay": config.optimizer.weight_decay, "optimizer": config.optimizer.name,
+        "dp_size": ranks.dp_size, "tp_size": ranks.tp_size, "pp_size": ranks.pp_size,
+    }  # fmt: skip
+
+
+def warn_of(result: ProbeResult, ranks: Ranks) -> None:
+    """Says what a reader of the numbers must know and could miss."""
+    if not ranks.is_main:
+        return
+    norms = result.table.norms()
+    if not math.isfinite(norms.grad_l2):
+        bad = [
+            name for name, part in result.table.grouped(lambda name: name).items() if not math.isfinite(part.grad_l2)
+        ]
+        _log.warning(
+            "probe at step %d: the gradient is not finite, first in %s",
+            result.step,
+            bad[0] if bad else "its total norm",
+        )
+    if norms.kkt_residual is None:
+        _log.warning(
+            "probe at step %d: no parameter has a weight decay: there is no box, and the KKT residual is not defined",
+            result.step,
+        )

@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_lion.config import RunConfig
+from megatron_lion.data.files import storage_errors
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import NumericsError, StoppedOnRequest
+from megatron_lion.gradient.moving import MovingWindow
 from megatron_lion.gradient.probe import probe_run
+from megatron_lion.gradient.result import ProbeResult, probe_file
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.optim.shards import nonfinite_gradients
-from megatron_lion.parallel import Ranks, agree, process_groups
+from megatron_lion.parallel import Ranks, agree, broadcast_object, process_groups
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.metrics import MetricsWriter
 from megatron_lion.train.progress import TrainProgress, announce
@@ -77,10 +80,18 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
     skipped_in_a_row = 0
     last = config.train.steps
     stop_after = min(last, config.train.stop_after or last)
-    if run.step == 0:
-        observe(run, metrics, progress, at_start=True)
+    window = None
+    if config.probe.every and config.probe.mode == "moving":
+        window = MovingWindow(config, run.model, run.optimizer, ranks, run.corpora.vocab_size)
+    if run.step == 0 or probe_is_missing(run):
+        observe(run, metrics, progress, stop, window, at_start=run.step == 0)
     while run.step < stop_after:
-        result = train_step(run.model, run.optimizer, batches, run.objective, config, ranks, lr_at(config, run.step + 1))
+        on_gradient = window.add if window is not None and window.wants(run.step + 1) else None
+        result = train_step(
+            run.model, run.optimizer, batches, run.objective, config, ranks, lr_at(config, run.step + 1), on_gradient=on_gradient
+        )
+        if window is not None and on_gradient is not None:
+            window.add_loss(result.loss, result.num_tokens)
         run.step += 1
         run.consumed_samples += config.train.global_batch_size
         clock.count(result)
@@ -91,7 +102,8 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             values = clock.values(result)
             metrics.write(run.step, values)
             progress.update(run.step, values)
-        observe(run, metrics, progress)
+        observe(run, metrics, progress, stop, window)
+        clock.leave_out()
         asked = _any_rank(stop["now"], run.device)
         ending = asked or run.step == stop_after
         if ending or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
@@ -104,8 +116,19 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             raise StoppedOnRequest(f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes")
 
 
-def observe(run: Run, metrics: MetricsWriter, progress: TrainProgress, *, at_start: bool = False) -> None:
-    """Probes the full gradient and measures held-out losses where they are due; leaves training untouched."""
+def observe(
+    run: Run,
+    metrics: MetricsWriter,
+    progress: TrainProgress,
+    stop: dict[str, bool],
+    window: MovingWindow | None = None,
+    *,
+    at_start: bool = False,
+) -> None:
+    """Probes the full gradient and measures held-out losses where they are due; leaves training untouched.
+
+    A probe that a signal interrupts leaves nothing; the resumed run takes it again before its first step.
+    """
     config = run.config
     probe_due = is_due(run.step, config.probe.every) or (at_start and config.probe.every > 0)
     test_due = is_due(run.step, config.train.test_every) or (at_start and config.train.test_every > 0)
@@ -121,11 +144,39 @@ def observe(run: Run, metrics: MetricsWriter, progress: TrainProgress, *, at_sta
             for split, name in ((1, "valid"), (2, "test")):
                 means = mean_losses(run.model, run.held_out_batches(split), run.objective, config, count)
                 values.update({f"{name}/{key}": value for key, value in means.items()})
+        result = None
         if probe_due:
-            progress.note("probing the full gradient")
-            values.update(probe_run(run))
-    metrics.write(run.step, values)
+            result = window.take(run.step) if window is not None else _probe(run, progress, stop)
+            values.update(result.metrics() if result is not None else {})
+    if values:
+        metrics.write(run.step, values)
+    if result is not None:
+        write_probe(run, result)
     progress.note("")
+
+
+def _probe(run: Run, progress: TrainProgress, stop: dict[str, bool]) -> ProbeResult | None:
+    total = run.config.probe.num_batches
+    progress.note(f"probing the full gradient, {total:,} batches")
+    return probe_run(
+        run, on_batch=lambda done: progress.note(f"probing the full gradient, batch {done:,} of {total:,}"), should_stop=lambda: stop["now"]
+    )
+
+
+def write_probe(run: Run, result: ProbeResult) -> None:
+    """Writes RUN/probe/step_0000100.json; a collective call."""
+    with agree("writing the probe"):
+        if run.ranks.is_main:
+            path = probe_file(run.run_dir, result.step)
+            with storage_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, result.as_dict())
+
+
+def probe_is_missing(run: Run) -> bool:
+    """Whether a probe of the step just restored was due and never finished; a collective call."""
+    due = is_due(run.step, run.config.probe.every)
+    return bool(broadcast_object(due and not probe_file(run.run_dir, run.step).exists() if run.ranks.is_main else None))
 
 
 def is_due(step: int, every: int) -> bool:
@@ -178,6 +229,10 @@ class _Clock:
 
     def restart(self) -> None:
         self.tokens, self.seconds, self.loss_sum, self.started = 0, 0.0, 0.0, time.perf_counter()
+
+    def leave_out(self) -> None:
+        """Does not count the time since the last step."""
+        self.started = time.perf_counter()
 
     def count(self, result: TrainStep) -> None:
         now = time.perf_counter()

@@ -17,6 +17,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config
 from megatron_lion.data.datasets import Corpora, build_datasets, micro_batches, open_corpora
+from megatron_lion.data.probe_samples import ProbeSamples, open_probe_samples
 from megatron_lion.device import Device
 from megatron_lion.errors import CheckpointError
 from megatron_lion.model.build import build_model, build_objective
@@ -39,8 +40,8 @@ class Run:
         optimizer: what `build_optimizer` made.
         corpora: the checked data.
         datasets: Megatron's train, validation and test datasets (None where not needed).
-        probe_dataset: the fixed samples of the full-gradient probe, a shuffle of the training data of its own.
-        probe_weight: what the loss must know about all of them together, once it was found.
+        probe_samples: what the full-gradient probe reads, a shuffle of its own (None where no probe runs).
+        probe_weight: what the loss must know about all samples of a probe together, once it was found.
         objective: what the model minimises.
         step: optimizer steps attempted so far; position in the data and the schedule.
         consumed_samples: training samples read so far.
@@ -54,7 +55,7 @@ class Run:
     corpora: Corpora
     datasets: list[Any]
     objective: Objective
-    probe_dataset: Any = None
+    probe_samples: ProbeSamples | None = None
     probe_weight: torch.Tensor | None = None
     step: int = 0
     consumed_samples: int = 0
@@ -78,11 +79,13 @@ class Run:
         return self._batches(self.datasets[split], 0, self.config.train.test_batches * self.config.train.global_batch_size)
 
     def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The same training samples every time, independent of what training has read; a collective call."""
+        """What a probe at this step reads, independent of what training has read; a collective call."""
+        assert self.probe_samples is not None
         end = self.config.probe.num_batches * self.config.train.global_batch_size
-        if self.probe_weight is None:
-            self.probe_weight = self.objective.weight(self._batches(self.probe_dataset, 0, end))
-        return self.objective.weighed(self._batches(self.probe_dataset, 0, end), self.probe_weight)
+        dataset = self.probe_samples.at(self.step)
+        if self.probe_weight is None or self.config.probe.data == "fresh":
+            self.probe_weight = self.objective.weight(self._batches(dataset, 0, end))
+        return self.objective.weighed(self._batches(dataset, 0, end), self.probe_weight)
 
     def _batches(self, dataset: Any, start: int, end: int) -> Iterator[dict[str, torch.Tensor]]:
         train = self.config.train
@@ -93,25 +96,31 @@ class Run:
         )
 
 
-def build_run(config: RunConfig, device: Device, ranks: Ranks) -> Run:
-    """Opens the data, builds model and optimizer and seeds dropout; a collective call."""
+def build_run(config: RunConfig, device: Device, ranks: Ranks, *, for_training: bool = True) -> Run:
+    """Opens the data, builds model and optimizer and seeds dropout; a collective call.
+
+    Without `for_training` there are samples for probes only.
+    """
     with agree("opening the data"):
         corpora = open_corpora(config.data, config.model)
     train = config.train
     cache = Path(config.data.cache) if config.data.cache else Path(config.run_dir) / "cache"
     held_out = train.test_batches * train.global_batch_size if train.test_every else 0
-    datasets = build_datasets(
-        corpora, config.model, [train.steps * train.global_batch_size, held_out, held_out],
-        seed=derive_seed(config.seed, "data"), cache=cache,
-    )
-    probe_dataset = None
-    if config.probe.every:
-        count = config.probe.num_batches * train.global_batch_size
-        probe_dataset = build_datasets(corpora, config.model, [count, 0, 0], seed=derive_seed(config.seed, "probe"), cache=cache)[0]
+    datasets: list[Any] = [None, None, None]
+    if for_training:
+        datasets = build_datasets(
+            corpora, config.model, [train.steps * train.global_batch_size, held_out, held_out],
+            seed=derive_seed(config.seed, "data"), cache=cache,
+        )  # fmt: skip
+    probe_samples = None
+    if config.probe.mode == "frozen" and (config.probe.every or not for_training):
+        probe_samples = open_probe_samples(
+            corpora, config.model, config.probe, train.global_batch_size, seed=config.seed, cache=cache
+        )
     seed_everything(config.seed, ranks)
     model = build_model(config, device, corpora.vocab_size)
     optimizer = build_optimizer(config.optimizer, model, precision=train.precision)
-    return Run(config, device, ranks, model, optimizer, corpora, datasets, build_objective(config.model.kind), probe_dataset)
+    return Run(config, device, ranks, model, optimizer, corpora, datasets, build_objective(config.model.kind), probe_samples)
 
 
 def unwrap(chunk: Any) -> Any:

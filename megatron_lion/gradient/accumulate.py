@@ -1,0 +1,230 @@
+"""The full gradient at frozen parameters: one long accumulation in DDP's own buffers.
+
+Gradients of all micro-batches of all global batches add up in the fp32 buffers that training uses anyway; nothing is
+reduced until a sum is read. Reading reduces, after which each rank holds its shard of the sum over all ranks; the
+shard stays, every other copy is set to zero, and the accumulation goes on. So the buffers of all ranks always add up
+to the sum of the gradients of all samples so far, with no byte per parameter besides them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.transformer_block import TransformerBlock
+
+from megatron_lion.gradient.norms import NormTable, norm_table, parameter_rows
+from megatron_lion.gradient.sample import CoordinateSample
+from megatron_lion.optim.megatron import TrainOptimizer
+from megatron_lion.optim.shards import Shard, local_shards
+from megatron_lion.parallel import Ranks
+
+
+class FullGradient:
+    """Sums loss and gradient over global batches while nothing else of the run changes. A context manager.
+
+    Inside the block the gradient buffers belong to the accumulation; at its end they are zero and the model is in
+    training mode, as a training step expects it. Parameters, optimizer state and data positions are not touched. With
+    dropout on, the random states are: the caller puts them back.
+
+    Args:
+        model: DDP-wrapped chunks.
+        optimizer: for master weights, λ and the loss scale.
+        forward_step: as for megatron-core's schedules; its loss function must return (loss sum, count,
+            {"loss_sum": …, "num_tokens": the same count}), of sums, not means.
+        ranks: this process's place.
+        num_microbatches: micro-batches of a global batch on one data rank.
+        micro_batch_size, seq_length: shape of a micro-batch.
+        vocab_size: ids before padding.
+        dropout_seed: None switches dropout off; else the seed of its masks.
+        sample: keeps track of the sums over disjoint groups of batches for a sample of the coordinates, or None.
+
+    Attributes:
+        num_batches: global batches summed so far.
+        count: what the mean is over: all that the loss function counted (tokens of GPT-2, samples of BERT).
+        losses: (loss sum in nats, count) of each batch.
+
+    Example:
+        with FullGradient(model, optimizer, forward_step, ranks, ...) as full:
+            while full.num_batches < 100:
+                full.add(batches)
+            norms = full.read().norms()
+    """
+
+    def __init__(
+        self,
+        model: list[Any],
+        optimizer: TrainOptimizer,
+        forward_step: Callable[..., Any],
+        ranks: Ranks,
+        *,
+        num_microbatches: int,
+        micro_batch_size: int,
+        seq_length: int,
+        vocab_size: int,
+        dropout_seed: int | None = None,
+        sample: CoordinateSample | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.forward_step, self.ranks = model, optimizer, forward_step, ranks
+        self.num_microbatches, self.micro_batch_size, self.seq_length = num_microbatches, micro_batch_size, seq_length
+        self.vocab_size, self.dropout_seed, self.sample = vocab_size, dropout_seed, sample
+        self.device = next(model[0].parameters()).device
+        self.rows = parameter_rows(model)
+        self.num_batches = 0
+        self.losses: list[tuple[float, int]] = []
+        self._stack = ExitStack()
+
+    @property
+    def count(self) -> int:
+        return sum(count for _, count in self.losses)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss so far (nats)."""
+        return sum(loss for loss, _ in self.losses) / max(1, self.count)
+
+    def __enter__(self) -> Self:
+        settings = self.model[0].config
+        self._stack.callback(
+            _put_back, settings, settings.no_sync_func, settings.grad_scale_func, settings.finalize_model_grads_func
+        )
+        self._stack.callback(self._leave)
+        # Between batches no bucket may be reduced, overlapped or not: the schedules' own switch would turn that on for
+        # the last micro-batch of each call, so the buckets are told once, for the whole accumulation.
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+            self._stack.enter_context(chunk.no_sync())
+            set_dropout(chunk, on=self.dropout_seed is not None)
+        settings.no_sync_func = None
+        settings.finalize_model_grads_func = None
+        settings.grad_scale_func = self.optimizer.scale_loss
+        self._loss_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.device)))
+        if self.dropout_seed is not None:
+            seed = self.dropout_seed + 1_000_003 * self.ranks.dp_rank + 101 * self.ranks.pp_rank
+            torch.manual_seed(seed)
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        if self.sample is not None:
+            self.sample.rebase()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _leave(self) -> None:
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+
+    def add(self, batches: Iterator[dict[str, torch.Tensor]], *, stop: bool = False) -> bool:
+        """Adds one global batch; a collective call.
+
+        Args:
+            batches: yields this rank's micro-batches.
+            stop: whether this process was asked to stop.
+
+        Returns:
+            Whether any process was.
+        """
+        outputs = get_forward_backward_func()(
+            forward_step_func=self.forward_step,
+            data_iterator=batches,
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=self.num_microbatches,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=False,
+        )
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        if self.ranks.tp_rank == 0:  # only the last stage has losses, and every tensor-parallel rank the same
+            for output in outputs:
+                totals[0] += output["loss_sum"]
+                totals[1] += output["num_tokens"]
+        totals[2] = float(stop)
+        if self.ranks.world_size > 1:
+            dist.all_reduce(totals)
+        loss_sum, count, asked = totals.tolist()
+        self.losses.append((loss_sum, int(count)))
+        self.num_batches += 1
+        if self.sample is not None:
+            self.sample.add_batch(int(count), self._loss_scale)
+        return asked > 0
+
+    @torch.no_grad()
+    def read(self) -> NormTable:
+        """Norms of the mean gradient over all batches so far; reduces it first. A collective call."""
+        self._reduce()
+        scale = 1.0 / (max(1, self.count) * self._loss_scale)
+        table = norm_table(
+            self.shards(), self.rows, vocab_size=self.vocab_size, ranks=self.ranks, device=self.device, scale=scale
+        )
+        for chunk in self.model:
+            keep_own_shard(chunk)
+        if self.sample is not None:
+            self.sample.rebase()
+        return table
+
+    def shards(self) -> Iterator[Shard]:
+        """This rank's slices; after `read`, `grad` holds the sum over all samples (times the loss scale)."""
+        return local_shards(self.model, self.optimizer)
+
+    def _reduce(self) -> None:
+        groups = [group for chunk in self.model for group in _bucket_groups(chunk)]
+        gathered = [group.param_gather_dispatched for group in groups]
+        for chunk in self.model:
+            if chunk.ddp_config.overlap_grad_reduce:
+                chunk.start_grad_sync()
+        finalize_model_grads(self.model)
+        for group, was_gathered in zip(groups, gathered, strict=True):
+            # Finishing a reduction announces new parameters; here they are the old ones, and more sums will follow.
+            group.param_gather_dispatched = was_gathered
+            group.grad_reduce_finished = False
+
+
+def _put_back(settings: Any, no_sync: Any, grad_scale: Any, finalize: Any) -> None:
+    settings.no_sync_func, settings.grad_scale_func, settings.finalize_model_grads_func = no_sync, grad_scale, finalize
+
+
+def set_dropout(chunk: torch.nn.Module, *, on: bool) -> None:
+    """Training mode with or without dropout.
+
+    Activation recomputation is switched by the training flag of the block itself; it must stay, or a model that fits
+    only with it would not fit into its own probe.
+    """
+    chunk.train(on)
+    for module in chunk.modules():
+        if isinstance(module, TransformerBlock):
+            module.training = True
+
+
+def _bucket_groups(chunk: Any) -> list[Any]:
+    return [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]
+
+
+@torch.no_grad()
+def keep_own_shard(chunk: Any) -> None:
+    """After a reduction: leaves each element of the sum on one rank and sets all its copies to zero."""
+    sharded = chunk.ddp_config.use_distributed_optimizer
+    for group in _bucket_groups(chunk):
+        for bucket in group.buckets:
+            if sharded:
+                size = bucket.grad_data.numel() // group.intra_distributed_optimizer_instance_size
+                first = group.intra_distributed_optimizer_instance_rank * size
+                bucket.grad_data[:first].zero_()
+                bucket.grad_data[first + size :].zero_()
+            elif group.data_parallel_group.rank() > 0:
+                bucket.grad_data.zero_()
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    for parameter in chunk.parameters():
+        summed_over_tp = chunk.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+        if not param_is_not_shared(parameter) or (summed_over_tp and tp_rank > 0):
+            parameter.main_grad.zero_()
