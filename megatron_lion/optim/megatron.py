@@ -278,7 +278,11 @@ def build_optimizer(
     megatron: MegatronOptimizer
     if sharded:
         process_groups = ProcessGroupCollection.setup_process_groups_for_optimizer(None, model_chunks, False)
-        megatron = StatefulDistributedOptimizer(
+        kind = StatefulDistributedOptimizer
+        if config.master_weights != "shards":
+            kind = FusedDistributedOptimizer
+            let_optimizer_own_master_weights(settings)
+        megatron = kind(
             inner,
             settings,
             scaler,
