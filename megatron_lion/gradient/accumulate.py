@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -45,6 +46,7 @@ class FullGradient:
         micro_batch_size, seq_length: shape of a micro-batch.
         vocab_size: ids before padding.
         dropout_seed: None switches dropout off; else the seed of its masks.
+        master_weights: take θ from the optimizer's fp32 master weights, else from the model's own.
         sample: keeps track of the sums over disjoint groups of batches for a sample of the coordinates, or None.
 
     Attributes:
@@ -72,10 +74,12 @@ class FullGradient:
         vocab_size: int,
         dropout_seed: int | None = None,
         sample: CoordinateSample | None = None,
+        master_weights: bool = True,
     ) -> None:
         self.model, self.optimizer, self.forward_step, self.ranks = model, optimizer, forward_step, ranks
         self.num_microbatches, self.micro_batch_size, self.seq_length = num_microbatches, micro_batch_size, seq_length
         self.vocab_size, self.dropout_seed, self.sample = vocab_size, dropout_seed, sample
+        self.master_weights = master_weights
         self.device = next(model[0].parameters()).device
         self.rows = parameter_rows(model)
         self.num_batches = 0
@@ -175,7 +179,12 @@ class FullGradient:
 
     def shards(self) -> Iterator[Shard]:
         """This rank's slices; after `read`, `grad` holds the sum over all samples (times the loss scale)."""
-        return local_shards(self.model, self.optimizer)
+        for shard in local_shards(self.model, self.optimizer):
+            if self.master_weights:
+                yield shard
+            else:
+                own = shard.parameter.detach().view(-1)[shard.start : shard.start + shard.main.numel()]
+                yield replace(shard, main=own)
 
     def _reduce(self) -> None:
         groups = [group for chunk in self.model for group in _bucket_groups(chunk)]

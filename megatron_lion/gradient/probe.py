@@ -43,6 +43,7 @@ def probe_run(
     *,
     on_batch: Callable[[int], None] = lambda done: None,
     should_stop: Callable[[], bool] = lambda: False,
+    master_weights: bool = True,
 ) -> ProbeResult | None:
     """Averages loss and gradient over `probe.num_batches` global batches and measures the mean gradient.
 
@@ -53,6 +54,7 @@ def probe_run(
         run: the run, between two steps.
         on_batch: told how many batches are done.
         should_stop: asked on every process after each batch.
+        master_weights: take θ from the optimizer's fp32 master weights, else from the model's own.
 
     Returns:
         The result, or None where any process was asked to stop: the run is then as if the probe had never begun.
@@ -69,6 +71,7 @@ def probe_run(
         num_microbatches=config.num_microbatches(run.ranks.world_size),
         micro_batch_size=config.train.micro_batch_size, seq_length=config.model.seq_length,
         vocab_size=run.corpora.vocab_size, dropout_seed=dropout_seed, sample=sample,
+        master_weights=master_weights,
     ) as full:  # fmt: skip
         while full.num_batches < config.probe.num_batches:
             if full.add(batches, stop=should_stop()):
@@ -82,7 +85,7 @@ def probe_run(
             step=run.step, mode="frozen", data=config.probe.data, dropout=config.probe.dropout,
             num_batches=full.num_batches, num_samples=full.num_batches * config.train.global_batch_size,
             num_tokens=full.num_batches * config.train.global_batch_size * config.model.seq_length, loss=full.loss, loss_standard_error=standard_error(full.losses),
-            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise, facts=layout_facts(config, run.ranks),
+            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise, facts={"theta": "master weights" if master_weights else "the model's own weights", **layout_facts(config, run.ranks)},
         )  # fmt: skip
     warn_of(result, run.ranks)
     return result

@@ -173,7 +173,8 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     """
     manifest = checkpoint.manifest
     with agree("checking the checkpoint"):
-        _check_fits(run, checkpoint)
+        _check_model(run, checkpoint)
+        _check_state(run, checkpoint)
     ckpt.verify_checkpoint(checkpoint, run.ranks)
     layout = manifest["state_layout"]
     model_state = model_sharded_state(run.model)
@@ -197,6 +198,33 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
         )
 
 
+def restore_weights(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+    """Verifies a checkpoint and loads the model's weights alone, at any layout; a collective call.
+
+    Master weights and optimizer state stay as they were: for reading, not for training.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model or data.
+    """
+    with agree("checking the checkpoint"):
+        _check_model(run, checkpoint)
+    ckpt.verify_checkpoint(checkpoint, run.ranks)
+    loaded = ckpt.read_tensors({"model": model_sharded_state(run.model)}, checkpoint.folder)
+    load_model_tensors(run.model, loaded["model"])
+    run.step = int(checkpoint.manifest["step"])
+
+
+def why_no_state(run: Run, checkpoint: ckpt.Checkpoint) -> str | None:
+    """Why a checkpoint's optimizer state, master weights included, cannot be loaded at this layout; None where it can."""
+    if checkpoint.manifest.get("state_layout") is None:
+        return "it holds no optimizer state"
+    try:
+        _check_state(run, checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
 def load_model_tensors(model: list[Any], tensors: dict[str, torch.Tensor]) -> None:
     """Copies loaded weights into the parameters."""
     with torch.no_grad():
@@ -218,16 +246,20 @@ def _model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _check_fits(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+def _check_model(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     manifest, where = checkpoint.manifest, checkpoint.folder
     ours = _model_facts(run.config, run.corpora.vocab_size)
     different = [f"{key} {manifest['model'].get(key)} (now {value})" for key, value in ours.items() if manifest["model"].get(key) != value]
     if different:
         raise CheckpointError(f"{where}: is of another model: {', '.join(different)}; use its settings or another run_dir")
-    if manifest["optimizer"] != run.optimizer.name:
-        raise CheckpointError(f"{where}: was written by {manifest['optimizer']}, optimizer.name is {run.optimizer.name}; use another run_dir")
     if manifest["data_digest"] != run.corpora.digest:
         raise CheckpointError(f"{where}: was trained on other data ({manifest['data_digest'][:12]}, now {run.corpora.digest[:12]}); use another run_dir")
+
+
+def _check_state(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+    manifest, where = checkpoint.manifest, checkpoint.folder
+    if manifest["optimizer"] != run.optimizer.name:
+        raise CheckpointError(f"{where}: was written by {manifest['optimizer']}, optimizer.name is {run.optimizer.name}; use another run_dir")
     if manifest["state_layout"] == "dp_reshardable":
         if (manifest["layout"]["tp_size"], manifest["layout"]["pp_size"]) != (run.ranks.tp_size, run.ranks.pp_size) or (
             run.ranks.dp_size != manifest["layout"]["dp_size"] and manifest["buckets"] != _buckets(run)
