@@ -129,3 +129,52 @@ def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, 
     except BaseException:
         return "traceback", traceback.format_exc()
     return "", ""
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "DP1": (1, {}),
+    "DP2": (2, {}),
+    "TP2": (2, {"parallel__tensor_model_parallel_size": 2}),
+    "PP2": (2, {"parallel__pipeline_model_parallel_size": 2}),
+    "DP4": (4, {}),
+    "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2}),
+    "TP2xPP2": (4, {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}),
+}
+"""Processes and settings of each layout."""
+
+
+def train_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
+    """Work of one process: the runs one after another."""
+    return {name: train(config) for name, config in configs.items()}
+
+
+def errors_of_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, tuple[str, str]]:
+    """Work of one process: what each run is refused for."""
+    return {name: error_of(train, config) for name, config in configs.items()}
+
+
+def run_all(jobs: dict[str, tuple[int, RunConfig]], work: Callable[..., Any] = train_each) -> dict[str, Any]:
+    """Runs jobs of (processes, config), those of one size together, and returns the first rank's results by name."""
+    from distributed import run_distributed
+
+    results: dict[str, Any] = {}
+    for size in sorted({size for size, _ in jobs.values()}):
+        configs = {name: config for name, (count, config) in jobs.items() if count == size}
+        results.update(run_distributed(work, size, configs)[0])
+    return results
+
+
+def read_weights(run_dir: Path | str, step: int) -> dict[str, Any]:
+    """Whole weight tensors of a checkpoint by name, read with torch's own reader."""
+    import torch
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    folder = Path(run_dir, "checkpoints", f"step_{step:07d}")
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(item.size, dtype=item.properties.dtype)
+        for name, item in stored.items()
+        if name.startswith("model.")
+    }
+    load(weights, storage_reader=FileSystemReader(folder), no_dist=True)
+    return weights

@@ -94,14 +94,17 @@ class TrainOptimizer:
             return StepResult(grad_l2, skipped)
         found_inf = self.megatron.prepare_grads()
         grad_l2 = float("nan") if found_inf else float(self.megatron.get_grad_norm())
-        if found_inf or not math.isfinite(grad_l2):
-            self.num_skipped += 1
-            return StepResult(grad_l2, skipped=True)
-        if self.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.clip_grad, grad_l2)
-        self.megatron.step_with_ready_grads()
-        self.num_steps += 1
-        return StepResult(grad_l2, skipped=False)
+        skipped = found_inf or not math.isfinite(grad_l2)
+        if not skipped:
+            if self.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.clip_grad, grad_l2)
+            self.megatron.step_with_ready_grads()
+        # Where nothing is sharded, `.grad` is the gradient buffer itself: left there, whatever accumulates next in the
+        # buffer (a probe, say) would be added to it twice.
+        self.zero_grad()
+        self.num_skipped += skipped
+        self.num_steps += not skipped
+        return StepResult(grad_l2, skipped)
 
     def weight_decays(self) -> dict[torch.nn.Parameter, float]:
         """Decay of each model parameter of this rank (the λ of its group; 0 where exempt)."""
@@ -195,7 +198,7 @@ class TrainOptimizer:
 
 def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The torch optimizer for a name, over Megatron's parameter groups."""
-    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     betas = config.resolved_betas()
     if config.name == "lion":
         master = "none" if config.master_weights == "shards" else config.master_weights
