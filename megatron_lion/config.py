@@ -43,7 +43,8 @@ class ModelConfig:
     layernorm_epsilon: float = 1e-5
     """Epsilon of the layer norms."""
     attention: Literal["auto", "sdpa", "unfused", "transformer_engine"] = "auto"
-    """Attention core: sdpa (torch's scaled_dot_product_attention), unfused (megatron-core's own), transformer_engine, or auto: Transformer Engine where it is installed with CUDA, else sdpa."""
+    """Attention core: sdpa (torch's scaled_dot_product_attention), unfused (megatron-core's own), transformer_engine,
+    or auto: Transformer Engine where it is installed with CUDA, else sdpa."""
     recompute: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
 
@@ -235,7 +236,11 @@ class RunConfig:
     def warmup_steps(self) -> int:
         """Steps of linear warm-up."""
         schedule = self.schedule
-        return schedule.warmup_steps if schedule.warmup_steps is not None else round(schedule.warmup_fraction * self.train.steps)
+        return (
+            schedule.warmup_steps
+            if schedule.warmup_steps is not None
+            else round(schedule.warmup_fraction * self.train.steps)
+        )
 
     def num_microbatches(self, world_size: int) -> int:
         """Micro-batches a process runs each step."""
@@ -295,7 +300,9 @@ def _check_numbers(config: RunConfig) -> list[str]:
             need(value >= 0, f"{section}.{key}", value, "an integer of at least 0 (0 switches it off)")
     need(
         model.num_attention_heads >= 1 and model.hidden_size % max(1, model.num_attention_heads) == 0,
-        "model.num_attention_heads", model.num_attention_heads, f"a divisor of model.hidden_size {model.hidden_size}",
+        "model.num_attention_heads",
+        model.num_attention_heads,
+        f"a divisor of model.hidden_size {model.hidden_size}",
     )
     for key in ("hidden_dropout", "attention_dropout"):
         need(0 <= getattr(model, key) < 1, f"model.{key}", getattr(model, key), "a number in [0, 1)")
@@ -304,7 +311,9 @@ def _check_numbers(config: RunConfig) -> list[str]:
         need(value >= 0 and value != float("inf"), f"optimizer.{key}", value, "a finite number of at least 0")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "a number in [0, 1)")
     packed = optimizer.master_weights != "shards"
-    if packed and (optimizer.name != "lion" or train.precision != "bf16" or not config.parallel.use_distributed_optimizer):
+    if packed and (
+        optimizer.name != "lion" or train.precision != "bf16" or not config.parallel.use_distributed_optimizer
+    ):
         problems.append(
             f"optimizer.master_weights: {optimizer.master_weights} needs optimizer.name lion, train.precision bf16 and "
             "parallel.use_distributed_optimizer; use shards"
@@ -315,16 +324,36 @@ def _check_numbers(config: RunConfig) -> list[str]:
         )
     need(
         probe.mode == "frozen" or not 0 < probe.every < probe.num_batches,
-        "probe.every", probe.every, f"at least probe.num_batches {probe.num_batches} with probe.mode moving: windows must not overlap",
+        "probe.every",
+        probe.every,
+        f"at least probe.num_batches {probe.num_batches} with probe.mode moving: windows must not overlap",
     )
     for beta in optimizer.resolved_betas():
         need(0 <= beta < 1, "optimizer.betas", beta, "two numbers in [0, 1)")
-    need(0 <= config.schedule.warmup_fraction <= 1, "schedule.warmup_fraction", config.schedule.warmup_fraction, "a number in [0, 1]")
-    need(0 <= config.warmup_steps <= train.steps, "schedule.warmup_steps", config.warmup_steps, f"0 to train.steps {train.steps}")
-    need(config.schedule.min_lr <= optimizer.lr, "schedule.min_lr", config.schedule.min_lr, f"at most optimizer.lr {optimizer.lr}")
     need(
-        config.data.weights is None or (len(config.data.weights) == len(config.data.path) and min(config.data.weights, default=1) > 0),
-        "data.weights", config.data.weights, f"one positive weight for each of the {len(config.data.path)} data.path",
+        0 <= config.schedule.warmup_fraction <= 1,
+        "schedule.warmup_fraction",
+        config.schedule.warmup_fraction,
+        "a number in [0, 1]",
+    )
+    need(
+        0 <= config.warmup_steps <= train.steps,
+        "schedule.warmup_steps",
+        config.warmup_steps,
+        f"0 to train.steps {train.steps}",
+    )
+    need(
+        config.schedule.min_lr <= optimizer.lr,
+        "schedule.min_lr",
+        config.schedule.min_lr,
+        f"at most optimizer.lr {optimizer.lr}",
+    )
+    need(
+        config.data.weights is None
+        or (len(config.data.weights) == len(config.data.path) and min(config.data.weights, default=1) > 0),
+        "data.weights",
+        config.data.weights,
+        f"one positive weight for each of the {len(config.data.path)} data.path",
     )
     return problems
 
@@ -348,23 +377,29 @@ def _check_layout(config: RunConfig, world_size: int) -> list[str]:
                 f"{train.micro_batch_size} x data-parallel size {config.data_parallel_size(world_size)} = {per_pass}; "
                 f"try {-(-train.global_batch_size // per_pass) * per_pass}"
             )
-    for key in ("num_attention_heads", "hidden_size"):
-        if getattr(model, key) % tp:
-            problems.append(f"model.{key}: {getattr(model, key)} is not divisible by parallel.tensor_model_parallel_size {tp}")
+    problems += [
+        f"model.{key}: {getattr(model, key)} is not divisible by parallel.tensor_model_parallel_size {tp}"
+        for key in ("num_attention_heads", "hidden_size")
+        if getattr(model, key) % tp
+    ]
     if model.make_vocab_size_divisible_by % tp:
         problems.append(
             f"model.make_vocab_size_divisible_by: {model.make_vocab_size_divisible_by} is not divisible by "
             f"parallel.tensor_model_parallel_size {tp}"
         )
     if model.num_layers % pp:
-        problems.append(f"model.num_layers: {model.num_layers} is not divisible by parallel.pipeline_model_parallel_size {pp}")
+        problems.append(
+            f"model.num_layers: {model.num_layers} is not divisible by parallel.pipeline_model_parallel_size {pp}"
+        )
     if parallel.sequence_parallel and (tp == 1 or model.seq_length % tp):
         problems.append(
             "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size > 1 and a model.seq_length "
             f"divisible by it (given {tp} and {model.seq_length})"
         )
     if parallel.overlap_param_gather and not (parallel.overlap_grad_reduce and parallel.use_distributed_optimizer):
-        problems.append("parallel.overlap_param_gather: needs parallel.overlap_grad_reduce and parallel.use_distributed_optimizer")
+        problems.append(
+            "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce and parallel.use_distributed_optimizer"
+        )
     if train.precision == "fp16" and config.device == "cpu":
         problems.append("train.precision: fp16 needs CUDA; use bf16 or fp32 with device cpu")
     return problems

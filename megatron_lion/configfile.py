@@ -20,7 +20,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 class UserParser(ArgumentParser):
     """A parser whose mistakes are ConfigErrors instead of a usage page and an exit."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         raise ConfigError(one_line(message)) from ex
 
 
@@ -87,7 +87,7 @@ def check_duplicate_keys(path: Path) -> None:
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = loader.construct_object(key_node, deep=deep)  # type: ignore[no-untyped-call]
+            key = loader.construct_object(key_node, deep=deep)
             if key in seen:
                 raise ConfigError(f"{path}, line {key_node.start_mark.line + 1}: key '{key}' is given twice")
             seen.add(key)
@@ -121,7 +121,10 @@ def one_line(message: str) -> str:
     """Shortens a parser's message to a line, with the key, and suggests the key that was probably meant."""
     text = " ".join(part.strip() for part in message.splitlines() if part.strip())
     text = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", text)
-    unknown = re.search(r"(?:[Uu]nrecognized arguments?:|Key|key|Option) ['\"]?(?:--)?([\w.]+)['\"]?(?: is not expected|.*not accepted|=|\s|$)", text)
+    unknown = re.search(
+        r"(?:[Uu]nrecognized arguments?:|Key|key|Option) ['\"]?(?:--)?([\w.]+)['\"]?(?: is not expected|.*not accepted|=|\s|$)",
+        text,
+    )
     if unknown:
         close = difflib.get_close_matches(unknown[1], known_keys(), n=1, cutoff=0.6)
         if not close:

@@ -24,7 +24,19 @@ from megatron_lion.errors import EnvironmentFault
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Functions that megatron-core calls with device="cuda" or with torch.cuda.current_device().
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "ones_like", "rand", "randn")
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "rand",
+    "randn",
+)
 
 _installed = False
 
@@ -263,7 +275,7 @@ def install_cpu_stand_in() -> None:
 
     tensor.type, tensor.to = type_, to
     tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 
     from megatron.core.tensor_parallel import random as megatron_random
 

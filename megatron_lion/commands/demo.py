@@ -39,8 +39,14 @@ QUICK_STEPS = 20
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--output", type=str, default="demo", help="folder for everything the demo makes")
     parser.add_argument("--processes", type=int, default=2, help="processes that train together (data parallel)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps only: shows that the path works, not how it ends")
-    parser.add_argument("--paper-rates", action="store_true", help="the paper's rates (configs/demo_paper_rates.yaml) instead of tuned ones")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_STEPS} steps only: shows that the path works, not how it ends"
+    )
+    parser.add_argument(
+        "--paper-rates",
+        action="store_true",
+        help="the paper's rates (configs/demo_paper_rates.yaml) instead of tuned ones",
+    )
 
 
 def run(args: Any) -> None:
@@ -48,7 +54,9 @@ def run(args: Any) -> None:
 
     output = Path(args.output)
     if args.processes < 1 or 16 % args.processes:
-        raise ConfigError(f"--processes {args.processes}: the demo's batches of 16 samples divide over 1, 2, 4, 8 or 16 processes")
+        raise ConfigError(
+            f"--processes {args.processes}: the demo's batches of 16 samples divide over 1, 2, 4, 8 or 16 processes"
+        )
     if output.is_dir() and any(output.iterdir()) and not (output / ".demo").is_file():
         raise ConfigError(f"--output {output}: not empty and not made by a demo; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -79,7 +87,7 @@ class _Demo:
 
         self.say("a corpus from this machine's Python documentation, and a tokenizer for it")
         corpus = build_demo_corpus(self.output / "text")
-        train_bpe(corpus.train, VOCAB_SIZE, self.output / "tokenizer")
+        train_bpe([corpus.train], VOCAB_SIZE, self.output / "tokenizer")
         dataset = self.output / "data"
         self.verb("prepare", "--input", str(corpus.train), "--tokenizer", str(self.output / "tokenizer"), "--output", str(dataset),
                   "--split", SPLIT)  # fmt: skip
@@ -134,7 +142,9 @@ class _Demo:
         sys.stderr.flush()
         outcome = subprocess.run([sys.executable, *start, "megatron_lion", verb, *words], env=environment, check=False)
         if outcome.returncode:
-            error = MegatronLionError(f"the demo stopped: `megatron-lion {verb}` ended with code {outcome.returncode}; see above")
+            error = MegatronLionError(
+                f"the demo stopped: `megatron-lion {verb}` ended with code {outcome.returncode}; see above"
+            )
             error.exit_code = outcome.returncode if outcome.returncode > 0 else 1
             raise error
 
@@ -144,5 +154,7 @@ def _configs_folder() -> Path:
 
     folder = Path(__file__).resolve().parents[2] / "configs"
     if not (folder / "demo.yaml").is_file():
-        raise EnvironmentFault("the demo runs in a checkout of the repository: its configs/ folder is not installed with the package")
+        raise EnvironmentFault(
+            "the demo runs in a checkout of the repository: its configs/ folder is not installed with the package"
+        )
     return folder

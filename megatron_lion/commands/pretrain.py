@@ -16,9 +16,13 @@ HELP = (
 
 def add_arguments(parser: Any) -> None:
     add_run_config(parser)
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print sizes, memory and time, and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print sizes, memory and time, and stop"
+    )
     parser.add_argument("--fresh", action="store_true", help="move an earlier run in run_dir aside and start over")
-    parser.add_argument("--max-steps", type=int, default=None, help="stop (and save) after this step; the schedule keeps train.steps")
+    parser.add_argument(
+        "--max-steps", type=int, default=None, help="stop (and save) after this step; the schedule keeps train.steps"
+    )
 
 
 def run(args: Any) -> None:
@@ -42,4 +46,3 @@ def run(args: Any) -> None:
     if rank_from_env() == 0:
         steps = min(config.train.steps, config.train.stop_after or config.train.steps)
         sys.stdout.write(f"done: {steps:,} of {config.train.steps:,} steps in {config.run_dir}\n")
-

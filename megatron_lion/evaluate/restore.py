@@ -103,7 +103,7 @@ class RestoredRun:
         positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         hidden_SBH = network.decoder(hidden_states=network.embedding(tokens_BS, positions), attention_mask=None)
         logits_SBV, _ = network.output_layer(hidden_SBH[-last:], weight=network.shared_embedding_or_output_weight())
-        return logits_SBV[..., : self.vocab_size].transpose(0, 1)  # type: ignore[no-any-return]
+        return logits_SBV[..., : self.vocab_size].transpose(0, 1)
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over all processes, in place; float64 stays float64."""
@@ -128,10 +128,12 @@ def open_run(
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(f"{run_dir}: no run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`")
+        raise CheckpointError(
+            f"{run_dir}: no run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
+        )
     config = load_config(run_dir / "config.yaml")
     chosen = select_device(device)
-    train = replace(config.train, precision=precision or config.train.precision)
+    train = replace(config.train, precision=precision or config.train.precision)  # type: ignore[arg-type]
     config = replace(config, train=train, parallel=ParallelConfig(timeout_s=config.parallel.timeout_s))
     with process_groups(chosen, timeout_s=config.parallel.timeout_s) as ranks:
         with agree("opening the tokenizer"):

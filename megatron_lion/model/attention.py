@@ -49,7 +49,9 @@ class SdpaAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size != 1 or attention_type != "self" or config.apply_query_key_layer_scaling:
-            raise ValueError("SdpaAttention does self-attention without context parallelism and without QK layer scaling")
+            raise ValueError(
+                "SdpaAttention does self-attention without context parallelism and without QK layer scaling"
+            )
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -85,8 +87,13 @@ class SdpaAttention(MegatronModule):
 
         def attend() -> torch.Tensor:
             return F.scaled_dot_product_attention(
-                query_BNSD, key_BNSD, value_BNSD,
-                attn_mask=allowed, dropout_p=dropout, is_causal=causal, scale=self.softmax_scale,
+                query_BNSD,
+                key_BNSD,
+                value_BNSD,
+                attn_mask=allowed,
+                dropout_p=dropout,
+                is_causal=causal,
+                scale=self.softmax_scale,
             )
 
         if dropout > 0.0 and not self.config.sequence_parallel:

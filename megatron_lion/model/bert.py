@@ -130,9 +130,7 @@ class MaskedAndOrder(Objective):
             model: one chunk.
         """
         batch = next(batches)
-        output = model(
-            batch["tokens"], batch["padding_mask"], tokentype_ids=batch["types"], lm_labels=batch["labels"]
-        )
+        output = model(batch["tokens"], batch["padding_mask"], tokentype_ids=batch["types"], lm_labels=batch["labels"])
         return output, functools.partial(loss_sums, batch)
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:

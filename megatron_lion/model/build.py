@@ -32,9 +32,7 @@ def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[Dist
     attention = choose_attention(config.model.attention, device)
     rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
     network: torch.nn.Module = build(config.model, settings, attention, rows)
-    initialize_weights(
-        network, seed=config.seed, std=config.model.init_method_std, num_layers=config.model.num_layers
-    )
+    initialize_weights(network, seed=config.seed, std=config.model.init_method_std, num_layers=config.model.num_layers)
     if device.kind == "cuda":
         network.cuda(device.index)
     if config.train.precision != "fp32":

@@ -82,7 +82,11 @@ def loss_sum(
     mask = loss_mask_BS.float()
     total = torch.sum(loss_BS.float() * mask)
     num_tokens = mask.sum().to(torch.int)
-    return total, num_tokens, {
-        "loss_sum": total.detach().clone().double(),
-        "num_tokens": num_tokens.detach().clone(),
-    }
+    return (
+        total,
+        num_tokens,
+        {
+            "loss_sum": total.detach().clone().double(),
+            "num_tokens": num_tokens.detach().clone(),
+        },
+    )

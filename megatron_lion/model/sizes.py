@@ -87,11 +87,16 @@ def memory_bytes(config: RunConfig, world_size: int, vocab_size: int | None = No
     tokens = batch * model.seq_length
     layers = math.ceil(model.num_layers / parallel.pipeline_model_parallel_size)
     per_layer = tokens * model.hidden_size * 34 * width // 2
-    logits = tokens * padded_vocab_size(vocab_size or model.vocab_size or GPT2_VOCAB_SIZE, model.make_vocab_size_divisible_by) * 8
+    logits = (
+        tokens
+        * padded_vocab_size(vocab_size or model.vocab_size or GPT2_VOCAB_SIZE, model.make_vocab_size_divisible_by)
+        * 8
+    )
     states = optimizer_state_tensors(config.optimizer.name) + (1 if low_precision else 0)
     return {
         "parameters": local * width,
         "gradients": local * 4,
         "optimizer": local * 4 * states // data_shards,
-        "activations": (layers * per_layer if not model.recompute else layers * tokens * model.hidden_size * width) + logits,
+        "activations": (layers * per_layer if not model.recompute else layers * tokens * model.hidden_size * width)
+        + logits,
     }

@@ -31,9 +31,7 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
     def optimizer_state_keys(self) -> tuple[str, ...]:
         return self.state_keys
 
-    def _set_main_param_and_optimizer_states(
-        self, model_param: torch.Tensor, tensors: dict[str, Any]
-    ) -> None:
+    def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
     def get_parameter_state_dp_zero(
@@ -48,9 +46,7 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
                     world_tensors[key] = _with_bucket_padding(world_tensors[key], buffer.buckets)
         return state
 
-    def sharded_tensors(
-        self, model_state: dict[str, Any], *, is_loading: bool, layout: str
-    ) -> dict[Any, Any]:
+    def sharded_tensors(self, model_state: dict[str, Any], *, is_loading: bool, layout: str) -> dict[Any, Any]:
         """State as ShardedTensors; the few plain numbers of the dp_reshardable layout stay out (the manifest has them)."""
         if layout == "fully_reshardable":
             return self.sharded_param_state_fully_reshardable(model_state, is_loading, {})
@@ -129,8 +125,6 @@ def _with_bucket_padding(packed: torch.Tensor, buckets: list[Any]) -> torch.Tens
     spread = torch.zeros(total, dtype=packed.dtype, device=packed.device)
     start = 0
     for bucket in buckets:
-        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[
-            start : start + bucket.numel_unpadded
-        ]
+        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start : start + bucket.numel_unpadded]
         start += bucket.numel_unpadded
     return spread

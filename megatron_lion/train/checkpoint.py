@@ -59,7 +59,9 @@ def list_steps(run_dir: Path) -> list[int]:
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
         return []
-    found = (match for entry in folder.iterdir() if (match := _STEP_NAME.match(entry.name)) and (entry / MANIFEST).is_file())
+    found = (
+        match for entry in folder.iterdir() if (match := _STEP_NAME.match(entry.name)) and (entry / MANIFEST).is_file()
+    )
     return sorted(int(match[1]) for match in found)
 
 
@@ -96,9 +98,13 @@ def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> Non
             if not path.is_file():
                 raise CheckpointError(f"{path}: missing; {GO_BACK}")
             if path.stat().st_size != stated["bytes"]:
-                raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {stated['bytes']}: cut short or changed; {GO_BACK}")
+                raise CheckpointError(
+                    f"{path}: {path.stat().st_size} bytes, {MANIFEST} says {stated['bytes']}: cut short or changed; {GO_BACK}"
+                )
             if number % size == rank and sha256_file(path) != stated["sha256"]:
-                raise CheckpointError(f"{path}: its SHA-256 is not the one in {MANIFEST}: damaged or changed; {GO_BACK}")
+                raise CheckpointError(
+                    f"{path}: its SHA-256 is not the one in {MANIFEST}: damaged or changed; {GO_BACK}"
+                )
         check_metadata(checkpoint.folder / ".metadata", checkpoint.manifest["files"])
 
 
@@ -156,7 +162,12 @@ def read_rng(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, torch.Tensor] | 
 
 
 def layout_facts(ranks: Ranks) -> dict[str, int]:
-    return {"world_size": ranks.world_size, "dp_size": ranks.dp_size, "tp_size": ranks.tp_size, "pp_size": ranks.pp_size}
+    return {
+        "world_size": ranks.world_size,
+        "dp_size": ranks.dp_size,
+        "tp_size": ranks.tp_size,
+        "pp_size": ranks.pp_size,
+    }
 
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:

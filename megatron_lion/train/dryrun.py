@@ -23,20 +23,24 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     memory = memory_bytes(config, world_size, vocab)
     train = config.train
     tokens = train.steps * train.global_batch_size * config.model.seq_length
-    seconds = tokens * flops_per_token(config.model, vocab) / (_ASSUMED_FLOPS * world_size)
     gib = {key: value / 2**30 for key, value in memory.items()}
+    flops = tokens * flops_per_token(config.model, vocab)
+    seconds = flops / (_ASSUMED_FLOPS * world_size)
     lines = [
         f"run folder   {config.run_dir}",
         f"model        {config.label}: {size.num_parameters:,} parameters ({size.num_parameters_unpadded:,} without padded vocabulary, "
         f"{source} {vocab:,} ids), sqrt d {size.sqrt_d:,.1f}",
-        f"optimizer    {config.optimizer.name}, lr {config.optimizer.lr:g}, {config.schedule.kind} schedule, {config.warmup_steps:,} warm-up steps",
+        f"optimizer    {config.optimizer.name}, lr {config.optimizer.lr:g}, {config.schedule.kind} schedule, "
+        f"{config.warmup_steps:,} warm-up steps",
         f"processes    {world_size}: TP {config.parallel.tensor_model_parallel_size} x PP {config.parallel.pipeline_model_parallel_size} x "
         f"DP {config.data_parallel_size(world_size)}",
         f"batch        {batch_sentence(config, world_size)}",
         f"tokens       {train.steps:,} steps = {tokens:,} tokens"
         + (f" = {tokens / train_tokens:.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
-        f"memory       {sum(gib.values()):.2f} GiB a process: " + ", ".join(f"{key} {value:.2f}" for key, value in gib.items()) + " (activations estimated)",
-        f"arithmetic   {tokens * flops_per_token(config.model, vocab):.3g} FLOP; about {_duration(seconds)} on {world_size} x A100 at 40 % of peak",
+        f"memory       {sum(gib.values()):.2f} GiB a process: "
+        + ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
+        + " (activations estimated)",
+        f"arithmetic   {flops:.3g} FLOP; about {_duration(seconds)} on {world_size} x A100 at 40 % of peak",
     ]
     return "\n".join(lines)
 
@@ -59,5 +63,3 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} seconds"
-
-

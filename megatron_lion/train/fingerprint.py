@@ -51,7 +51,11 @@ def _tensor_sum(flat: torch.Tensor, start: int, place: _Placement, salt: int) ->
         part = flat[chunk_start : chunk_start + _CHUNK].detach().contiguous()
         bits = part.view(torch.int32 if part.element_size() == 4 else torch.int16).to(torch.int64)
         local = torch.arange(part.numel(), dtype=torch.int64, device=flat.device) + (start + chunk_start)
-        whole = local if place.whole_columns == place.columns else (local // place.columns) * place.whole_columns + local % place.columns
+        whole = (
+            local
+            if place.whole_columns == place.columns
+            else (local // place.columns) * place.whole_columns + local % place.columns
+        )
         mixed = (bits ^ salt) * _MIX
         mixed = (mixed ^ (mixed >> 31)) * _MIX2
         total += ((mixed ^ (mixed >> 29)) * (2 * (whole + place.first) + 1)).sum()

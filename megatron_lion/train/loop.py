@@ -50,8 +50,10 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
         stop = stack.enter_context(stop_signals())
         ranks = stack.enter_context(
             process_groups(
-                device, tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size, timeout_s=parallel.timeout_s,
+                device,
+                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                timeout_s=parallel.timeout_s,
             )
         )
         run_dir = Path(config.run_dir)
@@ -68,7 +70,9 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
         announce(run, resumed=latest is not None)
         metrics = MetricsWriter(run_dir, config, is_main=ranks.is_main)
         stack.callback(metrics.close)
-        progress = stack.enter_context(TrainProgress(config, start=run.step, shown=config.log.progress and ranks.is_main))
+        progress = stack.enter_context(
+            TrainProgress(config, start=run.step, shown=config.log.progress and ranks.is_main)
+        )
         train(run, metrics, progress, stop)
 
 
@@ -88,7 +92,14 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
     while run.step < stop_after:
         on_gradient = window.add if window is not None and window.wants(run.step + 1) else None
         result = train_step(
-            run.model, run.optimizer, batches, run.objective, config, ranks, lr_at(config, run.step + 1), on_gradient=on_gradient
+            run.model,
+            run.optimizer,
+            batches,
+            run.objective,
+            config,
+            ranks,
+            lr_at(config, run.step + 1),
+            on_gradient=on_gradient,
         )
         if window is not None and on_gradient is not None:
             window.add_loss(result.loss, result.num_tokens)
@@ -110,10 +121,14 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             save_run(run)
             with agree("removing old checkpoints"):
                 if ranks.is_main:
-                    ckpt.remove_old(run.run_dir, keep=config.checkpoint.keep, always_keep={*config.checkpoint.at_steps, last})
+                    ckpt.remove_old(
+                        run.run_dir, keep=config.checkpoint.keep, always_keep={*config.checkpoint.at_steps, last}
+                    )
             clock.restart()
         if asked and run.step < stop_after:
-            raise StoppedOnRequest(f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes")
+            raise StoppedOnRequest(
+                f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes"
+            )
 
 
 def observe(
@@ -159,7 +174,9 @@ def _probe(run: Run, progress: TrainProgress, stop: dict[str, bool]) -> ProbeRes
     total = run.config.probe.num_batches
     progress.note(f"probing the full gradient, {total:,} batches")
     return probe_run(
-        run, on_batch=lambda done: progress.note(f"probing the full gradient, batch {done:,} of {total:,}"), should_stop=lambda: stop["now"]
+        run,
+        on_batch=lambda done: progress.note(f"probing the full gradient, batch {done:,} of {total:,}"),
+        should_stop=lambda: stop["now"],
     )
 
 
@@ -209,7 +226,8 @@ def describe_run(run: Run) -> None:
     write_json(run.run_dir / "run.json", {
         "format": 1, "name": config.label, "model": config.model.kind, "optimizer": config.optimizer.name, "seed": config.seed,
         "num_parameters": size.num_parameters, "num_parameters_unpadded": size.num_parameters_unpadded,
-        "vocab_size": run.corpora.vocab_size, "seq_length": config.model.seq_length, "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
+        "vocab_size": run.corpora.vocab_size, "seq_length": config.model.seq_length,
+        "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
         "data_digest": run.corpora.digest, "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         "world_size": run.ranks.world_size, "precision": config.train.precision, "device": run.device.name(),
     })  # fmt: skip

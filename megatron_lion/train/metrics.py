@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,22 @@ class MetricsWriter:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise EnvironmentFault("log.tensorboard: install it with `pip install megatron-lion[tensorboard]`") from error
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+                raise EnvironmentFault(
+                    "log.tensorboard: install it with `pip install megatron-lion[tensorboard]`"
+                ) from error
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
         if config.log.wandb_project:
             try:
                 import wandb
             except ImportError as error:
-                raise EnvironmentFault("log.wandb_project: install it with `pip install megatron-lion[wandb]`") from error
-            self._wandb = wandb.init(project=config.log.wandb_project, dir=str(run_dir), config=to_dict(config), resume="allow")
+                raise EnvironmentFault(
+                    "log.wandb_project: install it with `pip install megatron-lion[wandb]`"
+                ) from error
+            self._wandb = wandb.init(
+                project=config.log.wandb_project, dir=str(run_dir), config=to_dict(config), resume="allow"
+            )
 
-    def write(self, step: int, values: dict[str, float | int | str | None]) -> None:
+    def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
         """Writes values of one step; numbers that are not finite are written as null, which JSON can hold."""
         if not self.is_main:
             return

@@ -53,8 +53,14 @@ class TrainProgress:
         self._last_plain = 0.0
         self._started, self._start_step = time.monotonic(), start
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=False,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=False,
             disable=not shown or self._plain,
         )
         self._task = self._progress.add_task(self.label, total=self.total, completed=start, facts="")
@@ -63,7 +69,9 @@ class TrainProgress:
         self._progress.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.__exit__(kind, error, trace)
 
     def update(self, step: int, values: dict[str, float | int | None]) -> None:

@@ -76,7 +76,9 @@ class Run:
 
     def held_out_batches(self, split: int) -> Iterator[dict[str, torch.Tensor]]:
         """The same held-out samples every time: split 1 is validation, 2 is test."""
-        return self._batches(self.datasets[split], 0, self.config.train.test_batches * self.config.train.global_batch_size)
+        return self._batches(
+            self.datasets[split], 0, self.config.train.test_batches * self.config.train.global_batch_size
+        )
 
     def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """What a probe at this step reads, independent of what training has read; a collective call."""
@@ -90,8 +92,13 @@ class Run:
     def _batches(self, dataset: Any, start: int, end: int) -> Iterator[dict[str, torch.Tensor]]:
         train = self.config.train
         return micro_batches(
-            dataset, start=start, end=end, global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size, ranks=self.ranks, device=self.device,
+            dataset,
+            start=start,
+            end=end,
+            global_batch_size=train.global_batch_size,
+            micro_batch_size=train.micro_batch_size,
+            ranks=self.ranks,
+            device=self.device,
             num_workers=self.config.data.num_workers,
         )
 
@@ -120,7 +127,9 @@ def build_run(config: RunConfig, device: Device, ranks: Ranks, *, for_training: 
     seed_everything(config.seed, ranks)
     model = build_model(config, device, corpora.vocab_size)
     optimizer = build_optimizer(config.optimizer, model, precision=train.precision)
-    return Run(config, device, ranks, model, optimizer, corpora, datasets, build_objective(config.model.kind), probe_samples)
+    return Run(
+        config, device, ranks, model, optimizer, corpora, datasets, build_objective(config.model.kind), probe_samples
+    )
 
 
 def unwrap(chunk: Any) -> Any:
@@ -144,7 +153,10 @@ def save_run(run: Run) -> ckpt.Checkpoint:
     sync_parameters(run.model)
     layout = run.config.checkpoint.layout
     model_state = model_sharded_state(run.model)
-    sharded = {"model": model_state, "optimizer": run.optimizer.sharded_state(model_sharded_state(run.model, ""), is_loading=False, layout=layout)}
+    sharded = {
+        "model": model_state,
+        "optimizer": run.optimizer.sharded_state(model_sharded_state(run.model, ""), is_loading=False, layout=layout),
+    }
     tokenizer = run.corpora.tokenizer
     facts = {
         "consumed_samples": run.consumed_samples,
@@ -178,7 +190,10 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     ckpt.verify_checkpoint(checkpoint, run.ranks)
     layout = manifest["state_layout"]
     model_state = model_sharded_state(run.model)
-    sharded = {"model": model_state, "optimizer": run.optimizer.sharded_state(model_sharded_state(run.model, ""), is_loading=True, layout=layout)}
+    sharded = {
+        "model": model_state,
+        "optimizer": run.optimizer.sharded_state(model_sharded_state(run.model, ""), is_loading=True, layout=layout),
+    }
     loaded = ckpt.read_tensors(sharded, checkpoint.folder)
     load_model_tensors(run.model, loaded["model"])
     run.optimizer.load_sharded_state(loaded["optimizer"], layout=layout)
@@ -240,33 +255,48 @@ def _buckets(run: Run) -> Any:
 def _model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     model = config.model
     return {
-        "kind": model.kind, "num_layers": model.num_layers, "hidden_size": model.hidden_size,
-        "num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
-        "seq_length": model.seq_length, "vocab_size": vocab_size,
+        "kind": model.kind,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+        "seq_length": model.seq_length,
+        "vocab_size": vocab_size,
     }
 
 
 def _check_model(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     manifest, where = checkpoint.manifest, checkpoint.folder
     ours = _model_facts(run.config, run.corpora.vocab_size)
-    different = [f"{key} {manifest['model'].get(key)} (now {value})" for key, value in ours.items() if manifest["model"].get(key) != value]
+    different = [
+        f"{key} {manifest['model'].get(key)} (now {value})"
+        for key, value in ours.items()
+        if manifest["model"].get(key) != value
+    ]
     if different:
-        raise CheckpointError(f"{where}: is of another model: {', '.join(different)}; use its settings or another run_dir")
+        raise CheckpointError(
+            f"{where}: is of another model: {', '.join(different)}; use its settings or another run_dir"
+        )
     if manifest["data_digest"] != run.corpora.digest:
-        raise CheckpointError(f"{where}: was trained on other data ({manifest['data_digest'][:12]}, now {run.corpora.digest[:12]}); use another run_dir")
+        raise CheckpointError(
+            f"{where}: was trained on other data ({manifest['data_digest'][:12]}, now {run.corpora.digest[:12]}); use another run_dir"
+        )
 
 
 def _check_state(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     manifest, where = checkpoint.manifest, checkpoint.folder
     if manifest["optimizer"] != run.optimizer.name:
-        raise CheckpointError(f"{where}: was written by {manifest['optimizer']}, optimizer.name is {run.optimizer.name}; use another run_dir")
+        raise CheckpointError(
+            f"{where}: was written by {manifest['optimizer']}, optimizer.name is {run.optimizer.name}; use another run_dir"
+        )
+    saved, ranks = manifest["layout"], run.ranks
     if manifest["state_layout"] == "dp_reshardable":
-        if (manifest["layout"]["tp_size"], manifest["layout"]["pp_size"]) != (run.ranks.tp_size, run.ranks.pp_size) or (
-            run.ranks.dp_size != manifest["layout"]["dp_size"] and manifest["buckets"] != _buckets(run)
-        ):
+        same_model_parallel = (saved["tp_size"], saved["pp_size"]) == (ranks.tp_size, ranks.pp_size)
+        same_buckets = ranks.dp_size == saved["dp_size"] or manifest["buckets"] == _buckets(run)
+        if not (same_model_parallel and same_buckets):
             raise CheckpointError(
-                f"{where}: a dp_reshardable checkpoint of TP {manifest['layout']['tp_size']} x PP {manifest['layout']['pp_size']}; resume at that "
-                "layout, or save with checkpoint.layout fully_reshardable"
+                f"{where}: a dp_reshardable checkpoint of TP {saved['tp_size']} x PP {saved['pp_size']}; resume at that layout, "
+                "or save with checkpoint.layout fully_reshardable"
             )
 
 

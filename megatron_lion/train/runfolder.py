@@ -44,7 +44,9 @@ def locked(run_dir: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             stream.seek(0)
-            raise BusyError(f"{run_dir}: in use by {stream.read().strip() or 'another process'}; wait for it or choose another run_dir") from error
+            raise BusyError(
+                f"{run_dir}: in use by {stream.read().strip() or 'another process'}; wait for it or choose another run_dir"
+            ) from error
         stream.truncate(0)
         stream.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         stream.flush()
@@ -117,7 +119,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def environment_facts(device_name: str, world_size: int) -> dict[str, Any]:
     """Versions, hardware and git state, for environment.json and bug reports; nothing from environment variables."""
-    packages = ("torch", "megatron-core", "triton", "transformers", "tokenizers", "numpy", "transformer-engine", "apex", "deepspeed")
+    packages = (
+        "torch",
+        "megatron-core",
+        "triton",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "transformer-engine",
+        "apex",
+        "deepspeed",
+    )
     versions: dict[str, str | None] = {}
     for name in packages:
         try:
@@ -139,7 +151,14 @@ def _git_state() -> str | None:
     if git is None or not (folder / ".git").exists():
         return None
     try:
-        found = subprocess.run([git, "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        found = subprocess.run(
+            [git, "describe", "--always", "--dirty"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

@@ -81,7 +81,9 @@ def check_metadata(path: Path, files: Collection[str]) -> None:
     except Exception as error:  # a pickle can fail in any way; nothing of it was kept
         raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
     if pickled := kinds.count("BytesStorageMetadata"):
-        raise CheckpointError(f"{path}: holds {pickled} pickled objects; a checkpoint of this project holds tensors only")
+        raise CheckpointError(
+            f"{path}: holds {pickled} pickled objects; a checkpoint of this project holds tensors only"
+        )
     if strange := sorted(places - set(files)):
         raise CheckpointError(f"{path}: points to {strange[0]}, which is no file of this checkpoint; it was not loaded")
 
@@ -139,7 +141,9 @@ def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
             loaded = TorchDistLoadShardedStrategy().load(tensors, folder)
             merge(loaded, local)
         except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-            causes = [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+            causes = (
+                [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+            )
             text = " ".join(str(causes[0] if causes else error).split())[:300]
             raise CheckpointError(f"{folder}: does not fit this model: {text}") from error
     return loaded
