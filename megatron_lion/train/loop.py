@@ -5,6 +5,7 @@ build → resume → announce → while steps remain: step, log, probe, test, sa
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -28,12 +29,15 @@ from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.optim.shards import nonfinite_gradients
 from megatron_lion.parallel import Ranks, agree, broadcast_object, process_groups
 from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.logs import log_file
 from megatron_lion.train.metrics import MetricsWriter
 from megatron_lion.train.progress import TrainProgress, announce
 from megatron_lion.train.run import Run, build_run, random_state_kept, restore_run, save_run, sync_parameters
 from megatron_lion.train.runfolder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.train.schedule import lr_at
 from megatron_lion.train.step import TrainStep, mean_losses, train_step
+
+logger = logging.getLogger(__name__)
 
 
 def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
@@ -61,6 +65,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
             if ranks.is_main:
                 stack.enter_context(locked(run_dir))
                 prepare_run_folder(config, fresh=fresh)
+        stack.enter_context(log_file(run_dir, ranks.rank))
         run = build_run(config, device, ranks)
         with agree("looking for a checkpoint"):
             latest = ckpt.find_latest(run_dir)
@@ -118,7 +123,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
         asked = _any_rank(stop["now"], run.device)
         ending = asked or run.step == stop_after
         if ending or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
-            save_run(run)
+            logger.info("saved %s", save_run(run).folder)
             with agree("removing old checkpoints"):
                 if ranks.is_main:
                     ckpt.remove_old(
@@ -206,6 +211,7 @@ def report_skipped(run: Run, metrics: MetricsWriter, in_a_row: int) -> None:
     found: list[list[str]] = [[] for _ in range(run.ranks.world_size)]
     dist.all_gather_object(found, names)
     named = next(((rank, items[0]) for rank, items in enumerate(found) if items), None)
+    logger.warning("step %d skipped: gradients not finite on this rank in %s", run.step, names or "none")
     where = f"first in {named[1]} on rank {named[0]}" if named else "in the reduced gradient or its norm"
     metrics.write(run.step, {"optim/skipped_steps": run.optimizer.num_skipped, "optim/nonfinite_gradient": where})
     # fp16 finds its loss scale by overflowing now and then; only a long series means trouble.

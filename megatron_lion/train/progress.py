@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import sys
 import time
 from types import TracebackType
@@ -16,11 +17,11 @@ from megatron_lion.model.sizes import model_size
 from megatron_lion.train.announce import batch_sentence
 from megatron_lion.train.run import Run
 
+logger = logging.getLogger(__name__)
+
 
 def announce(run: Run, *, resumed: bool) -> None:
-    """Says on stderr, once, what is about to happen."""
-    if not run.ranks.is_main:
-        return
+    """Says once what is about to happen: the first process on stderr, every process in its log."""
     config = run.config
     size = model_size(config.model, run.corpora.vocab_size)
     optimizer = config.optimizer
@@ -39,7 +40,10 @@ def announce(run: Run, *, resumed: bool) -> None:
         lines.append(f"note: the training data is read {epochs:.1f} times")
     if resumed:
         lines.append(f"resuming after step {run.step:,}: checkpoint verified")
-    Console(stderr=True, highlight=False, soft_wrap=True).print("\n".join(lines))
+    for line in lines:
+        logger.info("%s", line)
+    if run.ranks.is_main:
+        Console(stderr=True, highlight=False, soft_wrap=True).print("\n".join(lines))
 
 
 class TrainProgress:
