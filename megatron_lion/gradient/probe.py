@@ -81,11 +81,16 @@ def probe_run(
                 read.append((full.num_batches, table.norms()))
             on_batch(full.num_batches)
         ladder, noise = _ladder(read, sample, config.train.global_batch_size)
+        num_samples = full.num_batches * config.train.global_batch_size
         result = ProbeResult(
             step=run.step, mode="frozen", data=config.probe.data, dropout=config.probe.dropout,
-            num_batches=full.num_batches, num_samples=full.num_batches * config.train.global_batch_size,
-            num_tokens=full.num_batches * config.train.global_batch_size * config.model.seq_length, loss=full.loss, loss_standard_error=standard_error(full.losses),
-            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise, facts={"theta": "master weights" if master_weights else "the model's own weights", **layout_facts(config, run.ranks)},
+            num_batches=full.num_batches, num_samples=num_samples, num_tokens=num_samples * config.model.seq_length,
+            loss=full.loss, loss_standard_error=standard_error(full.losses),
+            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise,
+            facts={
+                "theta": "master weights" if master_weights else "the model's own weights",
+                **layout_facts(config, run.ranks),
+            },
         )  # fmt: skip
     warn_of(result, run.ranks)
     return result

@@ -102,7 +102,7 @@ class ProbeResult:
             "kinds": {name: norms.as_dict() for name, norms in table.grouped(kind_of).items()},
             "parameters": {name: norms.as_dict() for name, norms in table.grouped(lambda name: name).items()},
         }  # fmt: skip
-        return _finite(content)  # type: ignore[no-any-return]
+        return {key: _finite(value) for key, value in content.items()}
 
 
 def probe_file(run_dir: str | Path, step: int) -> Path:

@@ -1,0 +1,171 @@
+"""`megatron-lion probe`: the full gradient of a run's checkpoints, after the fact."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = (
+    "measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise. One process by itself; "
+    "several with torchrun --nproc-per-node N -m megatron_lion probe …"
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    add("run_dir", type=str, metavar="RUN", help="run folder")
+    add("--steps", type=str, default="all", help="all checkpoints, latest, or steps such as 10000,20000")
+    add("--num-batches", type=int, default=None, help="global batches to average; default: the run's probe.num_batches")
+    add(
+        "--data",
+        type=str,
+        default=None,
+        choices=["fixed", "fresh", "test"],
+        help="training samples, the same for every step (fixed) or others for each (fresh), or the test split; "
+        "default: the run's probe.data",
+    )
+    add("--dropout", action="store_true", default=None, help="keep dropout on")
+    add("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="of this job, whatever the run had")
+    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="of this job")
+    add(
+        "--sequence-parallel",
+        action="store_true",
+        help="shard activations along the sequence (with tensor parallelism)",
+    )
+    add(
+        "--micro-batch-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="samples a pass on one process; default: the run's",
+    )
+    add(
+        "--device",
+        type=str,
+        default="auto",
+        choices=["auto", "cuda", "cpu"],
+        help="auto takes CUDA where it is visible",
+    )
+    add("--again", action="store_true", help="compute what is there already, too")
+    add("--figures", action="store_true", help="draw RUN/figures/probe_*.png from all results of the run")
+
+
+def run(args: Any) -> None:
+    """Writes RUN/probe/step_*.json and a line a step on stdout."""
+    import logging
+    from pathlib import Path
+
+    from megatron_lion.config import ParallelConfig
+    from megatron_lion.evaluate.checkpoint_probe import choose_steps, probe_checkpoints, probe_config
+    from megatron_lion.parallel_env import rank_from_env
+
+    wanted = parse_steps(args.steps)
+    run_dir, is_main = Path(args.run_dir), rank_from_env() == 0
+    if is_main and not logging.getLogger().handlers:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
+    )
+    settings = {"num_batches": args.num_batches, "data": args.data, "dropout": args.dropout}
+    config = probe_config(
+        run_dir, probe=settings, parallel=parallel, micro_batch_size=args.micro_batch_size, device=args.device
+    )
+    steps = choose_steps(run_dir, wanted)[-1:] if args.steps == "latest" else choose_steps(run_dir, wanted)
+    with _Progress(config.probe.num_batches, shown=is_main) as progress:
+        probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
+    if is_main:
+        sys.stdout.write(table(probed))
+        if args.figures:
+            from megatron_lion.gradient.figures import draw_run
+
+            for path in draw_run(run_dir):
+                sys.stdout.write(f"{path}\n")
+
+
+def parse_steps(text: str) -> list[int] | None:
+    """Steps of a flag; None for "all" and "latest", which depend on the run.
+
+    Raises:
+        ConfigError: neither a word nor numbers.
+
+    Example:
+        >>> parse_steps("10000,20000"), parse_steps("all")
+        ([10000, 20000], None)
+    """
+    from megatron_lion.errors import ConfigError
+
+    if text in ("all", "latest"):
+        return None
+    try:
+        steps = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--steps: '{text}' is not possible; give all, latest, or steps such as 10000,20000") from error
+    return steps
+
+
+def table(probed: list[Any]) -> str:
+    """The results as lines for people."""
+    head = f"{'step':>9}  {'loss':>8}  {'grad_l1':>10}  {'grad_l2':>10}  {'r':>9}  {'r/sqrt(d)':>9}  {'KKT':>10}  {'noise':>6}  file"
+    lines = [head]
+    for item in probed:
+        content, norms = item.content, item.content["all"]
+        noise = content["noise"]["noise_share"] if content["noise"] else None
+        cells = [
+            f"{item.step:>9}", f"{_number(content['loss'], 4):>8}", f"{_number(norms['grad_l1'], 5):>10}",
+            f"{_number(norms['grad_l2'], 5):>10}", f"{_number(norms['norm_ratio'], 2):>9}",
+            f"{_number(norms['norm_ratio_over_sqrt_d'], 4):>9}", f"{_number(norms['kkt_residual'], 5):>10}",
+            f"{_percent(noise):>6}", f"{item.path}{'' if item.is_new else '  (was there)'}",
+        ]  # fmt: skip
+        lines.append("  ".join(cells))
+    if any(item.content["all"]["kkt_residual"] is None for item in probed):
+        lines.append("no λ (weight_decay 0): there is no box, and the KKT residual is undefined")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "?" if value is None else f"{100 * value:.1f}%"
+
+
+class _Progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, num_batches: int, *, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
+            disable=not shown or not sys.stderr.isatty(),
+        )  # fmt: skip
+        self._total = num_batches
+        self._tasks: dict[int, Any] = {}
+
+    def __enter__(self) -> _Progress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, done: int) -> None:
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(f"step {step}", total=self._total)
+        self._progress.update(self._tasks[step], completed=done)
