@@ -1,0 +1,106 @@
+"""PNG figures of a comparison, drawn without a display: each panel by itself and the paper's three side by side."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.compare.curves import Panel, panels, spread
+from megatron_lion.compare.runs import RunRecord
+from megatron_lion.compare.tables import by_model
+from megatron_lion.data.files import write_whole
+
+OVERVIEW = ("training-loss", "test-loss", "norm-ratio")
+GREY = "#5F6368"
+
+
+def write_figures(runs: list[RunRecord], folder: Path) -> list[Path]:
+    """Draws the panels of every model; Figures 2 and 3 of the paper are `<model>-overview.png`.
+
+    Args:
+        runs: from `read_runs`.
+        folder: an existing folder.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for model, group in by_model(runs).items():
+        drawn = panels(group)
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model)
+        overview = [panel for panel in drawn if panel.slug in OVERVIEW]
+        if len(overview) > 1:
+            written.append(_write(overview, model, folder / f"{name}-overview.png"))
+        written += [_write([panel], model, folder / f"{name}-{panel.slug}.png") for panel in drawn]
+    return written
+
+
+def _write(drawn: list[Panel], model: str, path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(drawn), 3.8), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, panel in enumerate(drawn):
+        _draw(figure.add_subplot(1, len(drawn), place + 1), panel)
+    figure.suptitle(model, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", facecolor="white", metadata={"Software": None})
+    write_whole(path, content.getvalue())
+    return path
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    """One panel: curves labelled at their ends, references labelled on their lines, no box, faint grid."""
+    low, high = panel.y_limits()
+    left, right = panel.x_limits()
+    for line in panel.references:
+        axes.axhline(line.y, color=GREY, linewidth=1.0, linestyle=(0, (1, 2) if line.dotted else (6, 2)))
+        axes.annotate(line.label, (left, line.y), xytext=(4, 3), textcoords="offset points", color=GREY, fontsize=8)
+    for curve in panel.curves:
+        if curve.faint:
+            axes.plot(curve.x, curve.faint, color=curve.colour, alpha=0.2, linewidth=0.7)
+        axes.plot(
+            curve.x, curve.y, color=curve.colour, linewidth=1.8, linestyle=(0, curve.dash) if curve.dash else "-",
+            marker="o" if curve.markers else None, markersize=3.5, clip_on=False,
+        )  # fmt: skip
+    axes.set_ylim(low, high)
+    axes.set_xlim(left, right)
+    ends = spread([curve.y[-1] for curve in panel.curves], 0.06 * (high - low), low, high)
+    beside = axes.get_yaxis_transform()  # shares of the axes along x, data units along y
+    dashed = any(curve.dash for curve in panel.curves)
+    for curve, y in zip(panel.curves, ends, strict=True):
+        if dashed:  # a sample of the line, since colour alone does not tell these apart
+            style = (0, curve.dash) if curve.dash else "-"
+            axes.plot(
+                (1.02, 1.09),
+                (y, y),
+                transform=beside,
+                clip_on=False,
+                color=curve.colour,
+                linewidth=1.8,
+                linestyle=style,
+            )
+        axes.annotate(
+            curve.label, (1.1 if dashed else 1.0, y), xycoords=beside, xytext=(6, 0), textcoords="offset points",
+            color=curve.colour, fontsize=9, va="center", fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+    axes.set_title(panel.title, loc="left", fontsize=10)
+    axes.set_xlabel(panel.x_label, fontsize=9)
+    axes.set_ylabel(panel.y_label, fontsize=9)
+    axes.grid(axis="y", color="#E3E5E8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9AA0A6")
+    axes.tick_params(colors="#3C4043", labelsize=8)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.xaxis.set_major_locator(_few_ticks())
+    if high >= 1000:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10])

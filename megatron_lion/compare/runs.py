@@ -1,0 +1,337 @@
+"""Reads run folders: settings, metrics and evaluations, without torch and without the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from megatron_lion.errors import CheckpointError, ConfigError
+
+# Settings that say where a run lies or how it is watched, not what it computes.
+UNINTERESTING = ("run_dir", "name", "log.", "data.cache", "data.num_workers", "checkpoint.", "train.log_every",
+                 "train.test_every", "train.stop_after", "probe.")  # fmt: skip
+OPTIMIZER_NAMES = {"lion": "LION", "sgd": "SGD", "adamw": "AdamW"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A metric over the optimizer steps at which it was written, ascending."""
+
+    steps: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.steps)
+
+    @property
+    def last(self) -> float | None:
+        """The value at the last step."""
+        return self.values[-1] if self.values else None
+
+    def at_or_before(self, step: float) -> tuple[int, float] | None:
+        """The last (step, value) that is not after `step`."""
+        found = [pair for pair in zip(self.steps, self.values, strict=True) if pair[0] <= step]
+        return found[-1] if found else None
+
+    def best(self) -> tuple[int, float] | None:
+        """The (step, value) of the smallest value."""
+        pairs = list(zip(self.steps, self.values, strict=True))
+        return min(pairs, key=lambda pair: pair[1]) if pairs else None
+
+    def first_at_most(self, target: float) -> int | None:
+        """The first step at which the value was measured to be `target` or less."""
+        return next((s for s, v in zip(self.steps, self.values, strict=True) if v <= target), None)
+
+    def smoothed(self, window: int) -> Series:
+        """Mean over the last `window` values at each point."""
+        means = (sum(self.values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(self.values)))
+        return Series(self.steps, tuple(means))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run folder, read.
+
+    Attributes:
+        folder: where it lies.
+        model: name of the model, the same for runs that may be drawn together.
+        optimizer: "lion", "sgd" or "adamw".
+        num_parameters: d, with the padded vocabulary; None where the run does not say.
+        facts: run.json.
+        settings: config.yaml as dotted keys.
+        environment: environment.json.
+        metrics: the numbers of metrics.jsonl.
+        evaluations: eval/*.json, ascending by step.
+        label: how tables and figures call it; unique within a model after `read_runs`.
+    """
+
+    folder: Path
+    model: str
+    optimizer: str
+    num_parameters: int | None
+    facts: dict[str, Any] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
+    environment: dict[str, Any] = field(repr=False)
+    metrics: dict[str, Series] = field(repr=False)
+    evaluations: list[dict[str, Any]] = field(repr=False)
+    label: str = ""
+
+    def series(self, key: str) -> Series:
+        """A metric, empty where the run has none."""
+        return self.metrics.get(key, Series())
+
+    @property
+    def last_step(self) -> int:
+        """The last step anything was written for."""
+        return max((series.steps[-1] for series in self.metrics.values()), default=0)
+
+    @property
+    def seed(self) -> int | None:
+        """The run's seed, where config.yaml tells it."""
+        seed = self.settings.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Training tokens of one step."""
+        tokens = self.series("progress/consumed_tokens")
+        if tokens and tokens.steps[-1] > 0:
+            return round(tokens.values[-1] / tokens.steps[-1])
+        batch, length = self.settings.get("train.global_batch_size"), self.settings.get("model.seq_length")
+        return batch * length if isinstance(batch, int) and isinstance(length, int) else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Median training throughput over the whole job."""
+        values = self.series("perf/tokens_per_s").values
+        return median(values) if values else None
+
+    @property
+    def max_memory_gib(self) -> float | None:
+        """Largest memory seen on the first process."""
+        return max(self.series("memory/max_gib").values, default=None)
+
+    def training_seconds(self, step: int) -> float | None:
+        """Seconds spent in training steps up to `step`: measurements, saves and pauses between jobs left out."""
+        rate, per_step = self.series("perf/tokens_per_s"), self.tokens_per_step
+        if not rate or per_step is None:
+            return None
+        seconds, before = 0.0, 0
+        for at, value in zip(rate.steps, rate.values, strict=True):
+            if value <= 0 or before >= step:
+                continue
+            seconds += (min(at, step) - before) * per_step / value
+            before = at
+        return seconds + max(0, step - rate.steps[-1]) * per_step / rate.values[-1]
+
+    def group_key(self) -> tuple[str, ...]:
+        """Equal for runs that differ in their seed alone."""
+        relevant = {k: v for k, v in self.settings.items() if k != "seed" and not k.startswith(UNINTERESTING)}
+        return (self.model, self.optimizer, json.dumps(relevant, sort_keys=True, default=str))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys.
+
+    >>> flatten({"optimizer": {"lr": 1e-4}, "seed": 1})
+    {'optimizer.lr': 0.0001, 'seed': 1}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Reads metrics.jsonl: the last line of a (step, key) wins, a last line that was cut short is left out.
+
+    Raises:
+        CheckpointError: the file is missing, or a whole line is not a JSON object with a step.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: has no metrics.jsonl, so it is no run folder or never started") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    table: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            step = int(entry["step"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):  # without its line end: a job was stopped while it wrote
+                continue
+            raise CheckpointError(f"{path}, line {number}: not a JSON object with a step") from None
+        for key, value in entry.items():
+            if key == "step" or isinstance(value, bool):
+                continue
+            if isinstance(value, int | float) and math.isfinite(value):
+                table.setdefault(key, {})[step] = float(value)
+            elif value is None:  # not finite when it was measured: an older number must not stand for it
+                table.get(key, {}).pop(step, None)
+    return {
+        key: Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
+        for key, values in table.items()
+        if values
+    }
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Reads a run folder.
+
+    Raises:
+        CheckpointError: it is no run folder, or one of its files is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
+    if not (folder / "config.yaml").is_file() and not (folder / "run.json").is_file():
+        raise CheckpointError(f"{folder}: no run folder (neither config.yaml nor run.json in it)")
+    facts, settings = _mapping(folder / "run.json"), flatten(_mapping(folder / "config.yaml"))
+    optimizer = str(facts.get("optimizer") or settings.get("optimizer.name") or "unknown")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    probed = metrics.get("probe/num_parameters", Series()).last
+    parameters = facts.get("num_parameters") or probed
+    name = facts.get("name") or settings.get("name") or facts.get("model") or settings.get("model.kind")
+    return RunRecord(
+        folder=folder,
+        model=str(name or "model"),
+        optimizer=optimizer,
+        num_parameters=int(parameters) if isinstance(parameters, int | float) else None,
+        facts=facts,
+        settings=settings,
+        environment=_mapping(folder / "environment.json"),
+        metrics=metrics,
+        evaluations=_evaluations(folder / "eval"),
+        label=OPTIMIZER_NAMES.get(optimizer, optimizer),
+    )
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """A JSON or YAML object; {} where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {(str(error).splitlines() or [''])[0]}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: should hold an object, holds a {type(content).__name__}")
+    return content
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluation results, ascending by step."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name.startswith("."):
+            continue
+        result = _mapping(path)
+        if not isinstance(result.get("step"), int) or "kind" not in result:
+            raise CheckpointError(f"{path}: no evaluation result (needs 'kind' and 'step')")
+        results.append(result)
+    return sorted(results, key=lambda r: int(r["step"]))
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+    """Reads several run folders and gives each a label of its own.
+
+    Raises:
+        ConfigError: no folder, or one folder twice.
+        CheckpointError: a folder is no run, or the runs have nothing in common.
+    """
+    if not folders:
+        raise ConfigError("no run folder given; type: megatron-lion compare RUN RUN …")
+    places = [Path(folder).resolve() for folder in folders]
+    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}: the same run is given twice")
+    runs = [read_run(folder) for folder in folders]
+    _need_common_ground(runs)
+    return with_labels(runs)
+
+
+def evaluation_key(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for results of the same text under the same convention."""
+    keys = ("kind", "text_sha256", "stride", "seq_length", "precision", "max_tokens")
+    return tuple(result.get(key) for key in keys)
+
+
+def _need_common_ground(runs: list[RunRecord]) -> None:
+    """Refuses runs of which no two share a model, a tokenizer or an evaluated text."""
+    if len(runs) < 2:
+        return
+    seen: list[tuple[Any, ...]] = []
+    for run in runs:
+        marks: set[tuple[Any, ...]] = {("model", run.model), *map(evaluation_key, run.evaluations)}
+        if tokenizer := run.facts.get("tokenizer_sha256"):
+            marks.add(("tokenizer", tokenizer))
+        seen += marks
+    if len(seen) == len(set(seen)):
+        names = ", ".join(f"{run.folder} ({run.model})" for run in runs)
+        raise CheckpointError(
+            f"the runs have nothing in common, neither model nor tokenizer nor an evaluated text: {names}"
+        )
+
+
+def with_labels(runs: list[RunRecord]) -> list[RunRecord]:
+    """Labels runs by optimizer; where that is not enough, by the settings in which they differ, else by folder."""
+    from dataclasses import replace
+
+    labelled = []
+    for run in runs:
+        rivals = [r for r in runs if (r.model, r.optimizer) == (run.model, run.optimizer)]
+        base = OPTIMIZER_NAMES.get(run.optimizer, run.optimizer)
+        label = base if len(rivals) == 1 else f"{base} {_distinction(run, rivals)}"
+        labelled.append(replace(run, label=label))
+    labels = [(run.model, run.label) for run in labelled]
+    return [
+        replace(run, label=f"{run.label} ({run.folder.name})") if labels.count((run.model, run.label)) > 1 else run
+        for run in labelled
+    ]
+
+
+def _distinction(run: RunRecord, rivals: list[RunRecord]) -> str:
+    """The settings that tell a run from its rivals, at most three, such as `lr=0.001 seed=2`."""
+    different = [key for key in differing_settings(rivals) if key in run.settings]
+    if not different or len(different) > 3:
+        return run.folder.name
+    return " ".join(f"{key.rpartition('.')[2]}={show(run.settings[key])}" for key in different)
+
+
+def differing_settings(runs: Iterable[RunRecord]) -> list[str]:
+    """Dotted keys whose values are not the same in all runs, where-it-lies settings left out."""
+    runs = list(runs)
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    return [
+        key
+        for key in keys
+        if not key.startswith(UNINTERESTING)
+        and len({json.dumps(run.settings.get(key), sort_keys=True, default=str) for run in runs}) > 1
+    ]
+
+
+def show(value: Any) -> str:
+    """A setting as one would type it."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(map(show, value)) + ")"
+    return str(value)

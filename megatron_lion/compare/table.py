@@ -1,0 +1,153 @@
+"""A table of numbers and its forms: terminal, Markdown, CSV, LaTeX, HTML. Cells keep full precision until shown."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+Cell = str | int | float | None
+MISSING = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A titled table.
+
+    Attributes:
+        slug: name of its CSV file.
+        title: one line.
+        columns: headings; the first columns that hold text are left-aligned.
+        rows: cells; None where there is no value.
+        formats: how numbers of a column are shown, as in format(); by heading, ",.4g" otherwise.
+        notes: sentences below the table.
+        best: headings whose smallest value is marked within rows that agree in the first column.
+    """
+
+    slug: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    formats: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    best: list[str] = field(default_factory=list)
+
+    def shown(self, column: int, cell: Cell) -> str:
+        """A cell as people read it."""
+        if cell is None:
+            return MISSING
+        if isinstance(cell, str):
+            return cell
+        if isinstance(cell, float) and cell in (float("inf"), float("-inf")):
+            return str(cell)
+        return format(cell, self.formats.get(self.columns[column], ",d" if isinstance(cell, int) else ",.4g"))
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds text."""
+        return any(isinstance(row[column], str) for row in self.rows)
+
+    def is_best(self, row: int, column: int) -> bool:
+        """Whether a cell is the smallest of its column among at least two rows of its group."""
+        if self.columns[column] not in self.best:
+            return False
+        group = [r[column] for r in self.rows if r[0] == self.rows[row][0]]
+        numbers = [cell for cell in group if isinstance(cell, int | float)]
+        return len(numbers) > 1 and self.rows[row][column] == min(numbers)
+
+
+def to_markdown(table: Table) -> str:
+    """GitHub's table form, title and notes included; the best value of a group is bold."""
+
+    def cell(row: int, column: int) -> str:
+        text = table.shown(column, table.rows[row][column]).replace("|", "\\|")
+        return f"**{text}**" if table.is_best(row, column) else text
+
+    columns = range(len(table.columns))
+    lines = [
+        f"### {table.title}",
+        "",
+        "| " + " | ".join(table.columns) + " |",
+        "|" + "|".join("---" if table.is_text(c) else "---:" for c in columns) + "|",
+        *("| " + " | ".join(cell(r, c) for c in columns) + " |" for r in range(len(table.rows))),
+    ]
+    if table.notes:
+        lines += ["", *(f"- {note}" for note in table.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """Comma-separated values in full precision, empty where there is no value."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows([["" if cell is None else cell for cell in row] for row in table.rows])
+    return stream.getvalue()
+
+
+_LATEX = str.maketrans({"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+                        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
+                        "√": r"$\sqrt{}$", "–": "--", "→": r"$\to$", "≤": r"$\le$", "×": r"$\times$"})  # fmt: skip
+
+
+def to_latex(table: Table) -> str:
+    r"""A `table` environment with \toprule and its like (needs booktabs)."""
+    columns = range(len(table.columns))
+
+    def cell(row: int, column: int) -> str:
+        text = table.shown(column, table.rows[row][column]).translate(_LATEX)
+        return rf"\textbf{{{text}}}" if table.is_best(row, column) else text
+
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{table.title.translate(_LATEX)}}}",
+        rf"  \begin{{tabular}}{{{''.join('l' if table.is_text(c) else 'r' for c in columns)}}}",
+        r"    \toprule",
+        "    " + " & ".join(name.translate(_LATEX) for name in table.columns) + r" \\",
+        r"    \midrule",
+        *("    " + " & ".join(cell(r, c) for c in columns) + r" \\" for r in range(len(table.rows))),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(table: Table) -> str:
+    """A section with the table in a box that scrolls sideways on a narrow screen."""
+    columns = range(len(table.columns))
+
+    def cell(row: int, column: int) -> str:
+        kind = ["text" if table.is_text(column) else "number", "best" if table.is_best(row, column) else ""]
+        text = html.escape(table.shown(column, table.rows[row][column]))
+        return f'<td class="{" ".join(filter(None, kind))}">{text}</td>'
+
+    heads = "".join(
+        f'<th class="{"text" if table.is_text(c) else "number"}">{html.escape(table.columns[c])}</th>' for c in columns
+    )
+    body = "\n".join("<tr>" + "".join(cell(r, c) for c in columns) + "</tr>" for r in range(len(table.rows)))
+    notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in table.notes)
+    return (
+        f'<section id="{table.slug}"><h2>{html.escape(table.title)}</h2>\n<div class="scroll"><table>\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>{notes}</section>\n"
+    )
+
+
+def to_rich(table: Table) -> Any:
+    """A rich table for the terminal."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    shown = RichTable(
+        title=table.title, title_justify="left", title_style="bold", caption="\n".join(table.notes) or None,
+        caption_justify="left",
+    )  # fmt: skip
+    columns = range(len(table.columns))
+    for c in columns:
+        shown.add_column(Text(table.columns[c]), justify="left" if table.is_text(c) else "right", no_wrap=True)
+    for r in range(len(table.rows)):
+        cells = (table.shown(c, table.rows[r][c]) for c in columns)
+        shown.add_row(*(Text(text, "bold" if table.is_best(r, c) else "") for c, text in enumerate(cells)))
+    return shown

@@ -1,0 +1,314 @@
+"""The tables of a comparison: Table B.1, losses, norm ratios, cost, equal budgets, targets, settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import fmean, median
+from typing import Any
+
+from megatron_lion.compare.runs import RunRecord, Series, differing_settings, evaluation_key, show
+from megatron_lion.compare.table import Cell, Table
+
+LAST_LINES = 10
+"""The training loss of a run's end is the mean over this many logged values: single batches scatter."""
+
+
+def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> list[Table]:
+    """All tables for which the runs have numbers.
+
+    Args:
+        runs: from `read_runs`.
+        target_loss: test loss (nats/token) for the table of steps to a target; by default the best test
+            loss of the run that gets least far, so that every run of a model reaches it.
+    """
+    tables = [
+        *perplexity_tables(runs), *word_tables(runs), loss_table(runs), equal_budget_table(runs),
+        target_table(runs, target_loss), ratio_table(runs), cost_table(runs), settings_table(runs),
+    ]  # fmt: skip
+    return [table for table in tables if table is not None and table.rows]
+
+
+def perplexity_tables(runs: list[RunRecord]) -> list[Table]:
+    """The paper's Table B.1, optimizer × step → natural log of perplexity, one a text and convention.
+
+    Source: Dong, Li, Lin, arXiv 2411.07724, Table B.1.
+    """
+    keys = dict.fromkeys(
+        evaluation_key(r) for run in runs for r in run.evaluations if r.get("log_token_ppl") is not None
+    )
+    tables = []
+    for number, key in enumerate(keys):
+        first = next(r for run in runs for r in run.evaluations if evaluation_key(r) == key)
+        tables += [
+            _perplexity_table(runs, key, first, number, field) for field in ("log_token_ppl", "log_adjusted_ppl")
+        ]
+    return tables
+
+
+def _perplexity_table(
+    runs: list[RunRecord], key: tuple[Any, ...], first: dict[str, Any], number: int, field: str
+) -> Table:
+    values = {
+        id(run): {int(r["step"]): r.get(field) for r in run.evaluations if evaluation_key(r) == key} for run in runs
+    }
+    steps = sorted({step for found in values.values() for step in found})
+    rows: list[list[Cell]] = [
+        [run.model, run.label, *(values[id(run)].get(step) for step in steps)] for run in runs if values[id(run)]
+    ]
+    columns = ["model", "optimizer", *(_short_step(step) for step in steps)]
+    level = "token" if field == "log_token_ppl" else "word (adjusted)"
+    vocabularies = {r.get("tokenizer_sha256") for run in runs for r in run.evaluations if evaluation_key(r) == key}
+    notes = [_convention(first)]
+    if len(vocabularies) > 1 and field == "log_token_ppl":
+        notes.append(
+            "the runs have different vocabularies: their token perplexities are not comparable, see the adjusted ones"
+        )
+    short = "log-perplexity" if field == "log_token_ppl" else "log-adjusted-perplexity"
+    return Table(
+        slug=short if number == 0 else f"{short}-{number + 1}",
+        title=f"Zero-shot {_text_name(first)}: natural log of the {level} perplexity by step",
+        columns=columns,
+        rows=rows,
+        formats=dict.fromkeys(columns[2:], ".3f"),
+        notes=notes,
+        best=columns[2:],
+    )
+
+
+def _short_step(step: int) -> str:
+    """10k for 10,000; the step itself where thousands do not say it.
+
+    >>> _short_step(10_000), _short_step(250)
+    ('10k', '250')
+    """
+    return f"{step // 1000}k" if step >= 1000 and step % 1000 == 0 else str(step)
+
+
+def _text_name(result: dict[str, Any]) -> str:
+    if result.get("kind") == "wikitext103":
+        return "WikiText-103"
+    return f"{result.get('text_path', 'text')}".rpartition("/")[2]
+
+
+def _convention(result: dict[str, Any]) -> str:
+    """What a perplexity was measured on and how, in one sentence."""
+    version = result.get("text_version")
+    known = f"{version}, " if version not in (None, "unknown") else ""
+    stride, length = result.get("stride"), result.get("seq_length")
+    overlap = "no overlap" if stride == length else f"stride {stride}"
+    partial = f", first {result['max_tokens']} tokens only" if result.get("max_tokens") else ""
+    return (
+        f"{known}text {str(result.get('text_sha256'))[:8]}, windows of {length} tokens, {overlap}, "
+        f"{result.get('precision')}, n_orig {result.get('n_orig', 0):,}, n_tok {result.get('n_tok', 0):,}{partial}"
+    )
+
+
+def word_tables(runs: list[RunRecord]) -> list[Table]:
+    """Page-wise word and byte perplexity, and LAMBADA, of each run's latest result."""
+    wanted: dict[str, tuple[str, list[str]]] = {
+        "wikitext103_pages": (
+            "WikiText page by page (as lm-evaluation-harness)",
+            ["word_ppl", "byte_ppl", "bits_per_byte"],
+        ),
+        "lambada": ("LAMBADA, last word", ["accuracy", "word_ppl", "log_word_ppl"]),
+    }
+    tables = []
+    for kind, (title, fields) in wanted.items():
+        rows: list[list[Cell]] = []
+        for run in runs:
+            latest: dict[tuple[Any, ...], dict[str, Any]] = {
+                evaluation_key(r): r for r in run.evaluations if r["kind"] == kind
+            }
+            rows += [
+                [run.model, run.label, str(r.get("text_version")), r["step"], *(r.get(name) for name in fields)]
+                for r in latest.values()
+            ]
+        formats = {
+            "accuracy": ".2%",
+            "bits_per_byte": ".4f",
+            "byte_ppl": ".4f",
+            "word_ppl": ",.2f",
+            "log_word_ppl": ".3f",
+        }
+        columns = ["model", "optimizer", "text", "step", *fields]
+        tables.append(Table(slug=kind.replace("_", "-"), title=title, columns=columns, rows=rows, formats=formats))
+    return tables
+
+
+def loss_table(runs: list[RunRecord]) -> Table:
+    """Final and best losses."""
+    columns = ["model", "optimizer", "steps", "train loss", "test loss", "best test loss", "at step"]
+    rows: list[list[Cell]] = []
+    for run in runs:
+        test, train = run.series("test/loss"), run.series("train/loss").values[-LAST_LINES:]
+        best = test.best()
+        rows.append([run.model, run.label, run.last_step, fmean(train) if train else None, test.last,
+                     best[1] if best else None, best[0] if best else None])  # fmt: skip
+    return Table(
+        slug="losses",
+        title="Losses at the end (nats per token)",
+        columns=columns,
+        rows=rows,
+        formats=dict.fromkeys(columns[3:6], ".4f"),
+        notes=[
+            f"train loss: mean of the last {LAST_LINES} logged values, dropout included; test loss: without dropout"
+        ],
+        best=["train loss", "test loss", "best test loss"],
+    )
+
+
+def equal_budget_table(runs: list[RunRecord]) -> Table | None:
+    """Test loss at the largest number of steps, tokens and training seconds that every run of a model reached."""
+    rows: list[list[Cell]] = []
+    notes = []
+    for model, group in by_model(runs).items():
+        group = [run for run in group if run.series("test/loss")]
+        if len(group) < 2:
+            continue
+        budgets: dict[str, tuple[float, Callable[[RunRecord, int], float | None]]] = {}
+        for name, cost in (("steps", _steps), ("tokens", _tokens), ("seconds", _seconds)):
+            ends = [cost(run, run.series("test/loss").steps[-1]) for run in group]
+            reached = [end for end in ends if end is not None]
+            if len(reached) == len(group):
+                budgets[name] = (min(reached), cost)
+        rows += [
+            [model, run.label, *(_loss_within(run, *budgets[b]) if b in budgets else None for b in _BUDGETS)]
+            for run in group
+        ]
+        limits = (
+            f"{budgets[b][0]:,.0f} {'training seconds' if b == 'seconds' else b}" for b in _BUDGETS if b in budgets
+        )
+        notes.append(f"{model}: {', '.join(limits)}; the last measurement within the budget")
+    columns = ["model", "optimizer", *(f"at equal {name}" for name in _BUDGETS)]
+    return Table(
+        slug="equal-budget",
+        title="Test loss at an equal budget (nats per token)",
+        columns=columns,
+        rows=rows,
+        formats=dict.fromkeys(columns[2:], ".4f"),
+        notes=notes,
+        best=columns[2:],
+    )
+
+
+_BUDGETS = ("steps", "tokens", "seconds")
+
+
+def _steps(run: RunRecord, step: int) -> float | None:
+    return float(step)
+
+
+def _tokens(run: RunRecord, step: int) -> float | None:
+    return None if run.tokens_per_step is None else float(run.tokens_per_step * step)
+
+
+def _seconds(run: RunRecord, step: int) -> float | None:
+    return run.training_seconds(step)
+
+
+def _loss_within(run: RunRecord, budget: float, cost: Callable[[RunRecord, int], float | None]) -> float | None:
+    """The test loss last measured at a cost of at most the budget."""
+    loss = None
+    for step, value in zip(run.series("test/loss").steps, run.series("test/loss").values, strict=True):
+        spent = cost(run, step)
+        if spent is not None and spent <= budget * (1 + 1e-9):
+            loss = value
+    return loss
+
+
+def target_table(runs: list[RunRecord], target_loss: float | None = None) -> Table | None:
+    """Steps, tokens and training time until the test loss was first measured at or below a target."""
+    rows: list[list[Cell]] = []
+    for model, group in by_model(runs).items():
+        reached = [best[1] for run in group if (best := run.series("test/loss").best())]
+        if not reached or (len(reached) < 2 and target_loss is None):
+            continue
+        target = max(reached) if target_loss is None else target_loss
+        for run in group:
+            step = run.series("test/loss").first_at_most(target)
+            seconds = run.training_seconds(step) if step is not None else None
+            tokens = run.tokens_per_step * step if step is not None and run.tokens_per_step else None
+            rows.append([model, run.label, float(target), step, tokens, seconds / 60 if seconds is not None else None])
+    return Table(
+        slug="to-target",
+        title="To a target test loss",
+        columns=["model", "optimizer", "target (nats)", "steps", "tokens", "training minutes"],
+        rows=rows,
+        formats={"target (nats)": ".4f", "training minutes": ",.1f"},
+        notes=["the first measurement at or below the target; a dash where it was not reached"],
+        best=["steps", "tokens", "training minutes"],
+    )
+
+
+def ratio_table(runs: list[RunRecord]) -> Table:
+    """r = ‖∇f‖₁/‖∇f‖₂ against √d, and the KKT residual, over a run's probes."""
+    columns = ["model", "optimizer", "d", "√d", "probes", "batches", "r first", "r last", "min r/√d", "max r/√d",
+               "KKT first", "KKT last"]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for run in runs:
+        ratio, kkt = run.series("probe/norm_ratio"), run.series("probe/kkt_residual")
+        if not ratio or run.num_parameters is None:
+            continue
+        root = math.sqrt(run.num_parameters)
+        batches = run.series("probe/num_batches").last
+        rows.append([
+            run.model, run.label, run.num_parameters, root, len(ratio.steps), None if batches is None else int(batches),
+            ratio.values[0], ratio.values[-1], min(ratio.values) / root, max(ratio.values) / root,
+            kkt.values[0] if kkt else None, kkt.last,
+        ])  # fmt: skip
+    return Table(
+        slug="norm-ratio",
+        title="Norm ratio r = ‖∇f‖₁/‖∇f‖₂ and KKT residual",
+        columns=columns,
+        rows=rows,
+        formats={"√d": ",.1f", "r first": ",.1f", "r last": ",.1f", "min r/√d": ".3f", "max r/√d": ".3f"},
+        notes=[
+            "a gradient that is nothing but Gaussian noise has r = 0.798 √d: read r with the number of batches averaged"
+        ],
+    )
+
+
+def cost_table(runs: list[RunRecord]) -> Table:
+    """Throughput, memory and training time."""
+    rows: list[list[Cell]] = []
+    for run in runs:
+        seconds = run.training_seconds(run.last_step)
+        rows.append([
+            run.model, run.label, run.num_parameters, run.facts.get("world_size"),
+            str(run.environment.get("device", "–")), run.tokens_per_s, _median(run.series("perf/mfu")),
+            run.max_memory_gib, seconds / 3600 if seconds else None,
+        ])  # fmt: skip
+    return Table(
+        slug="cost",
+        title="Cost",
+        columns=["model", "optimizer", "d", "processes", "device", "tokens/s", "MFU", "memory (GiB)", "training hours"],
+        rows=rows,
+        formats={"tokens/s": ",.0f", "MFU": ".1%", "memory (GiB)": ".2f", "training hours": ",.2f"},
+        notes=[
+            "tokens/s and MFU: median of the logged values, all processes together; memory: largest on the first process"
+        ],
+    )
+
+
+def _median(series: Series) -> float | None:
+    return median(series.values) if series else None
+
+
+def settings_table(runs: list[RunRecord]) -> Table:
+    """The settings in which the runs differ."""
+    names = [run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}" for run in runs]
+    return Table(
+        slug="settings",
+        title="Settings that differ",
+        columns=["setting", *names],
+        rows=[[key, *(show(run.settings.get(key)) for run in runs)] for key in differing_settings(runs)],
+    )
+
+
+def by_model(runs: list[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs of each model, in the order given."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(run.model, []).append(run)
+    return groups
