@@ -12,7 +12,7 @@ import torch
 
 from .lion import PlainLayout, Slot
 
-CPU_BLOCK = 32768  # elements a thread: torch gives no thread fewer, and 128 KiB an array stay in a core's cache
+CPU_BLOCK = 65536  # elements a thread: torch gives none fewer than 32768, and five arrays of 256 KiB stay in a cache
 
 
 def foreach_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
@@ -27,7 +27,7 @@ def foreach_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multip
     for (_, _, device), members in by_group.items():
         if device.type == "cpu":
             for block in _blocks(members):
-                _foreach_group([block], layout, begin, multiplier)
+                _update_block(block, layout, begin, multiplier)
         else:
             _foreach_group(members, layout, begin, multiplier)
 
@@ -44,6 +44,26 @@ def _blocks(slots: Sequence[Slot]) -> Iterator[Slot]:
         flat = [tensor.as_strided((numel,), (1,)) for tensor in (slot.param, slot.grad, *state.values())]
         for parts in zip(*(tensor.split(size) for tensor in flat), strict=True):
             yield Slot(parts[0], parts[1], dict(zip(state, parts[2:], strict=True)), slot.group)
+
+
+def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
+    """`lion_update` with two scratch arrays instead of a new one for every operation."""
+    param, exp_avg = layout.read(slot)
+    grad = slot.grad.to(param.dtype)
+    if multiplier is not None:
+        grad = grad * multiplier.view(())
+    if begin:
+        exp_avg.copy_(torch.where(exp_avg.isnan(), grad, exp_avg))
+    (beta1, beta2), lr = slot.group["betas"], slot.group["lr"]
+    direction, scratch = torch.empty_like(param), torch.empty_like(param)
+    torch.mul(exp_avg, beta1, out=direction)
+    direction.add_(torch.mul(grad, 1 - beta1, out=scratch))
+    torch.sub(direction, direction, out=scratch)  # 0, or NaN where the interpolation is not finite
+    direction.sign_().add_(scratch)
+    direction.add_(torch.mul(param, slot.group["weight_decay"], out=scratch))
+    param.sub_(direction.mul_(lr))
+    exp_avg.mul_(beta2).add_(torch.mul(grad, 1 - beta2, out=scratch))
+    layout.write(slot, param, exp_avg)
 
 
 def _foreach_group(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:

@@ -56,15 +56,14 @@ def split_master(master_N: torch.Tensor, master_weights: str) -> tuple[torch.Ten
         tensor([ 1.0039, -3.3000])
     """
     # NaN has many bit patterns, and rounding up the largest would carry into the sign and give -0.
-    bits_N = torch.where(master_N.isnan(), NAN_BITS, master_N.view(torch.int32).to(torch.int64) & 0xFFFFFFFF)
+    bits_N = torch.where(master_N.isnan(), NAN_BITS, master_N.view(torch.int32))
     if master_weights == "split24":
-        bits_N = (bits_N + 0x80) & 0xFFFFFF00
-    hi_N = ((bits_N + 0x8000) >> 16) & 0xFFFF
-    lo_N = ((bits_N - (hi_N << 16) + 0x8000) & 0xFFFFFFFF) - 0x8000
+        bits_N = (bits_N + 0x80) & -0x100
+    hi_N = (bits_N + 0x8000) >> 16  # arithmetic: the sign stays
+    lo_N = bits_N - (hi_N << 16)
     if master_weights == "split24":
         lo_N = lo_N >> 8
-    signed_N = torch.where(hi_N >= 0x8000, hi_N - 0x10000, hi_N).to(torch.int16)
-    return signed_N.view(torch.bfloat16), lo_N.to(REMAINDER_DTYPES[master_weights])
+    return hi_N.to(torch.int16).view(torch.bfloat16), lo_N.to(REMAINDER_DTYPES[master_weights])
 
 
 def join_master(param_N: torch.Tensor, remainder_N: torch.Tensor) -> torch.Tensor:

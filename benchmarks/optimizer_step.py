@@ -1,0 +1,329 @@
+"""Time, bytes, launches and state of one optimizer step: ours against every other that is installed.
+
+    python benchmarks/optimizer_step.py                                  # every size that suits this machine
+    python benchmarks/optimizer_step.py --sizes gpt2-124m-dp16 --output benchmarks/results/optimizer_step
+
+Prints one table, ratios first, and with --output writes OUTPUT.md and OUTPUT.json. Every contender must compute the
+right thing before it is timed: three steps against float64.
+
+On CUDA, times are medians over CUDA events (`device`) and of the wall with a final synchronisation (`wall`); launches
+come from the profiler, waits from torch's synchronisation debug mode, temporaries from the allocator. On a CPU,
+`device` is the wall, launches are torch operations, and the Triton kernel is not timed, for it would run in an
+interpreter. Rounds go around all contenders, so that another job on the machine slows them alike. `of copy` is bytes /
+time over the bandwidth of a copy measured in the same process: 1.00 is as fast as memory allows, where caches are small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import BETAS, CONTENDERS, FLOAT32, HYPER, MASTER, REDUCED, Case, Contender
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Shapes = list[tuple[int, ...]]
+BASELINES = {FLOAT32: "ours", MASTER: "ours split32", REDUCED: "ours split24, int8 momentum"}
+PACKAGES = ("torch", "triton", "lion-pytorch", "emerging-optimizers", "flashoptim", "bitsandbytes", "deepspeed")
+
+
+def gpt2_shapes(layers: int, hidden: int, vocabulary: int = 50304, seq_length: int = 1024) -> Shapes:
+    """Every tensor of a GPT-2, in the order of its layers; 148 of them at 12 layers."""
+    block: Shapes = [(hidden,), (hidden,), (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,)]
+    block += [(hidden,), (hidden,), (4 * hidden, hidden), (4 * hidden,), (hidden, 4 * hidden), (hidden,)]
+    return [(vocabulary, hidden), (seq_length, hidden), *block * layers, (hidden,), (hidden,)]
+
+
+def shard_shapes(shapes: Shapes, ranks: int, rank: int) -> Shapes:
+    """Flat pieces of the tensors that one rank's contiguous share of all elements holds (ZeRO-1)."""
+    sizes = [int(torch.Size(shape).numel()) for shape in shapes]
+    share = -(-sum(sizes) // ranks)
+    first, pieces = 0, []
+    for size in sizes:
+        low, high = max(first, rank * share), min(first + size, (rank + 1) * share)
+        if high > low:
+            pieces.append((high - low,))
+        first += size
+    return pieces
+
+
+SIZES: dict[str, Shapes] = {
+    "gpt2-124m": gpt2_shapes(12, 768),
+    "gpt2-355m": gpt2_shapes(24, 1024),
+    "gpt2-124m-dp16": shard_shapes(gpt2_shapes(12, 768), 16, 7),
+    "flat-1b": [(10**9,)],
+}
+CHECK_SHAPES: Shapes = [(300, 7), (1000,), (33,), (1,)]
+
+
+def float64_result(rule: str, starts: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What the rule makes of the start values, in float64."""
+    params = [torch.nn.Parameter(start.double()) for start in starts]
+    momenta = [torch.zeros_like(param) for param in params]
+    plain: torch.optim.Optimizer | None = None
+    if rule == "adamw":
+        plain = torch.optim.AdamW(params, betas=BETAS, foreach=False, **HYPER)
+    elif rule == "sgd":
+        plain = torch.optim.SGD(params, lr=HYPER["lr"], momentum=0.9, foreach=False)
+    for grads in gradients:
+        for param, momentum, grad in zip(params, momenta, grads, strict=True):
+            param.grad = grad.double()
+            if plain is None:
+                direction = (BETAS[0] * momentum + (1 - BETAS[0]) * param.grad).sign()
+                param.data -= HYPER["lr"] * (direction + HYPER["weight_decay"] * param.data)
+                momentum.mul_(BETAS[1]).add_(param.grad, alpha=1 - BETAS[1])
+        if plain is not None:
+            plain.step()
+    return [param.detach() for param in params]
+
+
+def check(contender: Contender, device: str) -> None:
+    """Raises RuntimeError unless three steps give what the contender's rule says."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator).bfloat16().float().to(device) for shape in CHECK_SHAPES]
+    gradients = [
+        [torch.randn(shape, generator=generator).bfloat16().float().to(device) for shape in CHECK_SHAPES]
+        for _ in range(3)
+    ]
+    case = contender.build([start.clone() for start in starts])
+    for grads in gradients:
+        for target, grad in zip(case.grads, grads, strict=True):
+            target.copy_(grad)
+        case.step()
+    for got, expected in zip(case.masters(), float64_result(contender.rule, starts, gradients), strict=True):
+        error = (got.double() - expected).abs()
+        # Exact: float32 rounding of values of a few units. Else: some signs near 0 turn, and bfloat16 rounds.
+        wrong = (
+            error.max() > 1e-5 if contender.exact else error.mean() > 0.1 * HYPER["lr"] + 2**-8 * expected.abs().mean()
+        )
+        if wrong:
+            raise RuntimeError(f"{contender.name}: off by {float(error.max()):.2e} after three steps; not timed")
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts torch operations that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += not func.is_view
+        return result
+
+
+def count_launches(step: Callable[[], object], device: str) -> int:
+    """Work that one step hands to the device: kernels and copies, or torch operations on a CPU."""
+    if device == "cpu":
+        with CountOperations() as counted:
+            step()
+        return counted.count
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def count_waits(step: Callable[[], object]) -> int:
+    """How often a step makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def temporaries(step: Callable[[], object]) -> int:
+    """Bytes that a step takes beyond what it holds before and after."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def time_once(step: Callable[[], object], device: str) -> tuple[float, float]:
+    """(device seconds, wall seconds) of one step."""
+    if device == "cpu":
+        started = time.perf_counter()
+        step()
+        wall = time.perf_counter() - started
+        return wall, wall
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    first.record()
+    step()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3, time.perf_counter() - started
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.empty(2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source).fill_(0)
+    times = [time_once(lambda: target.copy_(source), device)[0] for _ in range(12)]
+    return 2 * source.numel() / statistics.median(times[2:])
+
+
+def measure(size: str, contenders: list[Contender], device: str, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
+    """One row for each contender on one size; on CUDA one contender is in memory at a time."""
+    numel = sum(int(torch.Size(shape).numel()) for shape in SIZES[size])
+    groups = [[contender] for contender in contenders] if device == "cuda" else [contenders]
+    rows = []
+    for group in groups:
+        cases = [(contender, build(contender, SIZES[size], device)) for contender in group]
+        facts = {contender.name: describe(case, device) for contender, case in cases}
+        times: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in group}
+        for round_ in range(rounds + 3):
+            for contender, case in cases:
+                taken = time_once(case.step, device)
+                if round_ >= 3:
+                    times[contender.name].append(taken)
+        for contender, case in cases:
+            seconds, wall = (statistics.median(column) for column in zip(*times[contender.name], strict=True))
+            moved = contender.bytes_per_parameter
+            rows.append({
+                "size": size, "parameters": numel, "tensors": len(SIZES[size]), "class": contender.kind,
+                "name": contender.name, "device_ms": seconds * 1e3, "wall_ms": wall * 1e3, "bytes_per_parameter": moved,
+                "of_copy": moved and moved * numel / seconds / bandwidth,
+                "state_bytes_per_parameter": case.state_bytes() / numel, **facts[contender.name],
+            })  # fmt: skip
+        del cases
+    for row in rows:
+        base = next((r for r in rows if r["name"] == BASELINES[str(row["class"])]), None)
+        row["ratio"] = base and row["wall_ms"] / base["wall_ms"]
+    return rows
+
+
+def build(contender: Contender, shapes: Shapes, device: str) -> Case:
+    """The contender on tensors of these shapes, filled with values that stay in range."""
+    starts = [torch.full(shape, 0.5, device=device) for shape in shapes]
+    case = contender.build(starts)
+    for grad in case.grads:
+        grad.normal_()
+    case.step()
+    return case
+
+
+def describe(case: Case, device: str) -> dict[str, int | None]:
+    """What can be counted without a clock."""
+    if device == "cpu":
+        return {"launches": count_launches(case.step, device), "waits": None, "temporaries_bytes": None}
+    return {
+        "launches": count_launches(case.step, device),
+        "waits": count_waits(case.step),
+        "temporaries_bytes": temporaries(case.step),
+    }
+
+
+def table(rows: list[dict[str, Any]], device: str) -> str:
+    """The measurements as Markdown, one block for each size and class."""
+    work = "operations" if device == "cpu" else "launches"
+    lines = []
+    for size in dict.fromkeys(row["size"] for row in rows):
+        mine = [row for row in rows if row["size"] == size]
+        lines += [f"\n### {size}: {mine[0]['parameters']:,} parameters in {mine[0]['tensors']} tensors\n"]
+        head = ["wall / ours", "contender", "wall ms", "device ms", "of copy", "bytes/param moved", work, "waits"]
+        lines += [f"| {' | '.join([*head, 'temporaries MiB', 'state bytes/param'])} |", "|---:|---|" + "---:|" * 8]
+        for kind in dict.fromkeys(row["class"] for row in mine):
+            lines += [f"| | **{kind}** |" + " |" * 8]
+            for row in sorted((r for r in mine if r["class"] == kind), key=lambda r: r["wall_ms"]):
+                mib = None if row["temporaries_bytes"] is None else row["temporaries_bytes"] / 2**20
+                cells = [
+                    shown(row["ratio"], ".2f"),
+                    row["name"],
+                    shown(row["wall_ms"], ".3f"),
+                    shown(row["device_ms"], ".3f"),
+                ]
+                cells += [
+                    shown(row["of_copy"], ".2f"),
+                    shown(row["bytes_per_parameter"], "g"),
+                    shown(row["launches"], "d"),
+                ]
+                cells += [shown(row["waits"], "d"), shown(mib, ".1f"), shown(row["state_bytes_per_parameter"], ".2f")]
+                lines += [f"| {' | '.join(cells)} |"]
+    return "\n".join(lines) + "\n"
+
+
+def shown(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def machine(device: str, threads: int, bandwidth: float) -> dict[str, Any]:
+    """What the figures depend on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} threads"
+    return {"date": date.today().isoformat(), "device": name, "copy_gb_per_s": bandwidth / 1e9, "versions": versions}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: all on CUDA, gpt2-124m-dp16 on a CPU")
+    parser.add_argument("--rounds", type=int, help="timed rounds; default: 50 on CUDA, 21 on a CPU")
+    parser.add_argument("--threads", type=int, help="torch threads on a CPU")
+    parser.add_argument("--output", help="write OUTPUT.md and OUTPUT.json")
+    args = parser.parse_args()
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    args.sizes = (args.sizes or (",".join(SIZES) if args.device == "cuda" else "gpt2-124m-dp16")).split(",")
+    args.rounds = args.rounds or (50 if args.device == "cuda" else 21)
+    if unknown := [size for size in args.sizes if size not in SIZES]:
+        parser.error(f"--sizes: {', '.join(unknown)}: needs some of {', '.join(SIZES)}")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    usable = []
+    for contender in CONTENDERS:
+        if not contender.runs_on(args.device):
+            continue
+        try:
+            check(contender, args.device)
+            usable.append(contender)
+        except Exception as error:  # a peer that does not work here is left out, and said so
+            if contender.name.startswith("ours"):
+                raise
+            sys.stderr.write(f"left out: {contender.name}: {type(error).__name__}: {error}\n")
+    bandwidth = copy_bandwidth(args.device)
+    facts = machine(args.device, torch.get_num_threads(), bandwidth)
+    rows = [row for size in args.sizes for row in measure(size, usable, args.device, args.rounds, bandwidth)]
+    packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number != "not installed")
+    head = f"{facts['date']}, {facts['device']}, copy {facts['copy_gb_per_s']:.1f} GB/s, {packages}; "
+    head += f"medians of {args.rounds} rounds.\n"
+    text = head + table(rows, args.device)
+    sys.stdout.write(text)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{args.output}.md").write_text("# One optimizer step\n\n" + text)
+        Path(f"{args.output}.json").write_text(
+            json.dumps({**facts, "rounds": args.rounds, "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
