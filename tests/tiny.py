@@ -144,8 +144,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def train_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
-    """Work of one process: the runs one after another."""
-    return {name: train(config) for name, config in configs.items()}
+    """Work of one process: the runs one after another; one that fails leaves its traceback instead of its outcome."""
+    results: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        try:
+            results[name] = train(config)
+        except Exception:
+            results[name] = {"failed": traceback.format_exc()}
+    return results
 
 
 def errors_of_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, tuple[str, str]]:
@@ -164,8 +170,16 @@ def run_all(jobs: dict[str, tuple[int, RunConfig]], work: Callable[..., Any] = t
     return results
 
 
-def read_weights(run_dir: Path | str, step: int) -> dict[str, Any]:
-    """Whole weight tensors of a checkpoint by name, read with torch's own reader."""
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two tensors are equal in every bit (NaNs and zeros' signs included)."""
+    import torch
+
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one.view(bits), other.view(bits))
+
+
+def read_weights(run_dir: Path | str, step: int, prefix: str = "model.") -> dict[str, Any]:
+    """Whole tensors of a checkpoint by name (the weights' names begin with "model."), read with torch's own reader."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader, load
 
@@ -174,7 +188,7 @@ def read_weights(run_dir: Path | str, step: int) -> dict[str, Any]:
     weights = {
         name: torch.empty(item.size, dtype=item.properties.dtype)
         for name, item in stored.items()
-        if name.startswith("model.")
+        if name.startswith(prefix)
     }
     load(weights, storage_reader=FileSystemReader(folder), no_dist=True)
     return weights

@@ -56,6 +56,7 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
             for key, value in state.items()
         }
 
+    @torch.no_grad()  # fp32 master weights are views of the parameters themselves
     def load_sharded_tensors(self, state: dict[Any, Any], *, layout: str) -> None:
         if layout == "fully_reshardable":
             self.load_parameter_state_from_fully_reshardable(state)
