@@ -29,31 +29,7 @@ DOCUMENT_CHARACTERS = 2000
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "_vendor", "pydoc_data"}
 _FUNCTION_WORDS = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "to",
-        "is",
-        "in",
-        "and",
-        "or",
-        "for",
-        "that",
-        "this",
-        "be",
-        "by",
-        "with",
-        "it",
-        "as",
-        "are",
-        "from",
-        "not",
-        "if",
-        "on",
-        "which",
-    ]
+    re.findall(r"\w+", "the a an of to is in and or for that this be by with it as are from not if on which")
 )
 _WORD = re.compile(r"[A-Za-z']+")
 

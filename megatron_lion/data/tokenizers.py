@@ -57,8 +57,9 @@ class Tokenizer:
         import tokenizers
 
         definition = build_definition(files, source)
+        self._definition = text = json.dumps(definition)
         try:
-            self._backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(json.dumps(definition))
+            self._backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception for a definition it does not take
             raise DataError(f"{source}: the tokenizers library refuses these files: {error}") from None
         self._backend.encode_special_tokens = True  # a marker inside a document is text
@@ -112,7 +113,8 @@ class Tokenizer:
     @property
     def definition(self) -> dict[str, Any]:
         """The tokenizer as one tokenizer.json document, parsed."""
-        return build_definition(self._files, self.source)
+        parsed: dict[str, Any] = json.loads(self._definition)
+        return parsed
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text; nothing is added before or after it.
