@@ -88,7 +88,8 @@ def seeds_table(runs: list[RunRecord]) -> Table | None:
                 row: list[Cell] = [groups[key][0].model, group_label(groups, key), name, len(values)]
                 rows.append([*row, interval.mean, interval.low, interval.high])
         for a, b in combinations([key for key, values in by_group.items() if values], 2):
-            if groups[a][0].model == groups[b][0].model:
+            several = max(len(by_group[a]), len(by_group[b])) > 1
+            if several and groups[a][0].model == groups[b][0].model:
                 gap = bootstrap_gap(by_group[a], by_group[b])
                 model = groups[a][0].model
                 notes.append(f"{model}, {name}: " + sentence(group_label(groups, a), group_label(groups, b), gap))
@@ -132,7 +133,9 @@ def sentence(a: str, b: str, gap: Interval) -> str:
     'the gap of 0.010 between LION and AdamW is inside the noise of the seeds (interval -0.030 to +0.020): no winner.'
     """
     if gap.low is None or gap.high is None:
-        return f"the gap of {abs(gap.mean):.3f} between {a} and {b} rests on a single seed: its noise is not known."
+        return (
+            f"the gap of {abs(gap.mean):.3f} between {a} and {b} has a single seed on one side: its noise is not known."
+        )
     interval = f"(interval {gap.low:+.3f} to {gap.high:+.3f})"
     if gap.low <= 0 <= gap.high:
         return f"the gap of {abs(gap.mean):.3f} between {a} and {b} is inside the noise of the seeds {interval}: no winner."

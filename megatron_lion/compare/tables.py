@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from megatron_lion.compare.runs import RunRecord, Series, differing_settings, evaluation_key, show
+from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.table import Cell, Table
 
 LAST_LINES = 10
@@ -23,7 +24,7 @@ def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> lis
             loss of the run that gets least far, so that every run of a model reaches it.
     """
     tables = [
-        *perplexity_tables(runs), *word_tables(runs), loss_table(runs), equal_budget_table(runs),
+        *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), equal_budget_table(runs),
         target_table(runs, target_loss), ratio_table(runs), cost_table(runs), settings_table(runs),
     ]  # fmt: skip
     return [table for table in tables if table is not None and table.rows]

@@ -1,0 +1,279 @@
+"""Seed groups, PNG figures, the HTML report and the command that writes them."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic_runs import write_run
+
+from megatron_lion.cli import main
+from megatron_lion.compare.curves import NOISE_RATIO, panels, spread, styles
+from megatron_lion.compare.figures import write_figures
+from megatron_lion.compare.report import render_report
+from megatron_lion.compare.runs import RunRecord, read_runs
+from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table
+from megatron_lion.compare.svg import HEIGHT, WIDTH, chart, ticks
+from megatron_lion.compare.tables import build_tables
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    return [write_run(root / name, optimizer=name) for name in ("lion", "sgd", "adamw")]
+
+
+@pytest.fixture(scope="module")
+def runs(folders: list[Path]) -> list[RunRecord]:
+    return read_runs(folders)
+
+
+# --- seeds ---
+
+
+def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    rng = random.Random(3)
+    hits = 0
+    for _ in range(200):
+        interval = bootstrap([rng.gauss(1.0, 0.2) for _ in range(12)], resamples=400)
+        assert interval.low is not None
+        assert interval.high is not None
+        hits += interval.low <= 1.0 <= interval.high
+    # 95 % nominal; the percentile bootstrap of 12 values covers about 91 %. 3.5 standard errors of 200 trials.
+    assert 0.84 <= hits / 200 <= 0.99
+
+
+def test_a_gap_is_called_noise_only_where_it_is() -> None:
+    near = bootstrap_gap([1.00, 1.05, 0.95], [1.01, 0.97, 1.03])
+    far = bootstrap_gap([1.00, 1.05, 0.95], [2.01, 1.97, 2.03])
+    assert near.low < 0 < near.high
+    assert far.high < 0
+    assert bootstrap_gap([1.0], [2.0, 2.1]).low is None
+    assert bootstrap([1.0, 2.0]) == bootstrap([1.0, 2.0])
+
+
+def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"lion{s}", seed=s) for s in (1, 2, 3)]
+    folders += [write_run(tmp_path / f"adamw{s}", optimizer="adamw", seed=s) for s in (1, 2, 3)]
+    folders += [write_run(tmp_path / "other", lr=5e-4, seed=1)]
+    runs = read_runs(folders)
+    assert sorted(map(len, seed_groups(runs).values())) == [1, 3, 3]
+    table = seeds_table(runs)
+    assert table is not None
+    row = next(r for r in table.rows if r[1] == "AdamW" and r[2] == "final test loss")
+    values = [run.series("test/loss").last for run in runs if run.optimizer == "adamw"]
+    assert row[3:5] == [3, sum(values) / 3]
+    assert min(values) <= row[5] <= row[4] <= row[6] <= max(values)
+    assert any("below AdamW, outside the noise of the seeds" in note for note in table.notes)
+    assert any("single seed on one side" in note for note in table.notes)
+    assert seeds_table(runs[:1]) is None
+    assert "seeds" in [t.slug for t in build_tables(runs)]
+
+
+# --- figures ---
+
+
+def test_the_ratio_panel_always_shows_sqrt_d_and_the_noise_line(runs: list[RunRecord]) -> None:
+    panel = next(p for p in panels(runs) if p.slug == "norm-ratio")
+    assert [line.y for line in panel.references] == [math.sqrt(124_475_904), NOISE_RATIO * math.sqrt(124_475_904)]
+    assert pytest.approx(0.798, abs=5e-4) == NOISE_RATIO
+    low, high = panel.y_limits()
+    assert low == 0
+    assert high > panel.references[0].y
+    assert [p.slug for p in panels(runs)] == ["training-loss", "test-loss", "norm-ratio", "perplexity", "kkt-residual"]
+
+
+def test_colours_mean_optimizers_and_dashes_their_runs(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / f"{o}{s}", optimizer=o, seed=s) for o in ("lion", "sgd") for s in (1, 2)])
+    looks = styles(runs)
+    assert looks[0][0] == looks[1][0] != looks[2][0] == looks[3][0]
+    assert len(set(looks.values())) == 4
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.floats(0.1, 1.0))
+def test_labels_are_moved_apart_and_keep_their_order(positions: list[float], gap: float) -> None:
+    placed = spread(positions, gap, 0.0, 10.0)
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    for a, b in pairwise(order):
+        assert placed[b] - placed[a] >= gap - 1e-9
+    assert min(placed) >= -1e-9
+    assert max(placed) <= 10 + 1e-9
+
+
+def test_png_figures_are_written_without_a_display(runs: list[RunRecord], tmp_path: Path) -> None:
+    from PIL import Image
+
+    written = write_figures(runs, tmp_path)
+    assert [path.name for path in written] == [
+        f"gpt2-small-{slug}.png"
+        for slug in ("overview", "training-loss", "test-loss", "norm-ratio", "perplexity", "kkt-residual")
+    ]
+    for path in written:
+        with Image.open(path) as image:
+            image.verify()
+    with Image.open(written[0]) as image:
+        assert image.width > 2.5 * image.height
+        colours = {pixel[:3] for _, pixel in image.convert("RGB").getcolors(1 << 24)}
+        assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00), (0x00, 0x9E, 0x73)} <= colours
+
+
+# --- the report ---
+
+
+class Page(HTMLParser):
+    """Collects what a page would fetch, and checks that its elements close in order."""
+
+    VOID = ("meta", "br", "img", "link")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_file_that_fetches_nothing(runs: list[RunRecord]) -> None:
+    text = render_report(runs, build_tables(runs))
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.fetched == []
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert text.count("<svg") == 5
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert "0.798 √d: pure noise" in text
+    for run in runs:
+        assert f"optimizer.lr: {run.settings['optimizer.lr']:g}" in text
+
+
+def test_names_from_run_folders_cannot_become_markup(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "a", model="<script>alert(1)</script>")])
+    text = render_report(runs, build_tables(runs))
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_charts_stay_inside_their_frame(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / f"a_run_with_a_very_long_name_{i}") for i in range(3)])
+    for panel in panels(runs):
+        text = chart(panel)
+        for points in re.findall(r'points="([^"]+)"', text):
+            for pair in points.split():
+                x, y = map(float, pair.split(","))
+                assert 0 <= x <= WIDTH
+                assert 0 <= y <= HEIGHT
+        assert "…" in text
+
+
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
+    values = ticks(low, low + span, 5)
+    assert 1 <= len(values) <= 12
+    assert all(low - 1e-6 * span <= v <= low + span * (1 + 1e-6) for v in values)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (500, False)])
+def test_a_browser_shows_the_report(runs: list[RunRecord], tmp_path: Path, width: int, dark: bool) -> None:
+    from PIL import Image
+
+    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    # The page's own width, reported through the title: a phone must not scroll sideways.
+    script = "<script>document.title=document.documentElement.scrollWidth+'/'+innerWidth</script>"
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    text = policy.sub("", render_report(runs, build_tables(runs)))
+    page.write_text(text.replace("</body>", f"{script}</body>"))
+    base = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},900",
+            f"--user-data-dir={tmp_path / 'profile'}", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]  # fmt: skip
+    subprocess.run([*base, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
+    dom = subprocess.run([*base, "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=120, text=True)
+    shown, inner = map(int, re.search(r"<title>(\d+)/(\d+)</title>", dom.stdout).groups())
+    assert shown <= inner
+    with Image.open(shot) as image:
+        pixels = image.convert("RGB")
+        background = pixels.getpixel((2, 2))
+        assert (sum(background) < 150) is dark
+        colours = {pixel for _, pixel in pixels.getcolors(1 << 24)}
+        lion = (0x00, 0x72, 0xB2)
+        assert (lion in colours) is not dark  # the dark page lightens it
+        assert len(colours) > 50
+
+
+# --- the command ---
+
+
+def test_compare_prints_tables_and_writes_everything(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "comparison"
+    assert main(["compare", *map(str, folders), "--output", str(output)]) == 0
+    shown = capsys.readouterr()
+    assert "natural log of the token perplexity" in shown.out
+    assert "report.html" in shown.err
+    assert {p.name for p in output.iterdir()} >= {
+        "report.html", "tables.md", "tables.tex", "log-perplexity.csv", "losses.csv", "gpt2-small-overview.png"
+    }  # fmt: skip
+    rows = list(csv.reader((output / "log-perplexity.csv").open()))
+    assert rows[0] == ["model", "optimizer", "200", "400", "600", "800", "1k"]
+    assert [row[1] for row in rows[1:]] == ["LION", "SGD", "AdamW"]
+    assert not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("form", "mark"), [("markdown", "|---|"), ("csv", "model,optimizer,200"), ("latex", "\\toprule")]
+)
+def test_other_forms_on_stdout(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, mark: str
+) -> None:
+    words = ["compare", *map(str, folders), "--output", str(tmp_path / "out"), "--format", form, "--no-figures"]
+    assert main(words) == 0
+    assert mark in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_mistakes_are_one_line(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["compare", str(tmp_path / "empty")]) == 4
+    assert main(["compare", str(folders[0]), str(folders[0])]) == 2
+    (tmp_path / "file").write_text("")
+    assert main(["compare", str(folders[0]), "--output", str(tmp_path / "file")]) == 5
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+
+
+def test_comparing_needs_neither_torch_nor_megatron(folders: list[Path], tmp_path: Path) -> None:
+    code = (
+        "import sys; from megatron_lion.cli import main; main(sys.argv[1:]); "
+        "sys.exit(bool({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    )
+    words = ["compare", *map(str, folders), "--output", str(tmp_path / "out")]
+    subprocess.run(
+        [sys.executable, "-c", code, *words], check=True, capture_output=True, env=dict(os.environ), timeout=120
+    )
