@@ -41,7 +41,7 @@ class Frame:
 def chart(panel: Panel) -> str:
     """One panel as an `<svg>` element; its classes are styled by `report.STYLE`, its values are tooltips."""
     dashed = any(curve.dash for curve in panel.curves)
-    beside = max(len(_fitted(curve.label)) for curve in panel.curves) * LABEL_ADVANCE + (32 if dashed else 10)
+    beside = max(len(_fitted(curve.label)) for curve in panel.curves) * LABEL_ADVANCE + (42 if dashed else 20)
     (x_low, x_high), (y_low, y_high) = panel.x_limits(), panel.y_limits()
     frame = Frame(x_low=x_low, x_high=x_high, y_low=y_low, y_high=y_high, edge=WIDTH - beside)
     gap = LABEL_HEIGHT / (HEIGHT - TOP - BOTTOM) * (y_high - y_low)

@@ -206,8 +206,12 @@ def test_a_browser_shows_the_report(runs: list[RunRecord], tmp_path: Path, width
     from PIL import Image
 
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    # The page's own width, reported through the title: a phone must not scroll sideways.
-    script = "<script>document.title=document.documentElement.scrollWidth+'/'+innerWidth</script>"
+    # Reported through the title: the page's own width (a phone must not scroll sideways) and texts cut by their chart.
+    script = (
+        "<script>const cut=[...document.querySelectorAll('svg text')].filter(t=>{const b=t.getBBox();"
+        f"return b.x<0||b.x+b.width>{WIDTH}||b.y<0||b.y+b.height>{HEIGHT}}}).length;"
+        "document.title=document.documentElement.scrollWidth+'/'+innerWidth+'/'+cut</script>"
+    )
     policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
     text = policy.sub("", render_report(runs, build_tables(runs)))
     page.write_text(text.replace("</body>", f"{script}</body>"))
@@ -215,8 +219,9 @@ def test_a_browser_shows_the_report(runs: list[RunRecord], tmp_path: Path, width
             f"--user-data-dir={tmp_path / 'profile'}", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]  # fmt: skip
     subprocess.run([*base, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
     dom = subprocess.run([*base, "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=120, text=True)
-    shown, inner = map(int, re.search(r"<title>(\d+)/(\d+)</title>", dom.stdout).groups())
+    shown, inner, cut = map(int, re.search(r"<title>(\d+)/(\d+)/(\d+)</title>", dom.stdout).groups())
     assert shown <= inner
+    assert cut == 0
     with Image.open(shot) as image:
         pixels = image.convert("RGB")
         background = pixels.getpixel((2, 2))
