@@ -88,10 +88,10 @@ class Lion(torch.optim.Optimizer):
         θ = θ - (u * η)
         m = (m * β2) + (g * (1-β2))
 
-    1-β is taken in double precision; β, 1-β, λ and η are then rounded to float32. So "reference", "foreach"
-    and "triton" agree bit for bit, wherever a shard begins or ends. θ - η(s + λθ) is kept in this form: the
-    common θ(1-ηλ) loses the decay where ηλ is near 2^-24: with η = 1e-5 and λ = 0.01, 1 - ηλ rounds to
-    1 - 1.19e-7 in float32, 19 % off. A gradient that is NaN or ±inf makes its parameter NaN: it is never
+    1-β is taken in double precision; β, 1-β, λ and η are then rounded to float32. So "reference", "foreach" and
+    "triton" agree bit for bit, wherever a shard begins or ends. θ - η(s + λθ) stays in this form because the common
+    θ(1-ηλ) - ηs needs 1-ηλ as a float32 number: at η = 1e-5 and λ = 0.01 that is 1 - 1.19e-7, a decay 19 % too strong,
+    and below ηλ = 3e-8 it is 1, no decay at all. A gradient that is NaN or ±inf makes its parameter NaN: it is never
     turned into a step.
 
     **State.** One tensor `exp_avg` a parameter, float32 whatever the parameter's dtype (float64 for float64).

@@ -160,6 +160,35 @@ def test_agrees_with_lion_pytorch():
     assert (ours - theirs).abs().max() < 100 * 4 * 2**-24 * start.abs().max()
 
 
+@pytest.mark.parametrize(("peak", "common_error"), [(1e-5, -0.15), (1e-6, 1.0)])
+def test_the_decay_keeps_its_strength_where_the_common_form_rounds_it(peak, common_error):
+    """Cosine from η = 1e-5 at λ = 0.01: what docs/optimizer.md says about θ - η(s + λθ) and θ(1 - ηλ) - ηs."""
+    from lion_pytorch import Lion as OtherLion
+
+    generator = torch.Generator().manual_seed(1)
+    start = (torch.rand(2000, generator=generator) + 1) * 0.25
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    hyper = {"betas": (0.9, 0.99), "weight_decay": 0.01}
+    optimizers = [Lion([ours], lr=peak, **hyper), OtherLion([theirs], lr=peak, **hyper)]
+    exact, undecayed, exp_avg = start.double().numpy(), start.double().numpy(), np.zeros(2000)
+    for step in range(2000):
+        lr = peak * (1 + np.cos(np.pi * step / 2000)) / 2
+        grad = torch.randn(2000, generator=generator)
+        for param, optimizer in zip((ours, theirs), optimizers, strict=True):
+            param.grad = grad
+            optimizer.param_groups[0]["lr"] = float(lr)
+            optimizer.step()
+        undecayed, _ = lion_float64(undecayed, exp_avg, grad.double().numpy(), lr=lr, betas=(0.9, 0.99), weight_decay=0)
+        exact, exp_avg = lion_float64(exact, exp_avg, grad.double().numpy(), lr=lr, **hyper)
+    decay = (undecayed - exact).mean()
+    our_error = (ours.detach().double().numpy() - exact).mean() / decay
+    their_error = (theirs.detach().double().numpy() - exact).mean() / decay
+    # θ itself rounds to 2^-24 |θ| a step, without preference; at η = 1e-6 the decay is a tenth of that.
+    assert abs(our_error) < (0.01 if peak == 1e-5 else 0.4)
+    assert abs(their_error) > 0.9 * abs(common_error)
+    assert their_error * common_error > 0
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_equal_betas_are_signum(implementation):
     generator = torch.Generator().manual_seed(4)
