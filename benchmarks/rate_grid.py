@@ -4,7 +4,8 @@
         --lion 3e-4,1e-3,3e-3 --sgd 0.1,0.3,1 --adamw 1e-3,3e-3,1e-2 -- --data.path '[FOLDER]'
 
 Everything after `--` goes to every run. Writes OUTPUT.json and OUTPUT.md: the validation loss of each run at the last step;
-a best rate at the edge of its grid is marked, since the true optimum may lie beyond.
+a best rate at the edge of its grid is marked, since the true optimum may lie beyond. Runs that OUTPUT.json already has are not
+repeated, so a grid can be widened and an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -76,19 +77,30 @@ def main() -> None:
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.rest = words[cut + 1 :]
-    rows = []
+    output = Path(args.output)
+    earlier = output.with_suffix(".json")
+    rows = json.loads(earlier.read_text())["runs"] if earlier.is_file() else []
+    known = {(row["optimizer"], row["lr"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         for name in OPTIMIZERS:
             for lr in filter(None, getattr(args, name).split(",")):
+                if (name, float(lr)) in known:
+                    continue
                 rows.append(train(args, name, lr, Path(folder) / f"{name}-{lr}"))
                 print(rows[-1], file=sys.stderr, flush=True)
+                write(output, args, rows)
+    print(write(output, args, rows))
+
+
+def write(output: Path, args: argparse.Namespace, rows: list[dict[str, object]]) -> str:
+    """Writes both files, sorted, and returns the table."""
+    rows.sort(key=lambda row: (OPTIMIZERS.index(str(row["optimizer"])), float(str(row["lr"]))))
     facts = {"date": date.today().isoformat(), "config": args.config, "steps": args.steps, "processes": args.processes,
              "machine": f"{platform.machine()}, CPU", "arguments": args.rest, "runs": rows}  # fmt: skip
-    output = Path(args.output)
     output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
     head = f"{args.config}, {args.steps} steps, {args.processes} processes, {facts['date']}, CPU\n\n"
     output.with_suffix(".md").write_text(head + table(rows) + "\n")
-    print(table(rows))
+    return table(rows)
 
 
 if __name__ == "__main__":
