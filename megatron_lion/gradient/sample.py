@@ -21,7 +21,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_lion.optim.shards import counts_here, named_global_parameters
 
 SAMPLED_COORDINATES = 1 << 18
-"""Coordinates sampled on a process: 1 MiB a level, and one level more for every doubling of the batches."""
+"""Coordinates sampled on a process: about 1 MiB a level, and one level more for every doubling of the batches."""
 
 _AT_LEAST = 256  # of each tensor: norms and biases are small and hold much of the gradient's energy
 
@@ -49,7 +49,7 @@ class CoordinateSample:
 
     Args:
         model: DDP-wrapped chunks; every data rank samples the same coordinates of its copy.
-        size: how many on this process, at most; all of them where the model has no more.
+        size: about how many on this process, and a few of every tensor; all where the model has no more.
     """
 
     def __init__(self, model: list[Any], size: int = SAMPLED_COORDINATES) -> None:

@@ -63,7 +63,8 @@ def reference_gradients(rank, config):
 
     with opened_run(config) as run:
         weights = {
-            name: parameter.detach().double().clone().requires_grad_() for name, parameter in named_global_parameters(run.model[0])
+            name: parameter.detach().double().clone().requires_grad_()
+            for name, parameter in named_global_parameters(run.model[0])
         }
         samples = run.probe_samples.at(0)
         batches = []
@@ -125,7 +126,9 @@ class Reference:
             "grad_dot_theta": float(g @ theta),
             "kkt_residual": float((decay * g * theta + g.abs()).sum()) if decayed.any() else None,
             "theta_linf": float(theta.abs().max()),
-            "box_fraction": float((theta.abs() >= 0.99 / WEIGHT_DECAY)[decayed].double().mean()) if decayed.any() else None,
+            "box_fraction": float((theta.abs() >= 0.99 / WEIGHT_DECAY)[decayed].double().mean())
+            if decayed.any()
+            else None,
             "num_parameters": g.numel(),
             "norm_ratio": float(g.abs().sum() / g.norm()),
             "norm_ratio_over_sqrt_d": float(g.abs().sum() / g.norm() / math.sqrt(g.numel())),
@@ -204,7 +207,9 @@ def test_ladder_and_noise_equal_definitions(results, reference, case):
             assert rung["norm_ratio_std"] is None
             continue
         ratios = torch.tensor([reference.norms(batches=group)["norm_ratio"] for group in groups], dtype=torch.float64)
-        assert rung["norm_ratio_std"] == pytest.approx(float(ratios.std() / ratios.mean()) * rung["norm_ratio"], rel=1e-4)
+        assert rung["norm_ratio_std"] == pytest.approx(
+            float(ratios.std() / ratios.mean()) * rung["norm_ratio"], rel=1e-4
+        )
     flat = torch.stack([torch.cat([value.flatten() for value in grad.values()]) for grad in reference.grads])
     center = flat.mean(0)
     variance = float((flat - center).square().sum() / (BATCHES - 1))  # the unbiased sample variance, summed
