@@ -8,6 +8,10 @@ from pathlib import Path
 
 from data_prep.encoders import EncoderName
 from data_prep.pieces import OnError, TxtDocuments
+from data_prep.splits import parse_split
+from megatron_lion import __version__
+from megatron_lion.data.indexed import token_dtype
+from megatron_lion.data.manifest import Manifest, TokenizerInfo
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import ConfigError
 
@@ -65,3 +69,37 @@ class PrepareOptions:
     def output_folder(self) -> Path:
         """The dataset folder's path."""
         return Path(self.output).expanduser()
+
+
+def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
+    """The manifest as far as it is known before the first document is read."""
+    has_eod = options.append_eod or tokenizer.eod_token is not None
+    return Manifest(
+        version=__version__,
+        encoder="",
+        kind="gpt",
+        sources=(),
+        tokenizer=TokenizerInfo(
+            sha256=tokenizer.sha256,
+            kind=tokenizer.kind,
+            vocab_size=tokenizer.vocab_size,
+            eod_token=tokenizer.eod_token,
+            eod_id=tokenizer.eod_id if has_eod else None,
+        ),
+        dtype=token_dtype(tokenizer.vocab_size).name,
+        split=parse_split(options.split),
+        seed=options.seed,
+        options={
+            "append_eod": options.append_eod,
+            "json_key": options.json_key,
+            "on_error": options.on_error,
+            "txt_documents": options.txt_documents,
+        },
+        documents=0,
+        tokens=0,
+        text_bytes=0,
+        duplicate_documents=0,
+        skipped={},
+        rejected={},
+        splits={},
+    )

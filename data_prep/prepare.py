@@ -22,20 +22,18 @@ from data_prep.encode import EncodeSettings, Shard
 from data_prep.encoders import Encoder, EncoderName, build_encoder
 from data_prep.estimate import estimate_work
 from data_prep.merge import write_splits
-from data_prep.options import PrepareOptions
+from data_prep.options import PrepareOptions, plan_manifest
 from data_prep.pieces import Piece, ReadOptions, cut_pieces
 from data_prep.pool import Collector, encode_pieces, usable_cores
 from data_prep.progress import NoProgress, Progress
-from data_prep.splits import parse_split
 from data_prep.workfolder import check_free_space, check_output, locked_work_folder, publish
 from megatron_lion.data.files import sha256_file, storage_errors
-from megatron_lion.data.indexed import check_indexed, token_dtype
+from megatron_lion.data.indexed import check_indexed
 from megatron_lion.data.manifest import (
     NAME,
     Manifest,
     SourceInfo,
     SplitInfo,
-    TokenizerInfo,
     read_manifest,
     write_manifest,
 )
@@ -77,7 +75,7 @@ def prepare(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, eod_token=options.eod_token)
     check_output(output, options.overwrite)
-    planned = _plan(options, tokenizer)
+    planned = plan_manifest(options, tokenizer)
     with locked_work_folder(output) as work:
         files = [_spool(documents, work, options.json_key)] if documents is not None else []
         files += find_inputs(options.inputs, options.format) if options.inputs or documents is None else []
@@ -88,42 +86,6 @@ def prepare(
             shutil.rmtree(work, ignore_errors=True)
             return existing
         return _Preparation(options, tokenizer, planned, files, work, progress).run(output)
-
-
-def _plan(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
-    """The manifest as far as it is known before the first document is read."""
-    from megatron_lion import __version__
-
-    has_eod = options.append_eod or tokenizer.eod_token is not None
-    return Manifest(
-        version=__version__,
-        encoder="",
-        kind="gpt",
-        sources=(),
-        tokenizer=TokenizerInfo(
-            sha256=tokenizer.sha256,
-            kind=tokenizer.kind,
-            vocab_size=tokenizer.vocab_size,
-            eod_token=tokenizer.eod_token,
-            eod_id=tokenizer.eod_id if has_eod else None,
-        ),
-        dtype=token_dtype(tokenizer.vocab_size).name,
-        split=parse_split(options.split),
-        seed=options.seed,
-        options={
-            "append_eod": options.append_eod,
-            "json_key": options.json_key,
-            "on_error": options.on_error,
-            "txt_documents": options.txt_documents,
-        },
-        documents=0,
-        tokens=0,
-        text_bytes=0,
-        duplicate_documents=0,
-        skipped={},
-        rejected={},
-        splits={},
-    )
 
 
 def _spool(documents: Iterable[str], work: Path, key: str) -> InputFile:
