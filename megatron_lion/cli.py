@@ -20,6 +20,7 @@ VERBS = {
     "prepare": "text to a dataset folder of token files",
     "pretrain": "train GPT-2 with LION, SGD or AdamW; the same command resumes",
     "evaluate": "zero-shot perplexity of a run's checkpoints",
+    "probe": "the full gradient of a run's checkpoints: norms, KKT residual, signal and noise",
     "compare": "tables and figures over several runs",
     "toy": "the two-dimensional experiment of the convergence theory",
     "theory": "rate constants of runs, and what Corollary 3 would choose",
