@@ -227,6 +227,25 @@ def initialize_state(optimizer: torch.optim.Optimizer, name: str) -> None:
                 state["step"] = torch.zeros((), dtype=torch.float32)
 
 
+def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
+    """Makes the norm NaN where a gradient is not finite that the norm does not count, so that the gate sees it too.
+
+    Biases and norms lie whole on every tensor-parallel rank, a tied embedding on two pipeline stages, and upstream's
+    norm reads one copy of each. To the others it now adds 0 · Σg: zero, or NaN.
+    """
+    counted = optimizer.get_grads_for_grad_norm
+
+    def with_replicas(grad_norm_group: str | None = None) -> list[torch.Tensor]:
+        grads = counted(grad_norm_group)
+        known = {id(grad) for grad in grads}
+        name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
+        own = (getattr(parameter, name, None) for parameter in optimizer.get_parameters())
+        replicas = [grad for grad in own if grad is not None and id(grad) not in known]
+        return [*grads, torch.stack([(grad * 0.0).sum() for grad in replicas]).sum()] if replicas else grads
+
+    optimizer.get_grads_for_grad_norm = with_replicas
+
+
 def build_optimizer(
     config: OptimizerConfig,
     model_chunks: list[DistributedDataParallel],
@@ -306,5 +325,6 @@ def build_optimizer(
         megatron = Float16OptimizerWithFloat16Params(inner, settings, scaler, state_is_made_here)
         megatron.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
     megatron.tp_group = megatron.expert_tp_group = parallel_state.get_tensor_model_parallel_group()
+    let_replicas_reach_the_norm(megatron)
     initialize_state(inner, config.name)
     return TrainOptimizer(megatron, inner, config.name, config.clip_grad)

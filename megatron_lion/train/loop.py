@@ -210,9 +210,10 @@ def report_skipped(run: Run, metrics: MetricsWriter, in_a_row: int) -> None:
     names = nonfinite_gradients(run.model)
     found: list[list[str]] = [[] for _ in range(run.ranks.world_size)]
     dist.all_gather_object(found, names)
-    named = next(((rank, items[0]) for rank, items in enumerate(found) if items), None)
+    ranks = [rank for rank, items in enumerate(found) if items]
     logger.warning("step %d skipped: gradients not finite on this rank in %s", run.step, names or "none")
-    where = f"first in {named[1]} on rank {named[0]}" if named else "in the reduced gradient or its norm"
+    # A sum over ranks has carried it to others by now; the rank that made it is among those that have it.
+    where = f"first in {found[ranks[0]][0]}, seen on ranks {ranks}" if ranks else "in the reduced gradient or its norm"
     metrics.write(run.step, {"optim/skipped_steps": run.optimizer.num_skipped, "optim/nonfinite_gradient": where})
     # fp16 finds its loss scale by overflowing now and then; only a long series means trouble.
     limit = run.config.optimizer.max_skipped_steps * (10 if run.config.train.precision == "fp16" else 1)

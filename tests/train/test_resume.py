@@ -50,7 +50,7 @@ def corpus(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path, corpus: str) -> dict[str, Any]:
-    """"NAME/twin": the undisturbed run; "NAME/half": stopped after 3 of 6 steps; "NAME/resumed": the same, gone on."""
+    """ "NAME/twin": the undisturbed run; "NAME/half": stopped after 3 of 6 steps; "NAME/resumed": the same, gone on."""
     first: dict[str, Any] = {}
     second: dict[str, Any] = {}
     for name, (size, precision, optimizer, layout, changes) in CASES.items():
@@ -83,7 +83,10 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(outcomes: dict[str, Any], na
 
 def test_dropout_was_on(outcomes: dict[str, Any], folder: Path, corpus: str) -> None:
     without = tiny.tiny_config(folder / "without", corpus, train__steps=1)
-    assert run_distributed(tiny.train_each, 1, {"": without})[0][""]["losses"][0] != outcomes["DP1 fp32 lion/twin"]["losses"][0]
+    assert (
+        run_distributed(tiny.train_each, 1, {"": without})[0][""]["losses"][0]
+        != outcomes["DP1 fp32 lion/twin"]["losses"][0]
+    )
 
 
 # Hidden size 36 leaves gradient buckets that Megatron pads at their ends.
