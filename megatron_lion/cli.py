@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_lion import __version__
-from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
+from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
 
 VERBS = {
     "prepare": "text to a dataset folder of token files",
@@ -112,7 +112,9 @@ def _report(error: MegatronLionError) -> None:
     """One line on stderr; with torchrun also exit.<rank>.json in the run folder, for launchers."""
     rank = os.environ.get("RANK")
     prefix = f"megatron-lion[rank {rank}]: " if rank not in (None, "0") else "megatron-lion: "
-    if rank in (None, "0") or not isinstance(error, StoppedOnRequest | ConfigError):
+    alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)  # every rank comes to it by itself
+    told_by = 0 if error.told_by is None and alike else error.told_by
+    if told_by is None or int(rank or 0) == told_by:
         sys.stderr.write(f"{prefix}{error}\n")
     folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
     if rank is not None and folder and os.path.isdir(folder):

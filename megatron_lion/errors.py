@@ -11,9 +11,11 @@ class MegatronLionError(Exception):
 
     Attributes:
         exit_code: process exit status; see docs/exit-codes.md for the table.
+        told_by: rank that tells the user of it where all ranks raise it together; None where each speaks for itself.
     """
 
     exit_code = 1
+    told_by: int | None = None
 
 
 class ConfigError(MegatronLionError):

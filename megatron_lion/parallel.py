@@ -203,8 +203,9 @@ def agree(what: str) -> Iterator[None]:
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, None if error is None else (type(error), str(error)))
         failed = [(rank, item) for rank, item in enumerate(found) if item is not None]
-        if failed and error is None:
+        if failed:
             rank, (kind, message) = failed[0]
-            raise kind(f"{what} failed on rank {rank}: {message}")
+            error = error or kind(f"{what} failed on rank {rank}: {message}")
+            error.told_by = rank
     if error is not None:
         raise error
