@@ -7,6 +7,7 @@ Counts are optimizer steps unless a name says otherwise; `seq_length` is in toke
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -271,7 +272,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: one line a problem, each with the key, what was given and what is possible.
     """
-    problems = [*_check_numbers(config), *_check_layout(config, world_size)]
+    problems = [*_check_numbers(config), *_check_ranges(config), *_check_layout(config, world_size)]
     if problems:
         raise ConfigError("\n".join(problems) if len(problems) > 1 else problems[0])
 
@@ -331,30 +332,42 @@ def _check_numbers(config: RunConfig) -> list[str]:
     for beta in optimizer.resolved_betas():
         need(0 <= beta < 1, "optimizer.betas", beta, "two numbers in [0, 1)")
     need(
-        0 <= config.schedule.warmup_fraction <= 1,
-        "schedule.warmup_fraction",
-        config.schedule.warmup_fraction,
-        "a number in [0, 1]",
-    )
-    need(
-        0 <= config.warmup_steps <= train.steps,
-        "schedule.warmup_steps",
-        config.warmup_steps,
-        f"0 to train.steps {train.steps}",
-    )
-    need(
-        config.schedule.min_lr <= optimizer.lr,
-        "schedule.min_lr",
-        config.schedule.min_lr,
-        f"at most optimizer.lr {optimizer.lr}",
-    )
-    need(
         config.data.weights is None
-        or (len(config.data.weights) == len(config.data.path) and min(config.data.weights, default=1) > 0),
+        or (len(config.data.weights) == len(config.data.path) and all(0 < w < math.inf for w in config.data.weights)),
         "data.weights",
         config.data.weights,
         f"one positive weight for each of the {len(config.data.path)} data.path",
     )
+    return problems
+
+
+def _check_ranges(config: RunConfig) -> list[str]:
+    """Numbers that have a range of their own, and those of the schedule, which bound each other."""
+    model, schedule, train = config.model, config.schedule, config.train
+    positive, share = "a finite number above 0", "a number in [0, 1]"
+    count = "an integer of at least 1, or null"
+    rules: list[tuple[str, object, bool, str]] = [
+        ("model.init_method_std", model.init_method_std, 0 < model.init_method_std < math.inf, positive),
+        ("model.layernorm_epsilon", model.layernorm_epsilon, 0 < model.layernorm_epsilon < math.inf, positive),
+        ("model.ffn_hidden_size", model.ffn_hidden_size, model.ffn_hidden_size is None or model.ffn_hidden_size >= 1, count),
+        ("model.vocab_size", model.vocab_size, model.vocab_size is None or model.vocab_size >= 1, count),
+        ("data.num_workers", config.data.num_workers, (config.data.num_workers or 0) >= 0, "an integer of at least 0, or null"),
+        ("train.stop_after", train.stop_after, train.stop_after is None or train.stop_after >= 1, count),
+        ("parallel.timeout_s", config.parallel.timeout_s, 0 < config.parallel.timeout_s < math.inf, positive + " (seconds)"),
+        ("checkpoint.at_steps", config.checkpoint.at_steps, min(config.checkpoint.at_steps, default=1) >= 1, "steps of at least 1"),
+        ("schedule.warmup_fraction", schedule.warmup_fraction, 0 <= schedule.warmup_fraction <= 1, share),
+        ("schedule.wsd_decay_fraction", schedule.wsd_decay_fraction, 0 <= schedule.wsd_decay_fraction <= 1, share),
+        ("schedule.min_lr", schedule.min_lr, 0 <= schedule.min_lr <= config.optimizer.lr, f"0 to optimizer.lr {config.optimizer.lr}"),
+    ]  # fmt: skip
+    problems = [f"{key}: {given} is not possible; expected {wanted}" for key, given, ok, wanted in rules if not ok]
+    if not any(problem.startswith("schedule.") for problem in problems):
+        decay = round(schedule.wsd_decay_fraction * train.steps) if schedule.kind == "wsd" else 0
+        if not 0 <= config.warmup_steps <= train.steps - decay:
+            before = f" before the last {decay} that wsd decays over" if decay else ""
+            problems.append(
+                f"schedule.warmup_steps: {config.warmup_steps} is not possible; expected 0 to {train.steps - decay} of train.steps "
+                f"{train.steps}{before}"
+            )
     return problems
 
 
@@ -379,8 +392,8 @@ def _check_layout(config: RunConfig, world_size: int) -> list[str]:
             )
     problems += [
         f"model.{key}: {getattr(model, key)} is not divisible by parallel.tensor_model_parallel_size {tp}"
-        for key in ("num_attention_heads", "hidden_size")
-        if getattr(model, key) % tp
+        for key in ("num_attention_heads", "hidden_size", "ffn_hidden_size")
+        if (getattr(model, key) or 0) % tp
     ]
     if model.make_vocab_size_divisible_by % tp:
         problems.append(

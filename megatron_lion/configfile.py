@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,18 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class UserParser(ArgumentParser):
-    """A parser whose mistakes are ConfigErrors instead of a usage page and an exit."""
+    """A parser whose mistakes are ConfigErrors instead of a usage page and an exit, and that reads config files strictly."""
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **named: Any
+    ) -> Any:
+        words = list(args or [])
+        for place, word in enumerate(words):
+            if word == "--config" and place + 1 < len(words):
+                check_config_file(Path(words[place + 1]))
+            elif word.startswith("--config="):
+                check_config_file(Path(word.removeprefix("--config=")))
+        return super().parse_args(words, *others, **named)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise ConfigError(one_line(message)) from ex
@@ -43,9 +55,6 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     Raises:
         ConfigError: the file is missing or a key or value is not possible; names the key.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"config file {path} does not exist")
-    check_duplicate_keys(Path(path))
     parser = UserParser(exit_on_error=False)
     add_run_config(parser)
     try:
@@ -78,32 +87,46 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def check_duplicate_keys(path: Path) -> None:
-    """Refuses a YAML file that gives a key twice, which YAML readers otherwise resolve in silence."""
+def check_config_file(path: Path) -> None:
+    """Refuses a YAML file with keys that no config has or that are given twice, which YAML readers take in silence.
 
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = loader.construct_object(key_node, deep=deep)
-            if key in seen:
-                raise ConfigError(f"{path}, line {key_node.start_mark.line + 1}: key '{key}' is given twice")
-            seen.add(key)
-        return yaml.SafeLoader.construct_mapping(loader, node, deep=deep)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    Raises:
+        ConfigError: one line a problem, each with file, line and key.
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
+        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file {path} does not exist") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected settings as 'key: value', found a {type(content).__name__}")
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected settings as 'key: value'")
+    if problems := _key_problems(root, ""):
+        raise ConfigError("\n".join(f"{path}, {problem}" for problem in problems))
+
+
+def _key_problems(node: yaml.MappingNode, prefix: str) -> list[str]:
+    problems: list[str] = []
+    seen: set[str] = set()
+    known = known_keys()
+    sections = {key.split(".")[0] for key in known if "." in key}
+    for key_node, value in node.value:
+        key = f"{prefix}{key_node.value}"
+        line = f"line {key_node.start_mark.line + 1}: "
+        if key in seen:
+            problems.append(f"{line}key '{key}' is given twice")
+        elif key not in known:
+            problems.append(f"{line}there is no key '{key}'{suggestion(key)}")
+        elif key in sections and isinstance(value, yaml.MappingNode):
+            problems += _key_problems(value, key + ".")
+        elif key in sections:
+            problems.append(f"{line}{key} is a group of settings; give it as '{key}:' and its keys below, indented")
+        seen.add(key)
+    return problems
 
 
 def known_keys() -> list[str]:
@@ -117,18 +140,26 @@ def known_keys() -> list[str]:
     return keys
 
 
+def suggestion(key: str) -> str:
+    """ " (did you mean …?)" for a key that is not known, or nothing."""
+    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
+    if not close:
+        close = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]][:1]
+    return f" (did you mean {close[0]}?)" if close and close[0] != key else ""
+
+
 def one_line(message: str) -> str:
-    """Shortens a parser's message to a line, with the key, and suggests the key that was probably meant."""
+    """Shortens a parser's message to a line in plain words, with the key, and suggests the key that was probably meant."""
     text = " ".join(part.strip() for part in message.splitlines() if part.strip())
     text = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", text)
-    unknown = re.search(
-        r"(?:[Uu]nrecognized arguments?:|Key|key|Option) ['\"]?(?:--)?([\w.]+)['\"]?(?: is not expected|.*not accepted|=|\s|$)",
-        text,
+    union = re.search(
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", text
     )
-    if unknown:
-        close = difflib.get_close_matches(unknown[1], known_keys(), n=1, cutoff=0.6)
-        if not close:
-            close = [k for k in known_keys() if k.split(".")[-1] == unknown[1].split(".")[-1]][:1]
-        if close and close[0] != unknown[1]:
-            text += f" (did you mean {close[0]}?)"
-    return text
+    if union:
+        kinds = " or ".join(re.split(r", (?=<class|typing|\w+\[)", union[1]))
+        text = f"{text[: union.start()]}Expected {kinds}. Got value: {union[2]}"
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
+    text = re.sub(r"Expected an? ", "expected ", text).replace("Expected ", "expected ").replace("NoneType", "null")
+    text = re.sub(r"\. Got value: ", ", given ", text)
+    unknown = re.search(r"(?:[Uu]nrecognized arguments?:|[Kk]ey|Option) ['\"]?(?:--)?([\w.]+)['\"]?", text)
+    return text + suggestion(unknown[1]) if unknown else text

@@ -71,16 +71,19 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
         while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
             number += 1
         with storage_errors(run_dir):
-            os.replace(run_dir, aside)
-            run_dir.mkdir(parents=True)
-    if saved.is_file():
+            aside.mkdir()
+            for entry in run_dir.iterdir():
+                if entry.name != "lock":  # it is held, and must keep others out of the folder that stays
+                    os.replace(entry, aside / entry.name)
+    begun = (run_dir / "metrics.jsonl").is_file() or (run_dir / "checkpoints").is_dir()
+    if saved.is_file() and begun:
         different = differences(load_config(saved), config)
         blocked = [text for key, text in different if not _changeable(key)]
         if blocked:
             raise CheckpointError(
                 f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
             )
-    elif run_dir.is_dir() and any(entry.name != "lock" for entry in run_dir.iterdir()):
+    elif not saved.is_file() and run_dir.is_dir() and any(entry.name != "lock" for entry in run_dir.iterdir()):
         raise ConfigError(f"run_dir: {run_dir} is not empty and holds no run (no config.yaml); choose another folder")
     with storage_errors(run_dir):
         (run_dir / "log").mkdir(parents=True, exist_ok=True)
