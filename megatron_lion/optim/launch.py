@@ -8,6 +8,7 @@ the device between steps and are sent again only when an address or a hyper-para
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import triton.language as tl
 
 from .kernels import lion_kernel
-from .lion import PlainLayout, Slot
+from .lion import Lion, PlainLayout, Slot
 
 # Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones, and since every array is laid
 # out alike over the threads, nothing is exchanged between them. Compiled for sm_80 and sm_90 this takes 32 to 40
@@ -51,37 +52,80 @@ class Plan:
     lrs_table: torch.Tensor
 
 
-def lion_step(
-    slots: Sequence[Slot],
-    layout: PlainLayout,
-    begin: bool,
-    multiplier: torch.Tensor | None,
-    found_inf: torch.Tensor | None,
-    plans: dict[Kind, Plan],
-) -> None:
-    """Takes one LION step for all slots.
+class Fleet:
+    """Everything the kernel is launched on, kept as long as no tensor moves.
 
-    Args:
-        slots: parameters with gradient, state and group.
-        layout: how the state is kept.
-        begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
-        multiplier: one float32 element that every gradient is multiplied by, or None.
-        found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
-        plans: kept by the caller between steps.
-
-    Raises:
-        ValueError: a dtype or device that the kernel does not do.
+    Describing a tensor anew costs the host ten times what it costs to see that it is where it was.
     """
-    groups = list({id(slot.group): slot.group for slot in slots}.values())
-    group_index = {id(group): index for index, group in enumerate(groups)}
-    kinds: dict[Kind, list[Row]] = {}
-    for slot in slots:
-        kind, row = _describe(slot, layout, group_index[id(slot.group)])
-        kinds.setdefault(kind, []).append(row)
-    for kind, rows in kinds.items():
-        plan = plans[kind] = update_plan(plans.get(kind), tuple(rows), groups, kind[0])
-        if len(plan.chunks_table):
-            launch(plan, kind, layout.momentum, begin, multiplier, found_inf)
+
+    def __init__(self, optimizer: Lion, slots: Sequence[Slot], old: Fleet | None) -> None:
+        """Describes the slots; tables of the `old` fleet that still hold are kept.
+
+        Raises:
+            ValueError: a dtype that the kernel does not do.
+        """
+        self.layout = optimizer.layout
+        self.groups = list({id(slot.group): slot.group for slot in slots}.values())
+        self.steps = [slot.state["step"] for slot in slots if "step" in slot.state]
+        self.plans: dict[Kind, Plan] = {}
+        index = {id(group): number for number, group in enumerate(self.groups)}
+        kinds: dict[Kind, list[Row]] = {}
+        for slot in slots:
+            kind, row = _describe(slot, self.layout, index[id(slot.group)])
+            kinds.setdefault(kind, []).append(row)
+        for kind, rows in kinds.items():
+            before = old.plans.get(kind) if old is not None else None
+            self.plans[kind] = update_plan(before, tuple(rows), self.groups, kind[0])
+        self.signature = _signature(optimizer)
+
+    def still_holds(self, optimizer: Lion) -> bool:
+        """Whether groups, parameters, gradients and state are all where they were."""
+        return self.signature is not None and self.signature == _signature(optimizer)
+
+    def step(self, begin: bool, multiplier: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+        """Takes one LION step.
+
+        Args:
+            begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
+            multiplier: one element that every gradient is multiplied by, or None.
+            found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
+        """
+        for kind, plan in self.plans.items():
+            self.plans[kind] = plan = update_plan(plan, plan.rows, self.groups, kind[0])
+            if len(plan.chunks_table):
+                scalars = (_scalar(multiplier, kind[0]), _scalar(found_inf, kind[0]))
+                launch(plan, kind, self.layout.momentum, begin, *scalars)
+        if self.steps:
+            found = _scalar(found_inf, self.steps[0].device)
+            taken = 1.0 if found is None else torch.eq(found, 0).to(torch.float32)
+            torch._foreach_add_(self.steps, taken)
+
+
+def _scalar(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if value is None else value.view(()).to(device, torch.float32, non_blocking=True)
+
+
+def _signature(optimizer: Lion) -> list[Any] | None:
+    """Where everything lies that a step reads or writes; None where that cannot be told without work."""
+    found: list[Any] = []
+    state = optimizer.state
+    try:
+        for group in optimizer.param_groups:
+            found.append(id(group))
+            for param in group["params"]:
+                grad = getattr(param, "decoupled_grad", None)
+                grad = param.grad if grad is None else grad
+                if grad is None:
+                    found.append(None)
+                    continue
+                if not param.is_contiguous() or not grad.is_contiguous() or hasattr(param, "to_local"):
+                    return None
+                own = state[param]
+                places = [value.data_ptr() for value in own.values()]
+                found.append((param.data_ptr(), param.numel(), grad.data_ptr(), grad.dtype, grad.numel(), *places))
+    except RuntimeError:  # a sparse gradient has no address
+        return None
+    return found
 
 
 def _describe(slot: Slot, layout: PlainLayout, group: int) -> tuple[Kind, Row]:
@@ -107,26 +151,28 @@ def launch(
     found_inf: torch.Tensor | None,
 ) -> None:
     """Starts the kernel on what the plan names."""
-    _, param_dtype, grad_dtype, form, aligned = kind
-    lion_kernel[(len(plan.chunks_table),)](
-        plan.rows_table,
-        plan.chunks_table,
-        plan.groups_table,
-        plan.lrs_table,
-        multiplier,
-        found_inf,
-        PARAM_TYPE=TYPES[param_dtype],
-        GRAD_TYPE=TYPES[grad_dtype],
-        MASTER_WEIGHTS=form,
-        MOMENTUM=momentum,
-        BEGIN=begin,
-        HAS_MULTIPLIER=multiplier is not None,
-        HAS_FOUND_INF=found_inf is not None,
-        ALIGNED=aligned,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
-    )
+    device, param_dtype, grad_dtype, form, aligned = kind
+    # Triton launches on the current device, which need not be the parameters'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        lion_kernel[(len(plan.chunks_table),)](
+            plan.rows_table,
+            plan.chunks_table,
+            plan.groups_table,
+            plan.lrs_table,
+            multiplier,
+            found_inf,
+            PARAM_TYPE=TYPES[param_dtype],
+            GRAD_TYPE=TYPES[grad_dtype],
+            MASTER_WEIGHTS=form,
+            MOMENTUM=momentum,
+            BEGIN=begin,
+            HAS_MULTIPLIER=multiplier is not None,
+            HAS_FOUND_INF=found_inf is not None,
+            ALIGNED=aligned,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
 
 
 def update_plan(

@@ -131,6 +131,7 @@ class Lion(torch.optim.Optimizer):
     Algorithm 1, and Lemma 6 for m_0 = g_1.
     """
 
+    _fleet: Any = None  # tables of the fused kernel, kept between steps
     _SETTINGS = ("init_exp_avg", "implementation", "count_steps", "layout")
 
     def __init__(
@@ -204,27 +205,25 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        begin = self.init_exp_avg == "first_gradient"
+        if self._fleet is not None and self._fleet.still_holds(self):
+            self._fleet.step(begin, grad_multiplier, found_inf)
+            return loss
         slots = self._slots()
         implementation = self._choose(slots)
-        begin = self.init_exp_avg == "first_gradient"
-        taken: float | torch.Tensor = 1.0
         if implementation == "triton":
-            from .launch import lion_step
+            from .launch import Fleet
 
-            plans = self.__dict__.setdefault("_plans", {})
-            lion_step(slots, self.layout, begin, grad_multiplier, found_inf, plans)
-            taken = 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).view(())
-        elif found_inf is not None and bool(found_inf):
-            return loss
-        elif implementation == "foreach":
-            from .foreach import foreach_step
-
-            foreach_step(slots, self.layout, begin, grad_multiplier)
-        else:
-            reference_step(slots, self.layout, begin, grad_multiplier)
-        steps = [slot.state["step"] for slot in slots if "step" in slot.state]
-        if steps:
-            torch._foreach_add_(steps, taken)
+            self._fleet = Fleet(self, slots, self._fleet)
+            self._fleet.step(begin, grad_multiplier, found_inf)
+        elif found_inf is None or not bool(found_inf):
+            if implementation == "foreach":
+                from .foreach import foreach_step as take_step
+            else:
+                take_step = reference_step
+            take_step(slots, self.layout, begin, grad_multiplier)
+            if self.count_steps and slots:
+                torch._foreach_add_([slot.state["step"] for slot in slots], 1.0)
         return loss
 
     def get_unscaled_state(self, param: torch.Tensor, name: str) -> torch.Tensor:

@@ -163,6 +163,35 @@ def test_gradients_that_move_are_found_again():
     assert same_state(optimizer, expected)
 
 
+def test_what_changes_between_steps_is_noticed():
+    """A gradient that goes away or comes back, a group more, a state that is loaded or replaced."""
+    ends = []
+    for implementation in ("reference", "triton"):
+        optimizer, params = tiny(implementation, lr=0.125, count_steps=True)
+        optimizer.step()
+        first = params[1].grad
+        params[1].grad = None
+        optimizer.step()
+        params[1].grad = first
+        optimizer.step()
+        more = torch.nn.Parameter(torch.ones(9, device=DEVICE))
+        more.grad = torch.ones_like(more)
+        optimizer.add_param_group({"params": [more], "lr": 0.25})
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.param_groups[2]["weight_decay"] = 0.5
+        optimizer.step()
+        optimizer.state[more]["exp_avg"] = torch.full_like(more, -100.0)
+        optimizer.step()
+        assert more[0] > 0.25  # the replaced momentum was read
+        more.data = torch.zeros(9, device=DEVICE)
+        optimizer.step()
+        assert more[0] == 0.25
+        ends.append(optimizer)
+    assert same_state(*ends)
+    assert [ends[1].state[param]["step"].item() for param in ends[1].param_groups[1]["params"]] == [6.0, 7.0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_the_step_waits_for_nothing_and_runs_in_a_graph():
