@@ -89,7 +89,7 @@ def build_parser(verb: str, module: ModuleType) -> Any:
     """The parser of a verb, with its help line and options."""
     from megatron_lion.configfile import UserParser
 
-    parser = UserParser(prog=f"megatron-lion {verb}", description=module.HELP, exit_on_error=True)
+    parser = UserParser(prog=f"megatron-lion {verb}", description=module.HELP, exit_on_error=True, print_config=None)
     module.add_arguments(parser)
     return parser
 

@@ -93,7 +93,11 @@ def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
         if name.split(".")[0] == "torch" and room in NO_TORCH_ROOMS:
             pytest.fail(f"line {line}: {room} must not need torch")
     if room == "commands":
-        heavy = [name for name, _ in imports(path, at_import=True) if name.split(".")[0] in ("torch", "megatron", "matplotlib")]
+        heavy = [
+            name
+            for name, _ in imports(path, at_import=True)
+            if name.split(".")[0] in ("torch", "megatron", "matplotlib")
+        ]
         assert not heavy, f"commands import {heavy} before their arguments are understood"
 
 

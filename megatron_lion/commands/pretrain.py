@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from megatron_lion.config import RunConfig, check_config
-from megatron_lion.configfile import add_run_config, run_config_from_namespace
+from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
 
 HELP = (
     "Pretrain a model; started again with the same settings it resumes from the newest checkpoint. "
@@ -18,6 +18,9 @@ def add_arguments(parser: Any) -> None:
     add_run_config(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print sizes, memory and time, and stop"
+    )
+    parser.add_argument(
+        "--print_config", action="store_true", help="print the resolved settings as YAML, ready for --config, and stop"
     )
     parser.add_argument("--fresh", action="store_true", help="move an earlier run in run_dir aside and start over")
     parser.add_argument(
@@ -34,6 +37,9 @@ def run(args: Any) -> None:
     if args.max_steps is not None:
         config = replace(config, train=replace(config.train, stop_after=args.max_steps))
     check_config(config, world_size_from_env())
+    if args.print_config:
+        sys.stdout.write(dump_config(config))
+        return
     if args.dry_run:
         from megatron_lion.train.dryrun import dry_run
 
