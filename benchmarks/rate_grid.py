@@ -36,7 +36,9 @@ def train(args: argparse.Namespace, name: str, lr: str, run_dir: Path) -> dict[s
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(args.processes), "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "megatron_lion", "pretrain", "--config", args.config,
-        "--run_dir", str(run_dir), "--optimizer.name", name, "--optimizer.lr", lr, "--train.steps", str(args.steps),
+        "--run_dir", str(run_dir), "--optimizer.name", name, "--optimizer.lr", lr,
+        "--optimizer.weight_decay", str(getattr(args, f"{name}_decay")),
+        "--train.steps", str(args.steps),
         "--train.test_every", str(args.steps), "--checkpoint.every", "0", "--checkpoint.at_steps", "[]", "--probe.every", "0",
         "--log.progress", "false", *args.rest,
     ]  # fmt: skip
@@ -45,12 +47,13 @@ def train(args: argparse.Namespace, name: str, lr: str, run_dir: Path) -> dict[s
     if outcome.returncode:
         sys.stderr.write(outcome.stderr[-2000:])
     losses = last_losses(run_dir) if (run_dir / "metrics.jsonl").is_file() else {"valid/loss": None, "train/loss": None}
-    return {"optimizer": name, "lr": float(lr), "valid_loss": losses["valid/loss"], "train_loss": losses["train/loss"],
+    return {"optimizer": name, "lr": float(lr), "weight_decay": getattr(args, f"{name}_decay"),
+            "valid_loss": losses["valid/loss"], "train_loss": losses["train/loss"],
             "seconds": round(time.monotonic() - started, 1), "exit_code": outcome.returncode}  # fmt: skip
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    lines = ["| optimizer | lr | validation loss | training loss | |", "|---|---|---|---|---|"]
+    lines = ["| optimizer | lr | weight decay | validation loss | training loss | |", "|---|---|---|---|---|---|"]
     for name in OPTIMIZERS:
         group = [row for row in rows if row["optimizer"] == name]
         finite = [row for row in group if row["valid_loss"] is not None]
@@ -61,7 +64,7 @@ def table(rows: list[dict[str, object]]) -> str:
                 mark = "best, at the edge of the grid" if row in (group[0], group[-1]) and len(group) > 1 else "best"
             loss = f"{row['valid_loss']:.4f}" if row["valid_loss"] is not None else "did not end"
             last = f"{row['train_loss']:.4f}" if row["train_loss"] is not None else ""
-            lines.append(f"| {name} | {row['lr']:g} | {loss} | {last} | {mark} |")
+            lines.append(f"| {name} | {row['lr']:g} | {row['weight_decay']:g} | {loss} | {last} | {mark} |")
     return "\n".join(lines)
 
 
@@ -73,6 +76,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     for name in OPTIMIZERS:
         parser.add_argument(f"--{name}", default="", help=f"rates for {name}, comma-separated")
+        # SGD's rates are hundreds of times larger, and lr x weight_decay is what shrinks the weights each step.
+        decay = 0.0 if name == "sgd" else 0.1
+        parser.add_argument(f"--{name}-decay", type=float, default=decay, help=f"weight decay of {name}")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])

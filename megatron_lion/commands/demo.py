@@ -15,7 +15,7 @@ HELP = (
     "two processes, probe the full gradient, evaluate zero-shot on prose of another kind, and compare"
 )
 
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 2048
 SPLIT = "94,3,3"
 
 
@@ -29,9 +29,9 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe("lion", 3e-3, 0.1),
-    Recipe("sgd", 1.0, 0.0),
-    Recipe("adamw", 1e-2, 0.03),
+    Recipe("lion", 3e-4, 0.1),
+    Recipe("sgd", 0.3, 0.0),
+    Recipe("adamw", 3e-3, 0.1),
 )
 QUICK_STEPS = 20
 
