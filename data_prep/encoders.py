@@ -11,11 +11,13 @@ import importlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.splitters import SplitterName
 from megatron_lion.data.indexed import token_dtype
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError, EnvironmentFault
@@ -39,16 +41,42 @@ HARD_TEXTS = (
 )
 
 
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as ids.
+
+    Attributes:
+        ids: (N,) in the dtype they are stored in.
+        lengths: (S,) tokens of each sentence, none 0; empty where documents are not divided into sentences.
+        divided: sentences that were divided because they were too long.
+    """
+
+    ids: npt.NDArray[Any]
+    lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    divided: int = 0
+
+
 class Encoder(Protocol):
-    """Encodes batches of documents into one array of ids each."""
+    """Encodes batches of documents."""
 
     name: str
 
+    def encode_documents(self, texts: Sequence[str]) -> list[EncodedDocument]:
+        """Each text as ids, nothing added."""
+
+
+class _WholeDocuments:
+    """Documents of one sequence."""
+
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Token ids of each text, nothing added, in the dtype they are stored in."""
+        raise NotImplementedError
+
+    def encode_documents(self, texts: Sequence[str]) -> list[EncodedDocument]:
+        """Each text as ids, nothing added."""
+        return [EncodedDocument(ids) for ids in self.encode(texts)]
 
 
-class ReferenceEncoder:
+class ReferenceEncoder(_WholeDocuments):
     """The `tokenizers` library, as `Tokenizer` uses it."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -61,7 +89,7 @@ class ReferenceEncoder:
         return [np.array(ids, dtype=self._dtype) for ids in self._tokenizer.encode_batch(texts)]
 
 
-class GigatokenEncoder:
+class GigatokenEncoder(_WholeDocuments):
     """gigatoken's byte-level BPE on the calling thread, watched by the reference.
 
     Raises:
@@ -123,12 +151,22 @@ def _gigatoken_version() -> str:
         ) from None
 
 
-def build_encoder(name: EncoderName, tokenizer: Tokenizer) -> Encoder:
+def build_encoder(name: EncoderName, tokenizer: Tokenizer, splitter: SplitterName | None = None) -> Encoder:
     """The encoder of that name; "auto" takes gigatoken where it is installed and takes the tokenizer.
 
+    Args:
+        name: see there; of no effect with a splitter.
+        tokenizer: what to encode with.
+        splitter: documents become sequences of sentences, as BERT needs them.
+
     Raises:
-        EnvironmentFault: gigatoken was asked for and cannot be used.
+        EnvironmentFault: gigatoken or punkt was asked for and cannot be used.
+        DataError: the tokenizer is not fit for BERT.
     """
+    if splitter is not None:
+        from data_prep.wordpieces import SentenceEncoder
+
+        return SentenceEncoder(tokenizer, splitter)
     if name == "tokenizers":
         return ReferenceEncoder(tokenizer)
     try:

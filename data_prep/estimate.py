@@ -53,7 +53,7 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         if characters >= _SAMPLE_BYTES:
             break
     began = time.monotonic()
-    num_tokens = sum(ids.size for ids in encoder.encode(texts)) + len(texts)
+    num_tokens = sum(document.ids.size for document in encoder.encode_documents(texts)) + len(texts)
     seconds = time.monotonic() - began
     sample_bytes = max(sum(len(text.encode("utf-8")) for text in texts), 1)
     growth = 1.0

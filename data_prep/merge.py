@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.encode import Shard, shard_documents, shard_tokens
+from data_prep.encode import Shard, shard_documents, shard_sentences, shard_tokens
 from data_prep.progress import Progress
 from data_prep.splits import assign_splits, split_names
 from megatron_lion.data.indexed import IndexedWriter, token_dtype
@@ -27,7 +27,7 @@ def write_splits(
     result: Path,
     progress: Progress,
 ) -> tuple[dict[str, SplitInfo], int]:
-    """Writes NAME_text_document.bin/.idx for every split that has documents, in the corpus's order.
+    """Writes NAME_text_document.bin/.idx, or NAME_text_sentence, for every split with documents, in the corpus's order.
 
     Args:
         shards: in the corpus's order, with at least one document among them.
@@ -47,7 +47,7 @@ def write_splits(
     splits = {}
     for index, name in enumerate(SPLITS):
         if np.any(members == index):
-            prefix = result / f"{name}_text_document"
+            prefix = result / f"{name}_text_{'sentence' if any(shard.sentences for shard in shards) else 'document'}"
             splits[name] = _write_split(shards, shards_folder, members == index, vocab_size, prefix, progress)
     for name in split_names(split):
         if name not in splits:
@@ -73,11 +73,17 @@ def _write_split(
                 continue
             lengths, _ = shard_documents(shards_folder, shard)
             tokens = shard_tokens(shards_folder, shard, vocab_size)
+            sentences = shard_sentences(shards_folder, shard)
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
             edges = np.flatnonzero(np.diff(mine, prepend=False, append=False))
             for begin, end in edges.reshape(-1, 2):
                 run = tokens[offsets[begin] : offsets[end]]
-                writer.add_documents(run, lengths[begin:end])
+                if sentences is None:
+                    writer.add_documents(run, lengths[begin:end])
+                else:
+                    counts, sentence_lengths = sentences
+                    first_sentence, end_sentence = counts[:begin].sum(), counts[:end].sum()
+                    writer.add_documents(run, sentence_lengths[first_sentence:end_sentence], counts[begin:end])
                 progress.advance(run.nbytes)
         info = writer.finalize()
     return SplitInfo(

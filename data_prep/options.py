@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from data_prep.encoders import EncoderName
 from data_prep.pieces import OnError, TxtDocuments
 from data_prep.splits import parse_split
+from data_prep.splitters import SplitterName
 from megatron_lion import __version__
 from megatron_lion.data.indexed import token_dtype
 from megatron_lion.data.manifest import Manifest, TokenizerInfo
@@ -31,6 +33,8 @@ class PrepareOptions:
         append_eod: end every document with the end-of-document token.
         json_key: key (JSON lines) or column (Parquet) of the text.
         txt_documents: "file" makes a text file one document, "blank-line" divides it at blank lines.
+        task: "gpt" (one sequence a document) or "bert" (one sequence a sentence, WordPiece).
+        splitter: of sentences, for "bert": "rules" or "punkt".
         format: "auto" by the files' endings, or "jsonl", "txt", "parquet".
         eod_token: end-of-document token where the tokenizer does not say it.
         encoder: "tokenizers", "gigatoken", or "auto": gigatoken where it is installed; same ids either way.
@@ -47,6 +51,8 @@ class PrepareOptions:
     append_eod: bool = True
     json_key: str = "text"
     txt_documents: TxtDocuments = "file"
+    task: Literal["gpt", "bert"] = "gpt"
+    splitter: SplitterName = "rules"
     format: str = "auto"
     eod_token: str | None = None
     encoder: EncoderName = "auto"
@@ -60,6 +66,8 @@ class PrepareOptions:
             "txt_documents": ("file", "blank-line"),
             "format": ("auto", "jsonl", "txt", "parquet"),
             "encoder": ("auto", "tokenizers", "gigatoken"),
+            "task": ("gpt", "bert"),
+            "splitter": ("rules", "punkt"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -70,14 +78,20 @@ class PrepareOptions:
         """The dataset folder's path."""
         return Path(self.output).expanduser()
 
+    @property
+    def ends_documents(self) -> bool:
+        """Whether the end-of-document token follows every document; BERT's samples have their own marks."""
+        return self.append_eod and self.task == "gpt"
+
 
 def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
     """The manifest as far as it is known before the first document is read."""
-    has_eod = options.append_eod or tokenizer.eod_token is not None
+    has_eod = options.ends_documents or tokenizer.eod_token is not None
+    by_sentences = {"splitter": options.splitter} if options.task == "bert" else {}
     return Manifest(
         version=__version__,
         encoder="",
-        kind="gpt",
+        kind=options.task,
         sources=(),
         tokenizer=TokenizerInfo(
             sha256=tokenizer.sha256,
@@ -90,7 +104,8 @@ def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
         split=parse_split(options.split),
         seed=options.seed,
         options={
-            "append_eod": options.append_eod,
+            "append_eod": options.ends_documents,
+            **by_sentences,
             "json_key": options.json_key,
             "on_error": options.on_error,
             "txt_documents": options.txt_documents,

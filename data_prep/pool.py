@@ -38,7 +38,7 @@ def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, e
         if os.getppid() != parent:
             os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    _worker = settings, build_encoder(encoder, tokenizer)
+    _worker = settings, build_encoder(encoder, tokenizer, settings.splitter)
 
 
 def _work(piece: Piece, folder: Path, name: str) -> Shard:
@@ -105,7 +105,7 @@ def encode_pieces(
     """
     collector = Collector(on_shard, settings.read.on_error == "stop")
     if workers == 1:
-        mine = build_encoder(encoder, tokenizer)
+        mine = build_encoder(encoder, tokenizer, settings.splitter)
         for place, (name, piece) in enumerate(pieces):
             shard = load_shard(folder, name)
             collector.reused += shard is not None

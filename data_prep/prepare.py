@@ -38,6 +38,7 @@ from megatron_lion.data.manifest import (
     write_manifest,
 )
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.data.wordpiece import special_ids
 from megatron_lion.errors import ConfigError, DataError
 
 __all__ = ["Manifest", "PrepareOptions", "prepare", "read_manifest"]
@@ -74,6 +75,8 @@ def prepare(
     tokenizer = options.tokenizer
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, eod_token=options.eod_token)
+    if options.task == "bert":
+        special_ids(tokenizer)  # before an hour is spent on reading
     check_output(output, options.overwrite)
     planned = plan_manifest(options, tokenizer)
     with locked_work_folder(output) as work:
@@ -154,13 +157,14 @@ class _Preparation:
         self.files = files
         self.work = work
         self.progress = progress
-        self.encoder: Encoder = build_encoder(options.encoder, tokenizer)
         self.settings = EncodeSettings(
             read=ReadOptions(options.json_key, options.txt_documents, options.on_error),
-            eod_id=tokenizer.eod_id if options.append_eod else None,
+            eod_id=tokenizer.eod_id if options.ends_documents else None,
+            splitter=options.splitter if options.task == "bert" else None,
             seed=options.seed,
             vocab_size=tokenizer.vocab_size,
         )
+        self.encoder: Encoder = build_encoder(options.encoder, tokenizer, self.settings.splitter)
         total = sum(file.bytes for file in files)
         # A power of two, so that a small change of the corpus leaves the cuts of the other files where they are.
         self.piece_bytes = min(max(1 << (total // _PIECES).bit_length(), _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
@@ -273,6 +277,7 @@ class _Preparation:
             tokens=sum(shard.tokens for shard in shards),
             text_bytes=sum(shard.text_bytes for shard in shards),
             duplicate_documents=duplicates,
+            sentences=_total([shard.sentence_counts() for shard in shards]),
             skipped=_total([shard.read.skipped for shard in shards]),
             rejected=_total([shard.read.rejected for shard in shards]),
             splits=splits,

@@ -61,11 +61,18 @@ class DataConfig:
     split: str = "99.9,0.05,0.05"
     """Train, validation and test shares, by document, for plain prefixes; a dataset folder brings its own split."""
     tokenizer: str | None = None
-    """Tokenizer (folder, tokenizer.json or vocab.json beside merges.txt); null takes the one in the dataset folder."""
+    """Tokenizer (folder, tokenizer.json, vocab.txt, or vocab.json beside merges.txt); null takes the one in the dataset
+    folder."""
     cache: str | None = None
     """Folder for index caches, keyed by the data's content; null takes RUN/cache."""
     num_workers: int | None = None
     """Processes that read ahead; null takes 2 with CUDA and 0 on CPU."""
+    mask_probability: float = 0.15
+    """BERT: share of the tokens that are masked, as whole words."""
+    mask_max_ngram: int = 3
+    """BERT: at most so many words in a row are masked together."""
+    short_sequence_probability: float = 0.1
+    """BERT: share of the samples that are cut to a random shorter length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +279,12 @@ def check_config(config: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: one line a problem, each with the key, what was given and what is possible.
     """
-    problems = [*_check_numbers(config), *_check_ranges(config), *_check_layout(config, world_size)]
+    problems = [
+        *_check_numbers(config),
+        *_check_ranges(config),
+        *_check_masking(config),
+        *_check_layout(config, world_size),
+    ]
     if problems:
         raise ConfigError("\n".join(problems) if len(problems) > 1 else problems[0])
 
@@ -369,6 +381,23 @@ def _check_ranges(config: RunConfig) -> list[str]:
                 f"{train.steps}{before}"
             )
     return problems
+
+
+def _check_masking(config: RunConfig) -> list[str]:
+    """What BERT's samples need."""
+    if config.model.kind != "bert":
+        return []
+    data, length, probability = config.data, config.model.seq_length, config.data.mask_probability
+    # [CLS] A [SEP] B [SEP]: what three marks leave must be worth one masked token.
+    least = 3 + (math.ceil(1 / probability) if 0 < probability < 1 else 2)
+    segments = f"at least {least} tokens: [CLS], two segments with a [SEP] each, one masked token at data.mask_probability {probability}"
+    rules: list[tuple[str, object, bool, str]] = [
+        ("data.mask_probability", probability, 0 < probability < 1, "a number in (0, 1)"),
+        ("data.mask_max_ngram", data.mask_max_ngram, data.mask_max_ngram >= 1, "an integer of at least 1"),
+        ("data.short_sequence_probability", data.short_sequence_probability, 0 <= data.short_sequence_probability <= 1, "a number in [0, 1]"),
+        ("model.seq_length", length, length >= least, segments),
+    ]  # fmt: skip
+    return [f"{key}: {given} is not possible; expected {wanted}" for key, given, ok, wanted in rules if not ok]
 
 
 def _check_layout(config: RunConfig, world_size: int) -> list[str]:

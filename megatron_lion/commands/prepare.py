@@ -36,6 +36,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="stop",
         help="at a bad line: stop and name it, or skip and count it",
     )
+    add(
+        "--task",
+        type=Literal["gpt", "bert"],
+        default="gpt",
+        help="gpt: one sequence a document; bert: one a sentence, for a WordPiece vocabulary",
+    )
+    add(
+        "--splitter",
+        type=Literal["rules", "punkt"],
+        default="rules",
+        help="of sentences, for --task bert; punkt needs NLTK and its model, and is several times slower",
+    )
     add("--append-eod", type=bool, default=True, help="true or false: end each document with the end-of-document token")
     add("--json-key", type=str, default="text", help="key (jsonl) or column (parquet) that holds the text")
     add(
@@ -84,6 +96,8 @@ def run(args: Any) -> None:
         on_error=args.on_error,
         append_eod=args.append_eod,
         json_key=args.json_key,
+        task=args.task,
+        splitter=args.splitter,
         txt_documents=args.txt_documents,
         format=args.format,
         eod_token=args.eod_token,
@@ -105,10 +119,13 @@ def summary(output: str, manifest: Manifest) -> str:
         size = f"{split.bin_bytes / 1e6:>12,.1f} MB"
         lines.append(f"  {name:5}  {split.documents:>12,} documents  {split.tokens:>16,} tokens  {size}")
     tokenizer = manifest.tokenizer
-    lines.append(
-        f"  vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), stored as {manifest.dtype}, end of document "
-        f"{tokenizer.eod_token!r} = {tokenizer.eod_id}"
-    )
+    ending = f", end of document {tokenizer.eod_token!r} = {tokenizer.eod_id}" if manifest.kind == "gpt" else ""
+    lines.append(f"  vocabulary {tokenizer.vocab_size:,} ({tokenizer.kind}), stored as {manifest.dtype}{ending}")
+    if found := manifest.sentences:
+        lines.append(
+            f"  {found['sentences']:,} sentences; {found['documents_of_one_sentence']:,} documents of one sentence (not used: "
+            f"sentence order needs two); {found['divided_sentences']:,} sentences of more than 512 tokens divided"
+        )
     if manifest.duplicate_documents:
         lines.append(f"  {manifest.duplicate_documents:,} documents repeat an earlier one")
     for what, counts in (("passed over", manifest.skipped), ("rejected", manifest.rejected)):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -26,6 +27,9 @@ from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.parallel import Ranks, derive_seed
+
+DATA_KINDS = {"gpt2": "gpt", "bert": "bert"}
+"""What `prepare --task` calls the data of each kind of model."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Corpora:
         tokenizer: of the data.
         vocab_size: ids before padding.
         digest: SHA-256 over the data's content hashes, weights and split: equal means the same data.
+        settings: the config's section, for what is decided when samples are drawn (BERT's masking).
     """
 
     prefixes: dict[str, list[Path]]
@@ -50,6 +55,7 @@ class Corpora:
     tokenizer: Tokenizer | None
     vocab_size: int
     digest: str
+    settings: DataConfig = field(default_factory=DataConfig)
 
     @property
     def train_tokens(self) -> int:
@@ -83,9 +89,10 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
     prefixes: dict[str, list[Path]] = {split: [] for split in SPLITS}
     infos: dict[Path, IndexedInfo] = {}
     for path, manifest in zip(paths, manifests, strict=True):
-        if manifest.kind != "gpt":
+        if manifest.kind != DATA_KINDS[model.kind]:
             raise DataError(
-                f"{path}: made for {manifest.kind}, model.kind {model.kind} needs `megatron-lion prepare` without --task"
+                f"{path}: made for {manifest.kind}, model.kind is {model.kind}; make it again in another folder with "
+                f"`megatron-lion prepare --task {DATA_KINDS[model.kind]}`, or give another model.kind"
             )
         if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
             raise DataError(
@@ -109,12 +116,18 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
             f"{manifests[0].tokenizer.sha256[:12]}; leave data.tokenizer out to take the data's own"
         )
     hashes = [[s.idx_sha256 + s.bin_sha256 for s in manifest.splits.values()] for manifest in manifests]
-    return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, _digest([hashes, data.weights]))
+    return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, _digest([hashes, data.weights]), data)
 
 
 def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -> Corpora:
     infos = {path: check_indexed(path) for path in paths}
+    for path, info in infos.items():
+        _check_sequences(path, info, model.kind)
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    if tokenizer is None and model.kind == "bert":
+        raise ConfigError(
+            "data.tokenizer: masking needs the vocabulary that the .bin/.idx files were made with; give its vocab.txt"
+        )
     if tokenizer is None and model.vocab_size is None:
         raise ConfigError("model.vocab_size: plain .bin/.idx files do not say it; give it, or data.tokenizer")
     wanted = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
@@ -127,7 +140,20 @@ def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) 
     _shares(data.split)
     hashes = [info.idx_sha256 + info.bin_sha256 for info in infos.values()]
     digest = _digest([hashes, data.weights, data.split])
-    return Corpora({split: list(paths) for split in SPLITS}, infos, data.weights, data.split, tokenizer, wanted, digest)
+    prefixes = {split: list(paths) for split in SPLITS}
+    return Corpora(prefixes, infos, data.weights, data.split, tokenizer, wanted, digest, data)
+
+
+def _check_sequences(path: Path, info: IndexedInfo, kind: str) -> None:
+    """Tells sentences from documents where no manifest does."""
+    by_sentences = info.num_sequences > info.num_documents
+    if by_sentences == (kind == "bert"):
+        return
+    held = "sentences (several sequences a document)" if by_sentences else "whole documents (one sequence each)"
+    raise DataError(
+        f"{path}: holds {held}, model.kind is {kind}; make it with `megatron-lion prepare --task {DATA_KINDS[kind]}`, or with "
+        f"Megatron-LM's preprocess_data {'with' if kind == 'bert' else 'without'} --split-sentences"
+    )
 
 
 def _check_vocab_size(model: ModelConfig, found: int, where: str) -> int:
@@ -165,7 +191,12 @@ class _DatasetTokenizer:
 
 
 def build_datasets(
-    corpora: Corpora, model: ModelConfig, num_samples: Sequence[int | None], *, seed: int, cache: Path
+    corpora: Corpora,
+    model: ModelConfig,
+    num_samples: Sequence[int | None],
+    *,
+    seed: int,
+    cache: Path,
 ) -> list[Any]:
     """Builds Megatron's train, validation and test datasets; index files are made on the first rank and shared.
 
@@ -173,13 +204,13 @@ def build_datasets(
         corpora: from `open_corpora`.
         model: for the sequence length.
         num_samples: how many samples of each split are needed; 0 builds none.
-        seed: of the shuffle.
+        seed: of the shuffle and of BERT's masks.
         cache: folder for the index files; a subfolder a content digest.
 
     Returns:
-        Three datasets (or None); item i is a dict of int64 [S] tokens, labels, position_ids and float [S] loss_mask.
+        Three datasets (or None). For GPT-2 item i is a dict of int64 [S] tokens, labels, position_ids and float [S]
+        loss_mask; for BERT see `BertDataset`.
     """
-    eod = corpora.tokenizer.eod_id if corpora.tokenizer is not None else corpora.vocab_size - 1
     blends = []
     for split, count in zip(SPLITS, num_samples, strict=True):
         paths = [str(prefix) for prefix in corpora.prefixes[split]]
@@ -188,27 +219,54 @@ def build_datasets(
         "random_seed": seed,
         "sequence_length": model.seq_length,
         "path_to_cache": str(cache / corpora.digest[:16]),
-        "tokenizer": _DatasetTokenizer(corpora.vocab_size, eod, corpora.digest),
-        "reset_position_ids": False,
-        "reset_attention_mask": False,
-        "eod_mask_loss": False,
-        "create_attention_mask": False,
     }
+    dataset_class, config_class, special = _dataset_classes(corpora, model, num_samples)
+    common.update(special)
     if corpora.split is None:
-        settings = GPTDatasetConfig(blend_per_split=blends, **common)
+        settings = config_class(blend_per_split=blends, **common)
     else:
-        settings = GPTDatasetConfig(blend=(blends[0] or blends[2])[0:2], split=corpora.split, **common)  # type: ignore[index]
+        settings = config_class(blend=(paths, corpora.weights), split=corpora.split, **common)
     sizes = [count or None for count in num_samples]
     if corpora.split is not None:
         sizes = [count or 1 for count in num_samples]
     try:
-        built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, settings).build()
+        built = BlendedMegatronDatasetBuilder(dataset_class, sizes, lambda: True, settings).build()
     except (AssertionError, IndexError, ValueError, ZeroDivisionError) as error:
         raise DataError(
             f"{corpora.prefixes['train'][0]}: too little data for samples of {model.seq_length} tokens in every split "
             f"({error}); give more text, a shorter model.seq_length or larger shares"
         ) from error
     return [dataset if count else None for dataset, count in zip(built, num_samples, strict=True)]
+
+
+def _dataset_classes(
+    corpora: Corpora, model: ModelConfig, num_samples: Sequence[int | None]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Megatron's dataset and config class for a kind of model, and the settings that only these have."""
+    if model.kind == "bert":
+        from megatron_lion.data import bert_datasets as bert
+
+        assert corpora.tokenizer is not None, "open_corpora has asked for it"
+        ends = np.cumsum(_shares(corpora.split)) if corpora.split else None
+        for number, (split, count) in enumerate(zip(SPLITS, num_samples, strict=True)):
+            bounds = (0.0, 1.0) if ends is None else (float(ends[number - 1]) if number else 0.0, float(ends[number]))
+            if count or corpora.split:  # where the split is made by position, Megatron builds all three
+                for prefix in corpora.prefixes[split]:
+                    bert.check_sentences(corpora.infos[prefix], *bounds)
+        special = bert.bert_settings(corpora.tokenizer, corpora.digest, corpora.settings)
+        return bert.BertDataset, bert.BERTMaskedWordPieceDatasetConfig, special
+    eod = corpora.tokenizer.eod_id if corpora.tokenizer is not None else corpora.vocab_size - 1
+    return (
+        GPTDataset,
+        GPTDatasetConfig,
+        {
+            "tokenizer": _DatasetTokenizer(corpora.vocab_size, eod, corpora.digest),
+            "reset_position_ids": False,
+            "reset_attention_mask": False,
+            "eod_mask_loss": False,
+            "create_attention_mask": False,
+        },
+    )
 
 
 def sample_ids(start: int, step_samples: int, micro_batch_size: int, ranks: Ranks) -> Iterator[list[int]]:
@@ -271,6 +329,7 @@ def micro_batches(
     )
     for batch in loader:
         yield {
-            key: batch[key].to(device.torch_device, non_blocking=True)
-            for key in ("tokens", "labels", "loss_mask", "position_ids")
+            key: value.to(device.torch_device, non_blocking=True)
+            for key, value in batch.items()
+            if key != "dataset_id"  # which of the blended corpora each sample is from
         }

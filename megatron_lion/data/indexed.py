@@ -73,19 +73,24 @@ class IndexedWriter:
         sequences = np.asarray([tokens.size] if lengths is None else lengths, dtype=np.int64)
         self._append(tokens, sequences, np.array([sequences.size], dtype=np.int64))
 
-    def add_documents(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any]) -> None:
-        """Appends many documents of one sequence each.
+    def add_documents(
+        self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any], sequences: npt.NDArray[Any] | None = None
+    ) -> None:
+        """Appends many documents.
 
         Args:
             tokens: (N,) their token ids one after another.
-            lengths: (D,) tokens of each, summing to N.
+            lengths: (S,) tokens of each sequence, summing to N.
+            sequences: (D,) sequences (sentences) of each document, summing to S; None makes every sequence one.
         """
-        self._append(tokens, np.asarray(lengths, dtype=np.int64), np.ones(len(lengths), dtype=np.int64))
+        counts = np.ones(len(lengths), dtype=np.int64) if sequences is None else np.asarray(sequences, dtype=np.int64)
+        self._append(tokens, np.asarray(lengths, dtype=np.int64), counts)
 
     def _append(
         self, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64], sequences: npt.NDArray[np.int64]
     ) -> None:
         assert int(lengths.sum()) == tokens.size, f"lengths sum to {lengths.sum()}, there are {tokens.size} tokens"
+        assert int(sequences.sum()) == lengths.size, f"{sequences.sum()} sequences in documents, {lengths.size} lengths"
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
             raise DataError(f"{self.prefix}: a document of {lengths.max()} tokens; the index holds at most {2**31 - 1}")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:

@@ -69,12 +69,14 @@ class Manifest:
     Attributes:
         version: version of megatron-lion that wrote it.
         encoder: library that made the ids, with its version.
-        kind: "gpt" (one sequence a document).
+        kind: "gpt" (one sequence a document) or "bert" (one a sentence).
         dtype: of the token files: "uint16" or "int32".
         split: share of the documents of train, valid and test in percent; sums to 100.
         options: the other settings that decide the result (JSON key, what to do on errors, …).
         documents, tokens, text_bytes: totals over all splits; text_bytes is UTF-8 text without markup.
         duplicate_documents: how many documents have the text of an earlier one.
+        sentences: for "bert", how many there are, how many documents have a single one (BERT's samples need two, so
+            these are not read in training) and how many were so long that they were divided.
         skipped: what was passed over without being an error (blank lines, empty documents), by kind.
         rejected: what was passed over because of `--on-error skip`, by kind.
         splits: by name; a split without documents is absent.
@@ -96,6 +98,7 @@ class Manifest:
     skipped: dict[str, int]
     rejected: dict[str, int]
     splits: dict[str, SplitInfo]
+    sentences: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as JSON text with its format number and its own hash."""

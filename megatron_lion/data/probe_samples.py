@@ -93,6 +93,8 @@ def samples_in_one_pass(dataset: Any) -> int:
     """Samples of a Megatron dataset before any text comes again; of a blend, before that happens in any part."""
     parts = getattr(dataset, "datasets", None)
     if parts is None:
+        if hasattr(dataset, "samples_in_one_pass"):
+            return int(dataset.samples_in_one_pass)
         lengths = dataset.dataset.sequence_lengths[dataset.indices]
         return max(0, (int(lengths.sum()) - 1) // int(dataset.config.sequence_length))
     weights = dataset.weights if dataset.weights is not None else [_size(part) for part in parts]

@@ -1,9 +1,9 @@
 """Reads a tokenizer's files, says what is wrong with them, and hashes what they mean.
 
-Two forms are read: GPT-2's pair `vocab.json` + `merges.txt` (also under the names `gpt2-vocab.json` +
-`gpt2-merges.txt` and `encoder.json` + `vocab.bpe`) and Hugging Face's single `tokenizer.json`. Both become
-one *definition*, the dictionary that `tokenizers` itself serialises, so that the rest of the project never
-asks which form it was.
+Three forms are read: GPT-2's pair `vocab.json` + `merges.txt` (also under the names `gpt2-vocab.json` +
+`gpt2-merges.txt` and `encoder.json` + `vocab.bpe`), BERT's `vocab.txt` (given as a file, under any name that ends
+in .txt) and Hugging Face's single `tokenizer.json`. All become one *definition*, the dictionary that `tokenizers`
+itself serialises, so that the rest of the project never asks which form it was.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_lion.data.wordpiece import is_cased, parse_wordpieces, wordpiece_definition
 from megatron_lion.errors import DataError
 
 PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"), ("encoder.json", "vocab.bpe"))
 SINGLE = "tokenizer.json"
+WORDPIECES = "vocab.txt"
 CONFIG = "tokenizer_config.json"
-WANTED = "a folder with vocab.json + merges.txt or tokenizer.json, one of these files, or hf:NAME"
+WANTED = "a folder with vocab.json + merges.txt, vocab.txt or tokenizer.json, one of these files, or hf:NAME"
 
 # A pre-tokenizer's or a model's settings that cannot change a token id; libraries of different versions
 # write them or leave them out, and the hash must not notice.
@@ -32,14 +34,14 @@ def read_files(source: Path) -> dict[str, bytes]:
         source: a folder, or any one of the tokenizer's files.
 
     Returns:
-        {"tokenizer.json": …} or {"vocab.json": …, "merges.txt": …}, and "tokenizer_config.json" where
-        the folder has one.
+        {"tokenizer.json": …}, {"vocab.json": …, "merges.txt": …} or {"vocab.txt": …}, and
+        "tokenizer_config.json" where the folder has one.
 
     Raises:
         DataError: nothing there, or half of a pair.
     """
     folder = source if source.is_dir() else source.parent
-    candidates: list[tuple[str, ...]] = [(SINGLE,), *PAIRS]
+    candidates: list[tuple[str, ...]] = [(SINGLE,), *PAIRS, (WORDPIECES,)]
     if not source.is_dir():
         candidates = [names for names in candidates if source.name in names] or [(source.name,)]
     for names in candidates:
@@ -48,7 +50,8 @@ def read_files(source: Path) -> dict[str, bytes]:
         lacking = [name for name in names if not (folder / name).is_file()]
         if lacking:
             raise DataError(f"{folder}: {lacking[0]} is missing beside the tokenizer's other file; needed: {WANTED}")
-        canonical = (SINGLE,) if len(names) == 1 else PAIRS[0]
+        single = WORDPIECES if names[0].endswith(".txt") else SINGLE
+        canonical = (single,) if len(names) == 1 else PAIRS[0]
         found = {new: read_bytes(folder / name) for new, name in zip(canonical, names, strict=True)}
         if (folder / CONFIG).is_file():
             found[CONFIG] = read_bytes(folder / CONFIG)
@@ -84,6 +87,10 @@ def build_definition(files: dict[str, bytes], where: str) -> dict[str, Any]:
             raise DataError(f"{where}: {SINGLE} has no model with a vocabulary; needed: {WANTED}")
         model["dropout"] = None
         return {**definition, "truncation": None, "padding": None, "post_processor": None}
+    if WORDPIECES in files:
+        pieces = parse_wordpieces(files[WORDPIECES], where if where.endswith(".txt") else f"{where}: {WORDPIECES}")
+        config = parse_json(files[CONFIG], f"{where}: {CONFIG}") if CONFIG in files else {}
+        return wordpiece_definition(pieces, lowercase=bool(config.get("do_lower_case", not is_cased(pieces))))
     vocab = parse_vocab(files["vocab.json"], f"{where}: vocab.json")
     merges = parse_merges(files["merges.txt"], vocab, f"{where}: merges.txt")
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

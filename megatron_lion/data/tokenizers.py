@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's byte-level BPE or any tokenizer.json, from local files.
+"""Text to token ids and back: GPT-2's byte-level BPE, BERT's WordPiece or any tokenizer.json, from local files.
 
 Built on the `tokenizers` library alone. Document text is only ever text: the end-of-document marker and
 other special tokens written inside it are encoded letter by letter and never become the special id.
@@ -16,6 +16,7 @@ from megatron_lion.data.tokenizer_files import (
     CONFIG,
     SINGLE,
     WANTED,
+    WORDPIECES,
     build_definition,
     definition_sha256,
     parse_json,
@@ -48,8 +49,8 @@ class Tokenizer:
         """Builds the tokenizer from file contents; use `load_tokenizer` for paths.
 
         Args:
-            files: contents by canonical name: "tokenizer.json", or "vocab.json" and "merges.txt";
-                optionally "tokenizer_config.json".
+            files: contents by canonical name: "tokenizer.json", "vocab.txt", or "vocab.json" and
+                "merges.txt"; optionally "tokenizer_config.json".
             source: how to call it in messages.
             eod_token: end-of-document token; None takes <|endoftext|> if the vocabulary has it, else the
                 eos_token of tokenizer_config.json.
@@ -152,7 +153,10 @@ class Tokenizer:
         folder = Path(folder)
         files = dict(self._files)
         config = parse_json(files[CONFIG], CONFIG) if CONFIG in files else {}
-        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if SINGLE in files else "GPT2Tokenizer")
+        kinds = {SINGLE: "PreTrainedTokenizerFast", WORDPIECES: "BertTokenizer"}
+        config.setdefault("tokenizer_class", next((kinds[name] for name in kinds if name in files), "GPT2Tokenizer"))
+        if WORDPIECES in files:
+            config["do_lower_case"] = self.definition["normalizer"]["lowercase"]
         if self.eod_token is not None:
             config["eos_token"] = self.eod_token
         files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode("utf-8")
@@ -184,8 +188,8 @@ def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Token
     """Loads a tokenizer from local files, or from Hugging Face's hub when that is asked for.
 
     Args:
-        source: a folder with vocab.json + merges.txt (GPT-2) or tokenizer.json; one of these files; or
-            `hf:NAME`, which may download. A bare NAME that is no path is looked for among the files
+        source: a folder with vocab.json + merges.txt (GPT-2), vocab.txt (BERT) or tokenizer.json; one of these
+            files; or `hf:NAME`, which may download. A bare NAME that is no path is looked for among the files
             that were downloaded earlier, without using the network.
         eod_token: end-of-document token, where it is not <|endoftext|> or the eos_token of the folder.
 

@@ -29,6 +29,10 @@ from megatron.core.models.bert.bert_layer_specs import (
     get_bert_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
@@ -53,7 +57,11 @@ def bert_layer_spec(attention: str) -> ModuleSpec:
 
 
 class Bert(BertModel):
-    """megatron-core's BertModel whose loss says, for every position, whether the likeliest token is the label too."""
+    """megatron-core's BertModel whose masked-LM head works for the masked places alone, and says what it would answer.
+
+    At 15 % masking the vocabulary's matrix, the largest of the model, is multiplied with a seventh of the vectors; what is
+    left out counts for nothing in the loss.
+    """
 
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         """The mask is [B, 1, 1, S] for torch's attention: padding is no key, and no query is left without keys."""
@@ -62,30 +70,73 @@ class Bert(BertModel):
             return "b11s"
         return str(super()._sanity_check_attention_and_get_attn_mask_dimension())
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Losses [0] (with gradient) and hits [1] (0 or 1), stacked: [2, B, S].
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        padding_mask_BS: torch.Tensor,
+        types_BS: torch.Tensor,
+        positions_BM: torch.Tensor | None = None,
+        labels_BM: torch.Tensor | None = None,
+    ) -> Any:
+        """Runs this pipeline stage.
 
         Args:
-            labels: token ids [B, S].
-            logits: of this tensor-parallel rank's part of the vocabulary [S, B, V/tp]; overwritten by the loss.
+            tokens_BS, types_BS: ids and segments (0, 1), int64.
+            padding_mask_BS: 1 where there is a token, int64.
+            positions_BM: the M places of each sample that the masked-LM head works for, int64; None takes all S.
+            labels_BM: true tokens of these places, int64.
+
+        Returns:
+            On the last stage with labels: (losses and hits [2, B, M], order logits [B, 2]); without: (this
+            tensor-parallel rank's logits [B, M, V/tp], order logits). On other stages the hidden states.
         """
-        hits_BS = (likeliest_tokens(logits).transpose(0, 1) == labels).float()
-        return torch.stack([super().compute_language_model_loss(labels, logits).float(), hits_BS])
+        hidden_SBH = None
+        if self.pre_process:
+            hidden_SBH = self.embedding(
+                input_ids=tokens_BS, position_ids=self.bert_position_ids(tokens_BS), tokentype_ids=types_BS
+            )
+        hidden_SBH = self.encoder(
+            hidden_states=hidden_SBH, attention_mask=self.bert_extended_attention_mask(padding_mask_BS)
+        )
+        if not self.post_process:
+            return hidden_SBH
+        order_logits_B2 = self.binary_head(self.pooler(hidden_SBH, 0))
+        chosen_MBH = hidden_SBH if positions_BM is None else self._choose(hidden_SBH, positions_BM)
+        weight = self.shared_embedding_or_output_weight()
+        logits_MBV, _ = self.output_layer(self.lm_head(hidden_states=chosen_MBH), weight=weight)
+        if positions_BM is not None:
+            logits_MBV = logits_MBV[: positions_BM.shape[1]]  # without what `_choose` added
+        if labels_BM is None:
+            return logits_MBV.transpose(0, 1).contiguous(), order_logits_B2
+        hits_BM = (likeliest_tokens(logits_MBV).transpose(0, 1) == labels_BM).float()
+        losses_BM = self.compute_language_model_loss(labels_BM, logits_MBV)  # overwrites fp32 logits
+        return torch.stack([losses_BM.float(), hits_BM]), order_logits_B2
+
+    def _choose(self, hidden_SBH: torch.Tensor, positions_BM: torch.Tensor) -> torch.Tensor:
+        """Hidden states at the given places [M, B, H]; with sequence parallelism each rank's part of them, M rounded up."""
+        split = self.config.sequence_parallel
+        if split:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+            ranks = parallel_state.get_tensor_model_parallel_world_size()
+            positions_BM = F.pad(positions_BM, (0, -positions_BM.shape[1] % ranks))
+        index_MBH = positions_BM.transpose(0, 1).unsqueeze(-1).expand(-1, -1, hidden_SBH.shape[-1])
+        chosen_MBH = hidden_SBH.gather(0, index_MBH)
+        return scatter_to_sequence_parallel_region(chosen_MBH) if split else chosen_MBH
 
 
 @torch.no_grad()
-def likeliest_tokens(logits_SBV: torch.Tensor) -> torch.Tensor:
-    """Token ids [S, B] of the largest logits over the whole vocabulary, of which each tensor-parallel rank has a part."""
-    best_SB, ids_SB = logits_SBV.float().max(dim=-1)
+def likeliest_tokens(logits_MBV: torch.Tensor) -> torch.Tensor:
+    """Token ids [M, B] of the largest logits over the whole vocabulary, of which each tensor-parallel rank has a part."""
+    best_MB, ids_MB = logits_MBV.float().max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
-        return ids_SB
-    rows = logits_SBV.shape[-1]
-    overall_SB = best_SB.clone()
-    torch.distributed.all_reduce(overall_SB, op=torch.distributed.ReduceOp.MAX, group=group)
-    ids_SB = torch.where(best_SB == overall_SB, ids_SB + group.rank() * rows, group.size() * rows)
-    torch.distributed.all_reduce(ids_SB, op=torch.distributed.ReduceOp.MIN, group=group)
-    return ids_SB
+        return ids_MB
+    rows = logits_MBV.shape[-1]
+    overall_MB = best_MB.clone()
+    torch.distributed.all_reduce(overall_MB, op=torch.distributed.ReduceOp.MAX, group=group)
+    ids_MB = torch.where(best_MB == overall_MB, ids_MB + group.rank() * rows, group.size() * rows)
+    torch.distributed.all_reduce(ids_MB, op=torch.distributed.ReduceOp.MIN, group=group)
+    return ids_MB
 
 
 def build_bert(model: ModelConfig, settings: TransformerConfig, attention: str, rows: int) -> Bert:
@@ -124,13 +175,12 @@ class MaskedAndOrder(Objective):
         """One micro-batch.
 
         Args:
-            batches: yields on the device tokens, types, labels, padding_mask (1 where there is a token), loss_mask (1
-                where one is masked), all int64 [B, S]; is_random, 1 where the segments are swapped, int64 [B]; and
-                for a backward pass mlm_weight (float scalar, N/M).
+            batches: yields on the device what `BertDataset` describes, with a first dimension B; and for a backward
+                pass mlm_weight (float64 scalar, N/M).
             model: one chunk.
         """
         batch = next(batches)
-        output = model(batch["tokens"], batch["padding_mask"], tokentype_ids=batch["types"], lm_labels=batch["labels"])
+        output = model(batch["tokens"], batch["padding_mask"], batch["types"], batch["positions"], batch["labels"])
         return output, functools.partial(loss_sums, batch)
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
@@ -173,15 +223,15 @@ def loss_sums(
     Args:
         batch: as `forward_step` got it. Without mlm_weight (nothing is differentiated) the loss sum is not
             weighted, and only the separate sums are of use.
-        output: losses and hits [2, B, S], order logits [B, 2].
+        output: losses and hits [2, B, M], order logits [B, 2].
 
     Returns:
         N/M Σ masked-LM losses + Σ order losses (nats, scalar with gradient), number of samples (int32 scalar), and
         detached sums for the log.
     """
-    losses_2BS, order_logits_B2 = output
-    mask_BS, order_B = batch["loss_mask"].float(), batch["is_random"]
-    mlm, mlm_correct = (losses_2BS * mask_BS).sum(dim=(1, 2))
+    losses_2BM, order_logits_B2 = output
+    mask_BM, order_B = batch["loss_mask"].float(), batch["is_random"]
+    mlm, mlm_correct = (losses_2BM * mask_BM).sum(dim=(1, 2))
     sop = F.cross_entropy(order_logits_B2.float(), order_B, reduction="sum")
     total = mlm * batch["mlm_weight"].float() + sop if "mlm_weight" in batch else mlm + sop
     num_samples = torch.tensor(order_B.numel(), dtype=torch.int, device=total.device)
@@ -189,7 +239,7 @@ def loss_sums(
         "loss_sum": total,
         "num_tokens": num_samples,
         "mlm_loss_sum": mlm,
-        "num_masked": mask_BS.sum(),
+        "num_masked": mask_BM.sum(),
         "mlm_correct": mlm_correct,
         "sop_loss_sum": sop,
         "num_samples": num_samples,

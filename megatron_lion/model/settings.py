@@ -89,7 +89,7 @@ def _build_torch_norm(
     """torch's LayerNorm whose parameters say that their gradients are partial sums under sequence parallelism."""
     norm = torch.nn.LayerNorm(hidden_size, eps=eps)
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
 
 

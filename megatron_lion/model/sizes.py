@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from megatron_lion.config import ModelConfig, RunConfig, padded_vocab_size
 
-GPT2_VOCAB_SIZE = 50257
+VOCAB_SIZES = {"gpt2": 50257, "bert": 30522}
+"""Ids before padding of the vocabulary that each kind of model usually has (BERT: uncased WordPiece)."""
+BERT_MASKED = 0.15
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def model_size(model: ModelConfig, vocab_size: int | None = None) -> ModelSize:
 
     Args:
         model: the network's settings.
-        vocab_size: ids before padding; default `model.vocab_size`, then GPT-2's 50,257.
+        vocab_size: ids before padding; default `model.vocab_size`, then the usual one of the kind.
 
     Example:
         >>> model_size(ModelConfig()).num_parameters
@@ -42,8 +44,10 @@ def model_size(model: ModelConfig, vocab_size: int | None = None) -> ModelSize:
         >>> medium = ModelConfig(num_layers=24, hidden_size=1024, num_attention_heads=16)
         >>> model_size(medium).num_parameters
         354871296
+        >>> model_size(ModelConfig(kind="bert", seq_length=512)).num_parameters
+        110160258
     """
-    vocab = vocab_size or model.vocab_size or GPT2_VOCAB_SIZE
+    vocab = vocab_size or model.vocab_size or VOCAB_SIZES[model.kind]
     rows = padded_vocab_size(vocab, model.make_vocab_size_divisible_by)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size or 4 * model.hidden_size
     attention = 4 * hidden * hidden + 4 * hidden
@@ -51,6 +55,13 @@ def model_size(model: ModelConfig, vocab_size: int | None = None) -> ModelSize:
     norms = 4 * hidden
     embeddings = (rows + model.seq_length) * hidden
     total = embeddings + model.num_layers * (attention + mlp + norms) + 2 * hidden
+    if model.kind == "bert":
+        dense = hidden * hidden + hidden
+        embeddings += 2 * hidden  # token types
+        total += (
+            2 * hidden + (dense + 2 * hidden) + rows + dense + (2 * hidden + 2)
+        )  # masked-LM head, its bias, pooler, 2-way head
+        return ModelSize(total, total - (rows - vocab) * (hidden + 1), embeddings)
     return ModelSize(total, total - (rows - vocab) * hidden, embeddings)
 
 
@@ -58,9 +69,15 @@ def flops_per_token(model: ModelConfig, vocab_size: int | None = None) -> float:
     """Floating-point operations of a training step per token: 6 N + 12 L H S (PaLM, appendix B).
 
     N leaves out the position embeddings, which do no multiplication; attention is counted without the causal half.
+    BERT's pooler works once a sample and is left out; its masked-LM head, with the vocabulary's matrix, works for
+    `BERT_MASKED` of the tokens and counts for that share.
     """
     size = model_size(model, vocab_size)
-    matmul = size.num_parameters - model.seq_length * model.hidden_size
+    matmul: float = size.num_parameters - model.seq_length * model.hidden_size
+    if model.kind == "bert":
+        hidden = model.hidden_size
+        matmul -= hidden * (hidden + 5) + 2  # token types, pooler, 2-way head
+        matmul -= (1 - BERT_MASKED) * (size.embedding_parameters - (model.seq_length + 2) * hidden + hidden * hidden)
     return 6 * matmul + 12 * model.num_layers * model.hidden_size * model.seq_length
 
 
@@ -87,11 +104,10 @@ def memory_bytes(config: RunConfig, world_size: int, vocab_size: int | None = No
     tokens = batch * model.seq_length
     layers = math.ceil(model.num_layers / parallel.pipeline_model_parallel_size)
     per_layer = tokens * model.hidden_size * 34 * width // 2
-    logits = (
-        tokens
-        * padded_vocab_size(vocab_size or model.vocab_size or GPT2_VOCAB_SIZE, model.make_vocab_size_divisible_by)
-        * 8
+    rows = padded_vocab_size(
+        vocab_size or model.vocab_size or VOCAB_SIZES[model.kind], model.make_vocab_size_divisible_by
     )
+    logits = round(tokens * (BERT_MASKED if model.kind == "bert" else 1)) * rows * 8
     states = optimizer_state_tensors(config.optimizer.name) + (1 if low_precision else 0)
     return {
         "parameters": local * width,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_lion.config import RunConfig
-from megatron_lion.model.sizes import GPT2_VOCAB_SIZE, flops_per_token, memory_bytes, model_size
+from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, memory_bytes, model_size
 
 # Dense bf16 FLOP/s of one A100 at 40 % utilisation: what well-tuned 124M-350M runs reach (nanoGPT, MPT).
 _ASSUMED_FLOPS = 0.4 * 312e12
@@ -14,7 +14,7 @@ _ASSUMED_FLOPS = 0.4 * 312e12
 def dry_run(config: RunConfig, world_size: int) -> str:
     """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory a process, time.
 
-    The vocabulary is the config's, else that of the first dataset folder, else GPT-2's.
+    The vocabulary is the config's, else that of the first dataset folder, else the usual one of the kind.
     """
     from megatron_lion.train.announce import batch_sentence
 
@@ -55,7 +55,7 @@ def _vocabulary(config: RunConfig) -> tuple[int, str, int | None]:
         return config.model.vocab_size or found[0].tokenizer.vocab_size, "the data's", tokens
     if config.model.vocab_size:
         return config.model.vocab_size, "the config's", None
-    return GPT2_VOCAB_SIZE, "GPT-2's", None
+    return VOCAB_SIZES[config.model.kind], "the usual", None
 
 
 def _duration(seconds: float) -> str:

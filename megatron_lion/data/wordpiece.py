@@ -1,0 +1,106 @@
+"""BERT's vocab.txt: one WordPiece a line, its number its id; what it must hold and whether it is cased."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from megatron_lion.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_lion.data.tokenizers import Tokenizer
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MAX_WORD_CHARACTERS = 100
+"""A longer word is [UNK], as in BERT."""
+
+
+def parse_wordpieces(data: bytes, where: str) -> dict[str, int]:
+    """Token -> id from vocab.txt.
+
+    Raises:
+        DataError: not UTF-8, a token twice, no continuation pieces, or no [UNK].
+    """
+    try:
+        lines = data.decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: byte {error.start} is not UTF-8; is this the right file?") from None
+    vocab: dict[str, int] = {}
+    for index, line in enumerate(lines):
+        token = line.rstrip("\r")
+        if token in vocab:
+            raise DataError(
+                f"{where}: line {index + 1}: {token!r} is line {vocab[token] + 1} too; each token needs one line"
+            )
+        vocab[token] = index
+    if not any(token.startswith("##") for token in vocab):
+        raise DataError(f"{where}: no line begins with ##; is this a WordPiece vocabulary (one token a line)?")
+    if "[UNK]" not in vocab:
+        raise DataError(f"{where}: [UNK] is missing; a BERT vocabulary has {', '.join(SPECIAL_TOKENS)}")
+    return vocab
+
+
+def is_cased(vocab: dict[str, int]) -> bool:
+    """Whether a vocabulary tells capitals from small letters: it has a capital besides those of [UNK] and the like.
+
+    >>> is_cased({"[UNK]": 0, "the": 1, "##s": 2}), is_cased({"[UNK]": 0, "The": 1})
+    (False, True)
+    """
+    return any(token != token.lower() for token in vocab if not (token.startswith("[") and token.endswith("]")))
+
+
+def wordpiece_definition(vocab: dict[str, int], *, lowercase: bool) -> dict[str, Any]:
+    """BERT's tokenizer as a tokenizer.json document.
+
+    Control characters are dropped, Chinese characters stand alone, accents go with the capitals, punctuation divides.
+
+    Args:
+        vocab: from `parse_wordpieces`.
+        lowercase: for an uncased vocabulary.
+    """
+    special = [
+        {"id": vocab[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        for token in SPECIAL_TOKENS if token in vocab
+    ]  # fmt: skip
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": lowercase,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": None,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": MAX_WORD_CHARACTERS,
+            "vocab": vocab,
+        },
+    }
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK], all of which BERT needs.
+
+    Raises:
+        DataError: the tokenizer is no WordPiece, or lacks some of them; names them.
+    """
+    if tokenizer.kind != "WordPiece":
+        raise DataError(
+            f"{tokenizer.source}: a {tokenizer.kind} tokenizer; BERT needs a WordPiece vocabulary (vocab.txt, one token a line)"
+        )
+    ids = {token: tokenizer.backend.token_to_id(token) for token in SPECIAL_TOKENS}
+    absent = [token for token, index in ids.items() if index is None]
+    if absent:
+        raise DataError(
+            f"{tokenizer.source}: {' and '.join(absent)} {'are' if len(absent) > 1 else 'is'} not in the vocabulary of "
+            f"{tokenizer.vocab_size} tokens; BERT needs {', '.join(SPECIAL_TOKENS)}"
+        )
+    return {token: int(index) for token, index in ids.items() if index is not None}
