@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -22,9 +22,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--num-batches", type=int, default=None, help="global batches to average; default: the run's probe.num_batches")
     add(
         "--data",
-        type=str,
+        type=Literal["fixed", "fresh", "test"] | None,
         default=None,
-        choices=["fixed", "fresh", "test"],
         help="training samples, the same for every step (fixed) or others for each (fresh), or the test split; "
         "default: the run's probe.data",
     )

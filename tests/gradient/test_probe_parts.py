@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -228,7 +229,7 @@ def test_rungs_double_and_end_with_all(n):
     assert rungs[0] == 1
     assert rungs[-1] == n
     assert rungs == sorted(set(rungs))
-    assert all(b == 2 * a for a, b in zip(rungs, rungs[1:-1], strict=False))
+    assert all(b == 2 * a for a, b in pairwise(rungs[:-1]))
 
 
 @given(signal=st.floats(0.1, 10), variance=st.floats(0, 100), small=st.integers(1, 5), factor=st.integers(2, 50))
