@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets import helpers
-from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset
+from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
 
 from megatron_lion.config import DataConfig
 from megatron_lion.data.indexed_check import HEADER, IndexedInfo
@@ -23,6 +23,9 @@ from megatron_lion.errors import DataError
 
 LONGEST_SENTENCE = 512
 """Megatron's sample index passes over every document with a longer sentence (LONG_SENTENCE_LEN in its helpers)."""
+
+
+BertDatasetConfig = BERTMaskedWordPieceDatasetConfig
 
 
 class WordPieceIds:

@@ -254,7 +254,7 @@ def _dataset_classes(
                 for prefix in corpora.prefixes[split]:
                     bert.check_sentences(corpora.infos[prefix], *bounds)
         special = bert.bert_settings(corpora.tokenizer, corpora.digest, corpora.settings)
-        return bert.BertDataset, bert.BERTMaskedWordPieceDatasetConfig, special
+        return bert.BertDataset, bert.BertDatasetConfig, special
     eod = corpora.tokenizer.eod_id if corpora.tokenizer is not None else corpora.vocab_size - 1
     return (
         GPTDataset,
