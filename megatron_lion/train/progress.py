@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megatron_lion.config import RunConfig
+from megatron_lion.gradient.moving import window_cost
 from megatron_lion.model.sizes import model_size
 from megatron_lion.train.announce import batch_sentence
 from megatron_lion.train.run import Run
@@ -38,6 +39,8 @@ def announce(run: Run, *, resumed: bool) -> None:
     ]
     if epochs > 1.05:
         lines.append(f"note: the training data is read {epochs:.1f} times")
+    if config.probe.every and config.probe.mode == "moving":
+        lines.append(window_cost(config, size.num_parameters, run.ranks))
     if resumed:
         lines.append(f"resuming after step {run.step:,}: checkpoint verified")
     for line in lines:
