@@ -38,21 +38,39 @@ def draw_run(run_dir: str | Path) -> list[Path]:
 
 
 def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """r = ‖∇f‖₁/‖∇f‖₂ of the whole model over the steps of runs, with √d and 0.798 √d."""
-    figure, axes = _figure(1)
+    """r = ‖∇f‖₁/‖∇f‖₂ over the steps of runs, with √d and 0.798 √d; beside it r/√d with and without embeddings."""
+    figure, (left, right) = _figure(2)
     d = _same_d(runs)
     for label, probes in runs.items():
         steps = [probe["step"] for probe in probes]
         color = _color(probes, label)
-        axes.plot(steps, [probe["all"]["norm_ratio"] for probe in probes], "o-", color=color, label=label)
-        singles = [(probe["step"], probe["ladder"][0]["norm_ratio"]) for probe in probes if len(probe["ladder"]) > 1]
+        left.plot(steps, [_nan(probe["all"]["norm_ratio"]) for probe in probes], "o-", color=color, label=label)
+        singles = [
+            (probe["step"], _nan(probe["ladder"][0]["norm_ratio"])) for probe in probes if len(probe["ladder"]) > 1
+        ]
         if singles:
-            axes.plot(*zip(*singles, strict=True), ":", color=color, label=f"{label}, one batch only")
-    _reference_lines(axes, d)
+            left.plot(*zip(*singles, strict=True), ":", color=color, label=f"{label}, one batch only")
+        for part, style, text in (("all", "o-", "all parameters"), ("without_embeddings", "s--", "without embeddings")):
+            values = [_nan(probe[part]["norm_ratio_over_sqrt_d"]) for probe in probes]
+            right.plot(steps, values, style, color=color, markersize=4, label=f"{label}, {text}")
+    _reference_lines(left, d)
     batches = sorted({probe["num_batches"] for probes in runs.values() for probe in probes})
-    axes.set(xlabel="step", ylabel="r = ‖∇f‖₁ / ‖∇f‖₂", ylim=(0, 1.08 * math.sqrt(d)))
-    axes.set_title(f"Norm ratio, mean of {'/'.join(map(str, batches))} batches, d = {d:,}", fontsize=10)
-    axes.legend(fontsize=8, loc="center right")
+    left.set(xlabel="step", ylabel="r = ‖∇f‖₁ / ‖∇f‖₂", ylim=(0, 1.08 * math.sqrt(d)))
+    left.set_title(f"Norm ratio, mean of {'/'.join(map(str, batches))} batches, d = {d:,}", fontsize=10)
+    right.axhline(GAUSSIAN_RATIO, color=_GREY, linewidth=1, linestyle="-.")
+    right.text(
+        0.01,
+        GAUSSIAN_RATIO,
+        "0.798: pure Gaussian noise",
+        color=_GREY,
+        fontsize=8,
+        va="bottom",
+        transform=right.get_yaxis_transform(),
+    )
+    right.set(xlabel="step", ylabel="r / √d, each with its own d", ylim=(0, 1.08))
+    right.set_title("The same as a share of its upper bound", fontsize=10)
+    for axes in (left, right):
+        axes.legend(fontsize=8, loc="best")
     return _save(figure, path)
 
 
@@ -91,19 +109,18 @@ def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> 
     grid, kinds = _layer_by_kind(probes[-1], layers)
     figure = Figure(figsize=(9.5, 0.32 * len(layers) + 1.9), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[max(4, len(probes)), len(kinds) + 1])
-    top = max(1e-9, float(np.nanmax([np.nanmax(over_time), np.nanmax(grid)])))
     for axes, values, names, title in (
         (left, over_time, [f"{probe['step']:,}" for probe in probes], "over training (step)"),
         (right, grid, kinds, f"by kind, step {probes[-1]['step']:,}"),
     ):
-        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(top, GAUSSIAN_RATIO))
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
         axes.set_xticks(range(len(names)), names, fontsize=7, rotation=45 if len(names) > 6 else 0)
         axes.set_yticks(range(len(layers)), layers, fontsize=7)
         axes.set_title(title, fontsize=9)
         if values.size <= 150:
             for (row, column), value in np.ndenumerate(values):
                 if not np.isnan(value):
-                    shade = "white" if value < 0.55 * max(top, GAUSSIAN_RATIO) else "black"
+                    shade = "white" if value < 0.55 else "black"
                     axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=shade)
     bar = figure.colorbar(image, ax=[left, right], shrink=0.9)
     bar.ax.axhline(GAUSSIAN_RATIO, color="white", linewidth=1.5)
@@ -133,9 +150,10 @@ def _layer_by_kind(probe: Mapping[str, Any], layers: list[str]) -> tuple[Any, li
 def _figure(columns: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # draws with Agg, whatever the machine's display
 
-    figure = Figure(figsize=(6.4 * columns, 4.0), layout="constrained")
+    figure = Figure(figsize=(5.6 * columns + 0.8, 4.0), layout="constrained")
     axes = figure.subplots(1, columns)
-    axes.grid(alpha=0.25)
+    for part in axes if columns > 1 else [axes]:
+        part.grid(alpha=0.25)
     return figure, axes
 
 

@@ -106,6 +106,16 @@ class MovingWindow:
         return [shard for shard in local_shards(self.model, self.optimizer) if shard.grad is not None]
 
 
+def window_cost(config: RunConfig, num_parameters: int, ranks: Ranks) -> str:
+    """What the moving mode costs this run, in a sentence."""
+    shards = ranks.tp_size * ranks.pp_size * (ranks.dp_size if config.parallel.use_distributed_optimizer else 1)
+    probe = config.probe
+    return (
+        f"probe.mode moving: the last {probe.num_batches:,} steps before every {probe.every:,}th keep {4 * num_parameters / shards / 2**20:,.1f} MiB "
+        "more a process (4 bytes a parameter of its shard) and read its gradient once more; no passes besides"
+    )
+
+
 def _grad(shard: Shard) -> torch.Tensor:
     assert shard.grad is not None
     return shard.grad
