@@ -43,7 +43,7 @@ def _blocks(slots: Sequence[Slot]) -> Iterator[Slot]:
             continue
         flat = [tensor.as_strided((numel,), (1,)) for tensor in (slot.param, slot.grad, *state.values())]
         for parts in zip(*(tensor.split(size) for tensor in flat), strict=True):
-            yield Slot(parts[0], parts[1], dict(zip(state, parts[2:], strict=True)), slot.group)
+            yield Slot(parts[0], parts[1], dict(zip(state, parts[2:], strict=True)), slot.group, slot.caution)
 
 
 def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
@@ -60,6 +60,8 @@ def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torc
     direction.add_(torch.mul(grad, 1 - beta1, out=scratch))
     torch.sub(direction, direction, out=scratch)  # 0, or NaN where the interpolation is not finite
     direction.sign_().add_(scratch)
+    if slot.caution is not None:
+        direction.mul_(torch.where(direction * grad > 0, slot.caution, 0.0))
     direction.add_(torch.mul(param, slot.group["weight_decay"], out=scratch))
     param.sub_(direction.mul_(lr))
     exp_avg.mul_(beta2).add_(torch.mul(grad, 1 - beta2, out=scratch))
@@ -82,6 +84,9 @@ def _foreach_group(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
     directions = torch._foreach_sign(interpolations)
     torch._foreach_sub_(interpolations, interpolations)
     torch._foreach_add_(directions, interpolations)
+    for slot, direction, grad in zip(slots, directions, grads, strict=True):
+        if slot.caution is not None:
+            direction.mul_(torch.where(direction * grad > 0, slot.caution, 0.0))
     torch._foreach_add_(directions, torch._foreach_mul(params, group["weight_decay"]))
     torch._foreach_mul_(directions, lr)
     torch._foreach_sub_(params, directions)

@@ -19,14 +19,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Columns of `rows`: int64 addresses, then the number of elements and the group's index.
+# Columns of `rows`: int64 addresses, then the number of elements, the group's index and the tensor's.
 PARAM = tl.constexpr(0)
 GRAD = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
 MASTER = tl.constexpr(3)
 NUMEL = tl.constexpr(4)
 GROUP = tl.constexpr(5)
-ROW = tl.constexpr(6)
+SLOT = tl.constexpr(6)
+ROW = tl.constexpr(7)
 # Columns of `groups`, float32. The rate's column is used where the rate is a number and not a tensor.
 WEIGHT_DECAY = tl.constexpr(0)
 BETA1 = tl.constexpr(1)
@@ -61,7 +62,7 @@ def _bf16_bits(values: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _pointers(
+def pointers(
     address: tl.tensor, kind: tl.constexpr, start: tl.tensor, offsets: tl.tensor, ALIGNED: tl.constexpr
 ) -> tl.tensor:
     base = address.to(tl.pointer_type(kind))
@@ -130,15 +131,79 @@ def _pack_int8(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
-def _lion(
-    p: tl.tensor, g: tl.tensor, m: tl.tensor, group: tl.tensor, lr: tl.tensor, BEGIN: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """The equations: parameter and momentum after the step."""
-    if BEGIN:
-        m = tl.where(m == m, m, g)
+def sign_or_nan(g: tl.tensor, m: tl.tensor, group: tl.tensor) -> tl.tensor:
+    """The sign of the interpolation; NaN where it is not finite."""
     c = m * tl.load(group + BETA1) + g * tl.load(group + ONE_MINUS_BETA1)
     sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
-    sign = tl.where(tl.abs(c) < float("inf"), sign, float("nan"))
+    return tl.where(tl.abs(c) < float("inf"), sign, float("nan"))
+
+
+@triton.jit
+def load_grad_and_momentum(
+    grads: tl.tensor,
+    exp_avgs: tl.tensor,
+    scales: tl.tensor,
+    mask: tl.tensor,
+    scale_mask: tl.tensor,
+    multiplier: tl.tensor,
+    MOMENTUM: tl.constexpr,
+    BEGIN: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Both in float32; the gradient multiplied, a momentum that has not begun equal to it."""
+    g = _load(grads, mask, MASKED).to(tl.float32) * multiplier
+    if MOMENTUM == "int8":
+        m = _load(exp_avgs, mask, MASKED).to(tl.float32)
+        m = m * _float(_load(scales, scale_mask, MASKED).to(tl.uint32) << 16)[:, None]
+    elif MOMENTUM == "bf16":
+        m = _float(_load(exp_avgs, mask, MASKED).to(tl.uint32) << 16)
+    else:
+        m = _load(exp_avgs, mask, MASKED)
+    if BEGIN:
+        m = tl.where(m == m, m, g)
+    return g, m
+
+
+@triton.jit
+def momentum_places(
+    row: tl.tensor,
+    start: tl.tensor,
+    numel: tl.tensor,
+    MOMENTUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """(offsets, mask) of a chunk's elements; addresses of its momentum; (addresses, mask) of an int8 one's scales."""
+    MOMENTUM_TYPE: tl.constexpr = tl.int8 if MOMENTUM == "int8" else tl.uint16 if MOMENTUM == "bf16" else tl.float32
+    address = tl.load(row + EXP_AVG)
+    if MOMENTUM == "int8":
+        blocks = tl.arange(0, BLOCK // INT8_BLOCK)
+        offsets = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
+        first_scale = address + (numel + INT8_BLOCK - 1) // INT8_BLOCK * INT8_BLOCK
+        scales = pointers(first_scale, tl.uint16, start // INT8_BLOCK, blocks, False)
+        scale_mask = blocks * INT8_BLOCK < numel - start
+        exp_avgs = pointers(address, MOMENTUM_TYPE, start, offsets, ALIGNED)
+    else:
+        offsets = tl.arange(0, BLOCK)
+        exp_avgs = pointers(address, MOMENTUM_TYPE, start, offsets, ALIGNED)
+        scales, scale_mask = exp_avgs, offsets < numel - start
+    return offsets, offsets < numel - start, exp_avgs, scales, scale_mask
+
+
+@triton.jit
+def _lion(
+    p: tl.tensor,
+    g: tl.tensor,
+    m: tl.tensor,
+    group: tl.tensor,
+    lr: tl.tensor,
+    caution: tl.tensor,
+    CAUTIOUS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The equations: parameter and momentum after the step."""
+    sign = sign_or_nan(g, m, group)
+    if CAUTIOUS:
+        sign = sign * tl.where(sign * g > 0, caution, 0.0)
     u = sign + p * tl.load(group + WEIGHT_DECAY)
     p = p - u * lr
     m = m * tl.load(group + BETA2) + g * tl.load(group + ONE_MINUS_BETA2)
@@ -153,11 +218,13 @@ def _update_chunk(
     group: tl.tensor,
     lr: tl.tensor,
     multiplier: tl.tensor,
+    caution: tl.tensor,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     MASTER_WEIGHTS: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
@@ -169,41 +236,23 @@ def _update_chunk(
     )
     # bfloat16 is handled as its 16 bits: Triton's interpreter does not round to it as devices do.
     STORED_TYPE: tl.constexpr = tl.uint16 if tl.bfloat16 == PARAM_TYPE else PARAM_TYPE
-    MOMENTUM_TYPE: tl.constexpr = tl.int8 if MOMENTUM == "int8" else tl.uint16 if MOMENTUM == "bf16" else tl.float32
-    exp_avg_address = tl.load(row + EXP_AVG)
-    if MOMENTUM == "int8":
-        blocks = tl.arange(0, BLOCK // INT8_BLOCK)
-        offsets = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
-        first_scale = exp_avg_address + (numel + INT8_BLOCK - 1) // INT8_BLOCK * INT8_BLOCK
-        scales = _pointers(first_scale, tl.uint16, start // INT8_BLOCK, blocks, False)
-        scale_mask = blocks * INT8_BLOCK < numel - start
-    else:
-        offsets = tl.arange(0, BLOCK)
-    mask = offsets < numel - start
-    params = _pointers(tl.load(row + PARAM), STORED_TYPE, start, offsets, ALIGNED)
-    grads = _pointers(tl.load(row + GRAD), GRAD_TYPE, start, offsets, ALIGNED)
-    exp_avgs = _pointers(exp_avg_address, MOMENTUM_TYPE, start, offsets, ALIGNED)
+    offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
+    params = pointers(tl.load(row + PARAM), STORED_TYPE, start, offsets, ALIGNED)
+    grads = pointers(tl.load(row + GRAD), GRAD_TYPE, start, offsets, ALIGNED)
 
-    g = _load(grads, mask, MASKED).to(tl.float32) * multiplier
-    if MOMENTUM == "int8":
-        m = _load(exp_avgs, mask, MASKED).to(tl.float32)
-        m = m * _float(_load(scales, scale_mask, MASKED).to(tl.uint32) << 16)[:, None]
-    elif MOMENTUM == "bf16":
-        m = _float(_load(exp_avgs, mask, MASKED).to(tl.uint32) << 16)
-    else:
-        m = _load(exp_avgs, mask, MASKED)
+    g, m = load_grad_and_momentum(grads, exp_avgs, scales, mask, scale_mask, multiplier, MOMENTUM, BEGIN, MASKED)
     if MASTER_WEIGHTS == "none":
         p = _load(params, mask, MASKED)
         if tl.bfloat16 == PARAM_TYPE:
             p = _float(p.to(tl.uint32) << 16)
         p = p.to(tl.float32)
     else:
-        masters = _pointers(tl.load(row + MASTER), MASTER_TYPE, start, offsets, ALIGNED)
+        masters = pointers(tl.load(row + MASTER), MASTER_TYPE, start, offsets, ALIGNED)
         p = _load(masters, mask, MASKED)
         if SPLIT:
             p = _join_master(_load(params, mask, MASKED), p, MASTER_WEIGHTS)
 
-    p, m = _lion(p, g, m, group, lr, BEGIN)
+    p, m = _lion(p, g, m, group, lr, caution, CAUTIOUS)
 
     if SPLIT:
         hi, remainder = _split_master(p, MASTER_WEIGHTS)
@@ -234,11 +283,13 @@ def lion_kernel(
     lr_addresses: tl.tensor,
     multiplier: tl.tensor,
     found_inf: tl.tensor,
+    cautions: tl.tensor,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
     MASTER_WEIGHTS: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     HAS_MULTIPLIER: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -253,9 +304,11 @@ def lion_kernel(
         lr_addresses: int64 [G]: where each group's rate lies, float32.
         multiplier: float32 [1], read if HAS_MULTIPLIER: every gradient is multiplied by it.
         found_inf: float32 [1], read if HAS_FOUND_INF: unless it is 0, nothing is written.
+        cautions: float32 [tensors], read if CAUTIOUS: how far the elements of a tensor that move do so.
         PARAM_TYPE: of the parameters; likewise GRAD_TYPE.
         MASTER_WEIGHTS: form of the master weights; likewise MOMENTUM.
         BEGIN: whether a momentum that is NaN takes the gradient.
+        CAUTIOUS: whether only elements move whose sign is that of their gradient.
         ALIGNED: whether every address in `rows` is a multiple of 16.
         BLOCK: elements a program, a multiple of 32.
     """
@@ -269,12 +322,15 @@ def lion_kernel(
     factor = 1.0  # g · 1 is g
     if HAS_MULTIPLIER:
         factor = tl.load(multiplier)
+    caution = 1.0
+    if CAUTIOUS:
+        caution = tl.load(cautions + tl.load(row + SLOT))
     if HAS_FOUND_INF:
         skip = tl.load(found_inf) != 0
     else:
         skip = False
     if not skip:
         if start + BLOCK <= numel:
-            _update_chunk(row, start, numel, group, lr, factor, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, ALIGNED, BLOCK, False)  # fmt: skip # noqa: E501
+            _update_chunk(row, start, numel, group, lr, factor, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, False)  # fmt: skip # noqa: E501
         else:
-            _update_chunk(row, start, numel, group, lr, factor, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, ALIGNED, BLOCK, True)  # fmt: skip # noqa: E501
+            _update_chunk(row, start, numel, group, lr, factor, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, True)  # fmt: skip # noqa: E501

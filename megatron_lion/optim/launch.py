@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from .agreement import agreement_kernel
+from .cautious import factors
 from .kernels import lion_kernel
 from .lion import Lion, PlainLayout, Slot
 
@@ -26,7 +28,7 @@ NUM_WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 Kind = tuple[torch.device, torch.dtype, torch.dtype, str, bool]
-Row = tuple[int, int, int, int, int, int]
+Row = tuple[int, int, int, int, int, int, int]
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Plan:
     """The tables of one launch, and what they were made from.
 
     Attributes:
-        rows: (addresses of parameter, gradient, momentum and master weight; elements; group) of every tensor.
+        rows: (addresses of parameter, gradient, momentum and master weight; elements; group; tensor) of every tensor.
         hyper: (decay, β1, 1-β1, β2, 1-β2, rate or 0) of every group.
         lrs: (address of the rate or 0) of every group.
         rows_table: `rows` on the device, int64.
@@ -65,13 +67,17 @@ class Fleet:
             ValueError: a dtype that the kernel does not do.
         """
         self.layout = optimizer.layout
+        self.cautious, self.sum_agreement = optimizer.cautious, optimizer.sum_agreement
+        self.params = [slot.param for slot in slots]
+        if self.cautious and slots:
+            self.numels = _upload(torch.tensor([param.numel() for param in self.params]), self.params[0].device)
         self.groups = list({id(slot.group): slot.group for slot in slots}.values())
         self.steps = [slot.state["step"] for slot in slots if "step" in slot.state]
         self.plans: dict[Kind, Plan] = {}
         index = {id(group): number for number, group in enumerate(self.groups)}
         kinds: dict[Kind, list[Row]] = {}
-        for slot in slots:
-            kind, row = _describe(slot, self.layout, index[id(slot.group)])
+        for number, slot in enumerate(slots):
+            kind, row = _describe(slot, self.layout, index[id(slot.group)], number)
             kinds.setdefault(kind, []).append(row)
         for kind, rows in kinds.items():
             before = old.plans.get(kind) if old is not None else None
@@ -91,14 +97,25 @@ class Fleet:
             found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
         """
         for kind, plan in self.plans.items():
-            self.plans[kind] = plan = update_plan(plan, plan.rows, self.groups, kind[0])
+            update_plan(plan, plan.rows, self.groups, kind[0])
+        cautions = self._cautions(begin, multiplier) if self.cautious else None
+        for kind, plan in self.plans.items():
             if len(plan.chunks_table):
-                scalars = (_scalar(multiplier, kind[0]), _scalar(found_inf, kind[0]))
+                scalars = (_scalar(multiplier, kind[0]), _scalar(found_inf, kind[0]), cautions)
                 launch(plan, kind, self.layout.momentum, begin, *scalars)
         if self.steps:
             found = _scalar(found_inf, self.steps[0].device)
             taken = 1.0 if found is None else torch.eq(found, 0).to(torch.float32)
             torch._foreach_add_(self.steps, taken)
+
+    def _cautions(self, begin: bool, multiplier: torch.Tensor | None) -> torch.Tensor:
+        """How far the moving elements of each tensor go: one launch of its own for each kind."""
+        device = self.params[0].device
+        counts = torch.zeros(len(self.params), dtype=torch.int64, device=device)
+        for kind, plan in self.plans.items():
+            if len(plan.chunks_table):
+                count_agreement(plan, kind, self.layout.momentum, begin, _scalar(multiplier, kind[0]), counts)
+        return factors(self.params, counts, self.numels, self.sum_agreement)
 
 
 def _scalar(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
@@ -128,7 +145,7 @@ def _signature(optimizer: Lion) -> list[Any] | None:
     return found
 
 
-def _describe(slot: Slot, layout: PlainLayout, group: int) -> tuple[Kind, Row]:
+def _describe(slot: Slot, layout: PlainLayout, group: int, number: int) -> tuple[Kind, Row]:
     param, grad = slot.param, slot.grad
     if param.dtype not in TYPES or grad.dtype not in TYPES:
         raise ValueError(
@@ -139,7 +156,7 @@ def _describe(slot: Slot, layout: PlainLayout, group: int) -> tuple[Kind, Row]:
     master = slot.state["master_param"].data_ptr() if form != "none" else 0
     addresses = (param.data_ptr(), grad.data_ptr(), slot.state["exp_avg"].data_ptr(), master)
     aligned = not any(address % 16 for address in addresses)
-    return (param.device, param.dtype, grad.dtype, form, aligned), (*addresses, param.numel(), group)
+    return (param.device, param.dtype, grad.dtype, form, aligned), (*addresses, param.numel(), group, number)
 
 
 def launch(
@@ -149,6 +166,7 @@ def launch(
     begin: bool,
     multiplier: torch.Tensor | None,
     found_inf: torch.Tensor | None,
+    cautions: torch.Tensor | None = None,
 ) -> None:
     """Starts the kernel on what the plan names."""
     device, param_dtype, grad_dtype, form, aligned = kind
@@ -161,13 +179,38 @@ def launch(
             plan.lrs_table,
             multiplier,
             found_inf,
+            cautions,
             PARAM_TYPE=TYPES[param_dtype],
             GRAD_TYPE=TYPES[grad_dtype],
             MASTER_WEIGHTS=form,
             MOMENTUM=momentum,
             BEGIN=begin,
+            CAUTIOUS=cautions is not None,
             HAS_MULTIPLIER=multiplier is not None,
             HAS_FOUND_INF=found_inf is not None,
+            ALIGNED=aligned,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def count_agreement(
+    plan: Plan, kind: Kind, momentum: str, begin: bool, multiplier: torch.Tensor | None, counts: torch.Tensor
+) -> None:
+    """Adds to `counts` what the plan's tensors have to move with their gradients."""
+    device, _, grad_dtype, _, aligned = kind
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        agreement_kernel[(len(plan.chunks_table),)](
+            plan.rows_table,
+            plan.chunks_table,
+            plan.groups_table,
+            multiplier,
+            counts,
+            GRAD_TYPE=TYPES[grad_dtype],
+            MOMENTUM=momentum,
+            BEGIN=begin,
+            HAS_MULTIPLIER=multiplier is not None,
             ALIGNED=aligned,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,

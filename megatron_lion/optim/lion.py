@@ -28,6 +28,7 @@ class Slot(NamedTuple):
     grad: torch.Tensor
     state: dict[str, torch.Tensor]
     group: dict[str, Any]
+    caution: torch.Tensor | None = None
 
 
 class AdamWPair(NamedTuple):
@@ -113,6 +114,9 @@ class Lion(torch.optim.Optimizer):
         master_weights: "none" (the parameter is all there is), "fp32", "split32" or "split24".
         momentum: "fp32", "bf16" or "int8" (blocks of 32 elements with a bfloat16 scale). The last two need
             β2 ≤ 0.996: a momentum that shrinks by less than 2^-8 a step would not shrink at all.
+        cautious: move only where s(c) and the gradient have the same sign, and there by φη, φ the inverse of the
+            share of such elements in the parameter (Cautious LION; reads gradient and momentum twice).
+        sum_agreement: for cautious parameters that are shards: see `megatron_lion.optim.cautious.factors`.
         count_steps: keep a 0-d float32 `step` in every parameter's state, for software that looks for it.
 
     Raises:
@@ -132,7 +136,7 @@ class Lion(torch.optim.Optimizer):
     """
 
     _fleet: Any = None  # tables of the fused kernel, kept between steps
-    _SETTINGS = ("init_exp_avg", "implementation", "count_steps", "layout")
+    _SETTINGS = ("init_exp_avg", "implementation", "count_steps", "layout", "cautious", "sum_agreement")
 
     def __init__(
         self,
@@ -145,6 +149,8 @@ class Lion(torch.optim.Optimizer):
         implementation: str = "auto",
         master_weights: str = "none",
         momentum: str = "fp32",
+        cautious: bool = False,
+        sum_agreement: Callable[[Sequence[torch.Tensor], torch.Tensor], None] | None = None,
         count_steps: bool = False,
     ) -> None:
         _check_choice("init_exp_avg", init_exp_avg, INIT_CHOICES)
@@ -154,6 +160,8 @@ class Lion(torch.optim.Optimizer):
         self.init_exp_avg = init_exp_avg
         self.implementation = implementation
         self.count_steps = count_steps
+        self.cautious = cautious
+        self.sum_agreement = sum_agreement
         self.layout = PlainLayout()
         if (master_weights, momentum) != ("none", "fp32"):
             from .precision import PackedLayout
@@ -170,6 +178,8 @@ class Lion(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
+            if self.cautious and self.sum_agreement is None and any(map(_is_sharded, self.param_groups[-1]["params"])):
+                raise ValueError("cautious = True with DTensor parameters: needs sum_agreement, for φ is a parameter's")
             self.layout.check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
@@ -221,6 +231,10 @@ class Lion(torch.optim.Optimizer):
                 from .foreach import foreach_step as take_step
             else:
                 take_step = reference_step
+            if self.cautious:
+                from .cautious import with_caution
+
+                slots = with_caution(slots, self.layout, begin, grad_multiplier, self.sum_agreement)
             take_step(slots, self.layout, begin, grad_multiplier)
             if self.count_steps and slots:
                 torch._foreach_add_([slot.state["step"] for slot in slots], 1.0)
@@ -359,6 +373,7 @@ def lion_update(
     lr: float | torch.Tensor,
     betas: tuple[float, float],
     weight_decay: float,
+    caution: torch.Tensor | None = None,
 ) -> None:
     """The equations themselves, in place on `param_N` and `exp_avg_N`; all three of one compute dtype.
 
@@ -368,8 +383,10 @@ def lion_update(
     beta1, beta2 = betas
     interpolation_N = exp_avg_N * beta1 + grad_N * (1 - beta1)
     nan_if_not_finite_N = interpolation_N - interpolation_N  # else 0: torch.sign alone calls NaN 0 and inf 1
-    direction_N = interpolation_N.sign() + nan_if_not_finite_N + param_N * weight_decay
-    param_N.sub_(direction_N * lr)
+    direction_N = interpolation_N.sign() + nan_if_not_finite_N
+    if caution is not None:
+        direction_N = direction_N * torch.where(direction_N * grad_N > 0, caution, 0.0)
+    param_N.sub_((direction_N + param_N * weight_decay) * lr)
     exp_avg_N.copy_(exp_avg_N * beta2 + grad_N * (1 - beta2))
 
 
@@ -390,8 +407,12 @@ def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
         if begin:
             exp_avg_N.copy_(torch.where(exp_avg_N.isnan(), grad_N, exp_avg_N))
         group = slot.group
-        lion_update(param_N, grad_N, exp_avg_N, group["lr"], group["betas"], group["weight_decay"])
+        lion_update(param_N, grad_N, exp_avg_N, group["lr"], group["betas"], group["weight_decay"], slot.caution)
         layout.write(slot, param_N, exp_avg_N)
+
+
+def _is_sharded(param: torch.Tensor) -> bool:
+    return hasattr(param, "to_local")
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

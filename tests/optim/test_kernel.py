@@ -75,11 +75,11 @@ def test_elements_beyond_two_to_the_31(master_weights, momentum):
     if momentum == "int8":
         state["exp_avg"], tail = far_away(tail, beyond, length)
     slot = launch.Slot(param, plain.decoupled_grad, state, expected.param_groups[0])
-    kind, row = launch._describe(slot, PackedLayout(master_weights, momentum), 0)
+    kind, row = launch._describe(slot, PackedLayout(master_weights, momentum), 0, 0)
     sizes = [2, 4, 0 if momentum == "int8" else tail.element_size()]
     sizes.append(state["master_param"].element_size() if "master_param" in state else 0)
     addresses = [address - beyond * size for address, size in zip(row[:4], sizes, strict=True)]
-    plan = launch.update_plan(None, ((*addresses, beyond + length, 0),), expected.param_groups, DEVICE)
+    plan = launch.update_plan(None, ((*addresses, beyond + length, 0, 0),), expected.param_groups, DEVICE)
     plan.chunks_table = torch.tensor([[0, first], [0, first + 1]], dtype=torch.int32, device=DEVICE)
     launch.launch(plan, kind, momentum, False, None, None)
 

@@ -16,15 +16,16 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from megatron_lion.optim.agreement import agreement_kernel
 from megatron_lion.optim.kernels import lion_kernel
 from megatron_lion.optim.launch import BLOCK, NUM_WARPS
 
 pointers = {"rows": "*i64", "chunks": "*i32", "groups": "*fp32", "lr_addresses": "*i64", "multiplier": "*fp32",
-            "found_inf": "*fp32"}
+            "found_inf": "*fp32", "cautions": "*fp32"}
 found = []
 for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
     fixed = {"PARAM_TYPE": getattr(tl, param), "GRAD_TYPE": getattr(tl, grad), "MASTER_WEIGHTS": master,
-             "MOMENTUM": momentum, "BEGIN": True, "HAS_MULTIPLIER": True, "HAS_FOUND_INF": True, "ALIGNED": True,
+             "MOMENTUM": momentum, "BEGIN": True, "CAUTIOUS": False, "HAS_MULTIPLIER": True, "HAS_FOUND_INF": True, "ALIGNED": True,
              "BLOCK": BLOCK}
     source = ASTSource(
         fn=lion_kernel,
@@ -47,6 +48,17 @@ for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
         "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
         "shared": kernel.metadata.shared,
     })
+for momentum in ("fp32", "bf16", "int8"):
+    fixed = {"GRAD_TYPE": tl.bfloat16, "MOMENTUM": momentum, "BEGIN": True, "HAS_MULTIPLIER": True, "ALIGNED": True,
+             "BLOCK": BLOCK}
+    signature = {name: pointers[name] for name in ("rows", "chunks", "groups", "multiplier")}
+    source = ASTSource(
+        fn=agreement_kernel,
+        signature={**signature, "counts": "*i64", **dict.fromkeys(fixed, "constexpr")},
+        constexprs={(agreement_kernel.arg_names.index(name),): value for name, value in fixed.items()},
+    )
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    found.append({"fused": len(re.findall(r"\bfma\.", kernel.asm["ptx"]))})
 sys.stdout.write(json.dumps(found))
 """
 
@@ -81,3 +93,7 @@ def test_the_kernel_compiles_to_wide_exact_code(compiled, index):
     # 65,536 registers and 2,048 threads an SM: up to 32 registers all of them can live at once, at 40 still 1,536.
     assert kernel["registers"] <= 40
     assert kernel["shared"] <= 1024
+
+
+def test_the_counting_kernel_compiles_to_exact_code(compiled):
+    assert [kernel["fused"] for kernel in compiled[len(CASES) :]] == [0, 0, 0]

@@ -1,0 +1,70 @@
+"""The Triton kernel that counts, for Cautious LION, the elements that would move with their gradient."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import (
+    GRAD,
+    GROUP,
+    GROUP_ROW,
+    NUMEL,
+    ROW,
+    SLOT,
+    load_grad_and_momentum,
+    momentum_places,
+    pointers,
+    sign_or_nan,
+)
+
+
+@triton.jit
+def _count_chunk(
+    row: tl.tensor,
+    start: tl.tensor,
+    numel: tl.tensor,
+    group: tl.tensor,
+    multiplier: tl.tensor,
+    counts: tl.tensor,
+    GRAD_TYPE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEGIN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+) -> None:
+    offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
+    grads = pointers(tl.load(row + GRAD), GRAD_TYPE, start, offsets, ALIGNED)
+    g, m = load_grad_and_momentum(grads, exp_avgs, scales, mask, scale_mask, multiplier, MOMENTUM, BEGIN, MASKED)
+    agrees = sign_or_nan(g, m, group) * g > 0  # beyond the mask g is 0
+    tl.atomic_add(counts + tl.load(row + SLOT), tl.sum(agrees.to(tl.int64)))
+
+
+@triton.jit
+def agreement_kernel(
+    rows: tl.tensor,
+    chunks: tl.tensor,
+    groups: tl.tensor,
+    multiplier: tl.tensor,
+    counts: tl.tensor,
+    GRAD_TYPE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    BEGIN: tl.constexpr,
+    HAS_MULTIPLIER: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Adds to `counts`, int64 [tensors], the elements whose sign is that of their gradient; else as `lion_kernel`."""
+    program = tl.program_id(0).to(tl.int64)
+    row = rows + tl.load(chunks + 2 * program).to(tl.int64) * ROW
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
+    numel = tl.load(row + NUMEL)
+    group = groups + tl.load(row + GROUP) * GROUP_ROW
+    factor = 1.0
+    if HAS_MULTIPLIER:
+        factor = tl.load(multiplier)
+    if start + BLOCK <= numel:
+        _count_chunk(row, start, numel, group, factor, counts, GRAD_TYPE, MOMENTUM, BEGIN, ALIGNED, BLOCK, False)
+    else:
+        _count_chunk(row, start, numel, group, factor, counts, GRAD_TYPE, MOMENTUM, BEGIN, ALIGNED, BLOCK, True)

@@ -1,0 +1,70 @@
+"""Cautious LION: how many elements of each parameter are to move with their gradient, and how far those go.
+
+    φ = 1 / max(mean(s(c)·g > 0), 1e-3)      over the whole parameter, all its shards
+    u = s(c) · (φ where s(c)·g > 0, else 0) + λθ
+
+Source: Liang et al., *Cautious Optimizers: Improving Training with One Line of Code*, 2024, algorithm 2. The count is an
+integer, so φ is the same however a parameter is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .lion import PlainLayout, Slot
+
+SMALLEST_MEAN = 1e-3
+
+SumAgreement = Callable[[Sequence[torch.Tensor], torch.Tensor], None]
+
+
+def factors(
+    params: Sequence[torch.Tensor], counts: torch.Tensor, numels: torch.Tensor, sum_agreement: SumAgreement | None
+) -> torch.Tensor:
+    """φ of every parameter.
+
+    Args:
+        params: the parameters, or this rank's shards of them.
+        counts: int64 [P]: elements of each whose sign is that of the gradient.
+        numels: int64 [P]: elements of each.
+        sum_agreement: called with `params` and int64 [P, 2] of (counts, numels): adds up, in place, what all ranks
+            that hold a part of each parameter have. None: every parameter is whole.
+
+    Returns:
+        float32 [P].
+    """
+    agreement = torch.stack([counts, numels], dim=1)
+    if sum_agreement is not None:
+        sum_agreement(params, agreement)
+    mean = agreement[:, 0].to(torch.float64) / agreement[:, 1]
+    return (1 / mean.clamp(min=SMALLEST_MEAN)).to(torch.float32)
+
+
+def with_caution(
+    slots: Sequence[Slot],
+    layout: PlainLayout,
+    begin: bool,
+    multiplier: torch.Tensor | None,
+    sum_agreement: SumAgreement | None,
+) -> list[Slot]:
+    """The slots with their φ, counted in torch operations."""
+    counts = []
+    for slot in slots:
+        _, exp_avg_N = layout.read(slot)
+        grad_N = slot.grad.to(exp_avg_N.dtype)
+        if multiplier is not None:
+            grad_N = grad_N * multiplier.view(())
+        if begin:
+            exp_avg_N = torch.where(exp_avg_N.isnan(), grad_N, exp_avg_N)
+        beta1 = slot.group["betas"][0]
+        interpolation_N = exp_avg_N * beta1 + grad_N * (1 - beta1)
+        finite_N = interpolation_N.isfinite()
+        counts.append((finite_N & (interpolation_N.sign() * grad_N > 0)).sum())
+    if not slots:
+        return []
+    device = slots[0].param.device
+    numels = torch.tensor([slot.param.numel() for slot in slots], device=device)
+    phi = factors([slot.param for slot in slots], torch.stack(counts), numels, sum_agreement)
+    return [slot._replace(caution=value) for slot, value in zip(slots, phi.unbind(), strict=True)]
