@@ -31,7 +31,7 @@ class Recipe:
 RECIPES = (
     Recipe("lion", 3e-4, 0.1),
     Recipe("sgd", 0.3, 0.0),
-    Recipe("adamw", 3e-3, 0.1),
+    Recipe("adamw", 1e-3, 0.1),
 )
 QUICK_STEPS = 20
 
