@@ -109,10 +109,10 @@ class MovingWindow:
 def window_cost(config: RunConfig, num_parameters: int, ranks: Ranks) -> str:
     """What the moving mode costs this run, in a sentence."""
     shards = ranks.tp_size * ranks.pp_size * (ranks.dp_size if config.parallel.use_distributed_optimizer else 1)
-    probe = config.probe
+    mebibytes = 4 * num_parameters / shards / 2**20
     return (
-        f"probe.mode moving: the last {probe.num_batches:,} steps before every {probe.every:,}th keep {4 * num_parameters / shards / 2**20:,.1f} MiB "
-        "more a process (4 bytes a parameter of its shard) and read its gradient once more; no passes besides"
+        f"probe.mode moving: the last {config.probe.num_batches:,} steps before every {config.probe.every:,}th keep "
+        f"{mebibytes:,.1f} MiB more a process (4 bytes a parameter of its shard) and read its gradient once more; no passes besides"
     )
 
 
