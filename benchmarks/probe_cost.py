@@ -45,7 +45,7 @@ from megatron_lion.parallel_env import world_size_from_env
 from megatron_lion.train.run import build_run
 
 SIZES = {
-    "tiny": ({"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 256}, 16, 8, "fp32"),
+    "gpt2-tiny": ({"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "seq_length": 128}, 16, 8, "fp32"),
     "gpt2-small": (
         {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "seq_length": 1024},
         640,
@@ -58,9 +58,9 @@ VOCAB = 50257
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--size", choices=SIZES, default="gpt2-tiny")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--num-batches", type=int, default=16)
+    parser.add_argument("--num-batches", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()
