@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_lion.compare.runs import RunRecord
+from megatron_lion.compare.runs import RunRecord, evaluation_key, main_evaluation_key
 
 NOISE_RATIO = math.sqrt(2 / math.pi)
 """r/√d of a gradient that is pure Gaussian noise: E|z| / sqrt(E z²) = 0.798 for each coordinate."""
@@ -149,13 +149,10 @@ def _ratio_references(runs: list[RunRecord]) -> list[Reference]:
 
 
 def _perplexity_panels(runs: list[RunRecord], look: dict[int, tuple[str, tuple[float, ...]]]) -> list[Panel]:
-    """Zero-shot log perplexity by step, for the first convention that the runs share most."""
-    from megatron_lion.compare.runs import evaluation_key
-
-    keys = [evaluation_key(r) for run in runs for r in run.evaluations if r.get("log_token_ppl") is not None]
-    if not keys:
+    """Zero-shot log perplexity by step, by the convention that most of the runs share."""
+    key = main_evaluation_key(runs)
+    if key is None:
         return []
-    key = max(dict.fromkeys(keys), key=keys.count)
     curves = []
     for place, run in enumerate(runs):
         points = [(int(r["step"]), float(r["log_token_ppl"])) for r in run.evaluations if evaluation_key(r) == key]

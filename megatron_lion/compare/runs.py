@@ -272,6 +272,24 @@ def evaluation_key(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result.get(key) for key in keys)
 
 
+def evaluation_keys(runs: Sequence[RunRecord]) -> list[tuple[Any, ...]]:
+    """The texts and conventions by which runs have token perplexities: WikiText-103 first, whole texts, short strides."""
+    found = {
+        evaluation_key(r): (r["kind"] != "wikitext103", r.get("max_tokens") is not None, r.get("stride") or 0)
+        for run in runs
+        for r in run.evaluations
+        if r.get("log_token_ppl") is not None
+    }
+    return sorted(found, key=lambda key: found[key])
+
+
+def main_evaluation_key(runs: Sequence[RunRecord]) -> tuple[Any, ...] | None:
+    """The convention that most runs were evaluated by, the first of `evaluation_keys` among equals."""
+    keys = evaluation_keys(runs)
+    having = {key: sum(any(evaluation_key(r) == key for r in run.evaluations) for run in runs) for key in keys}
+    return max(keys, key=lambda key: having[key]) if keys else None
+
+
 def _need_common_ground(runs: list[RunRecord]) -> None:
     """Refuses runs of which no two share a model, a tokenizer or an evaluated text."""
     if len(runs) < 2:

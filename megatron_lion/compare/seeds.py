@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 
-from megatron_lion.compare.runs import RunRecord, evaluation_key
+from megatron_lion.compare.runs import RunRecord, evaluation_key, main_evaluation_key
 from megatron_lion.compare.table import Cell, Table
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+EXACT_UP_TO = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean and its bootstrap interval; the ends are None for a single value."""
+    """A mean and its bootstrap interval; the ends are None for a single value.
+
+    Attributes:
+        mean: of the values, or the gap of two means.
+        low, high: ends of the interval.
+        p_value: of a gap: how often shuffling the seeds between the two sides gives one as large.
+    """
 
     mean: float
     low: float | None
     high: float | None
+    p_value: float | None = None
 
 
 def bootstrap(values: list[float], resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
@@ -45,12 +54,34 @@ def bootstrap_gap(a: list[float], b: list[float], resamples: int = RESAMPLES, le
         return Interval(mean=fmean(a) - fmean(b), low=None, high=None)
     draw = random.Random(0)
     gaps = sorted(fmean(draw.choices(a, k=len(a))) - fmean(draw.choices(b, k=len(b))) for _ in range(resamples))
-    return _interval(fmean(a) - fmean(b), gaps, level)
+    return replace(_interval(fmean(a) - fmean(b), gaps, level), p_value=permutation_p(a, b))
 
 
 def _interval(mean: float, ordered: list[float], level: float) -> Interval:
     cut = int((1 - level) / 2 * len(ordered))
     return Interval(mean=mean, low=ordered[cut], high=ordered[-1 - cut])
+
+
+def permutation_p(a: list[float], b: list[float]) -> float:
+    """Two-sided permutation test of equal means: exact up to 5,000 ways to deal the values out, sampled beyond.
+
+    Two seeds against two can never get below 1/3, three against three not below 1/10.
+
+    >>> round(permutation_p([1.0, 1.1], [2.0, 2.1]), 3), permutation_p([1.0, 1.1, 1.2], [2.0, 2.1, 2.2])
+    (0.333, 0.1)
+    """
+    pooled, total = [*a, *b], sum(a) + sum(b)
+    observed = abs(fmean(a) - fmean(b))
+
+    def as_large(chosen: Iterable[float]) -> bool:
+        part = sum(chosen)
+        return abs(part / len(a) - (total - part) / len(b)) >= observed - 1e-12 * abs(total)
+
+    if math.comb(len(pooled), len(a)) <= EXACT_UP_TO:
+        return fmean(map(as_large, combinations(pooled, len(a))))
+    draw = random.Random(0)
+    hits = sum(as_large(draw.sample(pooled, len(a))) for _ in range(RESAMPLES))
+    return (hits + 1) / (RESAMPLES + 1)
 
 
 def seed_groups(runs: list[RunRecord]) -> dict[tuple[str, ...], list[RunRecord]]:
@@ -95,7 +126,7 @@ def seeds_table(runs: list[RunRecord]) -> Table | None:
                 notes.append(f"{model}, {name}: " + sentence(group_label(groups, a), group_label(groups, b), gap))
     notes.append(
         f"{LEVEL:.0%} percentile bootstrap over seeds, {RESAMPLES:,} resamples; with fewer than about five seeds "
-        "such an interval is as a rule too narrow"
+        "such an interval is as a rule too narrow, so that a gap must also pass a permutation test"
     )
     return Table(
         slug="seeds",
@@ -110,9 +141,8 @@ def seeds_table(runs: list[RunRecord]) -> Table | None:
 def _measures(runs: list[RunRecord]) -> dict[str, Callable[[RunRecord], float | None]]:
     """The final test loss, and the log perplexity by the convention most results share."""
     measures: dict[str, Callable[[RunRecord], float | None]] = {"final test loss": _test_loss}
-    keys = [evaluation_key(r) for run in runs for r in run.evaluations if r.get("log_token_ppl") is not None]
-    if keys:
-        key = max(dict.fromkeys(keys), key=keys.count)
+    key = main_evaluation_key(runs)
+    if key is not None:
         measures["final zero-shot log perplexity"] = lambda run: _log_ppl(run, key)
     return measures
 
@@ -127,17 +157,21 @@ def group_label(groups: dict[tuple[str, ...], list[RunRecord]], key: tuple[str, 
 def sentence(a: str, b: str, gap: Interval) -> str:
     """Says whether a gap a - b is larger than the scatter of the seeds; smaller is better.
 
-    >>> sentence("LION", "SGD", Interval(mean=-0.5, low=-0.6, high=-0.4))
-    'LION is 0.500 below SGD, outside the noise of the seeds (interval -0.600 to -0.400).'
-    >>> sentence("LION", "AdamW", Interval(mean=-0.01, low=-0.03, high=0.02))
+    >>> sentence("LION", "SGD", Interval(mean=-0.5, low=-0.6, high=-0.4, p_value=0.008))
+    'LION is 0.500 below SGD, outside the noise of the seeds (interval -0.600 to -0.400, p = 0.008).'
+    >>> sentence("LION", "AdamW", Interval(mean=-0.01, low=-0.03, high=0.02, p_value=0.5))
     'the gap of 0.010 between LION and AdamW is inside the noise of the seeds (interval -0.030 to +0.020): no winner.'
+    >>> sentence("LION", "AdamW", Interval(mean=-0.5, low=-0.6, high=-0.4, p_value=0.333))
+    'LION is 0.500 below AdamW, but so few seeds cannot tell that from chance (permutation p = 0.333).'
     """
-    if gap.low is None or gap.high is None:
+    if gap.low is None or gap.high is None or gap.p_value is None:
         return (
             f"the gap of {abs(gap.mean):.3f} between {a} and {b} has a single seed on one side: its noise is not known."
         )
-    interval = f"(interval {gap.low:+.3f} to {gap.high:+.3f})"
+    interval = f"interval {gap.low:+.3f} to {gap.high:+.3f}"
     if gap.low <= 0 <= gap.high:
-        return f"the gap of {abs(gap.mean):.3f} between {a} and {b} is inside the noise of the seeds {interval}: no winner."
-    side = "below" if gap.mean < 0 else "above"
-    return f"{a} is {abs(gap.mean):.3f} {side} {b}, outside the noise of the seeds {interval}."
+        return f"the gap of {abs(gap.mean):.3f} between {a} and {b} is inside the noise of the seeds ({interval}): no winner."
+    apart = f"{a} is {abs(gap.mean):.3f} {'below' if gap.mean < 0 else 'above'} {b}"
+    if gap.p_value > 1 - LEVEL:
+        return f"{apart}, but so few seeds cannot tell that from chance (permutation p = {gap.p_value:.3f})."
+    return f"{apart}, outside the noise of the seeds ({interval}, p = {gap.p_value:.3f})."

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import fmean, median
 from typing import Any
 
-from megatron_lion.compare.runs import RunRecord, Series, differing_settings, evaluation_key, show
+from megatron_lion.compare.runs import RunRecord, Series, differing_settings, evaluation_key, evaluation_keys, show
 from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.table import Cell, Table
 
@@ -35,11 +35,8 @@ def perplexity_tables(runs: list[RunRecord]) -> list[Table]:
 
     Source: Dong, Li, Lin, arXiv 2411.07724, Table B.1.
     """
-    keys = dict.fromkeys(
-        evaluation_key(r) for run in runs for r in run.evaluations if r.get("log_token_ppl") is not None
-    )
     tables = []
-    for number, key in enumerate(keys):
+    for number, key in enumerate(evaluation_keys(runs)):
         first = next(r for run in runs for r in run.evaluations if evaluation_key(r) == key)
         tables += [
             _perplexity_table(runs, key, first, number, field) for field in ("log_token_ppl", "log_adjusted_ppl")
@@ -92,6 +89,12 @@ def _text_name(result: dict[str, Any]) -> str:
     return f"{result.get('text_path', 'text')}".rpartition("/")[2]
 
 
+def _known_text(result: dict[str, Any]) -> str:
+    """The published name of a text, or its file's."""
+    version = result.get("text_version", "unknown")
+    return str(version) if version != "unknown" else str(result.get("text_path", "–")).rpartition("/")[2]
+
+
 def _convention(result: dict[str, Any]) -> str:
     """What a perplexity was measured on and how, in one sentence."""
     version = result.get("text_version")
@@ -122,7 +125,7 @@ def word_tables(runs: list[RunRecord]) -> list[Table]:
                 evaluation_key(r): r for r in run.evaluations if r["kind"] == kind
             }
             rows += [
-                [run.model, run.label, str(r.get("text_version")), r["step"], *(r.get(name) for name in fields)]
+                [run.model, run.label, _known_text(r), r["step"], *(r.get(name) for name in fields)]
                 for r in latest.values()
             ]
         formats = {
@@ -277,7 +280,7 @@ def cost_table(runs: list[RunRecord]) -> Table:
         seconds = run.training_seconds(run.last_step)
         rows.append([
             run.model, run.label, run.num_parameters, run.facts.get("world_size"),
-            str(run.environment.get("device", "–")), run.tokens_per_s, _median(run.series("perf/mfu")),
+            str(run.facts.get("device") or run.environment.get("device", "–")), run.tokens_per_s, _median(run.series("perf/mfu")),
             run.max_memory_gib, seconds / 3600 if seconds else None,
         ])  # fmt: skip
     return Table(

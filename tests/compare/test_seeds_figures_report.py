@@ -24,7 +24,7 @@ from megatron_lion.compare.curves import NOISE_RATIO, panels, spread, styles
 from megatron_lion.compare.figures import write_figures
 from megatron_lion.compare.report import render_report
 from megatron_lion.compare.runs import RunRecord, read_runs
-from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table
+from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence
 from megatron_lion.compare.svg import HEIGHT, WIDTH, chart, ticks
 from megatron_lion.compare.tables import build_tables
 
@@ -60,21 +60,29 @@ def test_a_gap_is_called_noise_only_where_it_is() -> None:
     far = bootstrap_gap([1.00, 1.05, 0.95], [2.01, 1.97, 2.03])
     assert near.low < 0 < near.high
     assert far.high < 0
+    assert far.p_value == 0.1  # 2 of the 20 ways to deal six values out
+    assert "so few seeds" in sentence("A", "B", far)
+    assert "no winner" in sentence("A", "B", near)
+    enough = bootstrap_gap([1.0, 1.1, 0.9, 1.05], [2.0, 2.1, 1.9, 2.05])
+    assert enough.p_value == pytest.approx(2 / 70)
+    assert "outside the noise" in sentence("A", "B", enough)
+    many = bootstrap_gap([i / 10 for i in range(10)], [5 + i / 10 for i in range(10)], resamples=200)
+    assert many.p_value == pytest.approx(1e-4, rel=0.01)  # sampled: 1 in 10,001
     assert bootstrap_gap([1.0], [2.0, 2.1]).low is None
     assert bootstrap([1.0, 2.0]) == bootstrap([1.0, 2.0])
 
 
 def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path / f"lion{s}", seed=s) for s in (1, 2, 3)]
-    folders += [write_run(tmp_path / f"adamw{s}", optimizer="adamw", seed=s) for s in (1, 2, 3)]
+    folders = [write_run(tmp_path / f"lion{s}", seed=s) for s in (1, 2, 3, 4)]
+    folders += [write_run(tmp_path / f"adamw{s}", optimizer="adamw", seed=s) for s in (1, 2, 3, 4)]
     folders += [write_run(tmp_path / "other", lr=5e-4, seed=1)]
     runs = read_runs(folders)
-    assert sorted(map(len, seed_groups(runs).values())) == [1, 3, 3]
+    assert sorted(map(len, seed_groups(runs).values())) == [1, 4, 4]
     table = seeds_table(runs)
     assert table is not None
     row = next(r for r in table.rows if r[1] == "AdamW" and r[2] == "final test loss")
     values = [run.series("test/loss").last for run in runs if run.optimizer == "adamw"]
-    assert row[3:5] == [3, sum(values) / 3]
+    assert row[3:5] == [4, pytest.approx(sum(values) / 4)]
     assert min(values) <= row[5] <= row[4] <= row[6] <= max(values)
     assert any("below AdamW, outside the noise of the seeds" in note for note in table.notes)
     assert any("single seed on one side" in note for note in table.notes)
