@@ -58,9 +58,7 @@ class TrainOptimizer:
     Built by `build_optimizer`. `inner` is the torch optimizer, `megatron` megatron-core's wrapper around it.
     """
 
-    def __init__(
-        self, megatron: MegatronOptimizer, inner: torch.optim.Optimizer, name: str, clip_grad: float
-    ) -> None:
+    def __init__(self, megatron: MegatronOptimizer, inner: torch.optim.Optimizer, name: str, clip_grad: float) -> None:
         self.megatron = megatron
         self.inner = inner
         self.name = name
@@ -164,9 +162,7 @@ class TrainOptimizer:
                 **{key: self.inner.state[main_param][key] for key in STATE_KEYS[self.name]},
             }
             state[number] = {
-                key: replace(
-                    place, key=f"optimizer.state.{key}.{place.key}", data=tensor.data, dtype=tensor.dtype
-                )
+                key: replace(place, key=f"optimizer.state.{key}.{place.key}", data=tensor.data, dtype=tensor.dtype)
                 for key, tensor in tensors.items()
             }
         return state
@@ -187,9 +183,7 @@ class TrainOptimizer:
         if isinstance(optimizer, Float16OptimizerWithFloat16Params):
             pairs = [
                 pair
-                for models, mains in zip(
-                    optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True
-                )
+                for models, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
                 for pair in zip(models, mains, strict=True)
             ]
             return pairs + [(p, p) for group in optimizer.fp32_from_fp32_groups for p in group]
@@ -203,12 +197,15 @@ def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]])
     if config.name == "lion":
         master = "none" if config.master_weights == "shards" else config.master_weights
         return Lion(
-            groups, betas=betas, init_exp_avg=config.init_exp_avg, master_weights=master, momentum=config.momentum_dtype, **common
+            groups,
+            betas=betas,
+            init_exp_avg=config.init_exp_avg,
+            master_weights=master,
+            momentum=config.momentum_dtype,
+            **common,
         )
     if config.name == "sgd":
-        return Sgd(
-            groups, momentum=config.momentum, coupled_weight_decay=config.coupled_weight_decay, **common
-        )
+        return Sgd(groups, momentum=config.momentum, coupled_weight_decay=config.coupled_weight_decay, **common)
     return torch.optim.AdamW(groups, betas=betas, eps=config.eps, foreach=True, **common)
 
 
