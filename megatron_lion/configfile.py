@@ -76,7 +76,22 @@ def save_config(config: RunConfig, path: Path) -> None:
 def dump_config(config: RunConfig) -> str:
     """YAML text of a config; reading it back gives the same config."""
     plain = _plain(dataclasses.asdict(config))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that looks like a number: 1e-4 is text to PyYAML and a number to the parser that reads it back."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+    except ValueError:
+        return dumper.represent_str(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _plain(value: Any) -> Any:

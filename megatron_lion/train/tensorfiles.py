@@ -121,8 +121,11 @@ def _write_files(writer: Any, folder: Path) -> list[Any]:
         _, results = writer.write_preloaded_data([writer.transforms], number, on_cpu, None, None, use_fsync=True)
         if isinstance(results, OSError):
             raise results
-        if isinstance(results, Exception):
-            raise StorageError(f"{folder}: cannot be written: {results}") from results
+        if isinstance(results, Exception):  # torch's writer passes the system's refusal on, or stumbles over it
+            raise StorageError(
+                f"{folder}: cannot be written ({' '.join(str(results).split())[:120]}), as happens on a full disk; make room there or "
+                "choose a folder on another disk, then give the same command again"
+            ) from results
         written += results
     return written
 

@@ -1,0 +1,424 @@
+"""A checkpoint is whole or refused: damage, foreign files, hostile metadata, kills and full disks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from distributed import run_distributed
+
+from megatron_lion.errors import CheckpointError
+from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.tensorfiles import check_metadata
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trust")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> str:
+    return tiny.write_corpus(folder / "corpus")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, corpus: str) -> Any:
+    """Config of a finished run of 4 steps on 2 processes with checkpoints at 2 and 4, a file from each process."""
+    config = tiny.tiny_config(
+        folder / "run", corpus, train__steps=4, checkpoint__every=2, checkpoint__layout="dp_reshardable"
+    )
+    run_distributed(tiny.train_each, 2, {"": config})
+    return config
+
+
+@pytest.fixture
+def run_dir(trained: Any, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
+
+
+def newest(run_dir: Path) -> ckpt.Checkpoint:
+    found = ckpt.find_latest(run_dir)
+    assert found is not None
+    return found
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(bytes(content))
+
+
+def test_whole_checkpoint_verifies(run_dir: Path) -> None:
+    checkpoint = newest(run_dir)
+    assert checkpoint.step == 4
+    ckpt.verify_checkpoint(checkpoint)
+    names = set(checkpoint.manifest["files"])
+    assert names == {
+        ".metadata", "__0_0.distcp", "__1_0.distcp", "rng_00000.safetensors", "rng_00001.safetensors",
+    }  # fmt: skip
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_0000004"
+
+
+FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "rng_00001.safetensors")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_and_truncated_files_are_named(run_dir: Path, name: str) -> None:
+    path = newest(run_dir).folder / name
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"{name}: {len(damaged)} bytes, manifest.json says {len(content)}"):
+            ckpt.verify_checkpoint(newest(run_dir))
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{name}: missing"):
+        ckpt.verify_checkpoint(newest(run_dir))
+
+
+def test_every_flipped_bit_is_found(run_dir: Path) -> None:
+    """Bits all over all files, the manifest's included."""
+    draw = random.Random(0)
+    checkpoint = newest(run_dir)
+    for _ in range(40):
+        name = draw.choice([*FILES, ckpt.MANIFEST])
+        path = checkpoint.folder / name
+        position, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
+        flip(path, position, bit)
+        with pytest.raises(CheckpointError) as caught:
+            ckpt.verify_checkpoint(newest(run_dir))
+        assert str(path) in str(caught.value) or name == ckpt.MANIFEST
+        flip(path, position, bit)
+    ckpt.verify_checkpoint(newest(run_dir))
+
+
+def test_swapped_shards_are_found(run_dir: Path) -> None:
+    folder = newest(run_dir).folder
+    one, other = folder / "__0_0.distcp", folder / "__1_0.distcp"
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
+        ckpt.verify_checkpoint(newest(run_dir))
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes a manifest and gives it a fitting digest, as an attacker would."""
+    manifest = json.loads((folder / ckpt.MANIFEST).read_text())
+    del manifest["sha256"]
+    change(manifest)
+    manifest["sha256"] = ckpt._digest(manifest)
+    (folder / ckpt.MANIFEST).write_text(json.dumps(manifest))
+
+
+def restate(folder: Path, name: str) -> None:
+    from megatron_lion.data.files import sha256_file
+
+    path = folder / name
+    stated = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    rewrite_manifest(folder, lambda manifest: manifest["files"].update({name: stated}))
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self.pair = call, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.pair
+
+
+@pytest.mark.parametrize("call", ["os.system", "builtins.exec", "builtins.eval", "pathlib.Path.touch"])
+def test_hostile_metadata_is_refused_unrun(run_dir: Path, tmp_path: Path, call: str) -> None:
+    """With digests that fit, as in a checkpoint from a stranger."""
+    proof = tmp_path / "ran"
+    attack = {
+        "os.system": Hostile(os.system, f"touch {proof}"),
+        "builtins.exec": Hostile(exec, f"open({str(proof)!r}, 'w')"),
+        "builtins.eval": Hostile(eval, f"open({str(proof)!r}, 'w')"),
+        "pathlib.Path.touch": Hostile(Path.touch, proof),
+    }[call]
+    folder = newest(run_dir).folder
+    (folder / ".metadata").write_bytes(pickle.dumps(attack))
+    restate(folder, ".metadata")
+    with pytest.raises(CheckpointError, match=r"\.metadata: not plain checkpoint metadata"):
+        ckpt.verify_checkpoint(newest(run_dir))
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x05", b"garbage", pickle.dumps({"a": 1}), pickle.dumps([[]]), b"(" * 3000]
+)
+def test_metadata_that_is_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / ".metadata"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not plain checkpoint metadata"):
+        check_metadata(path, ["__0_0.distcp"])
+
+
+def test_metadata_with_pickled_objects_is_refused(run_dir: Path) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    folder = newest(run_dir).folder
+    metadata = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301 - written by this test's own run
+    metadata.state_dict_metadata["surprise"] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    restate(folder, ".metadata")
+    with pytest.raises(CheckpointError, match="holds 1 pickled objects"):
+        ckpt.verify_checkpoint(newest(run_dir))
+
+
+@pytest.mark.parametrize("target", ["../../../elsewhere.distcp", "/etc/hostname", "not_listed.distcp"])
+def test_metadata_that_points_outside_is_refused(run_dir: Path, target: str) -> None:
+    folder = newest(run_dir).folder
+    metadata = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301 - written by this test's own run
+    next(iter(metadata.storage_data.values())).relative_path = target
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    restate(folder, ".metadata")
+    with pytest.raises(CheckpointError, match=f"points to {target}"):
+        ckpt.verify_checkpoint(newest(run_dir))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"null", b"[]", b"{}", b'{"format": 2}', b'{"format": 1, "step": 4}', b"\xff\xfe", b"9" * 5000],
+)
+def test_manifest_that_is_something_else_is_refused(run_dir: Path, content: bytes) -> None:
+    (newest(run_dir).folder / ckpt.MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match="step_0000004"):
+        newest(run_dir)
+
+
+def test_folders_decide_not_the_pointer(run_dir: Path) -> None:
+    latest = run_dir / "checkpoints" / "latest"
+    for torn in (b"", b"step_00", b"step_9999999", b"\0\0"):
+        latest.write_bytes(torn)
+        assert newest(run_dir).step == 4
+    latest.unlink()
+    assert newest(run_dir).step == 4
+
+
+def test_unfinished_folders_are_never_read(run_dir: Path) -> None:
+    folder = run_dir / "checkpoints"
+    shutil.copytree(folder / "step_0000004", folder / "step_0000009.tmp-77-abcdef")
+    (folder / "step_0000008").mkdir()
+    (folder / "step_0000008" / "__0_0.distcp").write_bytes(b"half")
+    (folder / "notes").mkdir()
+    assert ckpt.list_steps(run_dir) == [2, 4]
+    assert newest(run_dir).step == 4
+
+
+def test_never_a_silent_start_from_zero(run_dir: Path, tmp_path: Path) -> None:
+    for step in (2, 4):
+        (ckpt.step_folder(run_dir, step) / ckpt.MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"step_000000\d has no manifest.json"):
+        ckpt.find_latest(run_dir)
+    assert ckpt.find_latest(tmp_path / "nothing") is None
+
+
+def test_retention_keeps_the_newest_and_those_asked_for(folder: Path, corpus: str) -> None:
+    config = tiny.tiny_config(
+        folder / "retention", corpus, train__steps=7, checkpoint__every=1, checkpoint__keep=2,
+        checkpoint__at_steps=[1, 3],
+    )  # fmt: skip
+    leftover = Path(config.run_dir, "checkpoints", "step_0000005.tmp-1-aaaaaa")
+    run_distributed(
+        tiny.train_each, 1, {"": dataclasses.replace(config, train=dataclasses.replace(config.train, stop_after=2))}
+    )
+    leftover.mkdir()
+    run_distributed(tiny.train_each, 1, {"": config})
+    assert ckpt.list_steps(Path(config.run_dir)) == [1, 3, 5, 6, 7]
+    assert not list(Path(config.run_dir, "checkpoints").glob("*.tmp-*"))
+    for step in (1, 3, 5, 6, 7):
+        ckpt.verify_checkpoint(ckpt.open_checkpoint(ckpt.step_folder(Path(config.run_dir), step)))
+
+
+def test_resume_reads_nothing_damaged(trained: Any, folder: Path, corpus: str) -> None:
+    """Through the whole command: damage ends it, and the message says how to go on with the checkpoint before."""
+    jobs = {}
+    for name in FILES:
+        copy = Path(shutil.copytree(trained.run_dir, folder / f"damaged{name}"))
+        flip(newest(copy).folder / name, 100, 3)
+        jobs[name] = dataclasses.replace(trained, run_dir=str(copy))
+    for rank in run_distributed(tiny.errors_of_each, 2, jobs):
+        for name, (kind, message) in rank.items():
+            assert kind == "CheckpointError", message
+            assert f"step_0000004/{name}" in message
+            assert "move this step's folder away" in message
+    copy = folder / "damaged__0_0.distcp"
+    shutil.move(newest(copy).folder, folder / "away")
+    resumed = run_distributed(tiny.train_each, 2, {"": jobs["__0_0.distcp"]})[0][""]
+    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
+
+
+def test_another_model_optimizer_or_data_is_refused(trained: Any, folder: Path, corpus: str) -> None:
+    """With the run's config.yaml out of the way: the checkpoint itself knows what it is of."""
+    other = tiny.write_corpus(folder / "other-corpus", seed=1)
+    changes = {
+        "hidden": ({"model__hidden_size": 64}, "hidden_size 32 (now 64)"),
+        "layers": ({"model__num_layers": 4}, "num_layers 2 (now 4)"),
+        "vocabulary": ({"model__vocab_size": 121}, "vocab_size 120 (now 121)"),
+        "optimizer": ({"optimizer__name": "sgd"}, "was written by lion, optimizer.name is sgd"),
+        "data": ({"data__path": [other]}, "was trained on other data"),
+    }
+    jobs = {}
+    for name, (change, _) in changes.items():
+        copy = Path(shutil.copytree(trained.run_dir, folder / f"other-{name}"))
+        (copy / "config.yaml").unlink()
+        (copy / "metrics.jsonl").unlink()
+        shutil.move(copy / "checkpoints", copy.with_name(copy.name + "-checkpoints"))
+        shutil.rmtree(copy)
+        settings = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout": "dp_reshardable", **change}
+        jobs[name] = tiny.tiny_config(copy, corpus, **settings), copy.with_name(copy.name + "-checkpoints")
+    found = run_distributed(refusals, 1, jobs)[0]
+    for name, (_, expected) in changes.items():
+        kind, message = found[name]
+        assert kind == "CheckpointError", message
+        assert expected in message
+
+
+def refusals(rank: int, jobs: dict[str, tuple[Any, Path]]) -> dict[str, tuple[str, str]]:
+    from megatron_lion.train.run import restore_run
+
+    found = {}
+    for name, (config, checkpoints) in jobs.items():
+        with tiny.opened_run(config) as run:
+            found[name] = tiny.error_of(restore_run, run, ckpt.open_checkpoint(checkpoints / "step_0000004"))
+    return found
+
+
+def test_run_folder_with_other_settings_is_refused(trained: Any, folder: Path, corpus: str) -> None:
+    copy = Path(shutil.copytree(trained.run_dir, folder / "settings"))
+    base = dataclasses.replace(trained, run_dir=str(copy))
+    other_lr = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, lr=2e-3), seed=5)
+    harmless = dataclasses.replace(base, train=dataclasses.replace(base.train, log_every=3))
+    foreign = folder / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("mine")
+    jobs = {"lr": other_lr, "log": harmless, "foreign": dataclasses.replace(base, run_dir=str(foreign))}
+    found = run_distributed(tiny.errors_of_each, 1, jobs)[0]
+    assert found["lr"][0] == "CheckpointError"
+    assert "seed: 1234, now 5; optimizer.lr: 0.001, now 0.002" in found["lr"][1]
+    assert "--fresh" in found["lr"][1]
+    assert found["log"] == ("", "")
+    assert found["foreign"][0] == "ConfigError"
+    assert "is not empty and holds no run" in found["foreign"][1]
+    assert sorted(path.name for path in foreign.iterdir()) == ["lock", "thesis.tex"]
+
+
+def full_disk(rank: int, config: Any, limit: int) -> list[Any]:
+    """Trains with a limit on file sizes (as a disk that fills up: EFBIG), on the last rank alone."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        return list(tiny.error_of(tiny.train, config))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained: Any, folder: Path) -> None:
+    copy = Path(shutil.copytree(trained.run_dir, folder / "full"))
+    shutil.rmtree(ckpt.step_folder(copy, 4))
+    config = dataclasses.replace(trained, run_dir=str(copy))
+    for rank, (kind, message) in enumerate(run_distributed(full_disk, 2, config, 20_000)):
+        assert kind == "StorageError", message
+        assert "make room there" in message
+        assert "rank 1" in message or rank == 1
+    assert ckpt.list_steps(copy) == [2]
+    ckpt.verify_checkpoint(newest(copy))
+    resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
+    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
+
+
+def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str, tuple[str, str]]:
+    """Trains with a disk that refuses the n-th file that the saver opens for writing."""
+    import builtins
+    import errno
+    import io
+
+    real_open = builtins.open  # pathlib and torch reach the same function as io.open
+    found = {}
+    for name, (config, refused) in jobs.items():
+        count = 0
+
+        def shim(path: Any, mode: str = "r", *args: Any, refused: int = refused, **kwargs: Any) -> Any:
+            nonlocal count
+            if any(letter in mode for letter in "wxa") and "checkpoints" in str(path):
+                count += 1
+                if count == refused:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return real_open(path, mode, *args, **kwargs)
+
+        builtins.open = io.open = shim
+        try:
+            found[name] = tiny.error_of(tiny.train, config)
+        finally:
+            builtins.open = io.open = real_open
+    return found
+
+
+def test_no_space_at_any_write_of_the_saver(trained: Any, folder: Path) -> None:
+    """Tensors, metadata, random states, manifest: nothing half-written is taken for whole."""
+    jobs = {}
+    for refused in range(1, 7):
+        copy = Path(shutil.copytree(trained.run_dir, folder / f"space-{refused}"))
+        shutil.rmtree(ckpt.step_folder(copy, 4))
+        jobs[str(refused)] = dataclasses.replace(trained, run_dir=str(copy)), refused
+    found = run_distributed(full_at_each_write, 1, jobs)[0]
+    for name, (config, _) in jobs.items():
+        kind, message = found[name]
+        # Tensors, their metadata, random states, manifest; the pointer comes when the folder has its name already.
+        assert ckpt.list_steps(Path(config.run_dir)) == ([2] if int(name) <= 4 else [2, 4]), name
+        assert kind == ("StorageError" if int(name) <= 5 else ""), (name, message)
+        assert name == "6" or "No space left on device" in message
+        ckpt.verify_checkpoint(newest(Path(config.run_dir)))
+
+
+def killed_at(rank: int, config: Any, victim: int, moment: int) -> None:
+    """Trains; the victim is killed (-9) at the given file-system call of its next save."""
+    count = 0
+
+    def kill_there(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        writes = event == "open" and isinstance(arguments[1], str) and any(letter in arguments[1] for letter in "wxa")
+        if (writes or event in ("os.rename", "os.mkdir", "os.remove")) and "checkpoints" in str(arguments[0]):
+            count += 1
+            if count == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == victim:
+        import sys
+
+        sys.addaudithook(kill_there)
+    tiny.train(config)
+
+
+# Moments of rank 0: 1 and 2 folder, 3 tensors, 4 and 5 metadata and its name, 6 and 7 random states, 8 and 9 manifest,
+# 10 the folder's name, 11 and 12 the pointer.
+@pytest.mark.parametrize(("victim", "moment"), [(0, 3), (0, 5), (0, 9), (0, 10), (0, 11), (1, 1)])
+def test_kill_during_a_save_leaves_no_half_checkpoint(trained: Any, tmp_path: Path, victim: int, moment: int) -> None:
+    copy = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
+    shutil.rmtree(ckpt.step_folder(copy, 4))
+    config = dataclasses.replace(trained, run_dir=str(copy))
+    with pytest.raises(AssertionError):
+        run_distributed(killed_at, 2, config, victim, moment)
+    assert ckpt.list_steps(copy) == ([2, 4] if moment >= 11 else [2])
+    ckpt.verify_checkpoint(newest(copy))
+    resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
+    assert resumed["manifest"]["step"] == 4
+    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
