@@ -104,7 +104,9 @@ def parse_steps(text: str) -> list[int] | None:
     try:
         steps = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"--steps: '{text}' is not possible; give all, latest, or steps such as 10000,20000") from error
+        raise ConfigError(
+            f"--steps: '{text}' is not possible; give all, latest, or steps such as 10000,20000"
+        ) from error
     return steps
 
 
