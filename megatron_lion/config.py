@@ -388,13 +388,14 @@ def _check_masking(config: RunConfig) -> list[str]:
     if config.model.kind != "bert":
         return []
     data, length, probability = config.data, config.model.seq_length, config.data.mask_probability
+    short = data.short_sequence_probability
     # [CLS] A [SEP] B [SEP]: what three marks leave must be worth one masked token.
     least = 3 + (math.ceil(1 / probability) if 0 < probability < 1 else 2)
     segments = f"at least {least} tokens: [CLS], two segments with a [SEP] each, one masked token at data.mask_probability {probability}"
     rules: list[tuple[str, object, bool, str]] = [
         ("data.mask_probability", probability, 0 < probability < 1, "a number in (0, 1)"),
         ("data.mask_max_ngram", data.mask_max_ngram, data.mask_max_ngram >= 1, "an integer of at least 1"),
-        ("data.short_sequence_probability", data.short_sequence_probability, 0 <= data.short_sequence_probability <= 1, "a number in [0, 1]"),
+        ("data.short_sequence_probability", short, 0 <= short <= 1, "a number in [0, 1]"),
         ("model.seq_length", length, length >= least, segments),
     ]  # fmt: skip
     return [f"{key}: {given} is not possible; expected {wanted}" for key, given, ok, wanted in rules if not ok]

@@ -17,9 +17,10 @@ from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config, known_keys, load_config
 from megatron_lion.errors import ConfigError
 
-TEXT = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=12).filter(
-    lambda text: text != "~"
-)  # the parser's null, quoted or not
+# A text that begins with '#' is a comment to the parser of optional values; no path or name here needs one.
+TEXT = st.text(
+    st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"], exclude_characters="#"), min_size=1, max_size=12
+).filter(lambda text: text != "~")  # the parser's null, quoted or not
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
