@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from megatron_lion.config import RunConfig
 from megatron_lion.errors import ConfigError
@@ -18,8 +18,22 @@ from megatron_lion.errors import ConfigError
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+def _load_value(text: str) -> Any:
+    """YAML, but a value of one line that begins with '#', or is '~', is text: YAML would take it for nothing."""
+    if "\n" not in text and (text.lstrip().startswith("#") or text.strip() == "~"):
+        return text
+    return get_loader("yaml")(text)
+
+
+VALUES = "yaml with any text"
+set_loader(VALUES, _load_value, (yaml.YAMLError,))
+
+
 class UserParser(ArgumentParser):
     """A parser whose mistakes are ConfigErrors instead of a usage page and an exit, and that reads config files strictly."""
+
+    def __init__(self, *others: Any, **named: Any) -> None:
+        super().__init__(*others, parser_mode=VALUES, **named)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **named: Any

@@ -111,6 +111,7 @@ def _open(folder: Path, args: Any) -> AbstractContextManager[Any]:
 
     options = {"device": args.device, "precision": args.precision, "tokenizer": args.tokenizer}
     if (folder / "config.yaml").is_file():
+        _need_next_token_model(folder)
         from megatron_lion.evaluate.restore import open_run
 
         return open_run(folder, **options)
@@ -124,6 +125,19 @@ def _open(folder: Path, args: Any) -> AbstractContextManager[Any]:
         else "no such folder"
     )
     raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
+
+
+def _need_next_token_model(folder: Path) -> None:
+    """Refuses a BERT run: it predicts masked tokens from both sides, so that a next-token perplexity means nothing."""
+    from megatron_lion.configfile import load_config
+    from megatron_lion.errors import ConfigError
+
+    kind = load_config(folder / "config.yaml").model.kind
+    if kind != "gpt2":
+        raise ConfigError(
+            f"{folder}: a {kind} run has no next-token perplexity; its masked-token losses are in metrics.jsonl "
+            f"(megatron-lion compare {folder} shows them)"
+        )
 
 
 def _tasks(model: Any, args: Any) -> list[Task]:

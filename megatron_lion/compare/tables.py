@@ -24,7 +24,7 @@ def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> lis
             loss of the run that gets least far, so that every run of a model reaches it.
     """
     tables = [
-        *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), equal_budget_table(runs),
+        *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), bert_table(runs), equal_budget_table(runs),
         target_table(runs, target_loss), ratio_table(runs), cost_table(runs), settings_table(runs),
     ]  # fmt: skip
     return [table for table in tables if table is not None and table.rows]
@@ -160,6 +160,20 @@ def loss_table(runs: list[RunRecord]) -> Table:
         ],
         best=["train loss", "test loss", "best test loss"],
     )
+
+
+def bert_table(runs: list[RunRecord]) -> Table:
+    """The two parts of BERT's test loss, and how often each was right."""
+    keys = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
+    rows: list[list[Cell]] = [
+        [run.model, run.label, *(run.series(f"test/{key}").last for key in keys)]
+        for run in runs
+        if run.series("test/mlm_loss")
+    ]
+    columns = ["model", "optimizer", "masked-token loss", "sentence-order loss", "masked tokens", "sentence order"]
+    formats = dict.fromkeys(columns[2:4], ".4f") | dict.fromkeys(columns[4:], ".1%")
+    title = "BERT on the test split: losses (nats) and share of right answers, last measurement"
+    return Table(slug="bert", title=title, columns=columns, rows=rows, formats=formats, best=columns[2:4])
 
 
 def equal_budget_table(runs: list[RunRecord]) -> Table | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,7 @@ def _shares(split: str) -> list[float]:
         shares = [float(part) for part in split.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or min(shares, default=-1) < 0 or sum(shares) <= 0:
+    if len(shares) != 3 or not all(0 <= share < math.inf for share in shares) or sum(shares) <= 0:
         raise ConfigError(f"data.split: '{split}' is not three shares such as 99.9,0.05,0.05")
     return [share / sum(shares) for share in shares]
 
@@ -239,6 +240,35 @@ def build_datasets(
     return [dataset if count else None for dataset, count in zip(built, num_samples, strict=True)]
 
 
+def _parts_in_use(corpora: Corpora, num_samples: Sequence[int | None]) -> Iterator[tuple[IndexedInfo, float, float]]:
+    """The documents that datasets are built of: the files of each split, and the shares of them where it begins and ends."""
+    ends = [0.0, *np.cumsum(_shares(corpora.split))] if corpora.split else None
+    for number, (split, count) in enumerate(zip(SPLITS, num_samples, strict=True)):
+        begin, end = (float(ends[number]), float(ends[number + 1])) if ends else (0.0, 1.0)
+        # Where the split is made by position, Megatron builds all three that have a share.
+        if begin < end if ends else count:
+            for prefix in corpora.prefixes[split]:
+                yield corpora.infos[prefix], begin, end
+
+
+def check_documents(info: IndexedInfo, begin: float, end: float) -> None:
+    """Refuses a part of the documents that is empty: Megatron's index counts its epochs for ever.
+
+    Args:
+        info: the files.
+        begin, end: the part, as shares of the documents.
+
+    Raises:
+        DataError: no document is in it.
+    """
+    first, last = round(begin * info.num_documents), round(end * info.num_documents)
+    if first == last or info.num_tokens == 0:
+        raise DataError(
+            f"{info.prefix}: too little data: none of its {info.num_documents} documents is in the part from "
+            f"{begin:.2%} to {end:.2%}; give more text, or larger shares (or 0) in data.split"
+        )
+
+
 def _dataset_classes(
     corpora: Corpora, model: ModelConfig, num_samples: Sequence[int | None]
 ) -> tuple[Any, Any, dict[str, Any]]:
@@ -247,14 +277,12 @@ def _dataset_classes(
         from megatron_lion.data import bert_datasets as bert
 
         assert corpora.tokenizer is not None, "open_corpora has asked for it"
-        ends = np.cumsum(_shares(corpora.split)) if corpora.split else None
-        for number, (split, count) in enumerate(zip(SPLITS, num_samples, strict=True)):
-            bounds = (0.0, 1.0) if ends is None else (float(ends[number - 1]) if number else 0.0, float(ends[number]))
-            if count or corpora.split:  # where the split is made by position, Megatron builds all three
-                for prefix in corpora.prefixes[split]:
-                    bert.check_sentences(corpora.infos[prefix], *bounds)
+        for info, begin, end in _parts_in_use(corpora, num_samples):
+            bert.check_sentences(info, begin, end)
         special = bert.bert_settings(corpora.tokenizer, corpora.digest, corpora.settings)
         return bert.BertDataset, bert.BertDatasetConfig, special
+    for info, begin, end in _parts_in_use(corpora, num_samples):
+        check_documents(info, begin, end)
     eod = corpora.tokenizer.eod_id if corpora.tokenizer is not None else corpora.vocab_size - 1
     return (
         GPTDataset,

@@ -95,9 +95,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
     if run.step == 0 or probe_is_missing(run):
         observe(run, metrics, progress, stop, window, at_start=run.step == 0)
         if _any_rank(stop["now"], run.device):
-            raise StoppedOnRequest(
-                f"stopped before step {run.step + 1} of {last}; the same command starts the probe there over"
-            )
+            raise StoppedOnRequest(f"stopped before step {run.step + 1} of {last}; the same command starts there")
     while run.step < stop_after:
         on_gradient = window.add if window is not None and window.wants(run.step + 1) else None
         result = train_step(

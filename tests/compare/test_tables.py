@@ -101,6 +101,16 @@ def test_page_and_lambada_results_have_tables_of_their_own(tmp_path: Path) -> No
     assert "32.50%" in to_markdown(tables["lambada"])
 
 
+def test_bert_has_a_table_of_its_two_losses(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    line = {"step": 1000, "time": 1.0, "test/mlm_loss": 2.5, "test/sop_loss": 0.6, "test/mlm_accuracy": 0.5}
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+    tables = by_slug(build_tables(read_runs([folder])))
+    assert tables["bert"].rows == [["gpt2-small", "LION", 2.5, 0.6, 0.5, None]]
+    assert "50.0%" in to_markdown(tables["bert"])
+
+
 def test_a_run_that_only_started_gives_dashes(tmp_path: Path) -> None:
     folder = tmp_path / "young"
     folder.mkdir()

@@ -112,6 +112,31 @@ def test_interrupted_probe_starts_over_and_training_goes_on_as_if_nothing_had_be
         assert {**ours, "time": 0, "probe/seconds": 0} == {**theirs, "time": 0, "probe/seconds": 0}
 
 
+def interrupt_at_start(rank, config):
+    """Work of one process: SIGTERM in the probe before the first step; then the same command again."""
+    from megatron_lion.gradient.accumulate import FullGradient
+
+    untouched = FullGradient.add
+
+    def add_and_signal(self, batches, *, stop=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return untouched(self, batches, stop=stop)
+
+    FullGradient.add = add_and_signal
+    first = error_of(train, config)
+    FullGradient.add = untouched
+    left = list(Path(config.run_dir).glob("probe/*")), list(Path(config.run_dir).glob("checkpoints/step*"))
+    return first, left, train(config)
+
+
+def test_interrupted_first_probe_is_taken_again(tmp_path, corpus):
+    config = make_config(tmp_path / "run", corpus, probe__every=3)
+    first, left, again = run_distributed(interrupt_at_start, 1, config)[0]
+    assert first[0] == "StoppedOnRequest"
+    assert left == ([], [])
+    assert [line["step"] for line in again["probes"]] == [0, 3]
+
+
 def train_two(rank, config):
     return train(config)
 

@@ -1,0 +1,175 @@
+"""SIGTERM, SIGINT and SIGUSR1: the step is finished, everything is saved, and the run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from distributed import run_distributed
+
+from megatron_lion.configfile import dump_config
+
+REPO = Path(__file__).resolve().parents[2]
+SETTINGS = {
+    "train__steps": 60, "model__hidden_dropout": 0.1, "train__precision": "bf16", "train__test_every": 7, "train__test_batches": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("signals")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> str:
+    return tiny.write_corpus(folder / "corpus")
+
+
+@pytest.fixture(scope="module")
+def twins(folder: Path, corpus: str) -> dict[int, dict[str, Any]]:
+    """The undisturbed run on one and on two processes."""
+    return {
+        size: run_distributed(
+            tiny.train_each, size, {"": tiny.tiny_config(folder / f"twin{size}", corpus, **SETTINGS)}
+        )[0][""]
+        for size in (1, 2)
+    }
+
+
+def lines_of(run_dir: str) -> int:
+    path = Path(run_dir, "metrics.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def asked_while_running(rank: int, jobs: dict[str, tuple[Any, int, str]]) -> dict[str, tuple[str, str]]:
+    """Runs each job; this process gets the job's signal after a few steps, or from within a save, or before the first step."""
+    found = {}
+    for name, (config, number, moment) in jobs.items():
+        done = threading.Event()
+
+        def send(config: Any = config, number: int = number, done: threading.Event = done) -> None:
+            while lines_of(config.run_dir) < 6 and not done.is_set():
+                time.sleep(0.002)
+            if not done.is_set():
+                os.kill(os.getpid(), number)
+
+        armed = [moment != "step"]
+
+        def in_save(
+            event: str,
+            arguments: tuple[Any, ...],
+            number: int = number,
+            moment: str = moment,
+            armed: list[bool] = armed,
+        ) -> None:
+            wanted = "checkpoints" if moment == "save" else "cache"
+            if armed[0] and event == "os.mkdir" and wanted in str(arguments[0]):
+                armed[0] = False
+                os.kill(os.getpid(), number)
+
+        if moment == "step":
+            threading.Thread(target=send, daemon=True).start()
+        else:
+            sys.addaudithook(in_save)
+        found[name] = tiny.error_of(tiny.train, config)
+        done.set()
+        armed[0] = False
+    return found
+
+
+def test_each_signal_at_each_moment(folder: Path, corpus: str, twins: dict[int, dict[str, Any]]) -> None:
+    """Between steps, while a checkpoint is written, and while the data's index is built."""
+    jobs = {
+        f"{number.name} {moment}": (
+            tiny.tiny_config(folder / f"{number.name}-{moment}", corpus, checkpoint__every=10, **SETTINGS), int(number), moment,
+        )
+        for number, moment in [
+            (signal.SIGTERM, "step"), (signal.SIGINT, "step"), (signal.SIGUSR1, "step"), (signal.SIGTERM, "save"),
+            (signal.SIGUSR1, "start"),
+        ]
+    }  # fmt: skip
+    found = run_distributed(asked_while_running, 1, jobs)[0]
+    stopped_at = {}
+    for name, (config, _, moment) in jobs.items():
+        kind, message = found[name]
+        assert kind == "StoppedOnRequest", (name, message)
+        if moment == "start":
+            assert message.startswith("stopped before step 1 of 60")
+            continue
+        stopped_at[name] = tiny.outcome(config.run_dir)["manifest"]["step"]
+        assert f"stopped after step {stopped_at[name]} of 60, checkpoint saved" in message
+        assert len(tiny.outcome(config.run_dir)["losses"]) == stopped_at[name], "no finished step is lost"
+        assert moment != "save" or stopped_at[name] == 11
+    resumed = run_distributed(tiny.train_each, 1, {name: config for name, (config, _, _) in jobs.items()})[0]
+    for name, result in resumed.items():
+        assert result["losses"] == twins[1]["losses"], name
+        assert result["manifest"]["state_fingerprint"] == twins[1]["manifest"]["state_fingerprint"], name
+
+
+def wait_for_lines(process: subprocess.Popen[str], run_dir: str, count: int) -> None:
+    while lines_of(run_dir) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def test_the_command_ends_with_75_and_the_same_command_resumes(
+    folder: Path, corpus: str, twins: dict[int, Any]
+) -> None:
+    config = tiny.tiny_config(folder / "command", corpus, **SETTINGS)
+    path = folder / "command.yaml"
+    path.write_text(dump_config(config))
+    command = [sys.executable, "-m", "megatron_lion", "pretrain", "--config", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    wait_for_lines(process, config.run_dir, 5)
+    process.send_signal(signal.SIGTERM)
+    out, error = process.communicate()
+    assert process.returncode == 75, error
+    assert out == ""
+    assert "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith("megatron-lion: stopped after step ")
+    assert last.endswith("checkpoint saved; the same command resumes")
+    again = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == f"done: 60 of 60 steps in {config.run_dir}\n"
+    assert "resuming after step" in again.stderr
+    assert tiny.outcome(config.run_dir)["manifest"]["state_fingerprint"] == twins[1]["manifest"]["state_fingerprint"]
+
+
+def test_under_torchrun(folder: Path, corpus: str, twins: dict[int, Any]) -> None:
+    """torchrun passes SIGTERM on to its workers; each says in its exit file why it left."""
+    config = tiny.tiny_config(folder / "torchrun", corpus, **SETTINGS)
+    path, exits = folder / "torchrun.yaml", folder / "exits"
+    exits.mkdir()
+    path.write_text(dump_config(dataclasses.replace(config)))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "megatron_lion", "pretrain", "--config", str(path),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MEGATRON_LION_EXIT_DIR": str(exits)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, env=environment
+    )
+    wait_for_lines(process, config.run_dir, 5)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate()
+    assert process.returncode != 0
+    assert error.count("checkpoint saved; the same command resumes") == 1, "one process tells it"
+    step = tiny.outcome(config.run_dir)["manifest"]["step"]
+    for rank in (0, 1):
+        told = json.loads((exits / f"exit.{rank}.json").read_text())
+        assert told["exit_code"] == 75
+        assert f"stopped after step {step} of 60" in told["error"]
+    resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
+    assert resumed["losses"] == twins[2]["losses"]
+    assert resumed["manifest"]["state_fingerprint"] == twins[2]["manifest"]["state_fingerprint"]

@@ -1,0 +1,156 @@
+"""What this project knows of megatron-core's and torch's inner parts. A failure here after an update says where to look."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from distributed import run_distributed
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.optimizer import _get_param_groups_and_buffers
+from megatron.core.optimizer import optimizer as mcore_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer import torch_norm
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+
+def test_version() -> None:
+    """Another version: read what is below, then every 'mcore 0.19.2:' comment, then change this line."""
+    assert metadata.version("megatron-core") == "0.19.2"
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (DistributedOptimizer._set_main_param_and_optimizer_states, "self, model_param, tensors"),
+        (DistributedOptimizer._get_main_param_and_optimizer_states, "self, model_param"),
+        (DistributedOptimizer._get_model_param_range_map, "self, param"),
+        (DistributedOptimizer.get_parameter_state_dp_zero, "self, use_gloo_comm, empty_data, return_on_all_ranks"),
+        (DistributedOptimizer.load_parameter_state_from_fully_reshardable, "self, state_dict"),
+        (DistributedOptimizer.load_parameter_state_from_dp_reshardable, "self, state_dict"),
+        (mcore_optimizer.MegatronOptimizer.get_grads_for_grad_norm, "self, grad_norm_group"),
+        (mcore_optimizer.MegatronOptimizer.get_grad_norm, "self"),
+        (clip_grad_by_total_norm_fp32, "parameters, max_norm, total_norm, use_decoupled_grad"),
+        (mcore_random._get_cuda_rng_state, "device, clone, graph_safe"),
+        (mcore_random._set_cuda_rng_state, "new_state, device, graph_safe"),
+        (
+            filesystem_async.FileSystemWriterAsync.write_preloaded_data,
+            "transform_list, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, kwargs",
+        ),
+        (filesystem_async.FileSystemWriterAsync.preload_tensors, "write_buckets, non_blocking"),
+        (mcore_torch._replace_state_dict_keys_with_sharded_keys, "sharded_state_dict, keep_only_main_replica"),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", None),
+)
+def test_signatures(function: Any, parameters: str) -> None:
+    found = inspect.signature(inspect.unwrap(function)).parameters
+    assert ", ".join(found) == parameters
+
+
+@pytest.mark.parametrize(
+    ("function", "needed"),
+    [
+        (DistributedOptimizer.__init__, "optimizer config grad_scaler init_state_fn model_chunks per_model_buffers data_parallel_group "
+                                        "data_parallel_group_gloo data_parallel_group_idx distributed_optimizer_instance_id"),
+        (DistributedOptimizer.sharded_param_state_fully_reshardable, "model_sharded_state_dict is_loading"),
+        (DistributedOptimizer.sharded_param_state_dp_reshardable, "model_sharded_state_dict is_loading"),
+        (_get_param_groups_and_buffers, "model_chunks config filter_fn buffer_name"),
+        (DynamicGradScaler.__init__, "initial_scale min_scale growth_factor backoff_factor growth_interval hysteresis"),
+        (save_state_dict_async_plan, "state_dict storage_writer process_group coordinator_rank planner"),
+        (mcore_torch.mcore_to_pyt_state_dict, "state_dict is_loading"),
+        (mcore_torch.MCoreSavePlanner.__init__, "dedup_replicated_tensors"),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", None),
+)  # fmt: skip
+def test_parameters_that_we_name(function: Any, needed: str) -> None:
+    found = inspect.signature(inspect.unwrap(function)).parameters
+    assert not set(needed.split()) - set(found)
+
+
+def test_state_keys_come_from_the_optimizers_name() -> None:
+    """Why StatefulDistributedOptimizer says its own."""
+    source = inspect.getsource(DistributedOptimizer.optimizer_state_keys.fget)  # type: ignore[attr-defined]
+    assert '{"lion": ("exp_avg",)}' in source
+    assert '("exp_avg", "exp_avg_sq")' in source
+
+
+def test_torch_norm_refuses_sequence_parallelism() -> None:
+    """Why model/settings.py has a norm of its own."""
+    assert "sequence parallel not supported by torch LayerNorm" in inspect.getsource(torch_norm)
+
+
+def test_a_save_would_spawn_a_manager() -> None:
+    """Why train/tensorfiles.py gives the writer a queue."""
+    assert "Manager()" in inspect.getsource(filesystem_async.get_write_results_queue)
+    assert hasattr(filesystem_async, "_results_queue")
+
+
+def test_torchs_checkpoint_exception_is_no_exception() -> None:
+    """Why `except Exception` is not enough around a load."""
+    assert not issubclass(CheckpointException, Exception)
+
+
+def test_torch_reads_tensors_with_weights_only() -> None:
+    """Why a verified `.metadata` without pickled objects is enough to be safe."""
+    source = inspect.getsource(FileSystemReader.read_data)
+    assert source.count("torch.load(") == source.count("weights_only=True") == 1
+
+
+def test_loss_scaler_keeps_its_counters_where_we_read_them() -> None:
+    source = inspect.getsource(DynamicGradScaler)
+    for name in ("_growth_tracker", "_hysteresis_tracker", "state_dict['scale']"):
+        assert name in source.replace('"', "'")
+
+
+def inner_facts(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
+    """Facts that only show in an optimizer that was built: padded buckets, and the `step` of AdamW."""
+    found: dict[str, Any] = {}
+    for name, config in configs.items():
+        with tiny.opened_run(config) as run:
+            wrapper = run.optimizer.megatron
+            plain = DistributedOptimizer.get_parameter_state_dp_zero(wrapper, False, False, True)
+            ours = wrapper.get_parameter_state_dp_zero(False, False, True)
+            parameter = next(iter(wrapper.model_param_group_index_map))
+            loaded = dict(wrapper._get_main_param_and_optimizer_states(parameter))
+            loaded.pop("step", None)
+            try:
+                with torch.no_grad():
+                    DistributedOptimizer._set_main_param_and_optimizer_states(wrapper, parameter, loaded)
+                complaint = None
+            except KeyError as error:
+                complaint = str(error)
+            with torch.no_grad():
+                wrapper._set_main_param_and_optimizer_states(parameter, loaded)
+            key = next(iter(plain[0]))
+            found[name] = {
+                "upstream": plain[0][key]["param"].numel(), "ours": ours[0][key]["param"].numel(),
+                "unpadded": wrapper.buffers[0].numel_unpadded, "whole": wrapper.buffers[0].numel,
+                "complaint": complaint, "keys": DistributedOptimizer.optimizer_state_keys.fget(wrapper),  # type: ignore[attr-defined]
+            }  # fmt: skip
+    return found
+
+
+def test_facts_of_a_built_optimizer(tmp_path: Path) -> None:
+    corpus = tiny.write_corpus(tmp_path / "corpus", vocab_size=100)
+    padded = {"model__hidden_size": 36, "model__vocab_size": 100, "model__make_vocab_size_divisible_by": 4}
+    configs = {
+        name: tiny.tiny_config(tmp_path / name, corpus, optimizer__name=name, **padded)
+        for name in ("lion", "sgd", "adamw")
+    }
+    for result in run_distributed(inner_facts, 2, configs):
+        for name, facts in result.items():
+            assert facts["upstream"] == facts["unpadded"] < facts["whole"], "upstream drops the padding"
+            assert facts["unpadded"] < facts["ours"] <= facts["whole"], "and we put it back"
+            assert facts["complaint"] == ("'step'" if name == "adamw" else None), "loaded tensors hold no step"
+        assert result["sgd"]["keys"] == ("exp_avg", "exp_avg_sq"), "an SGD is taken for Adam"
