@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
@@ -34,6 +34,12 @@ class UserParser(ArgumentParser):
 
     def __init__(self, *others: Any, **named: Any) -> None:
         super().__init__(*others, parser_mode=VALUES, **named)
+
+    def add_argument(self, *names: Any, **named: Any) -> Any:
+        """As argparse's; `choices` of texts become a Literal, which --help and messages can print."""
+        if named.get("type") is str and "choices" in named:
+            named["type"] = Literal[tuple(named.pop("choices"))]
+        return super().add_argument(*names, **named)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **named: Any
