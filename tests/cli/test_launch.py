@@ -1,0 +1,70 @@
+"""launch/torchrun.sh: several nodes as several agents on this machine, and exit codes that torchrun would swallow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_lion.configfile import dump_config
+from tests.tiny import outcome, tiny_config, write_corpus
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def start(*words: str, **variables: str) -> subprocess.Popen[str]:
+    """The launcher with these arguments and environment variables."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.Popen(
+        ["bash", str(REPO / "launch" / "torchrun.sh"), *words],
+        cwd=REPO, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_two_nodes_of_two_processes_with_tensor_parallelism(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_config(tiny_config(tmp_path / "run", corpus, train__steps=3)))
+    words = (str(config), "--parallel.tensor_model_parallel_size", "2")
+    variables = {"NNODES": "2", "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    agents = [start(*words, **variables) for _ in range(2)]
+    errors = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    found = outcome(tmp_path / "run")
+    alone = subprocess.run(
+        [sys.executable, "-m", "megatron_lion", "pretrain", "--config", str(config), "--run_dir", str(tmp_path / "one")],
+        cwd=REPO, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    reference = outcome(tmp_path / "one")["losses"]
+    assert len(found["losses"]) == 3
+    assert all(abs(ours - theirs) < 1e-4 for ours, theirs in zip(found["losses"], reference, strict=True))
+
+
+def test_codes_of_a_wrong_setting_and_of_a_stop(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_config(tiny_config(tmp_path / "run", corpus, train__steps=100000)))
+    wrong = start(str(config), "--train.global_batch_size", "7", NPROC_PER_NODE="2")
+    error = wrong.communicate(timeout=100)[1]
+    assert wrong.returncode == 2, error
+    assert error.count("train.global_batch_size") == 1
+    job = start(str(config), NPROC_PER_NODE="2")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    error = job.communicate(timeout=200)[1]
+    assert job.returncode == 75, error
+    assert "checkpoint saved; the same command resumes" in error
