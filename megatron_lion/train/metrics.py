@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,11 @@ class MetricsWriter:
                     "log.wandb_project: install it with `pip install megatron-lion[wandb]`"
                 ) from error
             self._wandb = wandb.init(
-                project=config.log.wandb_project, dir=str(run_dir), config=to_dict(config), resume="allow"
+                project=config.log.wandb_project,
+                id=_wandb_id(run_dir),
+                dir=str(run_dir),
+                config=to_dict(config),
+                resume="allow",
             )
 
     def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
@@ -65,6 +70,15 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id that a resumed run goes on under, kept in the run folder."""
+    path = run_dir / "wandb_id"
+    with storage_errors(path):
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="ascii")
+        return path.read_text(encoding="ascii").strip()
 
 
 def _jsonable(value: Any) -> Any:
