@@ -19,7 +19,7 @@ PACKAGE = REPO / "megatron_lion"
 # A file may import from its own level's earlier entries and from every level above.
 LEVELS = [
     {"errors"},
-    {"config", "configfile", "parallel_env"},
+    {"config", "config_checks", "configfile", "parallel_env"},
     {"device", "parallel"},
     {"optim", "data", "data_prep", "gradient"},
     {"model", "train"},
@@ -30,7 +30,7 @@ LEVELS = [
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 MEGATRON_ROOMS = {"device", "parallel", "optim", "model", "data", "train", "gradient", "evaluate"}
-NO_TORCH_ROOMS = {"errors", "config", "configfile", "parallel_env", "compare", "cli", "__main__"}
+NO_TORCH_ROOMS = {"errors", "config", "config_checks", "configfile", "parallel_env", "compare", "cli", "__main__"}
 
 
 def modules() -> list[Path]:

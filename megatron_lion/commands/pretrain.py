@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatron_lion.config import RunConfig, check_config
+from megatron_lion.config import RunConfig
+from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
 
 HELP = (

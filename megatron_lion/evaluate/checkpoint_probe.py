@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.config import ParallelConfig, ProbeConfig, RunConfig, check_config
+from megatron_lion.config import ParallelConfig, ProbeConfig, RunConfig
+from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import load_config
 from megatron_lion.data.files import storage_errors
 from megatron_lion.device import select_device

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_lion.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig, check_config
+from megatron_lion.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from megatron_lion.config_checks import check_config
 from megatron_lion.errors import ConfigError
 from megatron_lion.train.schedule import lr_at
 
