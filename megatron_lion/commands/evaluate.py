@@ -75,6 +75,22 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="NUMBER",
         help="say by which convention a published number is comparable, and what ours is there",
     )
+    add(
+        "--fill-mask",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="of a BERT run: the likeliest tokens for every [MASK] of each text",
+    )
+    add(
+        "--sentence-order",
+        type=str,
+        nargs=2,
+        default=None,
+        metavar=("FIRST", "SECOND"),
+        help="of a BERT run: the probability that the first passage comes before the second",
+    )
 
 
 def run(args: Any) -> None:
@@ -84,6 +100,9 @@ def run(args: Any) -> None:
     folder, steps = _target(Path(args.target), args.steps)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
+    if args.fill_mask or args.sentence_order:
+        _spot_checks(folder, steps, args)
+        return
     if not (args.wikitext103 or args.text or args.lambada):
         if args.explain is None:
             raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
@@ -136,8 +155,37 @@ def _need_next_token_model(folder: Path) -> None:
     if kind != "gpt2":
         raise ConfigError(
             f"{folder}: a {kind} run has no next-token perplexity; its masked-token losses are in metrics.jsonl "
-            f"(megatron-lion compare {folder} shows them)"
+            f"(megatron-lion compare {folder} shows them); for a look at what it knows give --fill-mask or --sentence-order"
         )
+
+
+def _spot_checks(folder: Path, steps: str, args: Any) -> None:
+    """--fill-mask and --sentence-order: prints what a BERT answers at each chosen step."""
+    from megatron_lion.configfile import load_config
+    from megatron_lion.errors import CheckpointError, ConfigError
+    from megatron_lion.evaluate.cloze import fill_mask, order_probability
+    from megatron_lion.evaluate.restore import open_run
+    from megatron_lion.evaluate.session import choose_steps
+
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder}: holds no run (config.yaml); give the run_dir of a `megatron-lion pretrain`")
+    kind = load_config(folder / "config.yaml").model.kind
+    if kind != "bert":
+        raise ConfigError(f"--fill-mask and --sentence-order: {folder} is a {kind} run; they ask a BERT")
+    with open_run(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
+        for step in choose_steps(steps, model.steps):
+            model.load(step)
+            lines = [f"step {step}"]
+            for text in args.fill_mask:
+                lines.append(f"  {text}")
+                for place, guesses in enumerate(fill_mask(model, text), 1):
+                    shown = "  ".join(f"{guess.token} {guess.probability:.2g}" for guess in guesses)
+                    lines.append(f"    [MASK] {place}: {shown}")
+            if args.sentence_order:
+                first, second = args.sentence_order
+                lines.append(f"  {first!r} before {second!r}: {order_probability(model, first, second):.3f}")
+            if model.rank == 0:
+                sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _tasks(model: Any, args: Any) -> list[Task]:

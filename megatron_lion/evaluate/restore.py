@@ -105,6 +105,19 @@ class RestoredRun:
         logits_SBV, _ = network.output_layer(hidden_SBH[-last:], weight=network.shared_embedding_or_output_weight())
         return logits_SBV[..., : self.vocab_size].transpose(0, 1)
 
+    @torch.no_grad()
+    def bert_logits(
+        self, tokens_1S: torch.Tensor, types_1S: torch.Tensor, places: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits over the real vocabulary at M places [M, V] and of the order (as it is, swapped) [2], of a BERT run."""
+        if self._model is None:
+            raise CheckpointError("load a step before scoring")
+        where = self.device.torch_device
+        tokens_1S, types_1S = tokens_1S.to(where), types_1S.to(where)
+        positions_1M = torch.tensor([places], device=where)
+        logits_1MV, order_12 = unwrap(self._model[0])(tokens_1S, torch.ones_like(tokens_1S), types_1S, positions_1M)
+        return logits_1MV[0, :, : self.vocab_size], order_12[0]
+
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums over all processes, in place; float64 stays float64."""
         moved = values.to(self.device.torch_device)
