@@ -1,0 +1,111 @@
+"""BERT: every layout computes what one process computes, a resumed run is the undisturbed one, and the probe counts right."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tiny_bert import SEQ_LENGTH, VOCAB, tiny_bert, write_bert_corpus
+
+ROUNDING = 3e-6  # as in test_layouts.py; the loss has one more division, by the step's number of masked tokens
+STEPS = 4
+LR = {"lion": 1e-3, "sgd": 0.1}
+SEQUENCE_PARALLEL = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}
+LAYOUTS = {
+    **tiny.LAYOUTS,
+    "TP2 sequence parallel": (2, SEQUENCE_PARALLEL),
+    "DP2 large micro-batch": (2, {"train__micro_batch_size": 4}),
+}
+LOGGED = ("train/loss", "train/mlm_loss", "train/sop_loss", "train/mlm_accuracy", "train/sop_accuracy", "optim/grad_l2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bert")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> str:
+    return write_bert_corpus(folder / "corpus")
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path, corpus: str) -> dict[str, dict[str, Any]]:
+    """Outcomes of every layout and optimizer, and of runs with dropout: whole, stopped after half, resumed."""
+    jobs, later = {}, {}
+    for optimizer, lr in LR.items():
+        for layout, (size, changes) in LAYOUTS.items():
+            config = tiny_bert(
+                folder / f"{layout}-{optimizer}", corpus, train__steps=STEPS, optimizer__clip_grad=0.0, train__test_every=2,
+                optimizer__name=optimizer, optimizer__lr=lr, probe__every=2, probe__num_batches=2, **changes,
+            )  # fmt: skip
+            jobs[f"{layout}/{optimizer}"] = (size, config)
+    for name, (size, changes) in {
+        "DP2 bf16": (2, {"train__precision": "bf16"}),
+        "TP2 sequence parallel": (2, SEQUENCE_PARALLEL),
+        "PP2": (2, {"parallel__pipeline_model_parallel_size": 2}),
+    }.items():
+        settings = {"train__steps": STEPS, "model__hidden_dropout": 0.1, "model__attention_dropout": 0.1, **changes}
+        whole, halved = (tiny_bert(folder / f"{name}-{kind}", corpus, **settings) for kind in ("whole", "halved"))
+        first = dataclasses.replace(halved, train=dataclasses.replace(halved.train, stop_after=STEPS // 2))
+        jobs |= {f"{name}/whole": (size, whole), f"{name}/half": (size, first)}
+        later[f"{name}/resumed"] = (size, halved)
+    return {**tiny.run_all(jobs), **tiny.run_all(later)}
+
+
+def logged(folder: Path, layout: str, optimizer: str) -> list[dict[str, Any]]:
+    return [line for line in tiny.read_metrics(folder / f"{layout}-{optimizer}") if "train/loss" in line]
+
+
+@pytest.mark.parametrize("optimizer", list(LR))
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+def test_layouts(runs: dict[str, Any], folder: Path, layout: str, optimizer: str) -> None:
+    assert "failed" not in runs[f"{layout}/{optimizer}"], runs[f"{layout}/{optimizer}"]["failed"]
+    ours, reference = logged(folder, layout, optimizer), logged(folder, "DP1", optimizer)
+    assert len(ours) == STEPS
+    for line, expected in zip(ours, reference, strict=True):
+        for key in LOGGED:
+            assert line[key] == pytest.approx(expected[key], rel=ROUNDING), key
+    probes = zip(runs[f"{layout}/{optimizer}"]["probes"], runs[f"DP1/{optimizer}"]["probes"], strict=True)
+    for probe, expected in probes:
+        for key in ("probe/loss", "probe/grad_l1", "probe/grad_l2", "probe/kkt_residual", "test/loss"):
+            assert probe[key] == pytest.approx(expected[key], rel=ROUNDING), key
+        assert probe["probe/num_parameters"] == expected["probe/num_parameters"]
+
+
+def test_loss_is_that_of_masked_tokens_plus_that_of_order(runs: dict[str, Any], folder: Path) -> None:
+    for line in logged(folder, "DP2", "lion"):
+        assert line["train/loss"] == pytest.approx(line["train/mlm_loss"] + line["train/sop_loss"], rel=1e-12)
+        assert 0 <= line["train/mlm_accuracy"] <= 1
+        assert 0 <= line["train/sop_accuracy"] <= 1
+
+
+def test_training_learns_the_words(folder: Path, corpus: str) -> None:
+    tiny.train(tiny_bert(folder / "long", corpus, train__steps=40, optimizer__lr=3e-3, train__global_batch_size=16))
+    lines = [line for line in tiny.read_metrics(folder / "long") if "train/mlm_loss" in line]
+    assert lines[-1]["train/mlm_loss"] < lines[0]["train/mlm_loss"] - 0.3
+
+
+def test_probe_counts_tied_embeddings_once(runs: dict[str, Any]) -> None:
+    hidden, rows = 32, 128  # the vocabulary's tokens, padded to a multiple of 64
+    assert 64 < len(VOCAB) <= rows
+    block = 12 * hidden * hidden + 13 * hidden
+    embeddings = (rows + SEQ_LENGTH + 2) * hidden
+    heads = (hidden * hidden + hidden) + 2 * hidden + rows + (hidden * hidden + hidden) + (2 * hidden + 2)
+    for probe in runs["TP2xPP2/lion"]["probes"]:
+        assert probe["probe/num_parameters"] == embeddings + 2 * block + 2 * hidden + heads
+        assert 1 <= probe["probe/norm_ratio"] <= probe["probe/sqrt_d"]
+    assert len(runs["TP2xPP2/lion"]["probes"]) == 3  # before the first step and after steps 2 and 4
+
+
+@pytest.mark.parametrize("name", ["DP2 bf16", "TP2 sequence parallel", "PP2"])
+def test_resumed_run_is_bitwise_the_undisturbed_one(runs: dict[str, Any], name: str) -> None:
+    whole, half, resumed = (runs[f"{name}/{kind}"] for kind in ("whole", "half", "resumed"))
+    assert len(half["losses"]) == STEPS // 2
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["norms"] == whole["norms"]
+    for key in ("state_fingerprint", "weights_fingerprint", "consumed_samples"):
+        assert resumed["manifest"][key] == whole["manifest"][key], key
