@@ -83,6 +83,7 @@ class _Demo:
         runs = [self.pretrain(recipe, dataset) for recipe in RECIPES]
         for folder in runs:
             self.evaluate(folder, held_out)
+        self.show_text(runs[0])
         self.compare(runs)
 
     def prepare(self) -> tuple[Path, Path]:
@@ -138,6 +139,10 @@ class _Demo:
             f"  {self.output}/comparison   tables and figures\n"
             f"  {self.output}/runs         one folder a run: config.yaml, metrics.jsonl, checkpoints/, eval/\n"
         )
+
+    def show_text(self, folder: Path) -> None:
+        self.say(f"three lines by {folder.name.upper()}'s last checkpoint, after a minute of training")
+        self.verb("generate", str(folder), "--prompt", "Return the", "--max-new-tokens", "24", "--temperature", "0.7")
 
     def say(self, text: str) -> None:
         self.step_number += 1
