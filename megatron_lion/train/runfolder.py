@@ -78,7 +78,7 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
     begun = (run_dir / "metrics.jsonl").is_file() or (run_dir / "checkpoints").is_dir()
     if saved.is_file() and begun:
         different = differences(load_config(saved), config)
-        blocked = [text for key, text in different if not _changeable(key)]
+        blocked = [text for key, text in different if not changeable(key)]
         if blocked:
             raise CheckpointError(
                 f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
@@ -90,7 +90,7 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
         save_config(config, saved)
 
 
-def _changeable(key: str) -> bool:
+def changeable(key: str) -> bool:
     return any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
 
 
