@@ -20,6 +20,7 @@ from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, 
 VERBS = {
     "prepare": "text to a dataset folder of token files",
     "pretrain": "train GPT-2 or BERT with LION, SGD or AdamW; the same command resumes",
+    "sweep": "a grid of runs, each optimizer tuned by validation loss",
     "evaluate": "zero-shot perplexity of a run's checkpoints",
     "probe": "the full gradient of a run's checkpoints: norms, KKT residual, signal and noise",
     "compare": "tables and figures over several runs",

@@ -81,7 +81,7 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
     begun = (run_dir / "metrics.jsonl").is_file() or bool(checkpoints - {"latest", "step_0000000"})
     if saved.is_file() and begun:
         different = differences(load_config(saved), config)
-        blocked = [text for key, text in different if not _changeable(key)]
+        blocked = [text for key, text in different if not changeable(key)]
         if blocked:
             raise CheckpointError(
                 f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
@@ -104,7 +104,7 @@ def _bring_back_imported(aside: Path, run_dir: Path) -> None:
     shutil.copyfile(aside / "config.yaml", run_dir / "config.yaml")
 
 
-def _changeable(key: str) -> bool:
+def changeable(key: str) -> bool:
     return any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
 
 
