@@ -320,6 +320,14 @@ def differing_settings(runs: Iterable[RunRecord]) -> list[str]:
     ]
 
 
+def by_model(runs: list[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs of each model, in the order given."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(run.model, []).append(run)
+    return groups
+
+
 def show(value: Any) -> str:
     """A setting as one would type it."""
     if value is None:
