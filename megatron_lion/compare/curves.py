@@ -142,7 +142,7 @@ def lines_of(runs: list[RunRecord]) -> list[Line]:
     lines = []
     for key, group in groups.items():
         optimizer = group[0].optimizer
-        label = group[0].label if len(group) == 1 else f"{group_label(groups, key)}, {len(group)} seeds"
+        label = group[0].label if len(group) == 1 else f"{group_label(groups, key)}, n={len(group)}"
         dash = DASHES[used[optimizer] % len(DASHES)]
         used[optimizer] += 1
         lines.append(Line(label=label if key in named else "", runs=tuple(group), colour=colours[optimizer], dash=dash))

@@ -33,13 +33,14 @@ svg .axis, svg .tick { font-size: 12.5px; fill: var(--soft); }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .reference { stroke: var(--soft); stroke-width: 1.2; stroke-dasharray: 7 3; }
 svg .dotted { stroke-dasharray: 1.5 3; }
-svg .curve { --shown: var(--c); }
+svg .curve { --shown: var(--c); --said: color-mix(in srgb, var(--c) 80%, black); }
 svg .curve polyline, svg .curve line { fill: none; stroke: var(--shown); stroke-width: 2; stroke-linejoin: round; }
 svg .curve .faint { stroke-width: 0.8; opacity: 0.28; }
 svg .curve circle { fill: var(--shown); }
 svg .nameless polyline { stroke-width: 0.9; opacity: 0.4; }
-svg .label { font-size: 13px; font-weight: 600; fill: var(--shown); }
-@media (prefers-color-scheme: dark) { svg .curve { --shown: color-mix(in srgb, var(--c) 62%, white); } }
+svg .label { font-size: 13px; font-weight: 600; fill: var(--said); }
+@media (prefers-color-scheme: dark) { svg .curve { --shown: color-mix(in srgb, var(--c) 62%, white);
+  --said: var(--shown); } }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 11px; border-bottom: 1px solid var(--line); white-space: nowrap; }
@@ -55,7 +56,9 @@ AXIS_RULES
 details { border: 1px solid var(--line); border-radius: 8px; padding: 8px 12px; margin: 8px 0; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 pre { font-size: 0.8rem; overflow-x: auto; margin: 8px 0 0; }
-@media (max-width: 600px) { body { padding: 14px 10px 32px; } h1 { font-size: 1.25rem; } .charts figure { padding: 6px; } }
+@media (max-width: 600px) { body { padding: 14px 10px 32px; } h1 { font-size: 1.25rem; } .charts figure { padding: 6px; }
+  table { width: max-content; min-width: 100%; }
+  td:first-child { max-width: 52vw; white-space: normal; overflow-wrap: anywhere; } }
 """
 
 
@@ -136,13 +139,12 @@ def _charts(model: str, group: list[RunRecord], tried: Sequence[RunRecord]) -> s
     )
     if not figures:
         return f"<p class='note'>{html.escape(model)}: nothing measured yet</p>"
-    count = len(lines_of(group))
-    note = (
-        f"{count} settings; {MAX_NAMED} have names: the best of each optimizer by validation loss"
-        if count > MAX_NAMED
-        else ""
-    )
-    caption = f"<p class='note'>{note}</p>" if note else ""
+    lines, notes = lines_of(group), []
+    if any(len(line.runs) > 1 for line in lines):
+        notes.append("n: seeds of a setting; the line is their mean, each lies faintly behind it")
+    if len(lines) > MAX_NAMED:
+        notes.append(f"{len(lines)} settings; {MAX_NAMED} have names: the best of each optimizer by validation loss")
+    caption = "".join(f"<p class='note'>{note}</p>" for note in notes)
     return f'<section><h2>{html.escape(model)}</h2><div class="charts">{figures}</div>{caption}</section>'
 
 

@@ -24,7 +24,7 @@ from megatron_lion.compare.curves import NOISE_RATIO, lines_of, panels
 from megatron_lion.compare.figures import write_figures
 from megatron_lion.compare.report import render_report
 from megatron_lion.compare.runs import RunRecord, read_runs
-from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence
+from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence, verdicts
 from megatron_lion.compare.svg import HEIGHT, WIDTH, chart
 from megatron_lion.compare.tables import build_tables
 from megatron_lion.compare.ticks import spread, ticks
@@ -91,6 +91,15 @@ def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
     assert "seeds" in [t.slug for t in build_tables(runs)]
 
 
+def test_many_settings_are_judged_against_the_best_alone() -> None:
+    values = {f"s{n}": [n + seed / 100 for seed in range(4)] for n in range(6)} | {f"one{n}": [9.0] for n in range(5)}
+    found = verdicts(values)
+    assert len(found) == 6
+    assert all(text.startswith("s0 is ") for text in found[:5])
+    assert found[5] == "5 settings have a single seed: the noise of their gaps to the others is not known."
+    assert len(verdicts({name: values[name] for name in ("s0", "s1", "one0")})) == 3
+
+
 # --- figures ---
 
 
@@ -119,7 +128,7 @@ def test_the_seeds_of_a_setting_are_one_curve_their_mean(tmp_path: Path) -> None
     metrics.write_text("".join(line for line in metrics.open() if json.loads(line)["step"] <= 800))
     runs = read_runs(folders)
     panel = next(panel for panel in panels(runs) if panel.slug == "test-loss")
-    assert [curve.label for curve in panel.curves] == ["LION, 2 seeds"]
+    assert [curve.label for curve in panel.curves] == ["LION, n=2"]
     curve = panel.curves[0]
     assert list(curve.x) == list(range(0, 801, 100)), "the steps that both have"
     both = [run.series("test/loss").values[5] for run in runs]
