@@ -101,12 +101,16 @@ def print_tables(tables: list[Table], form: str) -> None:
         sys.stdout.write("\n".join(map(write, tables)))
         return
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(file=sys.stdout)
     if not sys.stdout.isatty():
         console.width = 200  # a pipe has no width of its own; the tables must not be cut for it
     for table in tables:
+        console.print(Text(table.title, "bold"))
         console.print(to_rich(table))
+        for note in table.notes:
+            console.print(Text(note, "italic"))
         console.print()
 
 

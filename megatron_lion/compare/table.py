@@ -149,14 +149,11 @@ def to_html(table: Table) -> str:
 
 
 def to_rich(table: Table) -> Any:
-    """A rich table for the terminal."""
+    """A rich table for the terminal, without title and notes, which may be wider than it."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(
-        title=table.title, title_justify="left", title_style="bold", caption="\n".join(table.notes) or None,
-        caption_justify="left",
-    )  # fmt: skip
+    shown = RichTable()
     columns = range(len(table.columns))
     for c in columns:
         shown.add_column(Text(table.columns[c]), justify="left" if table.is_text(c) else "right", no_wrap=True)

@@ -21,6 +21,9 @@ from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.series import Series
 from megatron_lion.compare.table import Cell, Table
 
+MOST_COLUMNS = 6
+"""More runs than this are rows, not columns."""
+
 
 def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> list[Table]:
     """All tables for which the runs have numbers.
@@ -239,14 +242,18 @@ def _median(series: Series) -> float | None:
 
 
 def settings_table(runs: list[RunRecord]) -> Table:
-    """The settings in which the runs differ."""
-    names = [run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}" for run in runs]
-    return Table(
-        slug="settings",
-        title="Settings that differ",
-        columns=["setting", *names],
-        rows=[[key, *(show(run.settings.get(key)) for run in runs)] for key in differing_settings(runs)],
-    )
+    """The settings in which the runs differ: a column a run, or a row where there are many."""
+    keys = differing_settings(runs)
+    if len(runs) > MOST_COLUMNS:
+        columns = ["model", "optimizer", *keys]
+        rows: list[list[Cell]] = [
+            [run.model, run.label, *(show(run.settings.get(key)) for key in keys)] for run in runs if keys
+        ]
+    else:
+        names = [run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}" for run in runs]
+        columns = ["setting", *names]
+        rows = [[key, *(show(run.settings.get(key)) for run in runs)] for key in keys]
+    return Table(slug="settings", title="Settings that differ", columns=columns, rows=rows)
 
 
 # What environment.json and run.json say that may explain a difference between runs.
