@@ -61,6 +61,10 @@ def test_a_diverged_neighbour_closes_the_grid_and_an_unfinished_one_does_not(tmp
     assert any("largest tried" in note for note in notes)
     edit_metrics(folders[0], until=500, add=({"step": 503, "optim/skipped_steps": 3},))
     assert choose_best(read_runs(folders))[0].notes == ("lr=0.003 left out: diverged at step 503",)
+    edit_metrics(folders[0], until=990, add=({"step": 1000, "optim/skipped_steps": 3},))
+    assert choose_best(read_runs(folders))[0].notes == ("lr=0.003 left out: diverged at step 1,000",), (
+        "at its last step"
+    )
 
 
 def test_a_zero_is_no_edge_and_a_loss_that_is_not_finite_is_no_choice(tmp_path: Path) -> None:

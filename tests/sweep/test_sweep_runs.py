@@ -68,6 +68,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[list[s
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # processes that import torch, on whatever else the machine does
 def test_a_real_sweep_goes_on_after_a_run_that_diverged(swept: tuple[list[str], Any]) -> None:
     words, done = swept
     folder = Path(words[-1])
@@ -98,6 +99,7 @@ def test_a_real_sweep_goes_on_after_a_run_that_diverged(swept: tuple[list[str], 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # processes that import torch, on whatever else the machine does
 def test_the_same_command_again_runs_nothing_and_compare_takes_the_folder(
     swept: tuple[list[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +116,7 @@ def test_the_same_command_again_runs_nothing_and_compare_takes_the_folder(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # processes that import torch, on whatever else the machine does
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, corpus: str) -> None:
     path = config_file(tmp_path, corpus, train__steps=120, train__test_every=60)
     folder = tmp_path / "sweep"
@@ -139,6 +142,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, corp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # processes that import torch, on whatever else the machine does
 def test_a_killed_sweep_leaves_no_run_behind_that_goes_on_alone(tmp_path: Path, corpus: str) -> None:
     path = config_file(tmp_path, corpus, train__steps=100_000)
     folder = tmp_path / "sweep"
@@ -187,7 +191,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
         steps = config.train.steps if code == 0 else 1
-        lines: list[dict[str, float]] = [{"step": steps, "train/loss": 1.0}]
+        lines: list[dict[str, float]] = [{"step": steps, "train/loss": 1.0, "progress/consumed_tokens": steps}]
         if code == 0:
             lines.append({"step": steps, "valid/loss": config.optimizer.lr})
             (folder / "checkpoints" / f"step_{steps:07d}").mkdir(parents=True)
