@@ -35,8 +35,8 @@ from megatron_lion.config import (
     ProbeConfig,
     RunConfig,
     TrainConfig,
-    check_config,
 )
+from megatron_lion.config_checks import check_config
 from megatron_lion.data.indexed import IndexedWriter
 from megatron_lion.device import select_device
 from megatron_lion.gradient.probe import probe_run
