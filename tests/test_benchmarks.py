@@ -14,9 +14,13 @@ SHARED = {"contenders.py"}
 
 
 @pytest.mark.parametrize(
-    "path", sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name not in SHARED), ids=lambda path: path.name
+    "path",
+    sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name not in SHARED),
+    ids=lambda path: path.name,
 )
 def test_help(path: Path) -> None:
-    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(path), "--help"], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "usage: " in done.stdout
