@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_lion.compare.runs import RunRecord, by_model
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.compare.ticks import short, ticks
 
+MOST_AMOUNTS = 6
+ROUNDING = 1e-9
 _UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -48,14 +52,16 @@ class Measured:
     costs: Sequence[float]
     losses: Sequence[float]
 
-    def within(self, amount: float) -> float | None:
-        """The loss last measured within an amount."""
-        found = [loss for cost, loss in zip(self.costs, self.losses, strict=True) if cost <= amount * (1 + 1e-9)]
+    def between(self, since: float, amount: float) -> float | None:
+        """The loss last measured after one amount and up to another."""
+        found = [
+            loss for cost, loss in zip(self.costs, self.losses, strict=True) if since < cost <= amount * (1 + ROUNDING)
+        ]
         return found[-1] if found else None
 
-    def at(self, amount: float) -> float | None:
-        """The same, None where the run had ended before."""
-        return self.within(amount) if amount <= self.costs[-1] * (1 + 1e-9) else None
+    def reaches(self, amount: float) -> bool:
+        """Whether the run was measured at an amount or after it."""
+        return self.costs[-1] * (1 + ROUNDING) >= amount
 
 
 def measured(run: RunRecord, budget: Budget) -> Measured | None:
@@ -66,8 +72,8 @@ def measured(run: RunRecord, budget: Budget) -> Measured | None:
 
 
 def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
-    """Test loss at round numbers of steps, tokens and training time: a table of each for every model."""
-    tables = []
+    """Test loss by steps, tokens and training time: a table of each for every model."""
+    tables: list[Table] = []
     groups = by_model(list(runs))
     for budget in BUDGETS:
         for number, (model, group) in enumerate(groups.items()):
@@ -75,29 +81,45 @@ def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
             if found:
                 slug = f"loss-by-{budget.name}" + (f"-{number + 1}" if number else "")
                 title = f"{f'{model}: test' if len(groups) > 1 else 'Test'} loss by {budget.title} (nats per token)"
-                tables.append(_loss_table(slug, title, budget, model, found))
+                table = _loss_table(slug, title, budget, model, found)
+                tables += [table] if table else []
     return tables
 
 
-def _loss_table(slug: str, title: str, budget: Budget, model: str, found: dict[str, Measured]) -> Table:
-    longest = max(losses.costs[-1] for losses in found.values())
-    size, unit = 1.0, ""
-    if budget.name == "time":
-        size, unit = next(((s, f" {u}") for s, u in _UNITS if longest >= 2 * s), (1.0, " s"))
-    amounts = [amount for amount in ticks(0.0, longest / size or 1.0, 5) if amount > 0]
-    columns = ["model", "optimizer", *(f"{short(amount)}{unit}" for amount in amounts)]
-    rows: list[list[Cell]] = [
-        [model, label, *(losses.at(amount * size) for amount in amounts)] for label, losses in found.items()
-    ]
-    return Table(
+def _loss_table(slug: str, title: str, budget: Budget, model: str, found: dict[str, Measured]) -> Table | None:
+    """None where no amount has a measurement."""
+    size, unit, amounts = _columns(budget, list(found.values()))
+    steps = list(pairwise([0.0, *amounts]))
+    cells = {
+        label: [losses.between(since, amount) if losses.reaches(amount) else None for since, amount in steps]
+        for label, losses in found.items()
+    }
+    kept = [place for place in range(len(amounts)) if any(row[place] is not None for row in cells.values())]
+    columns = ["model", "optimizer", *(f"{short(round(amounts[place] / size, 9))}{unit}" for place in kept)]
+    table = Table(
         slug=slug,
         title=title,
         columns=columns,
-        rows=rows,
+        rows=[[model, label, *(row[place] for place in kept)] for label, row in cells.items()],
         formats=dict.fromkeys(columns[2:], ".4f"),
-        notes=["the last measurement up to there; a dash where the run had ended"],
+        notes=["the last measurement since the column before; a dash where there is none, or the run had ended"],
         best=columns[2:],
     )
+    return table if kept else None
+
+
+def _columns(budget: Budget, runs: list[Measured]) -> tuple[float, str, list[float]]:
+    """Size and name of the unit, and the amounts: those at which all runs were measured that reach them, else round ones."""
+    longest = max(losses.costs[-1] for losses in runs)
+    if budget.name == "time":
+        size, unit = next(((s, f" {u}") for s, u in _UNITS if longest >= 2 * s), (1.0, " s"))
+        return size, unit, [amount * size for amount in ticks(0.0, longest / size or 1.0, 5) if amount > 0]
+    having = Counter(cost for losses in runs for cost in losses.costs if cost > 0)
+    alike = sorted(cost for cost, count in having.items() if count == sum(losses.reaches(cost) for losses in runs))
+    if len(alike) > MOST_AMOUNTS / 2 or len(alike) == len(having):
+        stride = -(-len(alike) // MOST_AMOUNTS)
+        return 1.0, "", alike[::-1][::stride][::-1]  # the last always stays
+    return 1.0, "", [amount for amount in ticks(0.0, longest or 1.0, 5) if amount > 0]
 
 
 def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
@@ -117,10 +139,10 @@ def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
                 columns.append([None] * len(group))
                 continue
             most = min(losses.costs[-1] for losses in known)
-            columns.append([losses.within(most) for losses in known])
+            columns.append([losses.between(most / 2, most) for losses in known])
             limits.append(f"{most:,.0f} {budget.unit}")
         rows += [[model, run.label, *cells] for run, *cells in zip(group, *columns, strict=True)]
-        notes.append(f"{model}: {', '.join(limits)}; the last measurement within the budget")
+        notes.append(f"{model}: {', '.join(limits)}; the last measurement in its second half")
     heads = ["model", "optimizer", "at equal steps", "at equal tokens", "at equal seconds"]
     return Table(
         slug="equal-budget",

@@ -49,12 +49,12 @@ class Table:
         return any(isinstance(row[column], str) for row in self.rows)
 
     def is_best(self, row: int, column: int) -> bool:
-        """Whether a cell is the smallest of its column among at least two rows of its group."""
+        """Whether a cell is the smallest of its column in its group, where the group's are not all the same."""
         if self.columns[column] not in self.best:
             return False
         group = [r[column] for r in self.rows if r[0] == self.rows[row][0]]
         numbers = [cell for cell in group if isinstance(cell, int | float)]
-        return len(numbers) > 1 and self.rows[row][column] == min(numbers)
+        return len(set(numbers)) > 1 and self.rows[row][column] == min(numbers)
 
 
 def to_markdown(table: Table) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 from megatron_lion.compare.best import Choice, choose_best
 from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, read_run, show
 from megatron_lion.compare.table import Cell, Table, to_csv, to_markdown
+from megatron_lion.configfile import load_config
 from megatron_lion.data.files import write_whole
+from megatron_lion.sweep.grid import get_setting
 from megatron_lion.sweep.plan import short_key
 from megatron_lion.sweep.record import Entry, Sweep, read_sweep
 
@@ -30,6 +32,8 @@ def sweep_table(sweep: Sweep, records: dict[str, RunRecord], choices: Sequence[C
     keys = [
         key for key in dict.fromkeys(key for entry in sweep.runs for key in entry.settings) if key != "optimizer.name"
     ]
+    base = load_config(sweep.base)
+    shared = {key: get_setting(base, key) for key in keys}
     best = {run.folder for choice in choices for run in choice.runs}
     rows: list[list[Cell]] = []
     for entry in sorted(sweep.runs, key=lambda entry: _order(sweep, entry, keys)):
@@ -37,14 +41,14 @@ def sweep_table(sweep: Sweep, records: dict[str, RunRecord], choices: Sequence[C
         lowest = record.series("valid/loss").best() if record else None
         rows.append([
             OPTIMIZER_NAMES.get(optimizer := entry.settings["optimizer.name"], optimizer),
-            *(show(entry.settings[key]) if key in entry.settings else None for key in keys),
+            *(show(entry.settings.get(key, shared[key])) for key in keys),
             record.valid_loss if record else None, lowest[1] if lowest else None, lowest[0] if lowest else None,
             record.end_train_loss if record and record.finished else None, _status(entry, record),
             "best" if sweep.folder / entry.name in best else "",
         ])  # fmt: skip
     return Table(
         slug="sweep",
-        title=f"Sweep {sweep.folder}",
+        title=f"Runs of the sweep in {sweep.folder}",
         columns=[
             "optimizer",
             *map(short_key, keys),

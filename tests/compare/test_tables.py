@@ -70,6 +70,11 @@ def test_losses_ratios_and_cost(runs: list[RunRecord]) -> None:
 def test_settings_diff_shows_what_differs_only(runs: list[RunRecord]) -> None:
     table = by_slug(build_tables(runs))["settings"]
     assert {row[0] for row in table.rows} == {"optimizer.name", "optimizer.lr"}
+    many = by_slug(build_tables([*runs, *runs, *runs]))["settings"]
+    assert many.columns == ["model", "optimizer", "optimizer.lr", "optimizer.name"]
+    assert len(many.rows) == 9
+    same = by_slug(build_tables(runs))["environment"]
+    assert ["processes", "2", "all"] in same.rows
     assert ["optimizer.lr", "0.001", "0.3", "0.003"] in table.rows
 
 
@@ -87,6 +92,35 @@ def test_equal_budgets_and_targets(tmp_path: Path) -> None:
     assert lion[5] == pytest.approx(runs[0].training_seconds(lion[3]) / 60)
     unreachable = by_slug(build_tables(runs, target_loss=0.1))["to-target"]
     assert [row[3:] for row in unreachable.rows] == [[None, None, None]] * 2
+
+
+def test_losses_by_step_by_tokens_and_by_time_are_aligned(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "a", steps=1000), write_run(tmp_path / "b", optimizer="sgd", steps=500)])
+    tables = by_slug(build_tables(runs))
+    by_step = tables["loss-by-step"]
+    assert by_step.columns == ["model", "optimizer", "200", "400", "600", "800", "1k"]
+    lion, sgd = by_step.rows
+    assert lion[2:] == [runs[0].series("test/loss").at_or_before(step)[1] for step in (200, 400, 600, 800, 1000)]
+    assert sgd[3:] == [runs[1].series("test/loss").at_or_before(400)[1], None, None, None], "it had ended"
+    assert [row[2:] for row in tables["loss-by-tokens"].rows] == [row[2:] for row in by_step.rows]
+    assert tables["loss-by-tokens"].columns[2] == "3.2768M"
+    by_time = tables["loss-by-time"]
+    assert by_time.columns[2:] == ["2 min", "4 min", "6 min", "8 min"]
+    within = [s for s in runs[0].series("test/loss").steps if runs[0].training_seconds(s) <= 120]
+    assert by_time.rows[0][2] == runs[0].series("test/loss").at_or_before(within[-1])[1]
+
+
+def test_a_loss_measured_long_before_does_not_stand_for_a_later_one(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", optimizer="sgd")]
+    for folder, kept in zip(folders, ((0, 1000), (0, 300, 1000)), strict=True):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        texts = [json.dumps(line) for line in lines if "test/loss" not in line or line["step"] in kept]
+        (folder / "metrics.jsonl").write_text("\n".join(texts) + "\n")
+    tables = by_slug(build_tables(read_runs(folders)))
+    lion, sgd = (row[2:] for row in tables["loss-by-step"].rows)
+    assert tables["loss-by-step"].columns[2:] == ["400", "1k"]
+    assert lion[0] is None, "its last measurement before was at the start"
+    assert None not in (lion[1], *sgd)
 
 
 def test_page_and_lambada_results_have_tables_of_their_own(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ def test_the_same_command_again_runs_nothing_and_compare_takes_the_folder(
     shown = capsys.readouterr().out
     assert "diverged at step" in shown
     assert "lr=0.01" in shown
+    assert f"Runs of the sweep in {words[-1]}" in shown
     assert "LION: lr=1e+30 left out: diverged" in shown
     assert "Tuning" not in (tmp_path / "out" / "report.html").read_text(), "two rates are no curve"
 
