@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLEMENTATIONS = ("reference", "foreach", "triton")
-FAST = ("foreach", "triton")
+# The C++ loop is for tensors on a CPU.
+FAST = ("foreach", "triton") if DEVICE.type == "cuda" else ("foreach", "cpp", "triton")
+IMPLEMENTATIONS = ("reference", *FAST)
 MASTERS = ("none", "fp32", "split32", "split24")
 MOMENTA = ("fp32", "bf16", "int8")
 
