@@ -61,6 +61,11 @@ def baseline(files: list[Path], tokenizer: Path, prefix: Path) -> tuple[float, f
     return clock.read()
 
 
+def identical(first: Path, second: Path, ending: str) -> bool:
+    """Whether two prefixes' files of that ending hold the same bytes."""
+    return Path(f"{first}{ending}").read_bytes() == Path(f"{second}{ending}").read_bytes()
+
+
 def token_hash(prefix: Path) -> str:
     """One hash over both token files."""
     return hashlib.sha256(Path(f"{prefix}.bin").read_bytes() + Path(f"{prefix}.idx").read_bytes()).hexdigest()

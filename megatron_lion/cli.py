@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import keyword
 import os
 import signal
 import sys
@@ -18,12 +19,16 @@ from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, 
 
 VERBS = {
     "prepare": "text to a dataset folder of token files",
-    "pretrain": "train GPT-2 with LION, SGD or AdamW; the same command resumes",
+    "pretrain": "train GPT-2 or BERT with LION, SGD or AdamW; the same command resumes",
+    "sweep": "a grid of runs, each optimizer tuned by validation loss",
     "evaluate": "zero-shot perplexity of a run's checkpoints",
     "probe": "the full gradient of a run's checkpoints: norms, KKT residual, signal and noise",
     "compare": "tables and figures over several runs",
     "toy": "the two-dimensional experiment of the convergence theory",
     "theory": "rate constants of runs, and what Corollary 3 would choose",
+    "export": "a checkpoint as a Hugging Face folder",
+    "import": "a Hugging Face folder as the beginning of a run",
+    "generate": "a few lines of text from a GPT-2 checkpoint",
     "env": "versions and hardware, for bug reports",
     "demo": "the whole path on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
 }
@@ -79,10 +84,15 @@ def _run_verb(words: list[str]) -> int:
         raise ConfigError(
             f"no verb '{verb}'{f'; did you mean {close[0]}?' if close else ''} (verbs: {', '.join(VERBS)})"
         )
-    module = importlib.import_module(f"megatron_lion.commands.{verb}")
+    module = verb_module(verb)
     parser = build_parser(verb, module)
     outcome = module.run(parse(parser, words[1:]))
     return int(outcome or 0)
+
+
+def verb_module(verb: str) -> ModuleType:
+    """The module of a verb; `import`, a keyword of Python, lies in import_.py."""
+    return importlib.import_module(f"megatron_lion.commands.{verb}{'_' * keyword.iskeyword(verb)}")
 
 
 def build_parser(verb: str, module: ModuleType) -> Any:

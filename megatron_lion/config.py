@@ -17,7 +17,7 @@ class ModelConfig:
 
     kind: Literal["gpt2", "bert"] = "gpt2"
     """Architecture: gpt2 (pre-LN decoder) or bert (pre-LN encoder with token types, masked-LM head and sentence-order head); both
-    with learned positions, tied embeddings and tanh GELU."""
+    with learned positions and tied embeddings."""
     num_layers: int = 12
     """Transformer layers."""
     hidden_size: int = 768
@@ -40,6 +40,8 @@ class ModelConfig:
     """Standard deviation of the initial weights; output layers of each block use std / sqrt(2 x num_layers)."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of the layer norms."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """Form of the GELU: tanh (GPT-2's, Megatron's fused kernel) or erf (the exact one, as some published BERTs have it)."""
     attention: Literal["auto", "sdpa", "unfused", "transformer_engine"] = "auto"
     """Attention core: sdpa (torch's scaled_dot_product_attention), unfused (megatron-core's own), transformer_engine,
     or auto: Transformer Engine where it is installed with CUDA, else sdpa."""

@@ -30,7 +30,15 @@ set_loader(VALUES, _load_value, (yaml.YAMLError,))
 
 
 class UserParser(ArgumentParser):
-    """A parser whose mistakes are ConfigErrors instead of a usage page and an exit, and that reads config files strictly."""
+    """A parser whose mistakes are ConfigErrors instead of a usage page and an exit, and that reads config files strictly.
+
+    Attributes:
+        takes_config_first: whether a first word that is no flag is the config file.
+        words: what was last parsed.
+    """
+
+    takes_config_first = False
+    words: Sequence[str] = ()
 
     def __init__(self, *others: Any, **named: Any) -> None:
         super().__init__(*others, parser_mode=VALUES, **named)
@@ -45,6 +53,9 @@ class UserParser(ArgumentParser):
         self, args: Sequence[str] | None = None, *others: Any, **named: Any
     ) -> Any:
         words = list(args or [])
+        if self.takes_config_first and words and not words[0].startswith("-"):
+            words[:1] = ["--config", words[0]]
+        self.words = tuple(words)
         for place, word in enumerate(words):
             if word == "--config" and place + 1 < len(words):
                 check_config_file(Path(words[place + 1]))

@@ -242,6 +242,8 @@ def install_cpu_stand_in() -> None:
         # --device cpu on a machine with GPUs: hide them before anything touches them.
         torch.cuda.is_available = lambda: False
     cpu = torch.device("cpu")
+    with torch.device(cpu):  # torch learns its factories when it first needs them: it must not take ours for them
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     cuda: Any = torch.cuda

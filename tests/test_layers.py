@@ -19,18 +19,29 @@ PACKAGE = REPO / "megatron_lion"
 # A file may import from its own level's earlier entries and from every level above.
 LEVELS = [
     {"errors"},
-    {"config", "config_checks", "configfile", "parallel_env"},
+    {"config", "config_checks", "configfile", "parallel_env", "jobs"},
     {"device", "parallel"},
     {"optim", "data", "data_prep", "gradient"},
     {"model", "train"},
-    {"evaluate", "compare", "theory", "interop"},
+    {"evaluate", "compare", "theory", "interop", "sweep"},
     {"commands"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 MEGATRON_ROOMS = {"device", "parallel", "optim", "model", "data", "train", "gradient", "evaluate"}
-NO_TORCH_ROOMS = {"errors", "config", "config_checks", "configfile", "parallel_env", "compare", "cli", "__main__"}
+NO_TORCH_ROOMS = {
+    "errors",
+    "config",
+    "config_checks",
+    "configfile",
+    "parallel_env",
+    "jobs",
+    "compare",
+    "sweep",
+    "cli",
+    "__main__",
+}
 
 
 def modules() -> list[Path]:

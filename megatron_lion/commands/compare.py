@@ -41,7 +41,7 @@ def run(args: Any) -> None:
 
     runs = read_runs(args.runs)
     tables = build_tables(runs, args.target_loss)
-    _print_tables(tables, args.format)
+    print_tables(tables, args.format)
     folder = Path(args.output)
     with storage_errors(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def run(args: Any) -> None:
     )
 
 
-def _print_tables(tables: list[Table], form: str) -> None:
+def print_tables(tables: list[Table], form: str) -> None:
     """All tables on stdout, in the form asked for."""
     from megatron_lion.compare.table import to_csv, to_latex, to_markdown, to_rich
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_lion.jobs import Jobs
 
 HELP = (
     "Build a small corpus from this machine's Python documentation, train a tokenizer and a small GPT-2 with LION, SGD and AdamW on "
@@ -54,6 +55,7 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> None:
     from megatron_lion.errors import ConfigError
+    from megatron_lion.jobs import Jobs
 
     output = Path(args.output)
     if args.processes < 1 or 16 % args.processes:
@@ -64,15 +66,15 @@ def run(args: Any) -> None:
         raise ConfigError(f"--output {output}: not empty and not made by a demo; choose another folder")
     output.mkdir(parents=True, exist_ok=True)
     (output / ".demo").write_text("made by megatron-lion demo\n")
-    demo = _Demo(output, args.processes, args.quick, args.paper_rates)
-    demo.run()
+    with Jobs() as jobs:
+        _Demo(output, args.processes, args.quick, args.paper_rates, jobs).run()
 
 
 class _Demo:
     """The verbs that a user would give one by one, in order, each shown before it runs."""
 
-    def __init__(self, output: Path, processes: int, quick: bool, paper_rates: bool) -> None:
-        self.output, self.processes, self.quick = output, processes, quick
+    def __init__(self, output: Path, processes: int, quick: bool, paper_rates: bool, jobs: Jobs) -> None:
+        self.output, self.processes, self.quick, self.jobs = output, processes, quick, jobs
         self.config = _configs_folder() / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
         self.paper_rates = paper_rates
         self.started = time.monotonic()
@@ -83,6 +85,7 @@ class _Demo:
         runs = [self.pretrain(recipe, dataset) for recipe in RECIPES]
         for folder in runs:
             self.evaluate(folder, held_out)
+        self.show_text(runs[0])
         self.compare(runs)
 
     def prepare(self) -> tuple[Path, Path]:
@@ -139,6 +142,10 @@ class _Demo:
             f"  {self.output}/runs         one folder a run: config.yaml, metrics.jsonl, checkpoints/, eval/\n"
         )
 
+    def show_text(self, folder: Path) -> None:
+        self.say(f"three lines by {folder.name.upper()}'s last checkpoint, after a minute of training")
+        self.verb("generate", str(folder), "--prompt", "Return the", "--max-new-tokens", "24", "--temperature", "0.7")
+
     def say(self, text: str) -> None:
         self.step_number += 1
         sys.stderr.write(f"\n[{self.step_number}] {text}\n")
@@ -146,21 +153,16 @@ class _Demo:
 
     def verb(self, verb: str, *words: str, distributed: bool = False) -> None:
         """Runs a verb in a process of its own and ends the demo with its code if it fails."""
-        from megatron_lion.errors import MegatronLionError
+        from megatron_lion.errors import MegatronLionError, StoppedOnRequest
 
-        start = ["-m"]
-        if distributed and self.processes > 1:
-            start = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes), "--rdzv-backend", "c10d",
-                     "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m"]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         sys.stderr.write(f"    megatron-lion {verb} {' '.join(words)}\n")
         sys.stderr.flush()
-        outcome = subprocess.run([sys.executable, *start, "megatron_lion", verb, *words], env=environment, check=False)
-        if outcome.returncode:
-            error = MegatronLionError(
-                f"the demo stopped: `megatron-lion {verb}` ended with code {outcome.returncode}; see above"
-            )
-            error.exit_code = outcome.returncode if outcome.returncode > 0 else 1
+        code = self.jobs.run(verb, list(words), self.processes if distributed else 1)
+        if self.jobs.asked:
+            raise StoppedOnRequest(f"stopped in `megatron-lion {verb}`; the same command goes on there")
+        if code:
+            error = MegatronLionError(f"the demo stopped: `megatron-lion {verb}` ended with code {code}; see above")
+            error.exit_code = code if code > 0 else 1
             raise error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +95,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Evaluates, writes TARGET/eval/*.json, prints one line a result."""
     from megatron_lion.errors import ConfigError
+    from megatron_lion.evaluate.targets import open_model, split_target
 
-    folder, steps = _target(Path(args.target), args.steps)
+    folder, steps = split_target(Path(args.target), args.steps)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
     if args.fill_mask or args.sentence_order:
@@ -108,55 +108,13 @@ def run(args: Any) -> None:
             raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
         sys.stdout.write(_explain(args.explain, folder / "eval") + "\n")
         return
-    with _open(folder, args) as model:
+    with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
         chosen = _chosen_steps(model, folder, steps, watch=args.watch)
         outcomes = _evaluate(model, folder, chosen, _tasks(model, args), args)
         if model.rank == 0:
             _print_outcomes(outcomes, folder)
             if args.explain is not None:
                 sys.stdout.write("\n" + _explain(args.explain, folder / "eval") + "\n")
-
-
-def _target(target: Path, steps: str) -> tuple[Path, str]:
-    """The run or model folder, and the steps; a checkpoint's folder names its own step."""
-    if target.parent.name == "checkpoints" and target.name.startswith("step_") and target.name[5:].isdigit():
-        return target.parent.parent, str(int(target.name[5:]))
-    return target, steps
-
-
-def _open(folder: Path, args: Any) -> AbstractContextManager[Any]:
-    """Opens a run or a Hugging Face folder, by what lies in it."""
-    from megatron_lion.errors import CheckpointError
-
-    options = {"device": args.device, "precision": args.precision, "tokenizer": args.tokenizer}
-    if (folder / "config.yaml").is_file():
-        _need_next_token_model(folder)
-        from megatron_lion.evaluate.restore import open_run
-
-        return open_run(folder, **options)
-    if (folder / "config.json").is_file():
-        from megatron_lion.evaluate.huggingface import open_huggingface
-
-        return open_huggingface(folder, **options)
-    what = (
-        "holds neither a run (config.yaml) nor a Hugging Face model (config.json)"
-        if folder.is_dir()
-        else "no such folder"
-    )
-    raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
-
-
-def _need_next_token_model(folder: Path) -> None:
-    """Refuses a BERT run: it predicts masked tokens from both sides, so that a next-token perplexity means nothing."""
-    from megatron_lion.configfile import load_config
-    from megatron_lion.errors import ConfigError
-
-    kind = load_config(folder / "config.yaml").model.kind
-    if kind != "gpt2":
-        raise ConfigError(
-            f"{folder}: a {kind} run has no next-token perplexity; its masked-token losses are in metrics.jsonl "
-            f"(megatron-lion compare {folder} shows them); for a look at what it knows give --fill-mask or --sentence-order"
-        )
 
 
 def _spot_checks(folder: Path, steps: str, args: Any) -> None:

@@ -3,56 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import yaml
 
+from megatron_lion.compare.series import Series, read_metrics
 from megatron_lion.errors import CheckpointError, ConfigError
 
 # Settings that say where a run lies or how it is watched, not what it computes.
 UNINTERESTING = ("run_dir", "name", "log.", "data.cache", "data.num_workers", "checkpoint.", "train.log_every",
                  "train.test_every", "train.stop_after", "probe.")  # fmt: skip
+LAST_LINES = 10
+"""The training loss of a run's end is the mean over this many logged values."""
 OPTIMIZER_NAMES = {"lion": "LION", "sgd": "SGD", "adamw": "AdamW"}
-
-
-@dataclass(frozen=True)
-class Series:
-    """A metric over the optimizer steps at which it was written, ascending."""
-
-    steps: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.steps)
-
-    @property
-    def last(self) -> float | None:
-        """The value at the last step."""
-        return self.values[-1] if self.values else None
-
-    def at_or_before(self, step: float) -> tuple[int, float] | None:
-        """The last (step, value) that is not after `step`."""
-        found = [pair for pair in zip(self.steps, self.values, strict=True) if pair[0] <= step]
-        return found[-1] if found else None
-
-    def best(self) -> tuple[int, float] | None:
-        """The (step, value) of the smallest value."""
-        pairs = list(zip(self.steps, self.values, strict=True))
-        return min(pairs, key=lambda pair: pair[1]) if pairs else None
-
-    def first_at_most(self, target: float) -> int | None:
-        """The first step at which the value was measured to be `target` or less."""
-        return next((s for s, v in zip(self.steps, self.values, strict=True) if v <= target), None)
-
-    def smoothed(self, window: int) -> Series:
-        """Mean over the last `window` values at each point."""
-        means = (sum(self.values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(self.values)))
-        return Series(self.steps, tuple(means))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +86,63 @@ class RunRecord:
         """Largest memory seen on the first process."""
         return max(self.series("memory/max_gib").values, default=None)
 
+    @property
+    def end_train_loss(self) -> float | None:
+        """Mean of the last ten logged training losses: single batches scatter."""
+        values = self.series("train/loss").values[-LAST_LINES:]
+        return fmean(values) if values else None
+
+    @property
+    def planned_steps(self) -> int | None:
+        """The step after which the run is finished, where config.yaml tells it."""
+        steps, stop = self.settings.get("train.steps"), self.settings.get("train.stop_after")
+        return min(steps, stop or steps) if isinstance(steps, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached its last step."""
+        return self.last_step >= (self.planned_steps or 0)
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run gave up because its gradients stayed NaN or infinite."""
+        skipped, limit = self.series("optim/skipped_steps"), self.settings.get("optimizer.max_skipped_steps", 1)
+        losses = self.series("train/loss")
+        last_taken = losses.steps[-1] if losses else 0
+        return not self.finished and bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > last_taken
+
+    @property
+    def valid_loss(self) -> float | None:
+        """Validation loss at the run's end (nats per token); None where it is not finished or was not finite there."""
+        series = self.series("valid/loss")
+        due = self.planned_steps == self.settings.get("train.steps")  # a run stopped before measures it earlier
+        if not self.finished or not series or (due and series.steps[-1] < (self.planned_steps or 0)):
+            return None
+        return series.last
+
     def training_seconds(self, step: int) -> float | None:
         """Seconds spent in training steps up to `step`: measurements, saves and pauses between jobs left out."""
+        seconds = self.seconds_at([step])
+        return seconds[0] if seconds else None
+
+    def seconds_at(self, steps: Sequence[int]) -> list[float] | None:
+        """`training_seconds` of several steps; None where the run has no throughput."""
         rate, per_step = self.series("perf/tokens_per_s"), self.tokens_per_step
-        if not rate or per_step is None:
+        logged = [(at, value) for at, value in zip(rate.steps, rate.values, strict=True) if value > 0]
+        if not logged or per_step is None:
             return None
-        seconds, before = 0.0, 0
-        for at, value in zip(rate.steps, rate.values, strict=True):
-            if value <= 0 or before >= step:
-                continue
-            seconds += (min(at, step) - before) * per_step / value
-            before = at
-        return seconds + max(0, step - rate.steps[-1]) * per_step / rate.values[-1]
+        ends, spent = [0], [0.0]
+        for at, value in logged:
+            spent.append(spent[-1] + max(0, at - ends[-1]) * per_step / value)
+            ends.append(at)
+
+        def seconds(step: int) -> float:
+            place = min(bisect_left(ends, step), len(logged))  # the log line that step belongs to, at the end the last
+            if place == 0:
+                return 0.0
+            return spent[place] + (step - ends[place]) * per_step / logged[place - 1][1]
+
+        return [seconds(step) for step in steps]
 
     def group_key(self) -> tuple[str, ...]:
         """Equal for runs that differ in their seed alone."""
@@ -150,43 +163,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def read_metrics(path: Path) -> dict[str, Series]:
-    """Reads metrics.jsonl: the last line of a (step, key) wins, a last line that was cut short is left out.
-
-    Raises:
-        CheckpointError: the file is missing, or a whole line is not a JSON object with a step.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: has no metrics.jsonl, so it is no run folder or never started") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    table: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # without its line end: a job was stopped while it wrote
-                continue
-            raise CheckpointError(f"{path}, line {number}: not a JSON object with a step") from None
-        for key, value in entry.items():
-            if key == "step" or isinstance(value, bool):
-                continue
-            if isinstance(value, int | float) and math.isfinite(value):
-                table.setdefault(key, {})[step] = float(value)
-            elif value is None:  # not finite when it was measured: an older number must not stand for it
-                table.get(key, {}).pop(step, None)
-    return {
-        key: Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
-        for key, values in table.items()
-        if values
-    }
 
 
 def read_run(folder: str | Path) -> RunRecord:

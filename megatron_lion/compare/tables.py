@@ -7,12 +7,17 @@ from collections.abc import Callable
 from statistics import fmean, median
 from typing import Any
 
-from megatron_lion.compare.runs import RunRecord, Series, differing_settings, evaluation_key, evaluation_keys, show
+from megatron_lion.compare.runs import (
+    LAST_LINES,
+    RunRecord,
+    differing_settings,
+    evaluation_key,
+    evaluation_keys,
+    show,
+)
 from megatron_lion.compare.seeds import seeds_table
+from megatron_lion.compare.series import Series
 from megatron_lion.compare.table import Cell, Table
-
-LAST_LINES = 10
-"""The training loss of a run's end is the mean over this many logged values: single batches scatter."""
 
 
 def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> list[Table]:

@@ -17,6 +17,7 @@ from megatron_lion.device import Device, select_device
 from megatron_lion.errors import CheckpointError, DataError
 from megatron_lion.evaluate.scoring import LogitsScorer
 from megatron_lion.model.build import build_model
+from megatron_lion.optim.shards import named_global_parameters
 from megatron_lion.parallel import Ranks, agree, all_reduce_sum, process_groups
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.run import load_model_tensors, model_sharded_state, unwrap
@@ -86,6 +87,18 @@ class RestoredRun:
         load_model_tensors(self._model, loaded["model"])
         for chunk in self._model:
             chunk.eval()
+
+    def named_weights(self) -> dict[str, torch.Tensor]:
+        """The loaded parameters by their names over the whole model; not copies."""
+        if self._model is None:
+            raise CheckpointError("load a step first")
+        return {name: tensor.detach() for name, tensor in named_global_parameters(unwrap(self._model[0]))}
+
+    @torch.no_grad()
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Rounds the loaded weights to a dtype and keeps them in their own: what a file of that dtype would give back."""
+        for tensor in self.named_weights().values():
+            tensor.copy_(tensor.to(dtype))
 
     def scorer(self) -> LogitsScorer:
         """Scores batches of tokens with the loaded weights."""

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from megatron_lion.config import ModelConfig
 from megatron_lion.model.attention import SdpaAttention
 from megatron_lion.model.objective import Batch, Objective
-from megatron_lion.model.settings import gelu_tanh
+from megatron_lion.model.settings import GELUS
 from megatron_lion.parallel import all_reduce_sum
 
 NUM_TOKEN_TYPES = 2
@@ -160,7 +160,7 @@ def build_bert(model: ModelConfig, settings: TransformerConfig, attention: str, 
         add_binary_head=True,
     )
     if network.post_process:
-        network.lm_head.gelu = gelu_tanh  # one GELU in the whole network, as Hugging Face's MegatronBert has
+        network.lm_head.gelu = GELUS[model.gelu]  # one GELU in the whole network, as Hugging Face's MegatronBert has
     return network
 
 

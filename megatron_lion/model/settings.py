@@ -14,16 +14,17 @@ from megatron_lion.device import DTYPES, Device
 from megatron_lion.errors import EnvironmentFault
 
 gelu_tanh = functools.partial(torch.nn.functional.gelu, approximate="tanh")
+GELUS = {"tanh": gelu_tanh, "erf": torch.nn.functional.gelu}
 
 
 def build_transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
     """megatron-core's settings for a run.
 
-    GELU is the tanh form everywhere (GPT-2's `gelu_new`): megatron-core's fused kernel computes that form when given
-    F.gelu, its unfused path computes what it is given.
+    megatron-core's fused kernel computes the tanh form of GELU (GPT-2's `gelu_new`) when given F.gelu; its unfused
+    path computes what it is given.
     """
     model, parallel = config.model, config.parallel
-    fused = device.has_fused_kernels
+    fused_gelu = device.has_fused_kernels and model.gelu == "tanh"
     dtype = DTYPES[config.train.precision]
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -35,9 +36,9 @@ def build_transformer_config(config: RunConfig, device: Device) -> TransformerCo
         layernorm_epsilon=model.layernorm_epsilon,
         init_method_std=model.init_method_std,
         perform_initialization=False,  # initialize_weights does it, equally at every layout
-        activation_func=torch.nn.functional.gelu if fused else gelu_tanh,
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
+        activation_func=torch.nn.functional.gelu if fused_gelu else GELUS[model.gelu],
+        bias_activation_fusion=fused_gelu,
+        bias_dropout_fusion=device.has_fused_kernels,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,

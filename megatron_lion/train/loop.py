@@ -32,7 +32,15 @@ from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.logs import log_file
 from megatron_lion.train.metrics import MetricsWriter
 from megatron_lion.train.progress import TrainProgress, announce
-from megatron_lion.train.run import Run, build_run, random_state_kept, restore_run, save_run, sync_parameters
+from megatron_lion.train.run import (
+    Run,
+    build_run,
+    is_import,
+    random_state_kept,
+    restore_run,
+    save_run,
+    sync_parameters,
+)
 from megatron_lion.train.runfolder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.train.schedule import lr_at
 from megatron_lion.train.step import TrainStep, mean_losses, train_step
@@ -66,13 +74,15 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
                 stack.enter_context(locked(run_dir))
                 prepare_run_folder(config, fresh=fresh)
         stack.enter_context(log_file(run_dir, ranks.rank))
-        run = build_run(config, device, ranks)
         with agree("looking for a checkpoint"):
             latest = ckpt.find_latest(run_dir)
-        if latest is not None:
-            restore_run(run, latest)
+        imported = latest if latest is not None and is_import(latest) else None
+        run = build_run(config, device, ranks, imported=imported)
+        resumed = latest if imported is None else None
+        if resumed is not None:
+            restore_run(run, resumed)
         describe_run(run)
-        announce(run, resumed=latest is not None)
+        announce(run, resumed=resumed is not None, source=imported.manifest["source"] if imported is not None else None)
         metrics = MetricsWriter(run_dir, config, is_main=ranks.is_main)
         stack.callback(metrics.close)
         progress = stack.enter_context(
@@ -129,7 +139,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             with agree("removing old checkpoints"):
                 if ranks.is_main:
                     ckpt.remove_old(
-                        run.run_dir, keep=config.checkpoint.keep, always_keep={*config.checkpoint.at_steps, last}
+                        run.run_dir, keep=config.checkpoint.keep, always_keep={0, *config.checkpoint.at_steps, last}
                     )
             clock.restart()
         if asked and run.step < stop_after:

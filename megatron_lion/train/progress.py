@@ -21,8 +21,14 @@ from megatron_lion.train.run import Run
 logger = logging.getLogger(__name__)
 
 
-def announce(run: Run, *, resumed: bool) -> None:
-    """Says once what is about to happen: the first process on stderr, every process in its log."""
+def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
+    """Says once what is about to happen: the first process on stderr, every process in its log.
+
+    Args:
+        run: about to start.
+        resumed: from a checkpoint of its own.
+        source: where imported weights, if it begins with such, came from.
+    """
     config = run.config
     size = model_size(config.model, run.corpora.vocab_size)
     optimizer = config.optimizer
@@ -41,6 +47,8 @@ def announce(run: Run, *, resumed: bool) -> None:
         lines.append(f"note: the training data is read {epochs:.1f} times")
     if config.probe.every and config.probe.mode == "moving":
         lines.append(window_cost(config, size.num_parameters, run.ranks))
+    if source is not None:
+        lines.append(f"beginning with the imported weights of {source}")
     if resumed:
         lines.append(f"resuming after step {run.step:,}: checkpoint verified")
     for line in lines:

@@ -103,10 +103,20 @@ class Run:
         )
 
 
-def build_run(config: RunConfig, device: Device, ranks: Ranks, *, for_training: bool = True) -> Run:
+def build_run(
+    config: RunConfig,
+    device: Device,
+    ranks: Ranks,
+    *,
+    for_training: bool = True,
+    imported: ckpt.Checkpoint | None = None,
+) -> Run:
     """Opens the data, builds model and optimizer and seeds dropout; a collective call.
 
-    Without `for_training` there are samples for probes only.
+    Args:
+        config, device, ranks: settings and place.
+        for_training: without it there are samples for probes only.
+        imported: weights to begin with (see `is_import`) in place of random ones.
     """
     with agree("opening the data"):
         corpora = open_corpora(config.data, config.model)
@@ -126,6 +136,8 @@ def build_run(config: RunConfig, device: Device, ranks: Ranks, *, for_training: 
         )
     seed_everything(config.seed, ranks)
     model = build_model(config, device, corpora.vocab_size)
+    if imported is not None:  # before the optimizer takes its master weights from the model
+        _load_weights(config, corpora, model, imported, ranks)
     optimizer = build_optimizer(config.optimizer, model, precision=train.precision)
     return Run(
         config, device, ranks, model, optimizer, corpora, datasets, build_objective(config.model.kind), probe_samples
@@ -166,7 +178,7 @@ def save_run(run: Run) -> ckpt.Checkpoint:
         "optimizer": run.optimizer.name,
         "optimizer_state": run.optimizer.extra_state(),
         "precision": run.config.train.precision,
-        "model": _model_facts(run.config, run.corpora.vocab_size),
+        "model": model_facts(run.config, run.corpora.vocab_size),
         "buckets": _buckets(run),
         "data_digest": run.corpora.digest,
         "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
@@ -185,7 +197,7 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     """
     manifest = checkpoint.manifest
     with agree("checking the checkpoint"):
-        _check_model(run, checkpoint)
+        _check_model(run.config, run.corpora, checkpoint)
         _check_state(run, checkpoint)
     ckpt.verify_checkpoint(checkpoint, run.ranks)
     layout = manifest["state_layout"]
@@ -221,12 +233,23 @@ def restore_weights(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     Raises:
         CheckpointError: the checkpoint is damaged or of another model or data.
     """
-    with agree("checking the checkpoint"):
-        _check_model(run, checkpoint)
-    ckpt.verify_checkpoint(checkpoint, run.ranks)
-    loaded = ckpt.read_tensors({"model": model_sharded_state(run.model)}, checkpoint.folder)
-    load_model_tensors(run.model, loaded["model"])
+    _load_weights(run.config, run.corpora, run.model, checkpoint, run.ranks)
     run.step = int(checkpoint.manifest["step"])
+
+
+def is_import(checkpoint: ckpt.Checkpoint) -> bool:
+    """Whether it holds weights from elsewhere, to begin a run with: no optimizer state, no steps."""
+    return checkpoint.step == 0 and checkpoint.manifest.get("state_layout") is None
+
+
+def _load_weights(
+    config: RunConfig, corpora: Corpora, model: list[Any], checkpoint: ckpt.Checkpoint, ranks: Ranks
+) -> None:
+    with agree("checking the checkpoint"):
+        _check_model(config, corpora, checkpoint)
+    ckpt.verify_checkpoint(checkpoint, ranks)
+    loaded = ckpt.read_tensors({"model": model_sharded_state(model)}, checkpoint.folder)
+    load_model_tensors(model, loaded["model"])
 
 
 def why_no_state(run: Run, checkpoint: ckpt.Checkpoint) -> str | None:
@@ -252,7 +275,8 @@ def _buckets(run: Run) -> Any:
     return megatron.bucket_sizes() if isinstance(megatron, StatefulDistributedOptimizer) else None
 
 
-def _model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
+def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to fit a model."""
     model = config.model
     return {
         "kind": model.kind,
@@ -261,13 +285,15 @@ def _model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
         "num_attention_heads": model.num_attention_heads,
         "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
         "seq_length": model.seq_length,
+        "gelu": model.gelu,
+        "layernorm_epsilon": model.layernorm_epsilon,
         "vocab_size": vocab_size,
     }
 
 
-def _check_model(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+def _check_model(config: RunConfig, corpora: Corpora, checkpoint: ckpt.Checkpoint) -> None:
     manifest, where = checkpoint.manifest, checkpoint.folder
-    ours = _model_facts(run.config, run.corpora.vocab_size)
+    ours = model_facts(config, corpora.vocab_size)
     different = [
         f"{key} {manifest['model'].get(key)} (now {value})"
         for key, value in ours.items()
@@ -277,9 +303,16 @@ def _check_model(run: Run, checkpoint: ckpt.Checkpoint) -> None:
         raise CheckpointError(
             f"{where}: is of another model: {', '.join(different)}; use its settings or another run_dir"
         )
-    if manifest["data_digest"] != run.corpora.digest:
+    if manifest["data_digest"] is None:  # imported: the vocabulary is what must fit
+        theirs, now = manifest["tokenizer_sha256"], corpora.tokenizer.sha256 if corpora.tokenizer else None
+        if now is not None and theirs != now:
+            raise CheckpointError(
+                f"{where}: has another tokenizer ({theirs[:12]}) than the data ({now[:12]}); prepare the data with the one in "
+                f"{where.parent.parent / 'tokenizer'}"
+            )
+    elif manifest["data_digest"] != corpora.digest:
         raise CheckpointError(
-            f"{where}: was trained on other data ({manifest['data_digest'][:12]}, now {run.corpora.digest[:12]}); use another run_dir"
+            f"{where}: was trained on other data ({manifest['data_digest'][:12]}, now {corpora.digest[:12]}); use another run_dir"
         )
 
 

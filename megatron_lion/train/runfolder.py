@@ -58,7 +58,7 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
 
     Args:
         config: the resolved settings.
-        fresh: move an old run aside (to RUN.old-1, …) and start over.
+        fresh: move an old run aside (to RUN.old-1, …) and start over, from the imported weights where it began with such.
 
     Raises:
         ConfigError: the folder holds something that is no run.
@@ -75,10 +75,13 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
             for entry in run_dir.iterdir():
                 if entry.name != "lock":  # it is held, and must keep others out of the folder that stays
                     os.replace(entry, aside / entry.name)
-    begun = (run_dir / "metrics.jsonl").is_file() or (run_dir / "checkpoints").is_dir()
+            _bring_back_imported(aside, run_dir)
+    checkpoints = {entry.name for entry in (run_dir / "checkpoints").glob("*")}
+    # Imported weights alone (step 0) decide nothing but the model, which the checkpoint itself is held against.
+    begun = (run_dir / "metrics.jsonl").is_file() or bool(checkpoints - {"latest", "step_0000000"})
     if saved.is_file() and begun:
         different = differences(load_config(saved), config)
-        blocked = [text for key, text in different if not _changeable(key)]
+        blocked = [text for key, text in different if not changeable(key)]
         if blocked:
             raise CheckpointError(
                 f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
@@ -90,7 +93,18 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
         save_config(config, saved)
 
 
-def _changeable(key: str) -> bool:
+def _bring_back_imported(aside: Path, run_dir: Path) -> None:
+    """Lets a run that starts over begin where it began: with the imported weights of step 0, if there were any."""
+    weights = aside / "checkpoints" / "step_0000000"
+    if not weights.is_dir():
+        return
+    (run_dir / "checkpoints").mkdir()
+    os.replace(weights, run_dir / "checkpoints" / weights.name)
+    shutil.copytree(aside / "tokenizer", run_dir / "tokenizer")
+    shutil.copyfile(aside / "config.yaml", run_dir / "config.yaml")
+
+
+def changeable(key: str) -> bool:
     return any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
 
 

@@ -1,0 +1,78 @@
+"""`megatron-lion export`: a checkpoint as a Hugging Face model folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = (
+    "Write a checkpoint as a Hugging Face folder: GPT-2 as GPT2LMHeadModel, BERT as MegatronBertForPreTraining; safetensors, config, "
+    "tokenizer, model card with the run's evaluation results"
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    add("target", type=str, help="run folder, or one checkpoint of it (RUN/checkpoints/step_…)")
+    add("--output", type=str, required=True, metavar="FOLDER", help="the folder to make")
+    add("--step", type=str, default="latest", help="latest, or the step of a complete checkpoint")
+    add(
+        "--dtype",
+        type=str,
+        default="stored",
+        choices=["stored", "fp32", "bf16"],
+        help="of the weights; stored takes the checkpoint's, bit for bit",
+    )
+    add(
+        "--architecture",
+        type=str,
+        default="auto",
+        choices=["auto", "gpt2", "megatron-bert", "bert"],
+        help="refuses where the run is another; bert never fits: it is post-LN",
+    )
+    add("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the one in the run folder")
+    add(
+        "--check",
+        type=bool,
+        default=True,
+        help="compare the logits with those of transformers before the folder is there",
+    )
+    add("--overwrite", action="store_true", help="replace an earlier export there")
+    add("--device", type=str, default="auto", choices=["auto", "cuda", "cpu"], help="for the comparison")
+
+
+def run(args: Any) -> None:
+    """Writes the folder and says what was checked."""
+    from megatron_lion.configfile import load_config
+    from megatron_lion.errors import CheckpointError, ConfigError
+    from megatron_lion.evaluate.targets import split_target
+    from megatron_lion.interop.architectures import check_architecture
+    from megatron_lion.parallel_env import world_size_from_env
+
+    if world_size_from_env() > 1:
+        raise ConfigError("export runs on one process: start it without torchrun")
+    folder, step_word = split_target(Path(args.target), args.step)
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(f"{folder}: holds no run (config.yaml); give the run_dir of a `megatron-lion pretrain`")
+    check_architecture(args.architecture, load_config(folder / "config.yaml").model.kind)
+    from megatron_lion.evaluate.restore import open_run
+    from megatron_lion.evaluate.session import choose_steps
+    from megatron_lion.interop.export import export_checkpoint
+
+    with open_run(folder, device=args.device, precision="fp32", tokenizer=args.tokenizer) as model:
+        (step,) = choose_steps(step_word, model.steps)[-1:]
+        dtype = None if args.dtype == "stored" else args.dtype
+        done = export_checkpoint(
+            model, step, Path(args.output), dtype=dtype, overwrite=args.overwrite, check=args.check
+        )
+    checked = (
+        f"transformers gives the same logits (relative difference {done.logit_difference:.1e})"
+        if done.logit_difference is not None
+        else "not compared with transformers"
+    )
+    sys.stdout.write(f"{done.folder}: step {done.step}, {done.num_parameters:,} parameters, {done.dtype}; {checked}\n")

@@ -1,0 +1,88 @@
+"""`megatron-lion generate`: a few lines of text from a GPT-2 checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = "Continue a prompt with a GPT-2 run's checkpoint or a Hugging Face GPT-2 folder: a look at what it learned, not a benchmark"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    add("target", type=str, help="run folder, one checkpoint of it, or Hugging Face GPT-2 folder")
+    add(
+        "--prompt",
+        type=str,
+        default=None,
+        metavar="TEXT",
+        help="default: the end-of-document mark, as at the start of a document",
+    )
+    add("--step", type=str, default="latest", help="latest, or the step of a complete checkpoint")
+    add("--count", type=int, default=3, help="continuations")
+    add("--max-new-tokens", type=int, default=40, help="tokens added at most")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0 takes the likeliest token each time; 1 draws as the model says",
+    )
+    add("--top-k", type=int, default=50, help="draw among so many likeliest tokens; 0 among all")
+    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens with this probability together")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--precision", type=str, default="fp32", choices=["fp32", "bf16"], help="of the forward pass")
+    add(
+        "--device",
+        type=str,
+        default="auto",
+        choices=["auto", "cuda", "cpu"],
+        help="auto takes CUDA where it is visible",
+    )
+    add("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the one in the target folder")
+
+
+def run(args: Any) -> None:
+    """Prints prompt and continuation, one paragraph each."""
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.evaluate.targets import open_model, split_target
+
+    rules = (
+        ("--count", args.count, args.count >= 1, "at least 1"),
+        ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
+        ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "a finite number of at least 0"),
+        ("--top-k", args.top_k, args.top_k >= 0, "at least 0"),
+        ("--top-p", args.top_p, 0 < args.top_p <= 1, "a number in (0, 1]"),
+    )
+    for flag, given, ok, expected in rules:
+        if not ok:
+            raise ConfigError(f"{flag} {given}: is not possible; expected {expected}")
+    folder, step = split_target(Path(args.target), args.step)
+    from megatron_lion.evaluate.sampling import SamplingSettings, sample
+    from megatron_lion.evaluate.session import choose_steps
+
+    with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
+        model.load(choose_steps(step, model.steps)[-1])
+        tokenizer = model.tokenizer
+        end_id = tokenizer.eod_id if tokenizer.eod_token is not None else None
+        prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod_id]
+        settings = SamplingSettings(
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+        )  # fmt: skip
+        scorer = model.scorer()
+        lines = sample(
+            scorer.logits,
+            prompt,
+            args.count,
+            settings,
+            seq_length=model.seq_length,
+            end_id=end_id,
+            device=scorer.device,
+        )
+        if model.rank == 0:
+            for line in lines:
+                sys.stdout.write(f"{args.prompt or ''}{tokenizer.decode(line)}".strip() + "\n\n")

@@ -1,0 +1,52 @@
+"""`megatron-lion import`: a Hugging Face GPT-2 or MegatronBert folder as the beginning of a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = (
+    "Make a run folder from a Hugging Face GPT-2 or MegatronBert folder: to evaluate, probe, or train further at any layout with "
+    "`pretrain --config RUN/config.yaml`"
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    from megatron_lion.configfile import add_run_config
+
+    parser.add_argument(
+        "source",
+        type=str,
+        metavar="FOLDER",
+        help="with config.json, model.safetensors and the tokenizer's files; never downloaded",
+    )
+    parser.add_argument("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the folder's own")
+    add_run_config(parser)
+
+
+def run(args: Any) -> None:
+    """Writes run_dir with a checkpoint of step 0."""
+    from megatron_lion.configfile import run_config_from_namespace
+    from megatron_lion.errors import CheckpointError, ConfigError
+    from megatron_lion.parallel_env import world_size_from_env
+
+    if world_size_from_env() > 1:
+        raise ConfigError("import runs on one process: start it without torchrun; the run loads at any layout")
+    source = Path(args.source)
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: no such folder; give a Hugging Face model folder")
+    config = run_config_from_namespace(args.parser, args)
+    from megatron_lion.interop.imports import import_folder
+
+    done = import_folder(source, config, tokenizer=args.tokenizer)
+    model = done.model
+    sys.stdout.write(
+        f"{done.run_dir}: {model.kind}, {model.num_layers} layers, width {model.hidden_size}, {model.seq_length} positions\n"
+        f"  evaluate  megatron-lion evaluate {done.run_dir} --wikitext103 FILE\n"
+        f"  train     megatron-lion pretrain --config {done.run_dir}/config.yaml --data.path '[DATASET]'\n"
+    )

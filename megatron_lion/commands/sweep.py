@@ -1,0 +1,158 @@
+"""`megatron-lion sweep`: the runs of a grid, so that each optimizer is tuned before it is compared."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_lion.configfile import add_run_config, run_config_from_namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from megatron_lion.config import RunConfig
+    from megatron_lion.sweep.plan import PlannedRun
+    from megatron_lion.sweep.record import Sweep
+
+HELP = (
+    "Run a grid of settings, such as optimizers and learning rates, as runs in one folder, and pick the best of each optimizer by "
+    "validation loss. The same command resumes what is missing; another grid adds runs. Any setting of `pretrain` may follow as a flag"
+)
+
+
+def add_arguments(parser: Any) -> None:
+    """Declares the verb's flags."""
+    parser.takes_config_first = True
+    parser.usage = "megatron-lion sweep CONFIG --grid KEY=VALUE,VALUE [--grid …] [options] [--SETTING VALUE …]"
+    add = parser.add_argument
+    add(
+        "--grid",
+        type=str,
+        action="append",
+        metavar="KEY=VALUE,VALUE",
+        help="a setting and its values; several grids are crossed. optimizer.lr=paper takes the paper's eight rates; "
+        "sgd:optimizer.lr=1,0.3,0.1 is for the runs of sgd alone",
+    )
+    add(
+        "--output",
+        type=str,
+        default="runs/sweep",
+        metavar="DIR",
+        help="folder of the sweep; each run is a folder in it",
+    )
+    add("--processes", type=int, default=1, help="processes that train a run together; with --slurm, GPUs of a node")
+    add("--dry-run", action="store_true", help="check every run, print their number, tokens, memory and time, and stop")
+    add("--print", action="store_true", help="print a shell script of the missing runs, and start none")
+    add(
+        "--slurm",
+        action="store_true",
+        help="write a SLURM array job of the missing runs to DIR/sweep.sbatch, and start none",
+    )
+    add("--retry-diverged", action="store_true", help="start again what was given up for NaN or infinite gradients")
+    add(
+        "--format",
+        type=str,
+        default="text",
+        choices=["text", "markdown", "csv", "latex"],
+        help="how the table is printed; DIR/table.md and table.csv are written in any case",
+    )
+    add_run_config(parser)
+
+
+def run(args: Any) -> None:
+    """Plans, checks, and runs or prints what is missing; the table of the sweep goes to stdout."""
+    from megatron_lion.sweep.execute import missing
+    from megatron_lion.sweep.grid import parse_grids
+    from megatron_lion.sweep.plan import plan_runs
+    from megatron_lion.sweep.record import open_sweep, write_base
+    from megatron_lion.train.runfolder import locked
+
+    _check_flags(args)
+    folder, config_file = Path(args.output), str(args.config[-1])
+    base: RunConfig = replace(run_config_from_namespace(args.parser, args), run_dir=args.output)
+    planned = plan_runs(base, parse_grids(args.grid or []), folder, args.processes)
+    sweep, runs = open_sweep(folder, config_file, base, args.grid, planned)
+    if args.dry_run:
+        sys.stdout.write(_describe(sweep, runs, args))
+        return
+    with locked(folder):
+        sweep, runs = open_sweep(folder, config_file, base, args.grid, planned)  # another command may have added runs
+        write_base(sweep, base, runs)
+        sweep.save()
+        left = missing(sweep, runs, again=args.retry_diverged)
+        if args.print or args.slurm:
+            _write_script(sweep, left, args)
+        else:
+            _run_and_tell(sweep, left, args)
+
+
+def _check_flags(args: Any) -> None:
+    from megatron_lion.errors import ConfigError
+
+    if not args.config:
+        raise ConfigError("no config file given; type: megatron-lion sweep CONFIG --grid optimizer.lr=1e-3,3e-4")
+    if any(word == "--run_dir" or word.startswith("--run_dir=") for word in args.parser.words):
+        raise ConfigError("--run_dir: a sweep names the folders of its runs itself; give --output DIR")
+    if args.processes < 1:
+        raise ConfigError(f"--processes {args.processes}: expected at least 1")
+    if args.dry_run + args.print + args.slurm > 1:
+        raise ConfigError("--dry-run, --print and --slurm: each is instead of running; give one of them")
+
+
+def _describe(sweep: Sweep, runs: Sequence[PlannedRun], args: Any) -> str:
+    """What the sweep would be: its runs and their state, the first of them as `pretrain --dry-run` shows it, the sums."""
+    from megatron_lion.sweep.execute import missing
+    from megatron_lion.train.dryrun import dry_run
+
+    status = {entry.name: entry.status for entry in sweep.runs}
+    left = missing(sweep, runs, again=args.retry_diverged)
+    lines = [f"  {run.name:40} {status[run.name]}" for run in runs]
+    tokens = sum(run.tokens for run in left)
+    return (
+        f"{dry_run(runs[0].config, args.processes)}\n\n"
+        f"The first run is shown; the sweep has {len(runs)} in {sweep.folder}, all of them possible:\n"
+        + "\n".join(lines)
+        + f"\n{len(left)} to run, one after another: {tokens:,} tokens at most\n"
+    )
+
+
+def _write_script(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
+    from megatron_lion.data.files import write_whole
+    from megatron_lion.sweep.scripts import shell_script, slurm_script
+
+    if not left:
+        sys.stderr.write("nothing to do: every run is finished\n")
+    elif args.print:
+        sys.stdout.write(shell_script(sweep, left, args.processes))
+    else:
+        path = sweep.folder / "sweep.sbatch"
+        write_whole(path, slurm_script(sweep, left, args.processes, path).encode())
+        sys.stdout.write(f"sbatch {path}\n")
+        sys.stderr.write("afterwards the sweep's own command, without --slurm, runs what failed and prints the table\n")
+
+
+def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
+    """Runs what is left, then prints the table, the failures and the line that compares the best."""
+    from megatron_lion.commands.compare import print_tables
+    from megatron_lion.errors import NumericsError
+    from megatron_lion.sweep.execute import failed, failure, run_missing
+    from megatron_lion.sweep.summary import summarise
+
+    run_missing(sweep, left, args.processes)
+    table, command = summarise(sweep)
+    sys.stderr.write("\n")
+    print_tables([table], args.format)
+    if command:
+        sys.stderr.write(f"compare the best: {command}\n")
+    broken = failed(sweep)
+    if broken:
+        names = ", ".join(f"{entry.name} (code {entry.exit_code})" for entry in broken)
+        message = f"{len(broken)} of {len(sweep.runs)} runs failed: {names}; the same command tries them again"
+        raise failure(message, broken[0].exit_code or 1)
+    diverged = [entry.name for entry in sweep.runs if entry.status == "diverged"]
+    if diverged and not command:
+        raise NumericsError(f"every run diverged ({', '.join(diverged)}); give smaller learning rates")
+    if diverged:
+        sys.stderr.write(f"diverged, and not tried again without --retry-diverged: {', '.join(diverged)}\n")

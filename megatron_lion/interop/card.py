@@ -1,0 +1,97 @@
+"""The model card of an export: what the model is, what it was trained on, what it measured, and under which licence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import RunConfig
+from megatron_lion.model.sizes import model_size
+
+
+def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab_size: int, dtype: str) -> str:
+    """README.md of an exported model, with the evaluation results of its step.
+
+    Args:
+        run_dir: the run; its eval/*.json are read.
+        config: the run's settings.
+        manifest: the checkpoint's.
+        vocab_size: real ids.
+        dtype: of the weights.
+    """
+    step = int(manifest["step"])
+    results = _results(run_dir / "eval", step)
+    size, optimizer, train = model_size(config.model, vocab_size), config.optimizer, config.train
+    tokens = step * train.global_batch_size * config.model.seq_length
+    kind, library = (
+        ("text-generation", "GPT2LMHeadModel")
+        if config.model.kind == "gpt2"
+        else ("fill-mask", "MegatronBertForPreTraining")
+    )
+    betas = f", betas {optimizer.resolved_betas()}" if optimizer.name != "sgd" else f", momentum {optimizer.momentum}"
+    origin = (
+        f"imported from {manifest['source']}, not trained here"
+        if manifest.get("source")
+        else f"{step:,} steps of {train.global_batch_size} samples, {tokens:,} tokens, in {train.precision}, from random weights"
+    )
+    lines = [
+        "---", "library_name: transformers", f"pipeline_tag: {kind}", "language: en", "license: other",
+        "license_name: set-by-the-publisher", "---", "",
+        f"# {config.label}", "",
+        f"{size.num_parameters_unpadded:,} parameters ({config.model.num_layers} layers, width {config.model.hidden_size}, "
+        f"{config.model.num_attention_heads} heads, {config.model.seq_length} positions, {vocab_size:,} tokens), {dtype}; `{library}`.", "",
+        "## Training", "",
+        f"- {origin}",
+        f"- optimizer {optimizer.name}: peak rate {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}{betas}, "
+        f"clipping {optimizer.clip_grad:g}; {config.schedule.kind} schedule, {config.warmup_steps} warm-up steps of {train.steps:,}",
+        f"- data: {_data(config, manifest)}",
+        f"- tokenizer: SHA-256 of its definition {manifest['tokenizer_sha256']}",
+        f"- checkpoint: step {step}, fingerprint of the weights {manifest['weights_fingerprint']}", "",
+        "## Evaluation", "",
+    ]  # fmt: skip
+    lines += _table(results) if results else ["Nothing was measured at this step (`megatron-lion evaluate`)."]
+    lines += [
+        "", "## Licence and data", "",
+        "The weights carry no licence of their own until their publisher sets one above. The text they were trained on belongs to "
+        "its authors; what it says about people may be wrong or hurtful, and the model may repeat it.", "",
+        "Made by megatron-lion (Apache-2.0), `megatron-lion export`.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _data(config: RunConfig, manifest: dict[str, Any]) -> str:
+    names = ", ".join(Path(path).name for path in config.data.path) or "not known here"
+    digest = manifest.get("data_digest")
+    return f"{names}" + (f" (content hash {digest[:16]})" if digest else "")
+
+
+def _results(folder: Path, step: int) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # cut short: `evaluate` measures it again
+        if isinstance(result, dict) and result.get("step") == step and result.get("max_tokens") is None:
+            found.append(result)
+    return found
+
+
+def _table(results: list[dict[str, Any]]) -> list[str]:
+    """One row a number, each with its convention."""
+    lines = ["| text | measured | value | convention |", "|---|---|---:|---|"]
+    for result in results:
+        version = result["text_version"] if result["text_version"] != "unknown" else Path(result["text_path"]).name
+        text = f"{version} ({result['text_sha256'][:8]})"
+        windows = f"windows of {result['seq_length']}" + (f", stride {result['stride']}" if result["stride"] else "")
+        for field, name in (
+            ("log_token_ppl", "loss, nats per token"), ("token_ppl", "perplexity per token"),
+            ("adjusted_ppl", "perplexity per original word, Megatron's adjustment"), ("word_ppl", "perplexity per word"),
+            ("bits_per_byte", "bits per byte"), ("accuracy", "accuracy of the last word"),
+        ):  # fmt: skip
+            if result.get(field) is not None:
+                lines.append(
+                    f"| {text} | {name} | {result[field]:.4f} | {result['kind']}, {windows}, {result['precision']} |"
+                )
+    return lines

@@ -1,0 +1,88 @@
+"""Runs what a sweep misses, one run after another."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lion.errors import DataError, EnvironmentFault, MegatronLionError, StoppedOnRequest, StorageError
+from megatron_lion.jobs import STOPPED, Jobs
+from megatron_lion.sweep.plan import PlannedRun
+from megatron_lion.sweep.record import Entry, Sweep, write_exit
+
+# What ends one run so would end the next ones too: the data, the disk, the installation.
+ENDS_ALL = (DataError.exit_code, StorageError.exit_code, EnvironmentFault.exit_code)
+
+
+def missing(sweep: Sweep, planned: Sequence[PlannedRun], *, again: bool) -> list[PlannedRun]:
+    """The runs that are not finished; diverged ones only with `again`."""
+    done = {"finished"} if again else {"finished", "diverged"}
+    status = {entry.name: entry.status for entry in sweep.runs}
+    return [run for run in planned if status[run.name] not in done]
+
+
+def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> None:
+    """Runs each to its end; one that fails is noted and the next one begins.
+
+    Raises:
+        StoppedOnRequest: a signal came; the run in progress has saved.
+        MegatronLionError: a run failed for a reason that the others share; with its exit code.
+    """
+    spent: list[float] = []
+    with Jobs() as jobs:
+        for place, run in enumerate(runs):
+            left = f", about {_duration(sum(spent) / len(spent) * (len(runs) - place))} left" if spent else ""
+            _say(f"\n[{place + 1}/{len(runs)}] {run.name}{left}")
+            started = time.monotonic()
+            code = jobs.run("pretrain", job_arguments(sweep, run), processes, stdout=sys.stderr)
+            write_exit(sweep.folder, run.name, code)
+            sweep.save()
+            if jobs.asked or code == STOPPED:
+                finished = sum(entry.status == "finished" for entry in sweep.runs)
+                raise StoppedOnRequest(
+                    f"stopped in {run.name}, {finished} of {len(sweep.runs)} runs are finished; the same command goes on"
+                )
+            if code in ENDS_ALL:
+                raise failure(
+                    f"the sweep stopped at {run.name}: it ended with code {code}, see above, and so would the others",
+                    code,
+                )
+            if code == 0:
+                spent.append(time.monotonic() - started)
+
+
+def job_arguments(sweep: Sweep, run: PlannedRun) -> list[str]:
+    """The arguments of `pretrain` for runs that follow one another: they share the index files of their data."""
+    cache = [] if run.config.data.cache else ["--data.cache", str(Path(sweep.folder) / "cache")]
+    return [*run.words(sweep.base), *cache]
+
+
+def failed(sweep: Sweep) -> list[Entry]:
+    """Runs that ended with an error that another try may not meet."""
+    return [entry for entry in sweep.runs if entry.status == "failed"]
+
+
+def failure(message: str, code: int) -> MegatronLionError:
+    """An error that ends with a run's exit code; 1 where a signal killed the run."""
+    error = MegatronLionError(message)
+    error.exit_code = code if code > 0 else 1
+    return error
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _duration(seconds: float) -> str:
+    """A time in its largest unit.
+
+    Example:
+        >>> _duration(45), _duration(600), _duration(86400)
+        ('45 seconds', '10 minutes', '24.0 hours')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

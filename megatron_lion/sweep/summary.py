@@ -1,0 +1,99 @@
+"""What a sweep has found: a table of its runs, the best of each optimizer, and how to compare these."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.compare.best import Choice, choose_best
+from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, read_run, show
+from megatron_lion.compare.table import Cell, Table, to_csv, to_markdown
+from megatron_lion.data.files import write_whole
+from megatron_lion.sweep.plan import short_key
+from megatron_lion.sweep.record import Entry, Sweep
+
+
+def read_records(sweep: Sweep) -> dict[str, RunRecord]:
+    """The runs that have begun, by name."""
+    return {
+        entry.name: read_run(sweep.folder / entry.name)
+        for entry in sweep.runs
+        if (sweep.folder / entry.name / "metrics.jsonl").is_file()
+    }
+
+
+def sweep_table(sweep: Sweep, records: dict[str, RunRecord], choices: Sequence[Choice]) -> Table:
+    """One row a run: its settings, losses, status, and whether it is the best of its optimizer."""
+    keys = [
+        key for key in dict.fromkeys(key for entry in sweep.runs for key in entry.settings) if key != "optimizer.name"
+    ]
+    best = {run.folder for choice in choices for run in choice.runs}
+    rows: list[list[Cell]] = []
+    for entry in sorted(sweep.runs, key=lambda entry: _order(sweep, entry, keys)):
+        record = records.get(entry.name)
+        lowest = record.series("valid/loss").best() if record else None
+        rows.append([
+            OPTIMIZER_NAMES.get(optimizer := entry.settings["optimizer.name"], optimizer),
+            *(show(entry.settings[key]) if key in entry.settings else None for key in keys),
+            record.valid_loss if record else None, lowest[1] if lowest else None, lowest[0] if lowest else None,
+            record.end_train_loss if record and record.finished else None, _status(entry, record),
+            "best" if sweep.folder / entry.name in best else "",
+        ])  # fmt: skip
+    return Table(
+        slug="sweep",
+        title=f"Sweep {sweep.folder}",
+        columns=[
+            "optimizer",
+            *map(short_key, keys),
+            "valid loss",
+            "lowest",
+            "at step",
+            "train loss",
+            "status",
+            "choice",
+        ],
+        rows=rows,
+        formats=dict.fromkeys(("valid loss", "lowest", "train loss"), ".4f"),
+        notes=[
+            "valid loss: at the end of training, in nats per token; the best of an optimizer has the lowest, and the test loss "
+            "has no say in it",
+            *(f"{choice.name}: {note}" for choice in choices for note in choice.notes),
+        ],
+    )
+
+
+def _order(sweep: Sweep, entry: Entry, keys: list[str]) -> tuple[Any, ...]:
+    """Optimizers in the order they came, then numbers by size."""
+    optimizers = list(dict.fromkeys(e.settings["optimizer.name"] for e in sweep.runs))
+    values = [entry.settings.get(key) for key in keys]
+    numbers = [(0, value, "") if isinstance(value, int | float) else (1, 0.0, str(value)) for value in values]
+    return (optimizers.index(entry.settings["optimizer.name"]), *numbers)
+
+
+def _status(entry: Entry, record: RunRecord | None) -> str:
+    step = f" at step {record.last_step:,}" if record else ""
+    if entry.status == "failed":
+        return f"failed with code {entry.exit_code}{step}"
+    return entry.status + (step if entry.status in ("interrupted", "diverged") else "")
+
+
+def compare_command(sweep: Sweep, choices: Sequence[Choice]) -> str | None:
+    """The line that compares the best runs; None where there is none."""
+    folders = [str(run.folder) for choice in choices for run in choice.runs]
+    return (
+        shlex.join(["megatron-lion", "compare", *folders, "--output", str(sweep.folder / "comparison")])
+        if folders
+        else None
+    )
+
+
+def summarise(sweep: Sweep) -> tuple[Table, str | None]:
+    """The table of a sweep and the command that compares its best runs; writes table.md and table.csv beside them."""
+    records = read_records(sweep)
+    choices = choose_best(list(records.values()))
+    table = sweep_table(sweep, records, choices)
+    write_whole(Path(sweep.folder) / "table.md", to_markdown(table).encode())
+    write_whole(Path(sweep.folder) / "table.csv", to_csv(table).encode())
+    return table, compare_command(sweep, choices)
