@@ -97,6 +97,13 @@ class FusedDistributedOptimizer(StatefulDistributedOptimizer):
             self.start_param_sync_for_bucket_group_subset()
         return norm
 
+    @torch.no_grad()
+    def load_sharded_tensors(self, state: dict[Any, Any], *, layout: str) -> None:
+        """As the base class; a master weight sets its bf16 parameter too, which the other ranks then need as well."""
+        super().load_sharded_tensors(state, layout=layout)
+        for chunk in self.model_chunks:
+            chunk.start_param_sync(force_sync=True)
+
     def _grad_norm_on_device(self) -> torch.Tensor:
         """What upstream's get_grad_norm_fp32 computes, without its `.item()`."""
         grads = self.get_grads_for_grad_norm()
