@@ -16,25 +16,20 @@ time over the bandwidth of a copy measured in the same process: 1.00 is as fast 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import BETAS, CONTENDERS, FLOAT32, HYPER, MASTER, REDUCED, Case, Contender
+from measuring import heading, shown, surroundings, write_results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Shapes = list[tuple[int, ...]]
 BASELINES = {FLOAT32: "ours", MASTER: "ours split32", REDUCED: "ours split24, int8 momentum"}
-PACKAGES = ("torch", "triton", "lion-pytorch", "emerging-optimizers", "flashoptim", "bitsandbytes", "deepspeed")
 
 
 def gpt2_shapes(layers: int, hidden: int, vocabulary: int = 50304, seq_length: int = 1024) -> Shapes:
@@ -262,22 +257,6 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def machine(device: str, threads: int, bandwidth: float) -> dict[str, Any]:
-    """What the figures depend on."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} threads"
-    return {"date": date.today().isoformat(), "device": name, "copy_gb_per_s": bandwidth / 1e9, "versions": versions}
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -298,7 +277,8 @@ def main() -> None:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    usable = []
+    usable: list[Contender] = []
+    left_out: list[str] = []
     for contender in CONTENDERS:
         if not contender.runs_on(args.device):
             continue
@@ -308,21 +288,17 @@ def main() -> None:
         except Exception as error:  # a peer that does not work here is left out, and said so
             if contender.name.startswith("ours"):
                 raise
-            sys.stderr.write(f"left out: {contender.name}: {type(error).__name__}: {error}\n")
+            left_out.append(f"{contender.name} ({type(error).__name__}: {str(error).splitlines()[0]})")
+            sys.stderr.write(f"left out: {left_out[-1]}\n")
     bandwidth = copy_bandwidth(args.device)
-    facts = machine(args.device, torch.get_num_threads(), bandwidth)
+    facts = {**surroundings(args.device), "copy_gb_per_s": bandwidth / 1e9, "rounds": args.rounds}
     rows = [row for size in args.sizes for row in measure(size, usable, args.device, args.rounds, bandwidth)]
-    packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number != "not installed")
-    head = f"{facts['date']}, {facts['device']}, copy {facts['copy_gb_per_s']:.1f} GB/s, {packages}; "
-    head += f"medians of {args.rounds} rounds.\n"
+    head = f"{heading(facts)}; copy {facts['copy_gb_per_s']:.1f} GB/s; medians of {args.rounds} rounds.\n"
+    if left_out:
+        head += "\nLeft out, for they do not work here: " + "; ".join(left_out) + ".\n"
     text = head + table(rows, args.device)
     sys.stdout.write(text)
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{args.output}.md").write_text("# One optimizer step\n\n" + text)
-        Path(f"{args.output}.json").write_text(
-            json.dumps({**facts, "rounds": args.rounds, "rows": rows}, indent=1) + "\n"
-        )
+    write_results(args.output, "One optimizer step", text, {**facts, "left_out": left_out, "rows": rows})
 
 
 if __name__ == "__main__":
