@@ -247,7 +247,7 @@ def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
     """Makes the norm NaN where a gradient is not finite that the norm does not count, so that the gate sees it too.
 
     Biases and norms lie whole on every tensor-parallel rank, a tied embedding on two pipeline stages, and upstream's
-    norm reads one copy of each. To the others it now adds 0 · Σg: zero, or NaN.
+    norm reads one copy of each. To the others it now adds 0 · ‖g‖: zero, or NaN.
     """
     counted = optimizer.get_grads_for_grad_norm
 
@@ -257,7 +257,7 @@ def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
         name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
         own = (getattr(parameter, name, None) for parameter in optimizer.get_parameters())
         replicas = [grad for grad in own if grad is not None and id(grad) not in known]
-        return [*grads, torch.stack([(grad * 0.0).sum() for grad in replicas]).sum()] if replicas else grads
+        return [*grads, (torch.stack(torch._foreach_norm(replicas)) * 0.0).sum()] if replicas else grads
 
     optimizer.get_grads_for_grad_norm = with_replicas
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from distributed import run_distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lion.config import CheckpointConfig
 
@@ -106,6 +107,35 @@ def test_reduced_modes_keep_near(runs: dict[str, Any], layout: str) -> None:
 def test_overlapped_communication_changes_nothing(runs: dict[str, Any]) -> None:
     for name in (*EXACT, "split24/int8"):
         assert_same(runs[f"DP2 overlap {name}"], runs[f"DP2 {name}"])
+
+
+class ReadOnTheHost(TorchDispatchMode):
+    """Counts values that the host reads from the device, each of which would make it wait on CUDA."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def read_by_the_norm(rank: int, config: Any) -> tuple[int, bool]:
+    """(values read on the host by the gradient's norm, whether it is upstream's, bit for bit)."""
+    with tiny.opened_run(config) as run:
+        tiny.step_once(run, run.train_batches())
+        megatron = run.optimizer.megatron
+        megatron.prepare_grads()
+        with ReadOnTheHost() as reads:
+            norm = megatron._grad_norm_on_device()
+        return reads.count, float(norm) == megatron.get_grad_norm()
+
+
+@pytest.mark.parametrize("layout", ["DP2", "TP2"])
+def test_nothing_waits_for_the_norm(folder: Path, layout: str) -> None:
+    corpus = tiny.write_corpus(folder / "corpus-norm")
+    size, changes = LAYOUTS[layout]
+    config = tiny.tiny_config(folder / "norm", corpus, **TIES, **mode("split32/fp32"), **changes)
+    assert run_distributed(read_by_the_norm, size, config) == [(0, True)] * size
 
 
 @pytest.mark.slow
