@@ -28,7 +28,14 @@ import numpy as np
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_lion.config import CheckpointConfig, DataConfig, ModelConfig, ProbeConfig, RunConfig, TrainConfig
+from megatron_lion.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ProbeConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_lion.config_checks import check_config
 from megatron_lion.data.indexed import IndexedWriter
 from megatron_lion.device import select_device

@@ -26,6 +26,7 @@ VERBS = {
     "compare": "tables and figures over several runs",
     "toy": "the two-dimensional experiment of the convergence theory",
     "theory": "rate constants of runs, and what Corollary 3 would choose",
+    "reproduce": "the paper's artefacts, made and held against the paper",
     "export": "a checkpoint as a Hugging Face folder",
     "import": "a Hugging Face folder as the beginning of a run",
     "generate": "a few lines of text from a GPT-2 checkpoint",

@@ -67,6 +67,14 @@ class Jobs:
             stdout: where the job's results go; by default where ours go.
 
         Returns:
+            As `run_command`.
+        """
+        return self.run_command([sys.executable, *job_words(verb, words, processes)], stdout)
+
+    def run_command(self, command: list[str], stdout: IO[Any] | None = None) -> int:
+        """Runs a command that starts verbs.
+
+        Returns:
             Its exit code: that of the process that failed first, where torchrun would say 1 for everything;
             75 without starting it where a signal came before.
         """
@@ -75,9 +83,8 @@ class Jobs:
         with tempfile.TemporaryDirectory() as folder:
             environment = {"OMP_NUM_THREADS": "1", **os.environ, "MEGATRON_LION_EXIT_DIR": folder}
             self._process = subprocess.Popen(
-                [sys.executable, *job_words(verb, words, processes)], env=environment, stdout=stdout,
-                start_new_session=True, preexec_fn=_end_with_parent,
-            )  # fmt: skip
+                command, env=environment, stdout=stdout, start_new_session=True, preexec_fn=_end_with_parent
+            )
             if self.asked:  # the signal came while the process was made
                 self._process.terminate()
             code = self._process.wait()

@@ -24,6 +24,7 @@ LEVELS = [
     {"optim", "data", "data_prep", "gradient"},
     {"model", "train"},
     {"evaluate", "compare", "theory", "interop", "sweep"},
+    {"reproduce"},
     {"commands"},
     {"cli"},
     {"__main__"},

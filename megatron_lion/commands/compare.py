@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from megatron_lion.compare.runs import RunRecord
     from megatron_lion.compare.table import Table
 
 HELP = (
@@ -19,7 +20,7 @@ HELP = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
-    add("runs", type=str, nargs="+", metavar="RUN", help="run folders")
+    add("runs", type=str, nargs="+", metavar="RUN", help="run folders; a sweep's folder is all its runs")
     add("--output", type=str, default="./comparison", metavar="DIR", help="folder for report.html, tables and figures")
     add(
         "--format",
@@ -28,34 +29,67 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=["text", "markdown", "csv", "latex"],
         help="how the tables are printed; all forms are written to the output folder in any case",
     )
+    add(
+        "--best",
+        action="store_true",
+        help="of each optimizer take only the setting with the lowest validation loss at its end, with all its seeds",
+    )
+    add(
+        "--x-axis",
+        type=str,
+        default="step",
+        choices=["step", "tokens", "time"],
+        help="what the PNG figures are drawn over, and the report's charts at first; time is that of the training steps alone",
+    )
     add("--target-loss", type=float, default=None, help="test loss (nats per token) for the table of steps to a target")
     add("--no-figures", action="store_true", help="write no PNG figures (the report has its own charts)")
 
 
 def run(args: Any) -> None:
-    """Prints the tables on stdout and writes the output folder."""
+    """Writes the output folder and prints the tables on stdout."""
+    from megatron_lion.compare.best import run_folders
     from megatron_lion.compare.report import write_report
     from megatron_lion.compare.runs import read_runs
     from megatron_lion.compare.tables import build_tables
     from megatron_lion.data.files import storage_errors
+    from megatron_lion.sweep.summary import sweep_tables
 
-    runs = read_runs(args.runs)
-    tables = build_tables(runs, args.target_loss)
-    print_tables(tables, args.format)
+    tried = runs = read_runs(run_folders(args.runs))
+    tables = sweep_tables(args.runs, judged=not args.best)
+    if args.best:
+        runs, table = _best(tried)
+        tables.append(table)
+    tables += build_tables(runs, args.target_loss)
     folder = Path(args.output)
     with storage_errors(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
     _write_tables(tables, folder)
-    report = write_report(runs, tables, folder / "report.html")
+    report = write_report(runs, tables, folder / "report.html", args.x_axis, tried)
     figures: list[Path] = []
     if not args.no_figures:
         from megatron_lion.compare.figures import write_figures
 
-        figures = write_figures(runs, folder)
+        figures = write_figures(runs, folder, args.x_axis, tried)
+    print_tables(tables, args.format)
     sys.stderr.write(
         f"report:  {report}\ntables:  {folder}/tables.md, tables.tex, one CSV a table\n"
         + (f"figures: {len(figures)} PNG files, {figures[0]} first\n" if figures else "")
     )
+
+
+def _best(tried: list[RunRecord]) -> tuple[list[RunRecord], Table]:
+    """The runs of each optimizer's best setting, labelled anew, and the table that tells how they were chosen."""
+    from megatron_lion.compare.best import best_table, choose_best
+    from megatron_lion.compare.runs import read_runs
+    from megatron_lion.errors import CheckpointError
+
+    choices = choose_best(tried)
+    folders = [run.folder for choice in choices for run in choice.runs]
+    if not folders:
+        raise CheckpointError(
+            f"--best: none of the {len(tried)} runs is finished and has a validation loss; train them to their end"
+        )
+    return read_runs(folders), best_table(choices)
 
 
 def print_tables(tables: list[Table], form: str) -> None:
@@ -67,12 +101,16 @@ def print_tables(tables: list[Table], form: str) -> None:
         sys.stdout.write("\n".join(map(write, tables)))
         return
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(file=sys.stdout)
     if not sys.stdout.isatty():
         console.width = 200  # a pipe has no width of its own; the tables must not be cut for it
     for table in tables:
+        console.print(Text(table.title, "bold"))
         console.print(to_rich(table))
+        for note in table.notes:
+            console.print(Text(note, "italic"))
         console.print()
 
 

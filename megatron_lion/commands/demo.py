@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_lion.reproduce.recipes import (
+    PAPER,
+    QUICK_STEPS,
+    SPLIT,
+    TUNED,
+    VOCAB_SIZE,
+    Recipe,
+    configs_folder,
+    quick_words,
+)
 
 if TYPE_CHECKING:
     from megatron_lion.jobs import Jobs
@@ -16,25 +26,6 @@ HELP = (
     "two processes, probe the full gradient, evaluate zero-shot on prose of another kind, and compare"
 )
 
-VOCAB_SIZE = 2048
-SPLIT = "94,3,3"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """An optimizer at its rate from the grid in benchmarks/results/rates_demo.md."""
-
-    optimizer: str
-    lr: float
-    weight_decay: float
-
-
-RECIPES = (
-    Recipe("lion", 3e-4, 0.1),
-    Recipe("sgd", 0.3, 0.0),
-    Recipe("adamw", 1e-3, 0.1),
-)
-QUICK_STEPS = 20
 # Windows without overlap over the first third of the held-out text: fifteen evaluations in under a minute.
 MAX_TOKENS = 50_000
 QUICK_TOKENS = 5_000
@@ -49,7 +40,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--paper-rates",
         action="store_true",
-        help="the paper's rates (configs/demo_paper_rates.yaml) instead of tuned ones",
+        help="LION and SGD at the paper's rates (configs/demo_paper_rates.yaml) instead of three tuned optimizers",
     )
 
 
@@ -75,14 +66,14 @@ class _Demo:
 
     def __init__(self, output: Path, processes: int, quick: bool, paper_rates: bool, jobs: Jobs) -> None:
         self.output, self.processes, self.quick, self.jobs = output, processes, quick, jobs
-        self.config = _configs_folder() / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
+        self.config = configs_folder() / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
         self.paper_rates = paper_rates
         self.started = time.monotonic()
         self.step_number = 0
 
     def run(self) -> None:
         dataset, held_out = self.prepare()
-        runs = [self.pretrain(recipe, dataset) for recipe in RECIPES]
+        runs = [self.pretrain(recipe, dataset) for recipe in (PAPER if self.paper_rates else TUNED["gpt2"])]
         for folder in runs:
             self.evaluate(folder, held_out)
         self.show_text(runs[0])
@@ -103,16 +94,8 @@ class _Demo:
         self.say(f"pretraining with {recipe.optimizer.upper()} on {self.processes} processes")
         folder = self.output / "runs" / recipe.optimizer
         options = ["--config", str(self.config), "--run_dir", str(folder), "--data.path", f"[{dataset}]",
-                   "--data.cache", str(self.output / "cache"), "--optimizer.name", recipe.optimizer]  # fmt: skip
-        if self.paper_rates:
-            options += ["--optimizer.lr", "1e-4" if recipe.optimizer == "sgd" else "1e-5"]
-        else:
-            options += ["--optimizer.lr", f"{recipe.lr:g}", "--optimizer.weight_decay", f"{recipe.weight_decay:g}"]
-        if self.quick:
-            at = [QUICK_STEPS // 2, QUICK_STEPS]
-            options += ["--train.steps", str(QUICK_STEPS), "--checkpoint.at_steps", str(at), "--train.test_every", str(at[0]),
-                        "--probe.every", str(at[0]), "--probe.num_batches", "2", "--train.test_batches", "1"]  # fmt: skip
-        self.verb("pretrain", *options, distributed=True)
+                   "--data.cache", str(self.output / "cache"), *recipe.words()]  # fmt: skip
+        self.verb("pretrain", *options, *(quick_words() if self.quick else []), distributed=True)
         return folder
 
     def evaluate(self, folder: Path, held_out: Path) -> None:
@@ -164,14 +147,3 @@ class _Demo:
             error = MegatronLionError(f"the demo stopped: `megatron-lion {verb}` ended with code {code}; see above")
             error.exit_code = code if code > 0 else 1
             raise error
-
-
-def _configs_folder() -> Path:
-    from megatron_lion.errors import EnvironmentFault
-
-    folder = Path(__file__).resolve().parents[2] / "configs"
-    if not (folder / "demo.yaml").is_file():
-        raise EnvironmentFault(
-            "the demo runs in a checkout of the repository: its configs/ folder is not installed with the package"
-        )
-    return folder

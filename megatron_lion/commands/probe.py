@@ -51,6 +51,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--again", action="store_true", help="compute what is there already, too")
     add("--figures", action="store_true", help="draw RUN/figures/probe_*.png from all results of the run")
+    add(
+        "--beside",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="with --figures: runs of the same size to draw into the same axes",
+    )
 
 
 def run(args: Any) -> None:
@@ -81,9 +89,9 @@ def run(args: Any) -> None:
     if is_main:
         sys.stdout.write(table(probed))
         if args.figures:
-            from megatron_lion.gradient.figures import draw_run
+            from megatron_lion.gradient.figures import draw_runs
 
-            for path in draw_run(run_dir):
+            for path in draw_runs([run_dir, *args.beside]):
                 sys.stdout.write(f"{path}\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +130,7 @@ def _write_script(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
     else:
         path = sweep.folder / "sweep.sbatch"
         write_whole(path, slurm_script(sweep, left, args.processes, path).encode())
-        sys.stdout.write(f"sbatch {path}\n")
+        sys.stdout.write(f"sbatch {shlex.quote(str(path))}\n")
         sys.stderr.write("afterwards the sweep's own command, without --slurm, runs what failed and prints the table\n")
 
 

@@ -115,7 +115,7 @@ def _edges(best: RunRecord, tried: list[tuple[RunRecord, ...]], varied: list[str
         beyond = value * value / neighbour if neighbour else 2 * value
         notes.append(
             f"its best {key} {show(value)} is the {'largest' if at_top else 'smallest'} tried, so a better one may lie "
-            f"beyond: widen the grid, for example by {float(f'{beyond:.2g}'):g}"
+            f"beyond: widen the grid, for example to {float(f'{beyond:.2g}'):g}"
         )
     return notes
 

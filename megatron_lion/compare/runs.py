@@ -99,17 +99,23 @@ class RunRecord:
         return min(steps, stop or steps) if isinstance(steps, int) else None
 
     @property
+    def last_logged(self) -> int:
+        """The last step that was taken and logged; a line that reports a skipped step is none."""
+        progress = self.series("progress/consumed_tokens")
+        return progress.steps[-1] if progress else self.last_step
+
+    @property
     def finished(self) -> bool:
         """Whether the run reached its last step."""
-        return self.last_step >= (self.planned_steps or 0)
+        return self.last_logged >= (self.planned_steps or 0)
 
     @property
     def diverged(self) -> bool:
         """Whether the run gave up because its gradients stayed NaN or infinite."""
         skipped, limit = self.series("optim/skipped_steps"), self.settings.get("optimizer.max_skipped_steps", 1)
-        losses = self.series("train/loss")
-        last_taken = losses.steps[-1] if losses else 0
-        return not self.finished and bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > last_taken
+        return (
+            not self.finished and bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > self.last_logged
+        )
 
     @property
     def valid_loss(self) -> float | None:
@@ -318,6 +324,14 @@ def differing_settings(runs: Iterable[RunRecord]) -> list[str]:
         if not key.startswith(UNINTERESTING)
         and len({json.dumps(run.settings.get(key), sort_keys=True, default=str) for run in runs}) > 1
     ]
+
+
+def by_model(runs: list[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Runs of each model, in the order given."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(run.model, []).append(run)
+    return groups
 
 
 def show(value: Any) -> str:

@@ -15,6 +15,8 @@ from megatron_lion.compare.table import Cell, Table
 RESAMPLES = 10_000
 LEVEL = 0.95
 EXACT_UP_TO = 5_000
+MAX_SENTENCES = 10
+"""Of a measure; more than these nobody reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +118,13 @@ def seeds_table(runs: list[RunRecord]) -> Table | None:
                 interval = bootstrap(values)
                 row: list[Cell] = [groups[key][0].model, group_label(groups, key), name, len(values)]
                 rows.append([*row, interval.mean, interval.low, interval.high])
-        for a, b in combinations([key for key, values in by_group.items() if values], 2):
-            several = max(len(by_group[a]), len(by_group[b])) > 1
-            if several and groups[a][0].model == groups[b][0].model:
-                gap = bootstrap_gap(by_group[a], by_group[b])
-                model = groups[a][0].model
-                notes.append(f"{model}, {name}: " + sentence(group_label(groups, a), group_label(groups, b), gap))
+        for model in dict.fromkeys(run.model for run in runs):
+            named = {
+                group_label(groups, key): values
+                for key, values in by_group.items()
+                if values and groups[key][0].model == model
+            }
+            notes += [f"{model}, {name}: {text}" for text in verdicts(named)]
     notes.append(
         f"{LEVEL:.0%} percentile bootstrap over seeds, {RESAMPLES:,} resamples; with fewer than about five seeds "
         "such an interval is as a rule too narrow, so that a gap must also pass a permutation test"
@@ -134,6 +137,25 @@ def seeds_table(runs: list[RunRecord]) -> Table | None:
         formats={"mean": ".4f", "low": ".4f", "high": ".4f"},
         notes=notes,
     )
+
+
+def verdicts(values: dict[str, list[float]]) -> list[str]:
+    """A sentence for each pair of settings, or, where that would be many, for each against the one of the lowest mean.
+
+    Args:
+        values: of one measure by setting, one a seed.
+    """
+    pairs = [(a, b) for a, b in combinations(values, 2) if max(len(values[a]), len(values[b])) > 1]
+    singles = []
+    if len(pairs) > MAX_SENTENCES:
+        several = [name for name in values if len(values[name]) > 1]
+        singles = [name for name in values if len(values[name]) == 1]
+        lowest = min(several, key=lambda name: fmean(values[name]))
+        pairs = [(lowest, name) for name in several if name != lowest]
+    found = [sentence(a, b, bootstrap_gap(values[a], values[b])) for a, b in pairs]
+    if singles:
+        found.append(f"{len(singles)} settings have a single seed: the noise of their gaps to the others is not known.")
+    return found
 
 
 def _measures(runs: list[RunRecord]) -> dict[str, Callable[[RunRecord], float | None]]:

@@ -116,8 +116,14 @@ def to_latex(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """A section with the table in a box that scrolls sideways on a narrow screen."""
-    columns = range(len(table.columns))
+    """A section with the table in a box that scrolls sideways on a narrow screen, its first column staying in view.
+
+    A leading column "model" becomes headings between the rows, or nothing where there is one model, so that a phone has
+    room for what is compared.
+    """
+    grouped = table.columns[0] == "model"
+    several = len({row[0] for row in table.rows}) > 1
+    columns = range(int(grouped), len(table.columns))
 
     def cell(row: int, column: int) -> str:
         kind = ["text" if table.is_text(column) else "number", "best" if table.is_best(row, column) else ""]
@@ -127,23 +133,27 @@ def to_html(table: Table) -> str:
     heads = "".join(
         f'<th class="{"text" if table.is_text(c) else "number"}">{html.escape(table.columns[c])}</th>' for c in columns
     )
-    body = "\n".join("<tr>" + "".join(cell(r, c) for c in columns) + "</tr>" for r in range(len(table.rows)))
+    body: list[str] = []
+    for r, row in enumerate(table.rows):
+        if grouped and several and (r == 0 or table.rows[r - 1][0] != row[0]):
+            body.append(
+                f'<tr class="group"><th colspan="{len(columns)}"><span>{html.escape(str(row[0]))}</span></th></tr>'
+            )
+        body.append("<tr>" + "".join(cell(r, c) for c in columns) + "</tr>")
     notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in table.notes)
+    lines = "\n".join(body)
     return (
-        f'<section id="{table.slug}"><h2>{html.escape(table.title)}</h2>\n<div class="scroll"><table>\n'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>{notes}</section>\n"
+        f'<section id="{table.slug}"><h2>{html.escape(table.title)}</h2>\n<div class="scroll" tabindex="0"><table>\n'
+        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>{notes}</section>\n"
     )
 
 
 def to_rich(table: Table) -> Any:
-    """A rich table for the terminal."""
+    """A rich table for the terminal, without title and notes, which may be wider than it."""
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    shown = RichTable(
-        title=table.title, title_justify="left", title_style="bold", caption="\n".join(table.notes) or None,
-        caption_justify="left",
-    )  # fmt: skip
+    shown = RichTable()
     columns = range(len(table.columns))
     for c in columns:
         shown.add_column(Text(table.columns[c]), justify="left" if table.is_text(c) else "right", no_wrap=True)

@@ -1,23 +1,28 @@
-"""The tables of a comparison: Table B.1, losses, norm ratios, cost, equal budgets, targets, settings."""
+"""The tables of a comparison: Table B.1, losses, norm ratios, cost, settings, environment."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
+from megatron_lion.compare.budgets import equal_budget_table, loss_tables, target_table
 from megatron_lion.compare.runs import (
     LAST_LINES,
     RunRecord,
+    by_model,
     differing_settings,
     evaluation_key,
     evaluation_keys,
+    flatten,
     show,
 )
 from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.series import Series
 from megatron_lion.compare.table import Cell, Table
+
+MOST_COLUMNS = 6
+"""More runs than this are rows, not columns."""
 
 
 def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> list[Table]:
@@ -29,8 +34,9 @@ def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> lis
             loss of the run that gets least far, so that every run of a model reaches it.
     """
     tables = [
-        *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), bert_table(runs), equal_budget_table(runs),
-        target_table(runs, target_loss), ratio_table(runs), cost_table(runs), settings_table(runs),
+        *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), bert_table(runs), *loss_tables(runs),
+        equal_budget_table(runs), target_table(runs, target_loss), ratio_table(runs), cost_table(runs), settings_table(runs),
+        environment_table(runs),
     ]  # fmt: skip
     return [table for table in tables if table is not None and table.rows]
 
@@ -80,12 +86,12 @@ def _perplexity_table(
 
 
 def _short_step(step: int) -> str:
-    """10k for 10,000; the step itself where thousands do not say it.
+    """10k for 10,000; the step itself where hundreds do not say it.
 
-    >>> _short_step(10_000), _short_step(250)
-    ('10k', '250')
+    >>> _short_step(10_000), _short_step(1200), _short_step(250), _short_step(1234)
+    ('10k', '1.2k', '250', '1234')
     """
-    return f"{step // 1000}k" if step >= 1000 and step % 1000 == 0 else str(step)
+    return f"{step / 1000:g}k" if step >= 1000 and step % 100 == 0 else str(step)
 
 
 def _text_name(result: dict[str, Any]) -> str:
@@ -147,23 +153,23 @@ def word_tables(runs: list[RunRecord]) -> list[Table]:
 
 def loss_table(runs: list[RunRecord]) -> Table:
     """Final and best losses."""
-    columns = ["model", "optimizer", "steps", "train loss", "test loss", "best test loss", "at step"]
+    columns = ["model", "optimizer", "steps", "train loss", "valid loss", "test loss", "best test loss", "at step"]
     rows: list[list[Cell]] = []
     for run in runs:
-        test, train = run.series("test/loss"), run.series("train/loss").values[-LAST_LINES:]
+        test = run.series("test/loss")
         best = test.best()
-        rows.append([run.model, run.label, run.last_step, fmean(train) if train else None, test.last,
+        rows.append([run.model, run.label, run.last_step, run.end_train_loss, run.series("valid/loss").last, test.last,
                      best[1] if best else None, best[0] if best else None])  # fmt: skip
     return Table(
         slug="losses",
         title="Losses at the end (nats per token)",
         columns=columns,
         rows=rows,
-        formats=dict.fromkeys(columns[3:6], ".4f"),
+        formats=dict.fromkeys(columns[3:7], ".4f"),
         notes=[
-            f"train loss: mean of the last {LAST_LINES} logged values, dropout included; test loss: without dropout"
+            f"train loss: mean of the last {LAST_LINES} logged values, dropout included; valid and test loss: without dropout"
         ],
-        best=["train loss", "test loss", "best test loss"],
+        best=columns[3:7],
     )
 
 
@@ -179,89 +185,6 @@ def bert_table(runs: list[RunRecord]) -> Table:
     formats = dict.fromkeys(columns[2:4], ".4f") | dict.fromkeys(columns[4:], ".1%")
     title = "BERT on the test split: losses (nats) and share of right answers, last measurement"
     return Table(slug="bert", title=title, columns=columns, rows=rows, formats=formats, best=columns[2:4])
-
-
-def equal_budget_table(runs: list[RunRecord]) -> Table | None:
-    """Test loss at the largest number of steps, tokens and training seconds that every run of a model reached."""
-    rows: list[list[Cell]] = []
-    notes = []
-    for model, group in by_model(runs).items():
-        group = [run for run in group if run.series("test/loss")]
-        if len(group) < 2:
-            continue
-        budgets: dict[str, tuple[float, Callable[[RunRecord, int], float | None]]] = {}
-        for name, cost in (("steps", _steps), ("tokens", _tokens), ("seconds", _seconds)):
-            ends = [cost(run, run.series("test/loss").steps[-1]) for run in group]
-            reached = [end for end in ends if end is not None]
-            if len(reached) == len(group):
-                budgets[name] = (min(reached), cost)
-        rows += [
-            [model, run.label, *(_loss_within(run, *budgets[b]) if b in budgets else None for b in _BUDGETS)]
-            for run in group
-        ]
-        limits = (
-            f"{budgets[b][0]:,.0f} {'training seconds' if b == 'seconds' else b}" for b in _BUDGETS if b in budgets
-        )
-        notes.append(f"{model}: {', '.join(limits)}; the last measurement within the budget")
-    columns = ["model", "optimizer", *(f"at equal {name}" for name in _BUDGETS)]
-    return Table(
-        slug="equal-budget",
-        title="Test loss at an equal budget (nats per token)",
-        columns=columns,
-        rows=rows,
-        formats=dict.fromkeys(columns[2:], ".4f"),
-        notes=notes,
-        best=columns[2:],
-    )
-
-
-_BUDGETS = ("steps", "tokens", "seconds")
-
-
-def _steps(run: RunRecord, step: int) -> float | None:
-    return float(step)
-
-
-def _tokens(run: RunRecord, step: int) -> float | None:
-    return None if run.tokens_per_step is None else float(run.tokens_per_step * step)
-
-
-def _seconds(run: RunRecord, step: int) -> float | None:
-    return run.training_seconds(step)
-
-
-def _loss_within(run: RunRecord, budget: float, cost: Callable[[RunRecord, int], float | None]) -> float | None:
-    """The test loss last measured at a cost of at most the budget."""
-    loss = None
-    for step, value in zip(run.series("test/loss").steps, run.series("test/loss").values, strict=True):
-        spent = cost(run, step)
-        if spent is not None and spent <= budget * (1 + 1e-9):
-            loss = value
-    return loss
-
-
-def target_table(runs: list[RunRecord], target_loss: float | None = None) -> Table | None:
-    """Steps, tokens and training time until the test loss was first measured at or below a target."""
-    rows: list[list[Cell]] = []
-    for model, group in by_model(runs).items():
-        reached = [best[1] for run in group if (best := run.series("test/loss").best())]
-        if not reached or (len(reached) < 2 and target_loss is None):
-            continue
-        target = max(reached) if target_loss is None else target_loss
-        for run in group:
-            step = run.series("test/loss").first_at_most(target)
-            seconds = run.training_seconds(step) if step is not None else None
-            tokens = run.tokens_per_step * step if step is not None and run.tokens_per_step else None
-            rows.append([model, run.label, float(target), step, tokens, seconds / 60 if seconds is not None else None])
-    return Table(
-        slug="to-target",
-        title="To a target test loss",
-        columns=["model", "optimizer", "target (nats)", "steps", "tokens", "training minutes"],
-        rows=rows,
-        formats={"target (nats)": ".4f", "training minutes": ",.1f"},
-        notes=["the first measurement at or below the target; a dash where it was not reached"],
-        best=["steps", "tokens", "training minutes"],
-    )
 
 
 def ratio_table(runs: list[RunRecord]) -> Table:
@@ -319,19 +242,41 @@ def _median(series: Series) -> float | None:
 
 
 def settings_table(runs: list[RunRecord]) -> Table:
-    """The settings in which the runs differ."""
-    names = [run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}" for run in runs]
-    return Table(
-        slug="settings",
-        title="Settings that differ",
-        columns=["setting", *names],
-        rows=[[key, *(show(run.settings.get(key)) for run in runs)] for key in differing_settings(runs)],
-    )
+    """The settings in which the runs differ: a column a run, or a row where there are many."""
+    keys = differing_settings(runs)
+    if len(runs) > MOST_COLUMNS:
+        columns = ["model", "optimizer", *keys]
+        rows: list[list[Cell]] = [
+            [run.model, run.label, *(show(run.settings.get(key)) for key in keys)] for run in runs if keys
+        ]
+    else:
+        names = [run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}" for run in runs]
+        columns = ["setting", *names]
+        rows = [[key, *(show(run.settings.get(key)) for run in runs)] for key in keys]
+    return Table(slug="settings", title="Settings that differ", columns=columns, rows=rows)
 
 
-def by_model(runs: list[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs of each model, in the order given."""
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(run.model, []).append(run)
-    return groups
+# What environment.json and run.json say that may explain a difference between runs.
+_ENVIRONMENT = {
+    "megatron_lion": "megatron-lion", "git": "git", "python": "Python", "packages.torch": "torch",
+    "packages.megatron-core": "megatron-core", "packages.triton": "triton", "packages.transformer-engine": "transformer-engine",
+    "device": "device", "world_size": "processes", "system": "system", "data_digest": "data", "tokenizer_sha256": "tokenizer",
+}  # fmt: skip
+
+
+def environment_table(runs: list[RunRecord]) -> Table:
+    """Versions, hardware and data: each value with the runs that had it."""
+    rows: list[list[Cell]] = []
+    for key, name in _ENVIRONMENT.items():
+        having: dict[str, list[str]] = {}
+        for run in runs:
+            value = {**flatten(run.environment), **run.facts}.get(key)
+            if value is not None:
+                text = str(value)[:12] if key in ("data_digest", "tokenizer_sha256") else str(value)
+                having.setdefault(text, []).append(
+                    run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}"
+                )
+        rows += [
+            [name, text, "all" if len(labels) == len(runs) else ", ".join(labels)] for text, labels in having.items()
+        ]
+    return Table(slug="environment", title="Environment and data", columns=["what", "value", "runs"], rows=rows)

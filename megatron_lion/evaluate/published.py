@@ -135,7 +135,7 @@ LLM_C = Convention(
 )
 
 _GPT2_SIZES = ("117M", "345M", "762M", "1.5B")
-_TABLE_B1 = {
+TABLE_B1 = {
     ("GPT-2 Small", "SGD"): (8.202, 8.005, 7.922, 7.892, 7.887),
     ("GPT-2 Small", "LION"): (3.659, 3.409, 3.326, 3.293, 3.284),
     ("GPT-2 Medium", "SGD"): (8.029, 7.807, 7.737, 7.715, 7.712),
@@ -162,7 +162,7 @@ def _known() -> list[Published]:
     add((1.9682,), ("gpt2",), harness, HARNESS_BYTE)
     add((0.9769,), ("gpt2",), harness, HARNESS_BITS)
     add((3.0585,), ("GPT-2 small",), "llm.c discussion 374", LLM_C)
-    for (model, optimizer), values in _TABLE_B1.items():
+    for (model, optimizer), values in TABLE_B1.items():
         steps = (f"{model}, {optimizer}, step {10_000 * k}" for k in range(1, 6))
         add(values, steps, "Dong, Li, Lin, arXiv 2411.07724, Table B.1", PAPER_LOG)
     return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.data.files import storage_errors
+from megatron_lion.errors import DataError
 from megatron_lion.gradient.names import KINDS, kind_of, layer_of
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO
 from megatron_lion.gradient.result import read_probes
@@ -16,24 +17,35 @@ COLORS = {"lion": "#c8381e", "sgd": "#2166ac", "adamw": "#4d9221"}
 _GREY = "#666666"
 
 
-def draw_run(run_dir: str | Path) -> list[Path]:
-    """Draws all figures of one run into RUN/figures and returns their paths.
+def draw_runs(run_dirs: Sequence[str | Path]) -> list[Path]:
+    """Draws all figures of a run, others of its size beside it, into the first run's folder figures/; returns their paths.
 
     Raises:
-        DataError: the run has no probe results.
+        DataError: a run has no probe results, or the models differ in size.
         StorageError: the folder cannot be written.
     """
-    folder = Path(run_dir) / "figures"
-    probes = read_probes(run_dir)
-    label = probes[-1]["optimizer"].upper()
+    folder = Path(run_dirs[0]) / "figures"
+    found = [read_probes(run_dir) for run_dir in run_dirs]
+    sizes = {int(probe["all"]["num_parameters"]) for probes in found for probe in probes}
+    if len(sizes) > 1:
+        raise DataError(
+            f"{', '.join(map(str, run_dirs))}: models of {', '.join(map(str, sorted(sizes)))} parameters; one figure shows one size"
+        )
+    names = [str(probes[-1]["optimizer"]).upper() for probes in found]
+    labels = [
+        name if names.count(name) == 1 else f"{name} ({Path(run_dir).name})"
+        for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
+    runs = dict(zip(labels, found, strict=True))
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    paths = [
-        plot_ratio({label: probes}, folder / "probe_ratio.png"),
-        plot_layers(probes, folder / "probe_layers.png", label),
-    ]
-    if probes[-1]["ladder"]:
-        paths.append(plot_ladder({label: probes}, folder / "probe_ladder.png"))
+    paths = [plot_ratio(runs, folder / "probe_ratio.png")]
+    for place, (label, run_dir) in enumerate(zip(labels, run_dirs, strict=True)):
+        name = "probe_layers.png" if place == 0 else f"probe_layers_{Path(run_dir).name}.png"
+        paths.append(plot_layers(runs[label], folder / name, label))
+    with_ladder = {label: probes for label, probes in runs.items() if probes[-1]["ladder"]}
+    if with_ladder:
+        paths.append(plot_ladder(with_ladder, folder / "probe_ladder.png"))
     return paths
 
 

@@ -15,7 +15,8 @@ from megatron_lion.sweep.plan import PlannedRun, as_typed
 from megatron_lion.sweep.record import Sweep
 
 _SHELL = """#!/bin/sh
-# {count} of the sweep in {folder} ({config}), one after another. The same script again resumes what is not finished.
+# {count} of the sweep in {folder} ({config}), one after another.
+# The same script again resumes what is not finished.
 PYTHON=${{PYTHON:-{python}}}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
 trap 'exit 75' INT TERM          # Ctrl-C: the run saves, and no other begins
@@ -23,10 +24,10 @@ trap 'exit 75' INT TERM          # Ctrl-C: the run saves, and no other begins
 {commands}"""
 
 _SLURM = """#!/usr/bin/env bash
-# SLURM job array: {count} of the sweep in {folder} ({config}), a task each. On preemption or at the time limit SLURM sends
-# SIGUSR1, the run saves and leaves with 75, and the task queues itself again.
+# SLURM job array: {count} of the sweep in {folder} ({config}), a task each.
+# On preemption or at the time limit SLURM sends SIGUSR1, the run saves and leaves with 75, and the task queues itself again.
 #
-#   sbatch {script}                     (--array=0-{last}%4: four at a time)
+#   sbatch {script}          (with --array=0-{last}%4 four at a time)
 #
 #SBATCH --job-name=megatron-lion-sweep
 #SBATCH --array=0-{last}
@@ -41,8 +42,8 @@ _SLURM = """#!/usr/bin/env bash
 #SBATCH --output=slurm-%A_%a.out
 set -u
 
-SWEEP=${{SWEEP:-{quoted_folder}}}
-LAUNCH=${{LAUNCH:-{launcher}}}
+SWEEP=${{SWEEP:-{quoted_folder}}}                  # its folder; each run has one in it
+LAUNCH=${{LAUNCH:-{launcher}}}              # of the repository
 export NPROC_PER_NODE=${{NPROC_PER_NODE:-{processes}}}           # GPUs a node
 export MASTER_PORT=${{MASTER_PORT:-$((29500 + SLURM_ARRAY_TASK_ID))}}
 export NNODES=$SLURM_JOB_NUM_NODES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, read_run, sho
 from megatron_lion.compare.table import Cell, Table, to_csv, to_markdown
 from megatron_lion.data.files import write_whole
 from megatron_lion.sweep.plan import short_key
-from megatron_lion.sweep.record import Entry, Sweep
+from megatron_lion.sweep.record import Entry, Sweep, read_sweep
 
 
 def read_records(sweep: Sweep) -> dict[str, RunRecord]:
@@ -90,10 +91,22 @@ def compare_command(sweep: Sweep, choices: Sequence[Choice]) -> str | None:
 
 
 def summarise(sweep: Sweep) -> tuple[Table, str | None]:
-    """The table of a sweep and the command that compares its best runs; writes table.md and table.csv beside them."""
+    """The table of a sweep and the command that compares its best runs; writes table.md and table.csv into its folder."""
     records = read_records(sweep)
     choices = choose_best(list(records.values()))
     table = sweep_table(sweep, records, choices)
-    write_whole(Path(sweep.folder) / "table.md", to_markdown(table).encode())
-    write_whole(Path(sweep.folder) / "table.csv", to_csv(table).encode())
+    write_whole(sweep.folder / "table.md", to_markdown(table).encode())
+    write_whole(sweep.folder / "table.csv", to_csv(table).encode())
     return table, compare_command(sweep, choices)
+
+
+def sweep_tables(folders: Sequence[str | Path], *, judged: bool = True) -> list[Table]:
+    """The table of each folder that is a sweep's; without `judged` the choices are explained elsewhere."""
+    sweeps = [sweep for folder in folders if (sweep := read_sweep(Path(folder))) is not None]
+    tables = []
+    for number, sweep in enumerate(sweeps):
+        records = read_records(sweep)
+        table = sweep_table(sweep, records, choose_best(list(records.values())))
+        notes = table.notes if judged else table.notes[:1]
+        tables.append(replace(table, slug=f"sweep-{number + 1}" if number else "sweep", notes=notes))
+    return tables

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from synthetic_runs import write_run
 
 from megatron_lion.cli import main
-from megatron_lion.compare.curves import NOISE_RATIO, panels, spread, styles
+from megatron_lion.compare.curves import NOISE_RATIO, lines_of, panels
 from megatron_lion.compare.figures import write_figures
 from megatron_lion.compare.report import render_report
 from megatron_lion.compare.runs import RunRecord, read_runs
-from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence
-from megatron_lion.compare.svg import HEIGHT, WIDTH, chart, ticks
+from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence, verdicts
+from megatron_lion.compare.svg import HEIGHT, WIDTH, chart
 from megatron_lion.compare.tables import build_tables
+from megatron_lion.compare.ticks import spread, ticks
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,15 @@ def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
     assert "seeds" in [t.slug for t in build_tables(runs)]
 
 
+def test_many_settings_are_judged_against_the_best_alone() -> None:
+    values = {f"s{n}": [n + seed / 100 for seed in range(4)] for n in range(6)} | {f"one{n}": [9.0] for n in range(5)}
+    found = verdicts(values)
+    assert len(found) == 6
+    assert all(text.startswith("s0 is ") for text in found[:5])
+    assert found[5] == "5 settings have a single seed: the noise of their gaps to the others is not known."
+    assert len(verdicts({name: values[name] for name in ("s0", "s1", "one0")})) == 3
+
+
 # --- figures ---
 
 
@@ -103,11 +113,64 @@ def test_the_ratio_panel_always_shows_sqrt_d_and_the_noise_line(runs: list[RunRe
     assert [p.slug for p in panels(runs)] == ["training-loss", "test-loss", "norm-ratio", "perplexity", "kkt-residual"]
 
 
-def test_colours_mean_optimizers_and_dashes_their_runs(tmp_path: Path) -> None:
-    runs = read_runs([write_run(tmp_path / f"{o}{s}", optimizer=o, seed=s) for o in ("lion", "sgd") for s in (1, 2)])
-    looks = styles(runs)
+def test_colours_mean_optimizers_and_dashes_their_settings(tmp_path: Path) -> None:
+    runs = read_runs(
+        [write_run(tmp_path / f"{o}{lr}", optimizer=o, lr=lr) for o in ("lion", "sgd") for lr in (1e-3, 2e-3)]
+    )
+    looks = [(line.colour, line.dash) for line in lines_of(runs)]
     assert looks[0][0] == looks[1][0] != looks[2][0] == looks[3][0]
-    assert len(set(looks.values())) == 4
+    assert len(set(looks)) == 4
+
+
+def test_the_seeds_of_a_setting_are_one_curve_their_mean(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+    metrics = folders[1] / "metrics.jsonl"  # the second was interrupted
+    metrics.write_text("".join(line for line in metrics.open() if json.loads(line)["step"] <= 800))
+    runs = read_runs(folders)
+    panel = next(panel for panel in panels(runs) if panel.slug == "test-loss")
+    assert [curve.label for curve in panel.curves] == ["LION, n=2"]
+    curve = panel.curves[0]
+    assert list(curve.x) == list(range(0, 801, 100)), "the steps that both have"
+    both = [run.series("test/loss").values[5] for run in runs]
+    assert curve.y[5] == pytest.approx(sum(both) / 2)
+    assert [len(y) for _, y in curve.behind] == [11, 9]
+    assert max(float(x) for x in re.findall(r"([\d.]+),[\d.]+", chart(panel))) <= WIDTH
+
+
+def test_curves_by_tokens_and_by_training_time(runs: list[RunRecord]) -> None:
+    by_step, by_tokens, by_time = (panels(runs, axis) for axis in ("step", "tokens", "time"))
+    assert [p.slug for p in by_step] == [p.slug for p in by_tokens] == [p.slug for p in by_time]
+    step, tokens, time = (found[1].curves[0] for found in (by_step, by_tokens, by_time))
+    assert step.y == tokens.y == time.y
+    assert tokens.x == [x * 16 * 1024 for x in step.x]
+    assert time.x == pytest.approx([(runs[0].training_seconds(int(x)) or 0) / 60 for x in step.x])
+    assert [found[0].x_label for found in (by_step, by_tokens, by_time)] == [
+        "optimizer step", "training tokens", "training minutes",
+    ]  # fmt: skip
+
+
+def test_many_settings_are_drawn_and_the_best_of_each_optimizer_are_named(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"l{n}", lr=n * 1e-4, offset=n / 10) for n in range(1, 15)]
+    folders += [write_run(tmp_path / f"s{n}", optimizer="sgd", lr=n / 10) for n in (1, 2)]
+    for panel in panels(read_runs(folders)):
+        if panel.slug != "learning-rate":
+            assert len(panel.curves) == 16
+            assert [c.label for c in panel.named] == [f"LION lr={n * 1e-4:g}" for n in range(1, 11)] + [
+                "SGD lr=0.1",
+                "SGD lr=0.2",
+            ]
+            assert chart(panel).count('class="curve nameless"') == 4
+
+
+def test_the_tuning_panel_shows_the_validation_loss_of_each_rate(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"l{n}", lr=10.0**-n, offset=abs(n - 3) / 10) for n in (2, 3, 4)]
+    runs = read_runs(folders)
+    panel = panels(runs)[-1]
+    assert (panel.slug, panel.log_x) == ("learning-rate", True)
+    assert list(panel.curves[0].x) == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert list(panel.curves[0].y) == [run.valid_loss for run in reversed(runs)]
+    assert "learning-rate" not in [p.slug for p in panels(runs[:2])]
+    assert panels(runs[:1], "step", runs)[-1].slug == "learning-rate"
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -144,7 +207,7 @@ def test_png_figures_are_written_without_a_display(runs: list[RunRecord], tmp_pa
 class Page(HTMLParser):
     """Collects what a page would fetch, and checks that its elements close in order."""
 
-    VOID = ("meta", "br", "img", "link")
+    VOID = ("meta", "br", "img", "link", "input")
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +233,9 @@ def test_the_report_is_one_file_that_fetches_nothing(runs: list[RunRecord]) -> N
     assert page.open == []
     assert page.fetched == []
     assert not re.search(r"https?://|@import|url\(", text)
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 3 * 5, "by step, by tokens and by time"
+    assert text.count('<input class="choice"') == 3
+    assert "<script" not in text
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert "0.798 √d: pure noise" in text
@@ -203,41 +268,6 @@ def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
     values = ticks(low, low + span, 5)
     assert 1 <= len(values) <= 12
     assert all(low - 1e-6 * span <= v <= low + span * (1 + 1e-6) for v in values)
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (500, False)])
-def test_a_browser_shows_the_report(runs: list[RunRecord], tmp_path: Path, width: int, dark: bool) -> None:
-    from PIL import Image
-
-    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
-    # Reported through the title: the page's own width (a phone must not scroll sideways) and texts cut by their chart.
-    script = (
-        "<script>const cut=[...document.querySelectorAll('svg text')].filter(t=>{const b=t.getBBox();"
-        f"return b.x<0||b.x+b.width>{WIDTH}||b.y<0||b.y+b.height>{HEIGHT}}}).length;"
-        "document.title=document.documentElement.scrollWidth+'/'+innerWidth+'/'+cut</script>"
-    )
-    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
-    text = policy.sub("", render_report(runs, build_tables(runs)))
-    page.write_text(text.replace("</body>", f"{script}</body>"))
-    base = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--window-size={width},900",
-            f"--user-data-dir={tmp_path / 'profile'}", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]  # fmt: skip
-    subprocess.run([*base, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=120)
-    dom = subprocess.run([*base, "--dump-dom", page.as_uri()], check=True, capture_output=True, timeout=120, text=True)
-    shown, inner, cut = map(int, re.search(r"<title>(\d+)/(\d+)/(\d+)</title>", dom.stdout).groups())
-    assert shown <= inner
-    assert cut == 0
-    with Image.open(shot) as image:
-        pixels = image.convert("RGB")
-        background = pixels.getpixel((2, 2))
-        assert (sum(background) < 150) is dark
-        colours = {pixel for _, pixel in pixels.getcolors(1 << 24)}
-        lion = (0x00, 0x72, 0xB2)
-        assert (lion in colours) is not dark  # the dark page lightens it
-        assert len(colours) > 50
 
 
 # --- the command ---

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.demo_corpus import DemoCorpus, build_demo_corpus, is_prose, train_bpe
+from data_prep.demo_corpus import DemoCorpus, build_demo_corpus, is_prose, train_bpe, train_wordpiece
 from data_prep.prepare import PrepareOptions, prepare
 from megatron_lion.data.tokenizers import load_tokenizer
 from megatron_lion.errors import ConfigError, EnvironmentFault
@@ -63,3 +63,20 @@ def test_prose_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("data_prep.demo_corpus._roots", lambda: [tmp_path])
     with pytest.raises(EnvironmentFault, match="no source files"):
         build_demo_corpus(tmp_path)
+
+
+def test_wordpiece_is_the_same_again_and_prepares(
+    corpus: DemoCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = build_demo_corpus(tmp_path / "corpus", max_train_bytes=300_000)
+    first = train_wordpiece([small.train], 1024, tmp_path / "a")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    assert train_wordpiece([small.train], 1024, tmp_path / "b").sha256 == first.sha256
+    assert first.vocab_size == 1024
+    assert first.decode(first.encode("The parameter of the function")) == "the parameter of the function"
+    options = PrepareOptions(
+        inputs=[small.train], tokenizer=first, output=tmp_path / "out", split="90,5,5", task="bert", workers=1
+    )
+    assert prepare(options).documents == small.documents
+    with pytest.raises(ConfigError, match="at least 200"):
+        train_wordpiece([], 100, tmp_path)

@@ -29,7 +29,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wiki.raw").write_text(" \n".join(pages))
     passages = [" ".join([*WORDS[start : start + 9], WORDS[start % 5]]) for start in range(4)]
     (folder / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
-    words = ["evaluate", str(folder / "run"), "--wikitext103", str(folder / "wiki.raw"), "--stride", "full", "--device", "cpu"]
+    words = [
+        "evaluate",
+        str(folder / "run"),
+        "--wikitext103",
+        str(folder / "wiki.raw"),
+        "--stride",
+        "full",
+        "--device",
+        "cpu",
+    ]
     assert main([*words, "--lambada", str(folder / "lambada.jsonl")]) == 0
     assert main(["export", str(folder / "run"), "--output", str(folder / "hf"), "--device", "cpu"]) == 0
     return folder
@@ -59,7 +68,9 @@ def test_word_and_byte_perplexity_of_the_wikitext_task(folder: Path, harness: An
 
     documents = [{"page": page} for page in split_pages((folder / "wiki.raw").read_text())]
     assert len(documents) == 3
-    sums = harness.loglikelihood_rolling([request("loglikelihood_rolling", wikitext_detokenizer(doc)) for doc in documents])
+    sums = harness.loglikelihood_rolling(
+        [request("loglikelihood_rolling", wikitext_detokenizer(doc)) for doc in documents]
+    )
     rows = [process_results(doc, (value,)) for doc, value in zip(documents, sums, strict=True)]
     result = ours(folder, "wikitext103_pages")
     assert result["word_ppl"] == pytest.approx(weighted_perplexity([row["word_perplexity"] for row in rows]), rel=1e-5)

@@ -137,6 +137,20 @@ def test_what_is_there_is_not_computed_again_and_other_settings_get_their_own_fi
         assert len(content) > 10_000
 
 
+def test_runs_are_drawn_together(trained, tmp_path):
+    run, other, larger = (copy_of(trained, tmp_path / name) for name in ("run", "other", "larger"))
+    path = larger / "probe" / "step_0000004.json"
+    path.write_text(path.read_text().replace('"num_parameters": ', '"num_parameters": 1'))
+    jobs = {"both": [run, "--figures", "--beside", other], "sizes": [run, "--figures", "--beside", larger]}
+    found = run_distributed(commands, 1, jobs)[0]
+    assert not found["both"][1][0], found["both"]
+    assert {path.name for path in (run / "figures").iterdir()} == {
+        "probe_ratio.png", "probe_ladder.png", "probe_layers.png", "probe_layers_other.png",
+    }  # fmt: skip
+    assert found["sizes"][1][0] == "DataError"
+    assert "one figure shows one size" in found["sizes"][1][1]
+
+
 def strip_and_probe(rank, config):
     """Work of one process: a checkpoint of the weights alone, as another tool may write it, and the verb on it."""
     from tiny import opened_run

@@ -190,6 +190,30 @@ def test_imported_weights_train_at_any_layout(folder: Path) -> None:
     ]  # fmt: skip
 
 
+def test_the_full_gradient_of_an_imported_model(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Import with the settings of a probe, then probe: norms and r, no KKT residual without λ."""
+    run_dir, data = tmp_path / "run", f"[{folder}/text/data]"
+    settings = [
+        "--data.path",
+        data,
+        "--train.global_batch_size",
+        "8",
+        "--train.micro_batch_size",
+        "4",
+        "--optimizer.weight_decay",
+        "0",
+    ]
+    assert main(["import", str(folder / "gpt2-hf"), "--run_dir", str(run_dir), "--device", "cpu", *settings]) == 0
+    assert main(["probe", str(run_dir), "--num-batches", "4", "--device", "cpu"]) == 0
+    assert "KKT residual is undefined" in capsys.readouterr().out
+    found = json.loads((run_dir / "probe" / "step_0000000.json").read_text())
+    assert found["theta"] == "the model's own weights"
+    assert found["loss"] < tiny.read_metrics(folder / "gpt2")[-1]["train/loss"] + 0.5
+    assert 1 < found["all"]["norm_ratio"] <= found["all"]["num_parameters"] ** 0.5
+
+
 def test_fresh_begins_with_the_imported_weights_again(folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert main(["import", str(folder / "gpt2-hf"), "--run_dir", str(run_dir), "--device", "cpu"]) == 0

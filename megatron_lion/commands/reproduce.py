@@ -1,0 +1,150 @@
+"""`megatron-lion reproduce`: the paper's artefacts, made and held against the paper."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = (
+    "Make the paper's artefacts and hold them against the paper: its value, ours, tolerance, convention and source. The tiny scale runs on "
+    "two CPU cores; the full scale is the 16-A100 plan"
+)
+
+
+NODES = """# On each of two nodes with eight A100s: export NNODES=2 NPROC_PER_NODE=8 MASTER_ADDR=node0 NODE_RANK=0 (1 on the other),
+# then `megatron-lion reproduce … --scale full` runs what follows; NODE_RANK 0 alone does what is not a training.
+
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Declares the verb's flags."""
+    add = parser.add_argument
+    names = Literal["table-b1", "figure-2", "figure-3", "toy", "rates"]
+    add(
+        "artefacts",
+        type=names,
+        nargs="+",
+        metavar="ARTEFACT",
+        help="table-b1, figure-2, figure-3, toy, rates; several share what they can",
+    )
+    add(
+        "--scale",
+        type=str,
+        default="tiny",
+        choices=["tiny", "full"],
+        help="tiny: minutes on two cores; full: the paper's sizes",
+    )
+    add(
+        "--output",
+        type=str,
+        default="reproduction",
+        metavar="DIR",
+        help="folder for data, runs, figures and reproduction.md",
+    )
+    add(
+        "--text",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="training text, as for prepare; default (tiny): this machine's Python documentation",
+    )
+    add(
+        "--tokenizer",
+        type=str,
+        default=None,
+        metavar="FOLDER",
+        help="GPT-2's; default (tiny): a BPE trained on the text",
+    )
+    add(
+        "--vocab",
+        type=str,
+        default=None,
+        metavar="FILE",
+        help="BERT's vocab.txt; default (tiny): a WordPiece trained on the text",
+    )
+    add(
+        "--wikitext103",
+        type=str,
+        default=None,
+        metavar="FILE",
+        help="wiki.test.tokens; default (tiny): held-out prose of another kind",
+    )
+    add("--processes", type=int, default=2, help="that train together on this machine (tiny), or evaluate (full)")
+    add("--print", action="store_true", help="print the commands and stop")
+    add("--quick", action="store_true", help="tiny with a few steps: shows that the path works, not how it ends")
+
+
+def run(args: Any) -> None:
+    """Runs the plans, writes OUTPUT/reproduction.md and .json, prints the tables."""
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.reproduce.plan import build_plan
+    from megatron_lion.reproduce.sources import Sources, check_sources
+
+    if args.processes < 1 or 8 % args.processes:
+        raise ConfigError(f"--processes {args.processes}: batches of 8 samples divide over 1, 2, 4 or 8 processes")
+    if args.quick and args.scale == "full":
+        raise ConfigError("--quick goes with --scale tiny")
+    sources = Sources(
+        text=tuple(args.text), tokenizer=args.tokenizer, vocab=args.vocab, wikitext103=args.wikitext103,
+        output=Path(args.output), processes=args.processes, quick=args.quick,
+    )  # fmt: skip
+    plans = [build_plan(name, args.scale, sources) for name in dict.fromkeys(args.artefacts)]
+    if args.print:
+        if args.scale == "full":
+            sys.stdout.write(NODES)
+        for plan in plans:
+            lines = [f"# {step.title}\n{step.shown(args.processes)}" for step in plan.steps]
+            sys.stdout.write(f"## {plan.artefact}, {plan.scale} scale\n" + "\n".join(lines) + "\n\n")
+        return
+    check_sources(sources)
+    _run_plans(plans, sources, args.processes)
+    _report(plans, sources.output)
+
+
+def _run_plans(plans: list[Any], sources: Any, processes: int) -> None:
+    from megatron_lion.jobs import Jobs
+    from megatron_lion.reproduce.execute import need_gpus, run_plan, say
+    from megatron_lion.reproduce.sources import make_missing
+
+    if any(plan.scale == "full" and plan.needs for plan in plans):
+        need_gpus()
+    total, first = sum(len(plan.steps) for plan in plans), 1
+    with Jobs() as jobs:
+        for plan in plans:
+            if plan.needs and plan.scale == "tiny":
+                make_missing(sources, plan.needs, say)
+            run_plan(plan, processes, jobs, first=first, total=total)
+            first += len(plan.steps)
+
+
+def _report(plans: list[Any], output: Path) -> None:
+    import json
+    from dataclasses import asdict
+
+    from megatron_lion.data.files import write_whole
+    from megatron_lion.reproduce.claims import as_markdown, claims_of
+
+    found = {plan.artefact: claims_of(plan) for plan in plans}
+    text = "\n".join(as_markdown(plan, found[plan.artefact]) for plan in plans)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "reproduction.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content = {
+        **earlier,
+        **{f"{plan.artefact}/{plan.scale}": [asdict(claim) for claim in found[plan.artefact]] for plan in plans},
+    }
+    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(output / "reproduction.md", text.encode())
+    sys.stdout.write(text)
+    folders = [str(plan.comparison) for plan in plans if plan.comparison is not None]
+    sys.stderr.write(
+        f"\nwritten: {output}/reproduction.md, reproduction.json"
+        + "".join(f", {folder}/report.html" for folder in folders)
+        + "\n"
+    )

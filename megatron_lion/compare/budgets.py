@@ -1,0 +1,162 @@
+"""Runs held against each other at equal cost: test loss by step, by tokens, by training time, and what a target takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_lion.compare.runs import RunRecord, by_model
+from megatron_lion.compare.table import Cell, Table
+from megatron_lion.compare.ticks import short, ticks
+
+_UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Something that training spends.
+
+    Attributes:
+        name: in the slugs of tables.
+        title: of the table of test losses over it.
+        unit: after an amount.
+        spent: by a run up to each of some steps; None where the run does not tell.
+    """
+
+    name: str
+    title: str
+    unit: str
+    spent: Callable[[RunRecord, Sequence[int]], Sequence[float] | None]
+
+
+def tokens_at(run: RunRecord, steps: Sequence[int]) -> Sequence[float] | None:
+    """Training tokens up to each step."""
+    return [run.tokens_per_step * step for step in steps] if run.tokens_per_step else None
+
+
+BUDGETS = (
+    Budget(name="step", title="optimizer step", unit="steps", spent=lambda run, steps: steps),
+    Budget(name="tokens", title="training tokens", unit="tokens", spent=tokens_at),
+    Budget(name="time", title="training time", unit="training seconds", spent=lambda run, steps: run.seconds_at(steps)),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The test losses of a run (nats per token) and what it had spent at each."""
+
+    costs: Sequence[float]
+    losses: Sequence[float]
+
+    def within(self, amount: float) -> float | None:
+        """The loss last measured within an amount."""
+        found = [loss for cost, loss in zip(self.costs, self.losses, strict=True) if cost <= amount * (1 + 1e-9)]
+        return found[-1] if found else None
+
+    def at(self, amount: float) -> float | None:
+        """The same, None where the run had ended before."""
+        return self.within(amount) if amount <= self.costs[-1] * (1 + 1e-9) else None
+
+
+def measured(run: RunRecord, budget: Budget) -> Measured | None:
+    """A run's test losses over a budget; None where it has none or does not tell what they cost."""
+    series = run.series("test/loss")
+    costs = budget.spent(run, series.steps) if series else None
+    return Measured(costs, series.values) if costs else None
+
+
+def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
+    """Test loss at round numbers of steps, tokens and training time: a table of each for every model."""
+    tables = []
+    groups = by_model(list(runs))
+    for budget in BUDGETS:
+        for number, (model, group) in enumerate(groups.items()):
+            found = {run.label: losses for run in group if (losses := measured(run, budget))}
+            if found:
+                slug = f"loss-by-{budget.name}" + (f"-{number + 1}" if number else "")
+                title = f"{f'{model}: test' if len(groups) > 1 else 'Test'} loss by {budget.title} (nats per token)"
+                tables.append(_loss_table(slug, title, budget, model, found))
+    return tables
+
+
+def _loss_table(slug: str, title: str, budget: Budget, model: str, found: dict[str, Measured]) -> Table:
+    longest = max(losses.costs[-1] for losses in found.values())
+    size, unit = 1.0, ""
+    if budget.name == "time":
+        size, unit = next(((s, f" {u}") for s, u in _UNITS if longest >= 2 * s), (1.0, " s"))
+    amounts = [amount for amount in ticks(0.0, longest / size or 1.0, 5) if amount > 0]
+    columns = ["model", "optimizer", *(f"{short(amount)}{unit}" for amount in amounts)]
+    rows: list[list[Cell]] = [
+        [model, label, *(losses.at(amount * size) for amount in amounts)] for label, losses in found.items()
+    ]
+    return Table(
+        slug=slug,
+        title=title,
+        columns=columns,
+        rows=rows,
+        formats=dict.fromkeys(columns[2:], ".4f"),
+        notes=["the last measurement up to there; a dash where the run had ended"],
+        best=columns[2:],
+    )
+
+
+def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
+    """Test loss at the largest number of steps, tokens and training seconds that every run of a model reached."""
+    rows: list[list[Cell]] = []
+    notes = []
+    for model, group in by_model(list(runs)).items():
+        group = [run for run in group if run.series("test/loss")]
+        if len(group) < 2:
+            continue
+        columns: list[list[Cell]] = []
+        limits = []
+        for budget in BUDGETS:
+            found = [measured(run, budget) for run in group]
+            known = [losses for losses in found if losses]
+            if len(known) < len(found):  # nothing is equal where one does not tell
+                columns.append([None] * len(group))
+                continue
+            most = min(losses.costs[-1] for losses in known)
+            columns.append([losses.within(most) for losses in known])
+            limits.append(f"{most:,.0f} {budget.unit}")
+        rows += [[model, run.label, *cells] for run, *cells in zip(group, *columns, strict=True)]
+        notes.append(f"{model}: {', '.join(limits)}; the last measurement within the budget")
+    heads = ["model", "optimizer", "at equal steps", "at equal tokens", "at equal seconds"]
+    return Table(
+        slug="equal-budget",
+        title="Test loss at an equal budget (nats per token)",
+        columns=heads,
+        rows=rows,
+        formats=dict.fromkeys(heads[2:], ".4f"),
+        notes=notes,
+        best=heads[2:],
+    )
+
+
+def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) -> Table:
+    """Steps, tokens and training time until the test loss was first measured at or below a target.
+
+    Args:
+        runs: from `read_runs`.
+        target_loss: nats per token; by default the best of the run of a model that gets least far.
+    """
+    rows: list[list[Cell]] = []
+    for model, group in by_model(list(runs)).items():
+        reached = [best[1] for run in group if (best := run.series("test/loss").best())]
+        if not reached or (len(reached) < 2 and target_loss is None):
+            continue
+        target = max(reached) if target_loss is None else target_loss
+        for run in group:
+            step = run.series("test/loss").first_at_most(target)
+            seconds = run.training_seconds(step) if step is not None else None
+            tokens = run.tokens_per_step * step if step is not None and run.tokens_per_step else None
+            rows.append([model, run.label, float(target), step, tokens, seconds / 60 if seconds is not None else None])
+    return Table(
+        slug="to-target",
+        title="To a target test loss",
+        columns=["model", "optimizer", "target (nats)", "steps", "tokens", "training minutes"],
+        rows=rows,
+        formats={"target (nats)": ".4f", "training minutes": ",.1f"},
+        notes=["the first measurement at or below the target; a dash where it was not reached"],
+        best=["steps", "tokens", "training minutes"],
+    )

@@ -1,0 +1,209 @@
+"""Table B.1 and Figures 2 and 3: perplexities, losses and norm ratios of LION and SGD."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, evaluation_key, main_evaluation_key, read_run
+from megatron_lion.errors import CheckpointError
+from megatron_lion.evaluate.published import TABLE_B1
+from megatron_lion.reproduce.claims import NOT_THEIRS, Claim, joined
+from megatron_lion.reproduce.plan import Plan
+
+TABLE_TOLERANCE = 0.10
+"""Nats; ours to set: the paper states neither weight decay, schedule, warm-up nor the split of the text."""
+RATIO_BAND = 2.0
+"""Largest over smallest r/√d of a run for which it is called constant; ours to set, the paper shows curves."""
+LAST_LINES = 10
+_PAPER_NAMES = {"gpt2-small": "GPT-2 Small", "gpt2-medium": "GPT-2 Medium", "gpt2": "GPT-2 Small"}
+
+
+def _groups(plan: Plan) -> Iterator[tuple[str, RunRecord, RunRecord, list[RunRecord]]]:
+    """(model, LION, SGD, tuned runs) of each model; the first two at the paper's rates."""
+    for model in dict.fromkeys(name.split("/")[0] for name in plan.paper_runs):
+        lion, sgd = (read_run(plan.paper_runs[f"{model}/{optimizer}"]) for optimizer in ("lion", "sgd"))
+        tuned = [read_run(folder) for name, folder in plan.tuned_runs.items() if name.startswith(model + "/")]
+        yield model, lion, sgd, tuned
+
+
+def perplexity_claims(plan: Plan) -> list[Claim]:
+    """Table B.1: the numbers where the model is the paper's, else the order; then tuned runs, which the paper lacks."""
+    found: list[Claim] = []
+    for model, lion, sgd, tuned in _groups(plan):
+        name, convention = _PAPER_NAMES[model], _convention(lion)
+        ours = {"LION": log_perplexities(lion), "SGD": log_perplexities(sgd)}
+        for optimizer, values in ours.items():
+            found += _table_rows(plan.scale == "full", name, optimizer, values, convention)
+        found += _order_at_checkpoints(name, ours, convention)
+        for optimizer, values in ours.items():
+            found.append(_improves(optimizer, values, convention))
+        found += [
+            Claim(
+                what=f"{_name(run)} at a tuned rate ({_rate(run)})",
+                paper=NOT_THEIRS,
+                ours=joined(value for _, value in log_perplexities(run)),
+                convention=convention,
+                source="–",
+            )
+            for run in tuned
+        ]
+        last = [log_perplexities(run)[-1][1] for run in tuned]
+        found += _tuned_order(tuned, last, "log perplexity at the last checkpoint")
+    return found
+
+
+def _table_rows(
+    is_full: bool, name: str, optimizer: str, values: Sequence[tuple[int, float]], convention: str
+) -> Iterator[Claim]:
+    published = TABLE_B1[name, optimizer]
+    if not is_full:
+        yield Claim(
+            what=f"{optimizer}: ln perplexity at the checkpoints (theirs: {name}, 33 B tokens)",
+            paper=joined(published),
+            ours=joined(value for _, value in values),
+            convention=convention,
+        )
+        return
+    by_step = dict(values)
+    for place, value in enumerate(published, 1):
+        step = 10_000 * place
+        here = by_step.get(step)
+        yield Claim(
+            what=f"{name}, {optimizer}, step {step:,}: ln perplexity",
+            paper=f"{value}",
+            ours="no checkpoint" if here is None else f"{here:.3f}",
+            tolerance=f"± {TABLE_TOLERANCE}",
+            holds=here is not None and abs(here - value) <= TABLE_TOLERANCE,
+            convention=convention,
+        )
+
+
+def _order_at_checkpoints(name: str, ours: dict[str, list[tuple[int, float]]], convention: str) -> Iterator[Claim]:
+    shared = sorted(dict(ours["LION"]).keys() & dict(ours["SGD"]).keys())
+    gaps = [dict(ours["SGD"])[step] - dict(ours["LION"])[step] for step in shared]
+    theirs = [s - li for li, s in zip(TABLE_B1[name, "LION"], TABLE_B1[name, "SGD"], strict=True)]
+    yield Claim(
+        what="LION below SGD at every checkpoint, both at the paper's rates (SGD − LION, nats)",
+        paper=joined(theirs),
+        ours=joined(gaps),
+        tolerance="> 0 at each",
+        holds=bool(gaps) and min(gaps) > 0,
+        convention=convention,
+    )
+
+
+def _improves(optimizer: str, values: Sequence[tuple[int, float]], convention: str) -> Claim:
+    losses = [value for _, value in values]
+    return Claim(
+        what=f"{optimizer} improves from each checkpoint to the next",
+        paper="yes",
+        ours=joined(losses),
+        tolerance="falls each time",
+        holds=all(later < earlier for earlier, later in itertools.pairwise(losses)),
+        convention=convention,
+    )
+
+
+def curve_claims(plan: Plan) -> list[Claim]:
+    """Figures 2 and 3: the order of the losses, and how constant r/√d is."""
+    found: list[Claim] = []
+    for _, lion, sgd, tuned in _groups(plan):
+        for key, name, convention in (
+            ("train/loss", "training loss", f"mean of the last {LAST_LINES} logged steps, nats"),
+            ("test/loss", "test loss", "last measurement on the test split, dropout off, nats"),
+        ):
+            lion_loss, sgd_loss = last_loss(lion, key), last_loss(sgd, key)
+            found.append(
+                Claim(
+                    what=f"{name} of LION below SGD's, both at the paper's rates",
+                    paper="yes (curves)",
+                    ours=f"LION {lion_loss:.4f}, SGD {sgd_loss:.4f}",
+                    tolerance="below",
+                    holds=lion_loss < sgd_loss,
+                    convention=convention,
+                )
+            )
+        found += [_ratio(run, "paper's") for run in (lion, sgd)]
+        found += [_ratio(run, "tuned") for run in tuned]
+        found += _tuned_order(tuned, [last_loss(run, "test/loss") for run in tuned], "test loss")
+    return found
+
+
+def _ratio(run: RunRecord, which: str) -> Claim:
+    """r/√d over a run's probes: r = Θ(√d) needs it constant; the noise share says what of it is measured.
+
+    Raises:
+        CheckpointError: the run has no probes.
+    """
+    values = run.series("probe/norm_ratio_over_sqrt_d").values
+    if not values:
+        raise CheckpointError(f"{run.folder}: has no probes; give the same command again")
+    noise = run.series("probe/noise_share").values
+    band = max(values) / min(values)
+    share = f", noise share {min(noise):.0%}–{max(noise):.0%}" if noise else ""
+    batches = int(run.series("probe/num_batches").last or 0)
+    return Claim(
+        what=f"r/√d stays constant while {_name(run)} trains ({which} rate {_rate(run)})",
+        paper="r = Θ(√d) throughout (curves)",
+        ours=f"{min(values):.3f}–{max(values):.3f}, a factor of {band:.2f}{share}",
+        tolerance=f"a factor of at most {RATIO_BAND:g}",
+        holds=band <= RATIO_BAND,
+        convention=f"{len(values)} probes of {batches} batches at frozen parameters; d = {run.num_parameters:,} with "
+        "padding; pure noise alone gives 0.798",
+    )
+
+
+def _tuned_order(tuned: Sequence[RunRecord], values: Sequence[float], what: str) -> list[Claim]:
+    """How LION compares with SGD when both are tuned: the paper does not say."""
+    by_optimizer = {run.optimizer: value for run, value in zip(tuned, values, strict=True)}
+    if not {"lion", "sgd"} <= by_optimizer.keys():
+        return []
+    ranked = sorted(by_optimizer.items(), key=lambda item: item[1])
+    return [
+        Claim(
+            what=f"tuned LION below tuned SGD: {what}",
+            paper="SGD was not tuned",
+            ours=", ".join(f"{OPTIMIZER_NAMES.get(name, name)} {value:.4f}" for name, value in ranked),
+            tolerance="below",
+            holds=by_optimizer["lion"] < by_optimizer["sgd"],
+            convention="one seed each: a small gap says nothing",
+            source="–",
+        )
+    ]
+
+
+def log_perplexities(run: RunRecord) -> list[tuple[int, float]]:
+    """(step, ln token perplexity) by the first convention that a run was evaluated with.
+
+    Raises:
+        CheckpointError: it was not evaluated.
+    """
+    key = main_evaluation_key([run])
+    found = {int(r["step"]): float(r["log_token_ppl"]) for r in run.evaluations if evaluation_key(r) == key}
+    if not found:
+        raise CheckpointError(f"{run.folder}: was not evaluated; give the same command again")
+    return sorted(found.items())
+
+
+def last_loss(run: RunRecord, key: str) -> float:
+    """The training loss of the last logged steps, or the last held-out loss."""
+    values = run.series(key).values[-LAST_LINES:] if key == "train/loss" else run.series(key).values[-1:]
+    return sum(values) / len(values) if values else math.nan
+
+
+def _convention(run: RunRecord) -> str:
+    result = run.evaluations[-1] if run.evaluations else {}
+    version = result.get("text_version", "unknown")
+    text = str(result.get("text_path", "")).rpartition("/")[2] if version == "unknown" else version
+    first = f", first {result['max_tokens']:,} tokens" if result.get("max_tokens") else ""
+    return f"{text}, windows of {result.get('seq_length')}, stride {result.get('stride')}{first}, per token"
+
+
+def _rate(run: RunRecord) -> str:
+    return f"{run.settings.get('optimizer.lr'):g}"
+
+
+def _name(run: RunRecord) -> str:
+    return OPTIMIZER_NAMES.get(run.optimizer, run.optimizer)

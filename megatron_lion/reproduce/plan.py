@@ -1,0 +1,208 @@
+"""What must be run for an artefact: verbs with their arguments, in order. Every step resumes or is found done when it comes again."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_lion.errors import ConfigError
+from megatron_lion.reproduce.recipes import PAPER, SPLIT, TUNED, Recipe, configs_folder, quick_words
+from megatron_lion.reproduce.sources import Sources
+
+Scale = Literal["tiny", "full"]
+ARTEFACTS = {
+    "table-b1": "zero-shot WikiText-103 log perplexity of GPT-2 at five checkpoints, LION and SGD",
+    "figure-2": "BERT: training loss, test loss, norm ratio",
+    "figure-3": "GPT-2: training loss, test loss, norm ratio",
+    "toy": "the two-dimensional experiment: both sides of the inequality",
+    "rates": "the tightest constants c_LION and c_SGD of the K^(-1/4) rate",
+}
+RATE_SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verb.
+
+    Attributes:
+        title: what it does, for people.
+        verb: such as "pretrain".
+        words: its arguments.
+        spread: on several processes: those of this machine, or of all nodes where it is `launched`.
+        launched: by launch/torchrun.sh instead of on this machine alone.
+    """
+
+    title: str
+    verb: str
+    words: tuple[str, ...]
+    spread: bool = False
+    launched: bool = False
+
+    def shown(self, processes: int) -> str:
+        """As one would type it in the repository."""
+        words = [word.replace(f"{configs_folder()}/", "configs/") for word in self.words]
+        if self.launched:
+            place = words.index("--config")
+            return shlex.join(["launch/torchrun.sh", words[place + 1], *words[:place], *words[place + 2 :]])
+        start = (
+            f"torchrun --nproc-per-node {processes} -m megatron_lion"
+            if self.spread and processes > 1
+            else "megatron-lion"
+        )
+        return f"{start} {self.verb} {shlex.join(words)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of an artefact and the runs that they make.
+
+    Attributes:
+        artefact, scale: what it is for.
+        needs: "gpt2", "bert" or "": kind of the data that must be there first.
+        steps: in order.
+        paper_runs: run folders at the paper's rates, by "model/optimizer".
+        tuned_runs: the same at tuned rates.
+        seeds: run folders of several seeds, by optimizer.
+        comparison: folder of tables and figures, or None.
+    """
+
+    artefact: str
+    scale: Scale
+    needs: str
+    steps: tuple[Step, ...]
+    paper_runs: dict[str, Path] = field(default_factory=dict)
+    tuned_runs: dict[str, Path] = field(default_factory=dict)
+    seeds: dict[str, list[Path]] = field(default_factory=dict)
+    comparison: Path | None = None
+
+
+def build_plan(artefact: str, scale: Scale, sources: Sources) -> Plan:
+    """The plan of an artefact.
+
+    Raises:
+        ConfigError: the full scale without text or without WikiText-103.
+    """
+    if artefact == "toy":
+        words = ("--output", str(sources.output / "toy"))
+        return Plan(artefact, scale, "", (Step("the two-dimensional experiment", "toy", words),))
+    if scale == "full":
+        return _full(artefact, sources)
+    return _tiny_rates(sources) if artefact == "rates" else _tiny(artefact, sources)
+
+
+def data_folder(kind: str, output: Path) -> Path:
+    """Where the tokens of a kind of model lie."""
+    return output / f"data-{kind}"
+
+
+def _prepare(kind: str, sources: Sources) -> Step:
+    """Text to tokens. What is not given is made at these places by `sources.make_missing` before the first step."""
+    output = sources.output
+    text = sources.text or (str(output / "text" / "train.jsonl"),)
+    tokenizer = (
+        (sources.tokenizer or str(output / "bpe")) if kind == "gpt2" else (sources.vocab or str(output / "wordpiece"))
+    )
+    task = () if kind == "gpt2" else ("--task", "bert")
+    split = () if sources.text and not sources.is_small else ("--split", SPLIT)
+    words = ("--input", *text, "--tokenizer", tokenizer, "--output", str(data_folder(kind, output)), *task, *split)
+    return Step(f"{kind}: text to tokens", "prepare", words)
+
+
+def _pretrain(
+    config: Path, run_dir: Path, kind: str, recipe: Recipe, sources: Sources, *more: str, launched: bool = False
+) -> Step:
+    words = ["--config", str(config), "--run_dir", str(run_dir), "--data.path", f"[{data_folder(kind, sources.output)}]",
+             *recipe.words(), *more]  # fmt: skip
+    if not launched:
+        words += ["--data.cache", str(sources.output / "cache"), *(quick_words() if sources.quick else [])]
+    title = f"{run_dir.name}: {recipe.optimizer.upper()} at {recipe.lr:g}"
+    return Step(title, "pretrain", tuple(words), spread=True, launched=launched)
+
+
+def _evaluate(run_dir: Path, sources: Sources, *more: str) -> Step:
+    held_out = str(sources.output / "text" / "held_out.txt")
+    text = ("--wikitext103", sources.wikitext103, "--pages", "false") if sources.wikitext103 else ("--text", held_out)
+    return Step(
+        f"{run_dir.name}: zero-shot perplexity", "evaluate", (str(run_dir), "--steps", "all", *text, *more), spread=True
+    )
+
+
+def _compare(runs: list[Path], folder: Path) -> Step:
+    return Step("tables and figures", "compare", (*map(str, runs), "--output", str(folder)))
+
+
+def _tiny(artefact: str, sources: Sources) -> Plan:
+    """One small model at the paper's rates and at tuned ones; table-b1 and figure-3 share their runs."""
+    kind = "bert" if artefact == "figure-2" else "gpt2"
+    config = configs_folder() / ("bert_demo.yaml" if kind == "bert" else "demo.yaml")
+    steps = [_prepare(kind, sources)]
+    paper: dict[str, Path] = {}
+    tuned: dict[str, Path] = {}
+    for found, recipes, mark in ((paper, PAPER, "-paper-rate"), (tuned, TUNED[kind], "")):
+        for recipe in recipes:
+            run_dir = sources.output / "runs" / f"{kind}-{recipe.optimizer}{mark}"
+            found[f"{kind}/{recipe.optimizer}"] = run_dir
+            steps.append(_pretrain(config, run_dir, kind, recipe, sources))
+    runs = [*paper.values(), *tuned.values()]
+    if artefact == "table-b1":
+        # Windows overlap as in the paper's convention; the first tokens of the text are enough for a small model.
+        some = ("--max-tokens", "2000" if sources.quick else "30000")
+        steps += [_evaluate(run_dir, sources, *some) for run_dir in runs]
+    folder = sources.output / f"comparison-{artefact}"
+    return Plan(artefact, "tiny", kind, (*steps, _compare(runs, folder)), paper, tuned, comparison=folder)
+
+
+def _tiny_rates(sources: Sources) -> Plan:
+    """LION and SGD, three seeds each, probed often: the constants are maxima over K."""
+    steps = [_prepare("gpt2", sources)]
+    seeds: dict[str, list[Path]] = {}
+    often = ("--train.steps", "160", "--checkpoint.at_steps", "[]", "--probe.every", "8", "--probe.num_batches", "4",
+             "--train.test_every", "0")  # fmt: skip
+    config = configs_folder() / "demo.yaml"
+    for recipe in TUNED["gpt2"][:2]:
+        seeds[recipe.optimizer] = [
+            sources.output / "runs" / f"rates-{recipe.optimizer}-seed{seed}" for seed in RATE_SEEDS
+        ]
+        steps += [
+            _pretrain(config, run_dir, "gpt2", recipe, sources, *often, "--seed", str(seed))
+            for run_dir, seed in zip(seeds[recipe.optimizer], RATE_SEEDS, strict=True)
+        ]
+    return Plan("rates", "tiny", "gpt2", tuple(steps), seeds=seeds)
+
+
+_FULL = {
+    "table-b1": ("gpt2", ("gpt2_small", "gpt2_medium")),
+    "figure-3": ("gpt2", ("gpt2_small", "gpt2_medium")),
+    "figure-2": ("bert", ("bert_small", "bert_base")),
+    "rates": ("gpt2", ("gpt2_small",)),
+}
+
+
+def _full(artefact: str, sources: Sources) -> Plan:
+    """The paper's runs: 16 A100s, started by launch/torchrun.sh on each node."""
+    kind, names = _FULL[artefact]
+    needed = [("--text", bool(sources.text)), ("--tokenizer", kind != "gpt2" or sources.tokenizer is not None)]
+    needed += [("--vocab", kind != "bert" or sources.vocab is not None)]
+    needed += [("--wikitext103", artefact != "table-b1" or sources.wikitext103 is not None)]
+    if missing := [flag for flag, given in needed if not given]:
+        raise ConfigError(
+            f"reproduce {artefact} --scale full: needs {', '.join(missing)}: nothing stands in for the real ones"
+        )
+    steps = [_prepare(kind, sources)]
+    paper: dict[str, Path] = {}
+    seeds: dict[str, list[Path]] = {}
+    for name in names:
+        for recipe in PAPER:
+            config = configs_folder() / f"{name}.yaml"
+            run_dir = sources.output / "runs" / f"{name.replace('_', '-')}-{recipe.optimizer}"
+            paper[f"{name.replace('_', '-')}/{recipe.optimizer}"] = run_dir
+            seeds.setdefault(recipe.optimizer, []).append(run_dir)
+            steps.append(_pretrain(config, run_dir, kind, recipe, sources, launched=True))
+    if artefact == "table-b1":
+        steps += [_evaluate(run_dir, sources) for run_dir in paper.values()]
+    if artefact == "rates":
+        return Plan(artefact, "full", kind, tuple(steps), seeds=seeds)
+    folder = sources.output / f"comparison-{artefact}"
+    return Plan(artefact, "full", kind, (*steps, _compare(list(paper.values()), folder)), paper, comparison=folder)

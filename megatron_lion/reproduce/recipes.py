@@ -1,0 +1,62 @@
+"""Sizes and rates of the small runs that a laptop makes, shared by the demo and the reproductions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_lion.errors import EnvironmentFault
+
+VOCAB_SIZE = 2048
+SPLIT = "94,3,3"
+QUICK_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer at a rate.
+
+    Attributes:
+        optimizer: "lion", "sgd" or "adamw".
+        lr: peak learning rate.
+        weight_decay: decoupled.
+    """
+
+    optimizer: str
+    lr: float
+    weight_decay: float
+
+    def words(self) -> list[str]:
+        """As flags of `pretrain`."""
+        return ["--optimizer.name", self.optimizer, "--optimizer.lr", f"{self.lr:g}",
+                "--optimizer.weight_decay", f"{self.weight_decay:g}"]  # fmt: skip
+
+
+# The best of the grids in benchmarks/results/rates_demo.md and rates_bert.md.
+TUNED = {
+    "gpt2": (Recipe("lion", 3e-4, 0.1), Recipe("sgd", 0.3, 0.0), Recipe("adamw", 1e-3, 0.1)),
+    "bert": (Recipe("lion", 1e-3, 0.1), Recipe("sgd", 0.3, 0.0), Recipe("adamw", 3e-3, 0.1)),
+}
+PAPER = (Recipe("lion", 1e-5, 0.01), Recipe("sgd", 1e-4, 0.01))
+"""The rates of the paper; it does not state the weight decay, 0.01 is Megatron's."""
+
+
+def quick_words() -> list[str]:
+    """Flags that make a small run one of a few seconds: it shows that the path works, not how it ends."""
+    half = QUICK_STEPS // 2
+    return ["--train.steps", str(QUICK_STEPS), "--checkpoint.at_steps", str([half, QUICK_STEPS]), "--train.test_every", str(half),
+            "--probe.every", str(half), "--probe.num_batches", "2", "--train.test_batches", "1"]  # fmt: skip
+
+
+def configs_folder() -> Path:
+    """The repository's configs/.
+
+    Raises:
+        EnvironmentFault: this is an installed package without them.
+    """
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    if not (folder / "demo.yaml").is_file():
+        raise EnvironmentFault(
+            "this runs in a checkout of the repository: its configs/ folder is not installed with the package"
+        )
+    return folder

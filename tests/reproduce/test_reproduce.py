@@ -1,0 +1,215 @@
+"""Reproductions: commands that verbs accept, claims that can fail, and one small one from text to verdict."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_runs import write_run
+
+from megatron_lion.cli import build_parser, main, parse, verb_module
+from megatron_lion.errors import MegatronLionError, StoppedOnRequest
+from megatron_lion.reproduce import plan as plans
+from megatron_lion.reproduce.claims import as_markdown, claims_of
+from megatron_lion.reproduce.execute import launch_words, run_plan
+from megatron_lion.reproduce.plan import ARTEFACTS, Plan, build_plan
+from megatron_lion.reproduce.recipes import Recipe
+from megatron_lion.reproduce.sources import Sources
+from megatron_lion.reproduce.toy_claims import toy_claims
+
+FULL = {"text": ("a.jsonl",), "tokenizer": "gpt2", "vocab": "vocab.txt", "wikitext103": "wiki.test.tokens"}
+NOTHING: dict[str, Any] = {"text": (), "tokenizer": None, "vocab": None, "wikitext103": None}
+
+
+@pytest.mark.parametrize("scale", ["tiny", "full"])
+@pytest.mark.parametrize("artefact", sorted(ARTEFACTS))
+def test_every_step_is_a_command_that_its_verb_accepts(artefact: str, scale: Any, tmp_path: Path) -> None:
+    """And the words that are printed are the words that run."""
+    sources = Sources(**(FULL if scale == "full" else NOTHING), output=tmp_path, quick=scale == "tiny")
+    plan = build_plan(artefact, scale, sources)
+    for step in plan.steps:
+        namespace = parse(build_parser(step.verb, verb_module(step.verb)), list(step.words))
+        if step.verb == "pretrain":
+            assert Path(namespace.run_dir) in [
+                *plan.paper_runs.values(),
+                *plan.tuned_runs.values(),
+                *(folder for folders in plan.seeds.values() for folder in folders),
+            ]
+        shown = shlex.split(step.shown(2))
+        if step.launched:
+            assert shown[0] == "launch/torchrun.sh"
+            assert Path(launch_words(step)[0]).is_file()
+            assert shown[2:] == launch_words(step)[2:]
+        else:
+            assert shown[-1] == step.words[-1]
+
+
+def test_full_scale_needs_the_real_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "table-b1", "--scale", "full", "--text", "a.jsonl"]) == 2
+    assert "needs --tokenizer, --wikitext103" in capsys.readouterr().err
+
+
+def test_full_scale_needs_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    real = [word for key, value in FULL.items() for word in (f"--{key}", value if isinstance(value, str) else value[0])]
+    for name in ("gpt2", "vocab.txt", "wiki.test.tokens"):
+        (tmp_path / name).write_text("")
+    words = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in real]
+    assert main(["reproduce", "figure-3", "--scale", "full", "--output", str(tmp_path / "out"), *words]) == 9
+    assert "--print shows the plan" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_files_are_named_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["reproduce", "table-b1", "--wikitext103", str(tmp_path / "no"), "--output", str(tmp_path / "out")]) == 3
+    )
+    assert "--wikitext103" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+class Recorder:
+    """Jobs that only say what they would run."""
+
+    def __init__(self, codes: dict[int, int] | None = None, *, stop_at: int | None = None) -> None:
+        self.ran: list[str] = []
+        self.codes, self.stop_at, self.asked = codes or {}, stop_at, False
+
+    def run(self, verb: str, words: list[str], processes: int = 1) -> int:
+        self.ran.append(verb)
+        if self.stop_at == len(self.ran):
+            self.asked = True
+            return 75
+        return self.codes.get(len(self.ran), 0)
+
+    def run_command(self, command: list[str]) -> int:
+        return self.run("launched", command)
+
+
+def test_steps_run_in_order_and_a_failure_ends_them(tmp_path: Path) -> None:
+    plan = build_plan("table-b1", "tiny", Sources(**NOTHING, output=tmp_path))
+    jobs: Any = Recorder()
+    run_plan(plan, 2, jobs)
+    assert jobs.ran == ["prepare", *["pretrain"] * 5, *["evaluate"] * 5, "compare"]
+    jobs = Recorder({3: 6})
+    with pytest.raises(MegatronLionError, match=r"SGD at 0\.0001") as caught:
+        run_plan(plan, 2, jobs)
+    assert caught.value.exit_code == 6
+    assert jobs.ran == ["prepare", "pretrain", "pretrain"]
+    jobs = Recorder(stop_at=2)
+    with pytest.raises(StoppedOnRequest, match="goes on there"):
+        run_plan(plan, 2, jobs)
+
+
+def test_several_nodes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nodes train; the first alone does the rest, and the others wait for its marks."""
+    plan = build_plan("figure-3", "full", Sources(**FULL, output=tmp_path))  # type: ignore[arg-type]
+    monkeypatch.setenv("NNODES", "2")
+    first: Any = Recorder()
+    run_plan(plan, 8, first)
+    assert first.ran == ["prepare", *["launched"] * 4, "compare"]
+    monkeypatch.setenv("NODE_RANK", "1")
+    second: Any = Recorder()
+    run_plan(plan, 8, second)
+    assert second.ran == ["launched"] * 4
+
+
+def full_plan(folder: Path, shift: float = 0.0) -> Plan:
+    """Runs with the numbers of Table B.1, LION's shifted."""
+    plan = build_plan("table-b1", "full", Sources(**FULL, output=folder))  # type: ignore[arg-type]
+    from megatron_lion.evaluate.published import TABLE_B1
+
+    for name, run_dir in plan.paper_runs.items():
+        model, optimizer = name.split("/")
+        write_run(run_dir, optimizer=optimizer, model=model, steps=50_000 // 100, eval_steps=())
+        values = TABLE_B1["GPT-2 Small" if "small" in model else "GPT-2 Medium", optimizer.upper()]
+        for place, value in enumerate(values, 1):
+            loss = value + (shift if optimizer == "lion" else 0.0)
+            record = {
+                "kind": "wikitext103", "step": 10_000 * place, "text_sha256": "e", "text_path": "w", "stride": 32, "seq_length": 1024,
+                "text_version": "WikiText-103 tokens test", "precision": "fp32", "max_tokens": None, "log_token_ppl": loss,
+            }  # fmt: skip
+            (run_dir / "eval" / f"{place}.json").write_text(json.dumps(record))
+    return plan
+
+
+def test_table_b1_at_full_scale_is_judged_by_its_tolerance(tmp_path: Path) -> None:
+    exact = claims_of(full_plan(tmp_path / "exact"))
+    assert len([claim for claim in exact if "step" in claim.what]) == 20
+    assert all(claim.holds for claim in exact)
+    shifted = claims_of(full_plan(tmp_path / "shifted", shift=0.11))
+    assert [claim.holds for claim in shifted if "LION, step" in claim.what] == [False] * 10
+    above = claims_of(full_plan(tmp_path / "above", shift=6.0))
+    assert [claim.holds for claim in above if "below SGD" in claim.what] == [False, False]
+    assert "does not hold here" in as_markdown(build_plan("toy", "tiny", Sources(**NOTHING, output=tmp_path)), above)
+
+
+def test_curves_are_judged(tmp_path: Path) -> None:
+    plan = build_plan("figure-3", "tiny", Sources(**NOTHING, output=tmp_path))
+    for name, run_dir in [*plan.paper_runs.items(), *plan.tuned_runs.items()]:
+        write_run(run_dir, optimizer=name.split("/")[1], model="gpt2-demo", d=10_000)
+    claims = {claim.what: claim for claim in claims_of(plan)}
+    assert claims["training loss of LION below SGD's, both at the paper's rates"].holds
+    assert all(claim.holds for what, claim in claims.items() if what.startswith("r/√d"))
+    path = plan.tuned_runs["gpt2/lion"] / "metrics.jsonl"
+    with open(path, "a") as stream:
+        stream.write(json.dumps({"step": 2000, "probe/norm_ratio_over_sqrt_d": 0.1}) + "\n")
+    again = [
+        claim
+        for claim in claims_of(plan)
+        if claim.what.startswith("r/√d") and "tuned" in claim.what and "LION" in claim.what
+    ]
+    assert [claim.holds for claim in again] == [False]
+
+
+def test_rates_are_judged(tmp_path: Path) -> None:
+    plan = build_plan("rates", "tiny", Sources(**NOTHING, output=tmp_path))
+    for optimizer, folders in plan.seeds.items():
+        for seed, folder in enumerate(folders):
+            write_run(folder, optimizer=optimizer, seed=seed, d=10_000)
+    claims = claims_of(plan)
+    assert [claim.paper for claim in claims] == ["0.701", "yes", "1.365", "yes"]
+    assert [claim.holds for claim in claims] == [None, True, None, True]
+
+
+def test_toy_claims_hold() -> None:
+    claims = toy_claims()
+    assert [claim.holds for claim in claims] == [True, True, None, True, True, None, True]
+
+
+def test_from_text_to_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real verbs in processes of their own, a few steps."""
+    from tiny_gpt2 import prose
+
+    monkeypatch.setattr(plans, "PAPER", (Recipe("lion", 3e-3, 0.01), Recipe("sgd", 1e-4, 0.01)))
+    monkeypatch.setattr(plans, "TUNED", {"gpt2": ()})
+    monkeypatch.setattr("megatron_lion.reproduce.sources.VOCAB_SIZE", 300)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in prose(400)))
+    (tmp_path / "wiki").write_text(" \n = Title = \n \n " + prose(1, seed=3)[0] * 3)
+    words = [
+        "reproduce",
+        "table-b1",
+        "--quick",
+        "--processes",
+        "1",
+        "--text",
+        str(text),
+        "--wikitext103",
+        str(tmp_path / "wiki"),
+    ]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "LION below SGD at every checkpoint" in shown
+    found = json.loads((tmp_path / "out" / "reproduction.json").read_text())["table-b1/tiny"]
+    judged = [claim["holds"] for claim in found if "below SGD" in claim["what"]]
+    assert judged == [True], "at this rate LION learns the words' frequencies in twenty steps and SGD nothing"
+    assert (tmp_path / "out" / "comparison-table-b1" / "report.html").is_file()

@@ -1,0 +1,26 @@
+"""Every benchmark starts: a script that nobody runs every day must not rot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+# Modules that the scripts share, and nothing to start.
+SHARED = {"contenders.py"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for path in (REPO / "benchmarks").glob("*.py") if path.name not in SHARED),
+    ids=lambda path: path.name,
+)
+def test_help(path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(path), "--help"], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "usage: " in done.stdout
