@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lion_cases import MASTERS, MOMENTA, same_bits, same_state
+from lion_cases import HAS_COMPILER, MASTERS, MOMENTA, same_bits, same_state
 
 from megatron_lion.optim import build, cpp
 from megatron_lion.optim import lion as lion_module
 from megatron_lion.optim.lion import Lion
 
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
 SOURCE = Path(build.__file__).with_name("lion.cpp")
 CHUNK = 1 << 16
 
