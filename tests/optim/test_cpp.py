@@ -133,7 +133,10 @@ def script(path, text):
         ("echo it is broken >&2; exit 1", "failed: it is broken"),
         ("exit 0", "failed: exit code 0"),
         ('exec c++ "$@" -Ofast', "does not compute what the reference does"),
-        ('echo "not a library" > "$(echo "$@" | sed "s/.* -o //")"', "cannot be built or loaded"),
+        (
+            'for output; do :; done; test "$output" = --version || echo "rubbish" > "$output"',
+            "cannot be built or loaded",
+        ),
     ],
     ids=["missing", "failing", "silent", "fast and loose", "rubbish"],
 )
