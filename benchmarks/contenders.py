@@ -157,6 +157,12 @@ def _deepspeed(params: list[torch.Tensor]) -> torch.optim.Optimizer:
     return FusedLion(params, betas=BETAS, **HYPER)
 
 
+def _deepspeed_cpu(params: list[torch.Tensor]) -> torch.optim.Optimizer:
+    from deepspeed.ops.lion import DeepSpeedCPULion
+
+    return DeepSpeedCPULion(params, betas=BETAS, **HYPER)
+
+
 def _transformer_engine(params: list[torch.Tensor]) -> torch.optim.Optimizer:
     from transformer_engine.pytorch.optimizers import FusedAdam
 
@@ -193,6 +199,7 @@ CUDA = ("cuda",)
 fp32, bf16 = torch.float32, torch.bfloat16
 CONTENDERS = (
     Contender("ours", FLOAT32, "lion", _ours("none", "fp32", fp32), 20),
+    Contender("ours, foreach", FLOAT32, "lion", _ours("none", "fp32", fp32, "foreach"), None),
     Contender("ours, reference", FLOAT32, "lion", _ours("none", "fp32", fp32, "reference"), None),
     Contender("lion-pytorch", FLOAT32, "lion", lambda s: _plain(s, _lion_pytorch()), 76, "lion_pytorch"),
     Contender("lion-pytorch foreach", FLOAT32, "lion", _wrap(_lion_pytorch_foreach), 60, "lion_pytorch"),
@@ -206,13 +213,15 @@ CONTENDERS = (
         CUDA,
     ),
     Contender("emerging-optimizers Lion", FLOAT32, "lion", _wrap(_emerging), 36, "emerging_optimizers"),
-    Contender("bitsandbytes Lion 32-bit", FLOAT32, "lion", _wrap(_bitsandbytes(32)), 20, "bitsandbytes", CUDA),
+    Contender("bitsandbytes Lion 32-bit", FLOAT32, "lion", _wrap(_bitsandbytes(32)), 20, "bitsandbytes"),
+    Contender("DeepSpeed CPULion", FLOAT32, "lion", _wrap(_deepspeed_cpu), 20, "deepspeed", ("cpu",)),
     Contender("DeepSpeed FusedLion", FLOAT32, "lion", _wrap(_deepspeed), 20, "deepspeed", CUDA),
     Contender("torch AdamW fused", FLOAT32, "adamw", _wrap(_adamw), 28),
     Contender("torch SGD fused", FLOAT32, "sgd", _wrap(_sgd), 20),
     Contender("TE FusedAdam", FLOAT32, "adamw", _wrap(_transformer_engine), 28, "transformer_engine", CUDA),
     Contender("ours split32", MASTER, "lion", _ours("split32", "fp32", fp32), 20),
     Contender("ours split32, bf16 gradients", MASTER, "lion", _ours("split32", "fp32", bf16), 18),
+    Contender("ours split32, foreach", MASTER, "lion", _ours("split32", "fp32", fp32, "foreach"), None),
     Contender("ours fp32 master", MASTER, "lion", _ours("fp32", "fp32", fp32), 22),
     Contender(
         "emerging-optimizers Lion + copy", MASTER, "lion", _wrap(_emerging, _with_copy), 42, "emerging_optimizers"
@@ -221,9 +230,15 @@ CONTENDERS = (
     Contender("ours split24, int8 momentum", REDUCED, "lion", _ours("split24", "int8", fp32), 12.125, exact=False),
     Contender("ours split32, int8 momentum", REDUCED, "lion", _ours("split32", "int8", fp32), 14.125, exact=False),
     Contender("ours split32, bf16 momentum", REDUCED, "lion", _ours("split32", "bf16", fp32), 16, exact=False),
+    Contender(
+        "ours split32, int8 momentum, foreach",
+        REDUCED,
+        "lion",
+        _ours("split32", "int8", fp32, "foreach"),
+        None,
+        exact=False,
+    ),
     Contender("FlashLion 24-bit", REDUCED, "lion", _flash(24), 10.1, "flashoptim", CUDA, exact=False),
     Contender("FlashLion 32-bit", REDUCED, "lion", _flash(32), 12.1, "flashoptim", CUDA, exact=False),
-    Contender(
-        "bitsandbytes Lion 8-bit", REDUCED, "lion", _wrap(_bitsandbytes(8)), 14.03, "bitsandbytes", CUDA, exact=False
-    ),
+    Contender("bitsandbytes Lion 8-bit", REDUCED, "lion", _wrap(_bitsandbytes(8)), 14.03, "bitsandbytes", exact=False),
 )

@@ -11,30 +11,27 @@ come from the profiler, waits from torch's synchronisation debug mode, temporari
 `device` is the wall, launches are torch operations, and the Triton kernel is not timed, for it would run in an
 interpreter. Rounds go around all contenders, so that another job on the machine slows them alike. `of copy` is bytes /
 time over the bandwidth of a copy measured in the same process: 1.00 is as fast as memory allows, where caches are small.
+A CPU reads what a copy overwrites, uncounted; what is updated in place was read anyway, so there the bound is the
+bandwidth in place, which is printed too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import BETAS, CONTENDERS, FLOAT32, HYPER, MASTER, REDUCED, Case, Contender
+from measuring import heading, shown, surroundings, write_results
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Shapes = list[tuple[int, ...]]
 BASELINES = {FLOAT32: "ours", MASTER: "ours split32", REDUCED: "ours split24, int8 momentum"}
-PACKAGES = ("torch", "triton", "lion-pytorch", "emerging-optimizers", "flashoptim", "bitsandbytes", "deepspeed")
 
 
 def gpt2_shapes(layers: int, hidden: int, vocabulary: int = 50304, seq_length: int = 1024) -> Shapes:
@@ -63,6 +60,7 @@ SIZES: dict[str, Shapes] = {
     "gpt2-124m-dp16": shard_shapes(gpt2_shapes(12, 768), 16, 7),
     "flat-1b": [(10**9,)],
 }
+AT_ONCE = 2 * 10**7  # parameters that all contenders may hold at once
 CHECK_SHAPES: Shapes = [(300, 7), (1000,), (33,), (1,)]
 
 
@@ -174,18 +172,20 @@ def time_once(step: Callable[[], object], device: str) -> tuple[float, float]:
     return first.elapsed_time(last) / 1e3, time.perf_counter() - started
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.empty(2**31 if device == "cuda" else 2**27, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source).fill_(0)
-    times = [time_once(lambda: target.copy_(source), device)[0] for _ in range(12)]
-    return 2 * source.numel() / statistics.median(times[2:])
+def bandwidths(device: str) -> dict[str, float]:
+    """Bytes read and written a second by a large copy, and by a multiplication in place."""
+    source = torch.ones(2**29 if device == "cuda" else 2**25, device=device)
+    target = torch.zeros_like(source)
+    works = {"copy": lambda: target.copy_(source), "in_place": lambda: target.mul_(1.0)}
+    times = {name: [time_once(work, device)[0] for _ in range(12)][2:] for name, work in works.items()}
+    return {name: 2 * source.nbytes / statistics.median(taken) for name, taken in times.items()}
 
 
 def measure(size: str, contenders: list[Contender], device: str, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """One row for each contender on one size; on CUDA one contender is in memory at a time."""
+    """One row for each contender on one size; large ones are in memory one at a time."""
     numel = sum(int(torch.Size(shape).numel()) for shape in SIZES[size])
-    groups = [[contender] for contender in contenders] if device == "cuda" else [contenders]
+    one_by_one = device == "cuda" or numel > AT_ONCE
+    groups = [[contender] for contender in contenders] if one_by_one else [contenders]
     rows = []
     for group in groups:
         cases = [(contender, build(contender, SIZES[size], device)) for contender in group]
@@ -262,26 +262,13 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shown(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def machine(device: str, threads: int, bandwidth: float) -> dict[str, Any]:
-    """What the figures depend on."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {threads} threads"
-    return {"date": date.today().isoformat(), "device": name, "copy_gb_per_s": bandwidth / 1e9, "versions": versions}
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: all on CUDA, gpt2-124m-dp16 on a CPU")
+    parser.add_argument(
+        "--skip", default="", help="leave out contenders with one of these words, by commas, in the name"
+    )
     parser.add_argument("--rounds", type=int, help="timed rounds; default: 50 on CUDA, 21 on a CPU")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU")
     parser.add_argument("--output", help="write OUTPUT.md and OUTPUT.json")
@@ -298,9 +285,11 @@ def main() -> None:
     args = arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
-    usable = []
+    usable: list[Contender] = []
+    left_out: list[str] = []
     for contender in CONTENDERS:
-        if not contender.runs_on(args.device):
+        skipped = any(word.strip() in contender.name for word in args.skip.split(",") if word)
+        if skipped or not contender.runs_on(args.device):
             continue
         try:
             check(contender, args.device)
@@ -308,21 +297,19 @@ def main() -> None:
         except Exception as error:  # a peer that does not work here is left out, and said so
             if contender.name.startswith("ours"):
                 raise
-            sys.stderr.write(f"left out: {contender.name}: {type(error).__name__}: {error}\n")
-    bandwidth = copy_bandwidth(args.device)
-    facts = machine(args.device, torch.get_num_threads(), bandwidth)
-    rows = [row for size in args.sizes for row in measure(size, usable, args.device, args.rounds, bandwidth)]
-    packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number != "not installed")
-    head = f"{facts['date']}, {facts['device']}, copy {facts['copy_gb_per_s']:.1f} GB/s, {packages}; "
-    head += f"medians of {args.rounds} rounds.\n"
+            left_out.append(f"{contender.name} ({type(error).__name__}: {str(error).splitlines()[0]})")
+            sys.stderr.write(f"left out: {left_out[-1]}\n")
+    bandwidth = bandwidths(args.device)
+    per_s = {f"{name}_gb_per_s": value / 1e9 for name, value in bandwidth.items()}
+    facts = {**surroundings(args.device), **per_s, "rounds": args.rounds}
+    rows = [row for size in args.sizes for row in measure(size, usable, args.device, args.rounds, bandwidth["copy"])]
+    head = f"{heading(facts)}; copy {facts['copy_gb_per_s']:.1f} GB/s, in place "
+    head += f"{facts['in_place_gb_per_s']:.1f} GB/s; medians of {args.rounds} rounds.\n"
+    if left_out:
+        head += "\nLeft out, for they do not work here: " + "; ".join(left_out) + ".\n"
     text = head + table(rows, args.device)
     sys.stdout.write(text)
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{args.output}.md").write_text("# One optimizer step\n\n" + text)
-        Path(f"{args.output}.json").write_text(
-            json.dumps({**facts, "rounds": args.rounds, "rows": rows}, indent=1) + "\n"
-        )
+    write_results(args.output, "One optimizer step", text, {**facts, "left_out": left_out, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -42,14 +42,28 @@ def factors(
     return (1 / mean.clamp(min=SMALLEST_MEAN)).to(torch.float32)
 
 
-def with_caution(
-    slots: Sequence[Slot],
-    layout: PlainLayout,
-    begin: bool,
-    multiplier: torch.Tensor | None,
-    sum_agreement: SumAgreement | None,
-) -> list[Slot]:
-    """The slots with their φ, counted in torch operations."""
+def with_caution(slots: Sequence[Slot], counts: torch.Tensor, sum_agreement: SumAgreement | None) -> list[Slot]:
+    """The slots with their φ.
+
+    Args:
+        slots: parameters, or this rank's shards of them.
+        counts: int64 [P], from `count_agreement`.
+        sum_agreement: as for `factors`.
+    """
+    if not slots:
+        return []
+    numels = torch.tensor([slot.param.numel() for slot in slots], device=counts.device)
+    phi = factors([slot.param for slot in slots], counts, numels, sum_agreement)
+    return [slot._replace(caution=value) for slot, value in zip(slots, phi.unbind(), strict=True)]
+
+
+def count_agreement(
+    slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None
+) -> torch.Tensor:
+    """Elements of each slot that are to move with their gradient, int64 [P]; in torch operations.
+
+    The arguments are those of `megatron_lion.optim.lion.reference_step`.
+    """
     counts = []
     for slot in slots:
         _, exp_avg_N = layout.read(slot)
@@ -62,9 +76,4 @@ def with_caution(
         interpolation_N = exp_avg_N * beta1 + grad_N * (1 - beta1)
         finite_N = interpolation_N.isfinite()
         counts.append((finite_N & (interpolation_N.sign() * grad_N > 0)).sum())
-    if not slots:
-        return []
-    device = slots[0].param.device
-    numels = torch.tensor([slot.param.numel() for slot in slots], device=device)
-    phi = factors([slot.param for slot in slots], torch.stack(counts), numels, sum_agreement)
-    return [slot._replace(caution=value) for slot, value in zip(slots, phi.unbind(), strict=True)]
+    return torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64)

@@ -19,6 +19,7 @@ from .agreement import agreement_kernel
 from .cautious import factors
 from .kernels import lion_kernel
 from .lion import Lion, PlainLayout, Slot
+from .tables import Row, hyper_parameters, master_form, row_of
 
 # Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones, and since every array is laid
 # out alike over the threads, nothing is exchanged between them. Compiled for sm_80 and sm_90 this takes 32 to 40
@@ -28,7 +29,6 @@ NUM_WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 Kind = tuple[torch.device, torch.dtype, torch.dtype, str, bool]
-Row = tuple[int, int, int, int, int, int, int]
 
 
 @dataclass
@@ -152,11 +152,9 @@ def _describe(slot: Slot, layout: PlainLayout, group: int, number: int) -> tuple
             f"implementation = 'triton' with a parameter of {param.dtype} and a gradient of {grad.dtype}: needs "
             "float32, bfloat16 or float16; use implementation = 'foreach'"
         )
-    form = "none" if param.dtype == torch.float32 else layout.master_weights
-    master = slot.state["master_param"].data_ptr() if form != "none" else 0
-    addresses = (param.data_ptr(), grad.data_ptr(), slot.state["exp_avg"].data_ptr(), master)
-    aligned = not any(address % 16 for address in addresses)
-    return (param.device, param.dtype, grad.dtype, form, aligned), (*addresses, param.numel(), group, number)
+    row = row_of(slot, layout, group, number)
+    aligned = not any(address % 16 for address in row[:4])
+    return (param.device, param.dtype, grad.dtype, master_form(slot, layout), aligned), row
 
 
 def launch(
@@ -255,10 +253,8 @@ def _lr_address(lr: float | torch.Tensor, device: torch.device) -> int:
 
 
 def _hyper_parameters(group: dict[str, Any], device: torch.device) -> tuple[float, ...]:
-    beta1, beta2 = group["betas"]
     # A rate on the device is read there; one in host memory is a number like any other.
-    lr = 0.0 if _lr_address(group["lr"], device) else float(group["lr"])
-    return (group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, lr)
+    return hyper_parameters(group, 0.0 if _lr_address(group["lr"], device) else float(group["lr"]))
 
 
 def _pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:

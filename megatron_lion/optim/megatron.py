@@ -143,6 +143,25 @@ class TrainOptimizer:
             if "step" in state:
                 state["step"].fill_(float(self.num_steps))
 
+    def state_form(self) -> dict[str, str]:
+        """How master weights and momentum are kept; a checkpoint holds the values themselves, in fp32."""
+        if isinstance(self.megatron, FusedDistributedOptimizer) and isinstance(self.inner, Lion):
+            return {"master_weights": self.inner.layout.master_weights, "momentum": self.inner.layout.momentum}
+        return {"master_weights": "shards", "momentum": "fp32"}
+
+    def rounds_state_of(self, form: dict[str, str], *, same_shards: bool) -> bool:
+        """Whether state that was kept in another form, or in other shards, is rounded when it is loaded.
+
+        Args:
+            form: the other's `state_form`.
+            same_shards: whether this rank's shards begin and end where they did; an int8 momentum is packed by 32
+                neighbours of a shard.
+        """
+        own = self.state_form()
+        master_kept = own["master_weights"] in ("shards", "fp32", "split32", form["master_weights"])
+        momentum_kept = own["momentum"] in ("fp32", form["momentum"]) and (own["momentum"] != "int8" or same_shards)
+        return not (master_kept and momentum_kept)
+
     def sharded_state(self, model_state: dict[str, Any], *, is_loading: bool, layout: str) -> dict[Any, Any]:
         """Master weights and optimizer state as megatron-core ShardedTensors, tensors only.
 
@@ -228,7 +247,7 @@ def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
     """Makes the norm NaN where a gradient is not finite that the norm does not count, so that the gate sees it too.
 
     Biases and norms lie whole on every tensor-parallel rank, a tied embedding on two pipeline stages, and upstream's
-    norm reads one copy of each. To the others it now adds 0 · Σg: zero, or NaN.
+    norm reads one copy of each. To the others it now adds 0 · ‖g‖: zero, or NaN.
     """
     counted = optimizer.get_grads_for_grad_norm
 
@@ -238,7 +257,7 @@ def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
         name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
         own = (getattr(parameter, name, None) for parameter in optimizer.get_parameters())
         replicas = [grad for grad in own if grad is not None and id(grad) not in known]
-        return [*grads, torch.stack([(grad * 0.0).sum() for grad in replicas]).sum()] if replicas else grads
+        return [*grads, (torch.stack(torch._foreach_norm(replicas)) * 0.0).sum()] if replicas else grads
 
     optimizer.get_grads_for_grad_norm = with_replicas
 

@@ -92,8 +92,9 @@ def pack_int8(values: torch.Tensor) -> torch.Tensor:
     finite_B = largest_B < float("inf")
     quantised_BK = torch.round(blocks_BK * inverse_B[:, None]).clamp(-127, 127)
     quantised_BK = torch.where(finite_B[:, None], quantised_BK, 0.0).to(torch.int8)
-    scale_B = torch.where(finite_B, scale_B, float("nan")).to(torch.bfloat16)
-    return torch.cat([quantised_BK.view(-1).view(torch.uint8), scale_B.view(torch.uint8)])
+    # The bits of the one quiet NaN, which a cast would make different ones of from processor to processor.
+    scale_bits_B = torch.where(finite_B, scale_B.to(torch.bfloat16).view(torch.int16), NAN_BITS >> 16)
+    return torch.cat([quantised_BK.view(-1).view(torch.uint8), scale_bits_B.to(torch.int16).view(torch.uint8)])
 
 
 def unpack_int8(packed: torch.Tensor, numel: int) -> torch.Tensor:

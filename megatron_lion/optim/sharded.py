@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.optimizer import OptimizerConfig, clip_grads
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 STATE_KEYS = {"lion": ("exp_avg",), "sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -97,16 +97,25 @@ class FusedDistributedOptimizer(StatefulDistributedOptimizer):
             self.start_param_sync_for_bucket_group_subset()
         return norm
 
+    @torch.no_grad()
+    def load_sharded_tensors(self, state: dict[Any, Any], *, layout: str) -> None:
+        """As the base class; a master weight sets its bf16 parameter too, which the other ranks then need as well."""
+        super().load_sharded_tensors(state, layout=layout)
+        for chunk in self.model_chunks:
+            chunk.start_param_sync(force_sync=True)
+
     def _grad_norm_on_device(self) -> torch.Tensor:
-        """What upstream's get_grad_norm_fp32 computes, without its `.item()`."""
+        """What upstream's get_grad_norm_fp32 computes, bit for bit on a CPU, waiting for nothing.
+
+        mcore 0.19.2: without Transformer Engine and Apex its norm reads every tensor's part on the host; remove when it
+        does not.
+        """
         grads = self.get_grads_for_grad_norm()
-        total = torch.zeros(1, dtype=torch.float, device=torch.cuda.current_device())
+        total = torch.zeros((), dtype=torch.float, device=torch.cuda.current_device())
         if grads:
-            unused = torch.zeros(1, dtype=torch.int, device=total.device)
-            norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, unused, [grads], False)
-            total = norm**2
+            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float))) ** 2
         torch.distributed.all_reduce(total, group=self.get_grad_stats_parallel_group())
-        return total.double().sqrt().view(())
+        return total.double().sqrt()
 
 
 def let_optimizer_own_master_weights(settings: OptimizerConfig) -> None:

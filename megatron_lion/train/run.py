@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from megatron_lion.parallel import Ranks, agree, derive_seed, seed_everything
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
 from megatron_lion.train.step import ForwardStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -175,6 +178,7 @@ def save_run(run: Run) -> ckpt.Checkpoint:
         "seed": run.config.seed,
         "layout": ckpt.layout_facts(run.ranks),
         "state_layout": layout,
+        "state_form": run.optimizer.state_form(),
         "optimizer": run.optimizer.name,
         "optimizer_state": run.optimizer.extra_state(),
         "precision": run.config.train.precision,
@@ -217,12 +221,23 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
         set_rng_state(rng)
     else:  # another layout has other dropout streams: start fresh ones that depend on the step
         seed_everything(derive_seed(run.config.seed, f"resume at {run.step}"), run.ranks)
-    found = state_fingerprint(run.model, run.optimizer)
-    if found != manifest["state_fingerprint"]:
+    _compare_fingerprints(run, checkpoint)
+
+
+def _compare_fingerprints(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+    """Raises CheckpointError unless the restored state is the saved one, or had to be rounded to a shorter form."""
+    manifest, optimizer = checkpoint.manifest, run.optimizer
+    found, saved = state_fingerprint(run.model, optimizer), manifest["state_fingerprint"]
+    if found == saved:
+        return
+    form = manifest.get("state_form", optimizer.state_form())
+    same_shards = manifest["layout"] == ckpt.layout_facts(run.ranks) and manifest["buckets"] == _buckets(run)
+    if not optimizer.rounds_state_of(form, same_shards=same_shards):
         raise CheckpointError(
-            f"{checkpoint.folder}: the restored state has fingerprint {found[:12]}, saved was {manifest['state_fingerprint'][:12]}; "
+            f"{checkpoint.folder}: the restored state has fingerprint {found[:12]}, saved was {saved[:12]}; "
             "please report this, and resume from another step"
         )
+    logger.info("%s: its state is rounded to %s, from %s", checkpoint.folder, optimizer.state_form(), form)
 
 
 def restore_weights(run: Run, checkpoint: ckpt.Checkpoint) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 
 import torch
 from hypothesis import strategies as st
 
+from megatron_lion.optim import build
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-IMPLEMENTATIONS = ("reference", "foreach", "triton")
-FAST = ("foreach", "triton")
+# The C++ loop is for tensors on a CPU, and needs a compiler.
+HAS_COMPILER = any(shutil.which(name) for name in build.COMPILERS)
+FAST = ("foreach", "cpp", "triton") if DEVICE.type == "cpu" and HAS_COMPILER else ("foreach", "triton")
+IMPLEMENTATIONS = ("reference", *FAST)
 MASTERS = ("none", "fp32", "split32", "split24")
 MOMENTA = ("fp32", "bf16", "int8")
 

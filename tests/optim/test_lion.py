@@ -142,22 +142,34 @@ def test_a_gradient_that_is_not_finite_is_never_a_step(implementation, value):
     assert param.isnan().tolist() == [False, False, True, False, False]
 
 
-def test_agrees_with_lion_pytorch():
-    """Both do the same in another order: here θ - η(s + λθ), there θ(1 - ηλ) - ηs."""
-    from lion_pytorch import Lion as OtherLion
+def other_lion(package, params, **hyper):
+    """Another package's Lion; the test is skipped where it is not installed."""
+    module = pytest.importorskip(package, reason=f"needs {package.split('.')[0]} (the dev extra has it)")
+    return module.Lion(params, **hyper)
 
+
+@pytest.mark.parametrize("package", ["lion_pytorch", "emerging_optimizers.scalar_optimizers"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_agrees_with_others(package, weight_decay):
+    """All do the same in another order: here θ - η(s + λθ), there θ(1 - ηλ) - ηs."""
     generator = torch.Generator().manual_seed(3)
-    start = torch.randn(500, generator=generator)
-    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    hyper = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
-    optimizer, other = Lion([ours], **hyper), OtherLion([theirs], **hyper)
+    starts = [torch.randn(shape, generator=generator) for shape in ((25, 12), (200,))]
+    ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": weight_decay}
+    optimizer, other = Lion(ours, **hyper), other_lion(package, theirs, **hyper)
     for _ in range(100):
-        ours.grad = torch.randn(500, generator=generator)
-        theirs.grad = ours.grad.clone()
+        for mine, yours in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            mine.grad[..., -1] = 0.0  # sign(0) = 0: what never had a gradient only decays
+            yours.grad = mine.grad.clone()
         optimizer.step()
         other.step()
-    # Either rounds θ twice a step at most, by 2^-24 |θ| each; a sign that differed would show as 2e-3.
-    assert (ours - theirs).abs().max() < 100 * 4 * 2**-24 * start.abs().max()
+    for mine, yours, start in zip(ours, theirs, starts, strict=True):
+        # Either rounds θ twice a step at most, by 2^-24 |θ| each; a sign that differed would show as 2e-3.
+        assert (mine - yours).abs().max() < 100 * 4 * 2**-24 * start.abs().max()
+        exp_avg, theirs_avg = optimizer.state[mine]["exp_avg"], other.state[yours]["exp_avg"]
+        # c rounds three times a step, and what was rounded fades with β2: 100 steps of 2^-24 at the most.
+        assert (exp_avg - theirs_avg).abs().max() < 100 * 2**-24 * exp_avg.abs().max()
 
 
 @pytest.mark.parametrize(("peak", "common_error"), [(1e-5, -0.15), (1e-6, 1.0)])

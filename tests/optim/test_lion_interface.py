@@ -221,7 +221,7 @@ def test_closure_and_missing_gradients():
         ({"weight_decay": -0.1}, r"weight_decay = -0.1: needs a finite number, 0 or above"),
         ({"weight_decay": float("inf")}, r"weight_decay = inf"),
         ({"init_exp_avg": "ones"}, r"init_exp_avg = 'ones': needs one of zeros, first_gradient"),
-        ({"implementation": "cuda"}, r"'cuda': needs one of auto, reference, foreach, triton"),
+        ({"implementation": "cuda"}, r"'cuda': needs one of auto, reference, foreach, cpp, triton"),
         ({"master_weights": "fp16"}, r"needs one of none, fp32, split32, split24"),
         ({"momentum": "fp8"}, r"needs one of fp32, bf16, int8"),
         ({"momentum": "int8", "betas": (0.9, 0.999)}, r"needs the second at most 0.996"),

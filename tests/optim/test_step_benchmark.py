@@ -38,7 +38,7 @@ def test_what_computes_the_wrong_thing_is_not_timed():
 
 def test_the_table_and_files_of_a_small_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(optimizer_step.SIZES, "tiny", [(40, 5), (7,)])
-    monkeypatch.setattr(optimizer_step, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(optimizer_step, "bandwidths", lambda device: {"copy": 1e9, "in_place": 2e9})
     names = ("ours", "ours split32", "torch AdamW fused", "lion-pytorch")
     chosen = [contender for contender in contenders.CONTENDERS if contender.name in names]
     monkeypatch.setattr(optimizer_step, "CONTENDERS", chosen)

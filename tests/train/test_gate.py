@@ -152,8 +152,8 @@ def poisoned_run(rank: int, config: Any, first_bad: int, count: int) -> tuple[st
     build, take_step = loop.build_run, loop.train_step
     poison = Poison(None, float("nan"), CULPRIT[True], 1)
 
-    def build_poisoned(*args: Any) -> Any:
-        run = build(*args)
+    def build_poisoned(*args: Any, **kwargs: Any) -> Any:
+        run = build(*args, **kwargs)
         poison.install(run)
         poison.run = run
         return run

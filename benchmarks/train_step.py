@@ -1,0 +1,268 @@
+"""Tokens a second and MFU of the whole training loop, and the optimizer's share of a step.
+
+    python benchmarks/train_step.py                                     # GPT-2 124M and 355M on a GPU; tiny on a CPU
+    torchrun --nproc-per-node 8 benchmarks/train_step.py --output benchmarks/results/train_step_8gpu
+    python benchmarks/train_step.py --models bert-base,bert-small
+    python benchmarks/train_step.py --tiny                              # about a minute on two cores
+
+Each row is the shipped config of a model with another optimizer, built by `build_run` and run by `train_step`, which is
+what `pretrain` runs; nothing is logged, probed or saved. The data are random tokens unless --data names a dataset.
+
+`section` is what lies between the reduced gradient and the gathered parameters: norm, clipping, update, bf16
+write-out and, where it does not overlap with the next forward pass, the gather. Times are medians over the steps after
+warm-up, on the slowest rank. MFU is against the dense bf16 peak of the data sheet, with 6 N + 12 L H S FLOPs a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import heading, shown, surroundings, write_results
+
+from megatron_lion.config import RunConfig
+from megatron_lion.config_checks import check_config
+from megatron_lion.configfile import load_config
+from megatron_lion.data.indexed import IndexedWriter
+from megatron_lion.device import Device, select_device
+from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, model_size
+from megatron_lion.parallel import Ranks, broadcast_object, process_groups
+from megatron_lion.parallel_env import world_size_from_env
+from megatron_lion.train.run import Run, build_run
+from megatron_lion.train.schedule import lr_at
+from megatron_lion.train.step import train_step
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# Config, samples a micro-batch on an 80 GB GPU, or on a CPU for the tiny ones; a step has MICROBATCHES of them.
+MODELS = {
+    "gpt2-124m": ("gpt2_small.yaml", 16),
+    "gpt2-355m": ("gpt2_medium.yaml", 8),
+    "bert-small": ("bert_small.yaml", 64),
+    "bert-base": ("bert_base.yaml", 32),
+    "gpt2-tiny": ("gpt2_tiny.yaml", 4),
+    "bert-tiny": ("bert_tiny.yaml", 8),
+}
+MICROBATCHES = {"cuda": 5, "cpu": 2}
+OPTIMIZERS = {
+    "lion split32": {"name": "lion", "master_weights": "split32"},
+    "lion split32, bf16 momentum": {"name": "lion", "master_weights": "split32", "momentum_dtype": "bf16"},
+    "lion split24, int8 momentum": {"name": "lion", "master_weights": "split24", "momentum_dtype": "int8"},
+    "lion fp32 shards + copy": {"name": "lion"},
+    "adamw fp32 shards + copy": {"name": "adamw"},
+    "sgd fp32 shards + copy": {"name": "sgd"},
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--tiny", action="store_true", help="the tiny models; what a CPU does anyway")
+    parser.add_argument("--models", "--model", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("--optimizers", help=f"separated by semicolons, of {'; '.join(OPTIMIZERS)}")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
+    parser.add_argument("--micro-batch-size", type=int, help="samples; default by model")
+    parser.add_argument("--num-microbatches", type=int, help="a step; default 5 on CUDA, 2 on a CPU")
+    parser.add_argument("--data", help="a dataset folder of `megatron-lion prepare`; default random tokens")
+    parser.add_argument("--output", help="write OUTPUT.md and OUTPUT.json")
+    args = parser.parse_args()
+    on_cuda = args.device != "cpu" and torch.cuda.is_available()
+    models = "gpt2-124m,gpt2-355m" if on_cuda and not args.tiny else "gpt2-tiny"
+    args.models = (args.models or models).split(",")
+    args.optimizers = [name.strip() for name in (args.optimizers or ";".join(OPTIMIZERS)).split(";")]
+    args.num_microbatches = args.num_microbatches or MICROBATCHES["cuda" if on_cuda else "cpu"]
+    for option, given, known in (("models", args.models, MODELS), ("optimizers", args.optimizers, OPTIMIZERS)):
+        if unknown := [name for name in given if name not in known]:
+            parser.error(f"--{option}: {', '.join(unknown)}: needs some of {', '.join(known)}")
+    return args
+
+
+def random_data(folder: Path, kind: str, seq_length: int) -> str:
+    """A corpus of random tokens; what they are does not change the time, and samples may repeat."""
+    if kind == "bert":
+        from data_prep.options import PrepareOptions
+        from data_prep.prepare import prepare
+
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "##s"]
+        words = [f"w{number}" for number in range(VOCAB_SIZES[kind] - len(special))]
+        folder.mkdir()
+        (folder / "vocab.txt").write_text("\n".join(special + words) + "\n")
+        dice = random.Random(0)
+        sentence = [" ".join(dice.choices(words, k=20)).capitalize() + "." for _ in range(400)]
+        texts = (" ".join(dice.choices(sentence, k=seq_length // 5)) for _ in range(200))
+        prepare(
+            PrepareOptions(
+                tokenizer=folder / "vocab.txt",
+                output=folder / "data",
+                split="98,1,1",
+                task="bert",
+                workers=1,
+                encoder="tokenizers",
+            ),
+            texts,
+        )
+        return str(folder / "data")
+    dice = np.random.default_rng(0)
+    with IndexedWriter(folder, VOCAB_SIZES[kind]) as writer:
+        for _ in range(200):
+            writer.add_document(dice.integers(0, VOCAB_SIZES[kind], 4 * seq_length))
+        writer.finalize()
+    return str(folder)
+
+
+def configure(
+    args: argparse.Namespace, model: str, optimizer: str, data: str, folder: Path, device: Device
+) -> RunConfig:
+    """The shipped config of the model with this optimizer, and as much of it as is to be timed."""
+    file, samples = MODELS[model]
+    micro_batch = args.micro_batch_size or samples
+    steps = args.warmup + args.steps
+    settings = {
+        "run_dir": folder / f"{model} {optimizer}", "device": device.kind, "data.path": f"[{data}]", "train.steps": steps,
+        "train.micro_batch_size": micro_batch, "train.precision": "bf16", "train.test_every": 0, "train.stop_after": "null",
+        "train.global_batch_size": micro_batch * args.num_microbatches * world_size_from_env(),
+        "probe.every": 0, "checkpoint.every": 0, "checkpoint.at_steps": "[]", "schedule.warmup_steps": 0,
+        **{f"optimizer.{key}": value for key, value in OPTIMIZERS[optimizer].items()},
+    }  # fmt: skip
+    if not args.data and MODELS[model][0].startswith("gpt2"):
+        settings |= {"model.vocab_size": VOCAB_SIZES["gpt2"], "data.split": "98,1,1"}
+    overrides = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+    config = load_config(CONFIGS / file, overrides)
+    check_config(config, world_size_from_env())
+    return config
+
+
+def measure(config: RunConfig, device: Device, ranks: Ranks, warmup: int) -> dict[str, Any]:
+    """Times every step and the optimizer's section in it; the medians of the slowest rank."""
+    run = build_run(config, device, ranks)
+    sections = time_sections(run)
+    batches = run.train_batches()
+    walls = []
+    for _ in range(config.train.steps):
+        device.synchronize()
+        torch.distributed.barrier()
+        started = time.perf_counter()
+        result = train_step(
+            run.model, run.optimizer, batches, run.objective, config, ranks, lr_at(config, run.step + 1)
+        )
+        device.synchronize()
+        walls.append(time.perf_counter() - started)
+        run.step += 1
+        run.consumed_samples += config.train.global_batch_size
+        if result.skipped:
+            raise RuntimeError(f"step {run.step}: a gradient is not finite; not timed")
+    times = [statistics.median(walls[warmup:]), statistics.median(seconds() for seconds in sections[warmup:])]
+    slowest = torch.tensor(times, dtype=torch.float64, device=device.torch_device)
+    torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
+    step_s, section_s = slowest.tolist()
+    tokens_per_s = config.train.global_batch_size * config.model.seq_length / step_s
+    flops = tokens_per_s * flops_per_token(config.model, run.corpora.vocab_size) / ranks.world_size
+    peak = device.peak_flops("bf16")
+    return {
+        "parameters": model_size(config.model, run.corpora.vocab_size).num_parameters, "processes": ranks.world_size,
+        "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
+        "micro_batch_size": config.train.micro_batch_size, "step_ms": step_s * 1e3, "section_ms": section_s * 1e3,
+        "share": section_s / step_s, "tokens_per_s": tokens_per_s, "tflops_per_process": flops / 1e12,
+        "mfu": flops / peak if peak else None, "max_memory_gib": device.max_memory_gib() if device.kind == "cuda" else None,
+    }  # fmt: skip
+
+
+def time_sections(run: Run) -> list[Any]:
+    """Makes the optimizer's `step` note how long it takes; returns the growing list of functions that tell (seconds).
+
+    On CUDA between two events, so that waiting for the backward pass does not count and nothing more is waited for.
+    """
+    sections: list[Any] = []
+    take = run.optimizer.step
+
+    def step() -> Any:
+        if run.device.kind == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            result = take()
+            last.record()
+            sections.append(lambda: first.elapsed_time(last) / 1e3)
+        else:
+            started = time.perf_counter()
+            result = take()
+            seconds = time.perf_counter() - started
+            sections.append(lambda: seconds)
+        return result
+
+    run.optimizer.step = step  # type: ignore[method-assign]
+    return sections
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The measurements as Markdown, ratios first, one block for each model."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        first = mine[0]
+        lines += [
+            f"\n### {model}: {first['parameters']:,} parameters, {first['processes']} process{'es' * (first['processes'] > 1)}, "
+            f"{first['tokens_per_step']:,} tokens a step in micro-batches of {first['micro_batch_size']} a process\n",
+            "| section / first | step / first | optimizer | section's share | section ms | step ms | tokens/s | MFU "
+            "| TFLOP/s a process | memory GiB |",
+            "|---:|---:|---|" + "---:|" * 7,
+        ]
+        for row in mine:
+            cells = [
+                f"{row['section_ms'] / first['section_ms']:.2f}", f"{row['step_ms'] / first['step_ms']:.3f}", row["optimizer"],
+                f"{row['share']:.1%}", f"{row['section_ms']:.2f}", f"{row['step_ms']:.1f}", f"{row['tokens_per_s']:,.0f}",
+                shown(row["mfu"], ".1%"), f"{row['tflops_per_process']:.3g}", shown(row["max_memory_gib"], ".1f"),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args = arguments()
+    device = select_device(args.device)
+    facts = surroundings(device.kind)
+    rows = []
+    with process_groups(device) as ranks:
+        folder = Path(broadcast_object(tempfile.mkdtemp(prefix="train-step-") if ranks.is_main else None))
+        try:
+            for model in args.models:
+                kind, length = ("bert", 512) if model.startswith("bert") else ("gpt2", 1024)
+                data = args.data
+                if data is None:
+                    made = random_data(folder / model, kind, length) if ranks.is_main else None
+                    data = broadcast_object(made)
+                for optimizer in args.optimizers:
+                    if device.kind == "cuda":
+                        torch.cuda.reset_peak_memory_stats()
+                    config = configure(args, model, optimizer, data, folder, device)
+                    rows.append({"model": model, "optimizer": optimizer, **measure(config, device, ranks, args.warmup)})
+                    gc.collect()
+                    if device.kind == "cuda":
+                        torch.cuda.empty_cache()
+        finally:
+            torch.distributed.barrier()
+            if ranks.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+    if not ranks.is_main:
+        return
+    small = (
+        ""
+        if device.kind == "cuda"
+        else " A CPU: the tiny models, to see that it runs; no figure here is about a GPU.\n"
+    )
+    text = f"{heading(facts)}; medians of {args.steps} steps after {args.warmup}.\n{small}{table(rows)}"
+    sys.stdout.write(text)
+    write_results(args.output, "One training step", text, {**facts, "steps": args.steps, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

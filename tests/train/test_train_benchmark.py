@@ -1,0 +1,52 @@
+"""The benchmark of whole training steps runs, on one process and on two, and its table says what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+ARGUMENTS = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--micro-batch-size", "1", "--num-microbatches", "1"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "model", "optimizers"),
+    [(1, "bert-tiny", ["sgd fp32 shards + copy"]), (2, "gpt2-tiny", ["lion split24, int8 momentum", "adamw fp32 shards + copy"])],
+    ids=["one process", "two processes"],
+)  # fmt: skip
+def test_the_table_of_a_small_run(processes, model, optimizers, tmp_path):
+    output = tmp_path / "results" / "train_step"
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += [str(REPO / "benchmarks" / "train_step.py"), "--models", model, "--optimizers", ";".join(optimizers)]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *ARGUMENTS, "--output", str(output)],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    written = json.loads(output.with_suffix(".json").read_text())
+    assert [row["optimizer"] for row in written["rows"]] == optimizers
+    assert {"date", "device", "commit", "versions"} <= written.keys()
+    for row in written["rows"]:
+        assert row["processes"] == processes
+        assert row["tokens_per_step"] == 128 * processes
+        assert 0 < row["section_ms"] < row["step_ms"]
+        assert row["tokens_per_s"] == pytest.approx(row["tokens_per_step"] / row["step_ms"] * 1e3)
+        assert row["mfu"] is None, "no peak is known of a CPU"
+        assert f"| {row['optimizer']} |" in output.with_suffix(".md").read_text()
+    assert "no figure here is about a GPU" in result.stdout
+
+
+def test_what_is_not_known_is_refused_by_name():
+    command = [sys.executable, str(REPO / "benchmarks" / "train_step.py"), "--models", "gpt3"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert "--models: gpt3: needs some of gpt2-124m" in result.stderr
