@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import keyword
+import logging
 import os
 import signal
 import sys
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     if words and words[0] == "--version":
         sys.stdout.write(f"megatron-lion {__version__}\n")
         return 0
+    _warnings_to_stderr()
     try:
         return _run_verb(words)
     except MegatronLionError as error:
@@ -71,6 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("megatron-lion: interrupted\n")
         return 128 + signal.SIGINT
+
+
+def _warnings_to_stderr() -> None:
+    """What Python does without being told; told, because packages that find no handler (absl, of emerging-optimizers) put one
+    there that prints every message of this package a second time."""
+    root = logging.getLogger()
+    if not root.handlers:
+        handler = logging.StreamHandler()
+        handler.setLevel(logging.WARNING)
+        root.addHandler(handler)
 
 
 def _run_verb(words: list[str]) -> int:

@@ -63,7 +63,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Writes RUN/probe/step_*.json and a line a step on stdout."""
-    import logging
     from pathlib import Path
 
     from megatron_lion.config import ParallelConfig
@@ -72,8 +71,6 @@ def run(args: Any) -> None:
 
     wanted = parse_steps(args.steps)
     run_dir, is_main = Path(args.run_dir), rank_from_env() == 0
-    if is_main and not logging.getLogger().handlers:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     parallel = ParallelConfig(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,

@@ -16,9 +16,12 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 COMPILERS = ("c++", "g++", "clang++")
 # Nothing here lets the compiler change a result: no fused multiply-add, no other order, NaN and the sign of 0 kept.
@@ -45,13 +48,26 @@ def build_library(name: str) -> ctypes.CDLL:
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     os.replace(_compile(compiler, source, Path(scratch)), target)
-        return ctypes.CDLL(str(target))
+        return _load(target)
     except OSError:  # a folder that is read-only, full, or mounted so that nothing in it is executed
         try:
             with tempfile.TemporaryDirectory(prefix="megatron-lion-") as scratch:
-                return ctypes.CDLL(str(_compile(compiler, source, Path(scratch))))
+                return _load(_compile(compiler, source, Path(scratch)))
         except OSError as error:
             raise BuildError(f"{source.name} cannot be built or loaded: {error}") from error
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Loads a library. One that was linked for -ffast-math flushes subnormal numbers to 0 in the whole process: that is undone."""
+    had_subnormals = _has_subnormals()
+    library = ctypes.CDLL(str(path))
+    if had_subnormals and not _has_subnormals():
+        torch.set_flush_denormal(False)
+    return library
+
+
+def _has_subnormals() -> bool:
+    return sys.float_info.min / 2 > 0
 
 
 def _compiler() -> list[str]:
