@@ -35,7 +35,7 @@ class Recipe:
 # The best of the grids in benchmarks/results/rates_demo.md and rates_bert.md.
 TUNED = {
     "gpt2": (Recipe("lion", 3e-4, 0.1), Recipe("sgd", 0.3, 0.0), Recipe("adamw", 1e-3, 0.1)),
-    "bert": (Recipe("lion", 1e-3, 0.1), Recipe("sgd", 0.3, 0.0), Recipe("adamw", 3e-3, 0.1)),
+    "bert": (Recipe("lion", 3e-4, 0.1), Recipe("sgd", 0.1, 0.0), Recipe("adamw", 3e-4, 0.1)),
 }
 PAPER = (Recipe("lion", 1e-5, 0.01), Recipe("sgd", 1e-4, 0.01))
 """The rates of the paper; it does not state the weight decay, 0.01 is Megatron's."""
