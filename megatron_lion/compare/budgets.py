@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megatron_lion.compare.runs import RunRecord, by_model
+from megatron_lion.compare.runs import RunRecord, by_model, loss_unit
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.compare.ticks import short, ticks
 
@@ -80,7 +80,7 @@ def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
             found = {run.label: losses for run in group if (losses := measured(run, budget))}
             if found:
                 slug = f"loss-by-{budget.name}" + (f"-{number + 1}" if number else "")
-                title = f"{f'{model}: test' if len(groups) > 1 else 'Test'} loss by {budget.title} (nats per token)"
+                title = f"{f'{model}: test' if len(groups) > 1 else 'Test'} loss by {budget.title} ({loss_unit(group)})"
                 table = _loss_table(slug, title, budget, model, found)
                 tables += [table] if table else []
     return tables
@@ -146,7 +146,7 @@ def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
     heads = ["model", "optimizer", "at equal steps", "at equal tokens", "at equal seconds"]
     return Table(
         slug="equal-budget",
-        title="Test loss at an equal budget (nats per token)",
+        title=f"Test loss at an equal budget ({loss_unit(runs)})",
         columns=heads,
         rows=rows,
         formats=dict.fromkeys(heads[2:], ".4f"),

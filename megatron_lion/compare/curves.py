@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from megatron_lion.compare.budgets import tokens_at
-from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, evaluation_key, main_evaluation_key
+from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, evaluation_key, loss_unit, main_evaluation_key
 from megatron_lion.compare.seeds import group_label, seed_groups
 from megatron_lion.compare.series import Series
 from megatron_lion.compare.ticks import spread
@@ -228,7 +228,7 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
         axis: what they are drawn over: "step", "tokens" or "time" (training time, without measurements and pauses).
         tried: the runs that these were chosen from; by default themselves.
     """
-    scale, lines = scale_of(axis, runs), lines_of(runs)
+    scale, lines, unit = scale_of(axis, runs), lines_of(runs), loss_unit(runs)
 
     def curves(series: Callable[[RunRecord], Series], *, window: int = 1, markers: bool = True) -> list[Curve]:
         made = (_curve(line, series, scale, window=window, markers=markers) for line in lines)
@@ -241,9 +241,9 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
     residual = curves(lambda run: run.series("probe/kkt_residual"))
     key = main_evaluation_key(runs)
     made = [
-        Panel(slug="training-loss", title="Training loss", y_label=f"nats per token{smoothing}", curves=training,
+        Panel(slug="training-loss", title="Training loss", y_label=f"{unit}{smoothing}", curves=training,
               x_label=scale.label),
-        Panel(slug="test-loss", title="Test loss", y_label="nats per token", x_label=scale.label,
+        Panel(slug="test-loss", title="Test loss", y_label=unit, x_label=scale.label,
               curves=curves(lambda run: run.series("test/loss"))),
         Panel(
             slug="norm-ratio", title="Norm ratio of the full gradient", y_label="r = ‖∇f‖₁ / ‖∇f‖₂", x_label=scale.label,
@@ -253,7 +253,7 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
               curves=curves(lambda run: _perplexities(run, key))),
         Panel(slug="kkt-residual", title="KKT residual", y_label="λ⟨∇f, θ⟩ + ‖∇f‖₁", x_label=scale.label, curves=residual,
               from_zero=True, log_y=_wants_log(residual)),
-        Panel(slug="learning-rate", title="Tuning: validation loss at the end", y_label="nats per token, the lowest of each rate",
+        Panel(slug="learning-rate", title="Tuning: validation loss at the end", y_label=f"{unit}; the lowest of each rate",
               x_label="learning rate", log_x=True,
               curves=_rate_curves([run for run in tried or runs if run.model == runs[0].model], lines)),
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_lion import __version__
 from megatron_lion.compare.curves import AXES, MAX_NAMED, lines_of, panels
-from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, by_model, flatten, show
+from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, by_model, flatten, loss_unit, show
 from megatron_lion.compare.svg import chart
 from megatron_lion.compare.table import Table, to_html
 from megatron_lion.data.files import write_whole
@@ -109,7 +109,7 @@ def render_report(
 <main>
 <h1>{html.escape(title)}</h1>
 <p class="lead">{html.escape(_summary(runs))} · made {time.strftime("%Y-%m-%d %H:%M")} by megatron-lion {__version__} ·
-losses in nats per token; the shaded cell is the lowest of its model</p>
+losses in {loss_unit(runs)}; the shaded cell is the lowest of its model</p>
 <div class="switch">curves by {labels}</div>
 {charts}
 {"".join(to_html(table) for table in tables)}

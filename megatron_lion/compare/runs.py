@@ -248,6 +248,14 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     return with_labels(runs)
 
 
+def loss_unit(runs: Iterable[RunRecord]) -> str:
+    """What a loss is counted in: GPT-2's is a mean over tokens, BERT's the sum of a mean over masked tokens and one over samples."""
+    are_bert = {bool(run.series("train/mlm_loss") or run.series("test/mlm_loss")) for run in runs}
+    if are_bert == {True}:
+        return "nats, masked tokens + order"
+    return "nats" if True in are_bert else "nats per token"
+
+
 def evaluation_key(result: dict[str, Any]) -> tuple[Any, ...]:
     """Equal for results of the same text under the same convention."""
     keys = ("kind", "text_sha256", "stride", "seq_length", "precision", "max_tokens")

@@ -15,6 +15,7 @@ from megatron_lion.compare.runs import (
     evaluation_key,
     evaluation_keys,
     flatten,
+    loss_unit,
     show,
 )
 from megatron_lion.compare.seeds import seeds_table
@@ -162,7 +163,7 @@ def loss_table(runs: list[RunRecord]) -> Table:
                      best[1] if best else None, best[0] if best else None])  # fmt: skip
     return Table(
         slug="losses",
-        title="Losses at the end (nats per token)",
+        title=f"Losses at the end ({loss_unit(runs)})",
         columns=columns,
         rows=rows,
         formats=dict.fromkeys(columns[3:7], ".4f"),

@@ -32,7 +32,7 @@ class Recipe:
                 "--optimizer.weight_decay", f"{self.weight_decay:g}"]  # fmt: skip
 
 
-# The best of the grids in benchmarks/results/rates_demo.md and rates_bert.md.
+# The best of the grids in benchmarks/results/rates_demo.md and rates_bert_demo.md.
 TUNED = {
     "gpt2": (Recipe("lion", 3e-4, 0.1), Recipe("sgd", 0.3, 0.0), Recipe("adamw", 1e-3, 0.1)),
     "bert": (Recipe("lion", 3e-4, 0.1), Recipe("sgd", 0.1, 0.0), Recipe("adamw", 3e-4, 0.1)),
