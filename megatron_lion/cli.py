@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 from megatron_lion import __version__
 from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     if words and words[0] == "--version":
         sys.stdout.write(f"megatron-lion {__version__}\n")
         return 0
-    _warnings_to_stderr()
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(LastResort())
     try:
         return _run_verb(words)
     except MegatronLionError as error:
@@ -75,14 +76,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _warnings_to_stderr() -> None:
-    """What Python does without being told; told, because packages that find no handler (absl, of emerging-optimizers) put one
-    there that prints every message of this package a second time."""
-    root = logging.getLogger()
-    if not root.handlers:
-        handler = logging.StreamHandler()
-        handler.setLevel(logging.WARNING)
-        root.addHandler(handler)
+class LastResort(logging.StreamHandler[TextIO]):
+    """Warnings on stderr while no other handler is there: `logging.lastResort`, but one that is seen.
+
+    Packages that find the root logger without a handler (absl, of emerging-optimizers) put one there, and that one prints
+    every message a second time beside the log file's.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setLevel(logging.WARNING)
+
+    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
+        return super().filter(record) if alone() else False
+
+
+def alone() -> bool:
+    """Whether nothing but the last resort listens to the root logger."""
+    return all(isinstance(handler, LastResort) for handler in logging.getLogger().handlers)
 
 
 def _run_verb(words: list[str]) -> int:
