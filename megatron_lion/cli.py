@@ -8,14 +8,13 @@ from __future__ import annotations
 import importlib
 import json
 import keyword
-import logging
 import os
 import signal
 import sys
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
-from megatron_lion import __version__
+from megatron_lion import __version__, lastresort
 from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
 
 VERBS = {
@@ -59,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if words and words[0] == "--version":
         sys.stdout.write(f"megatron-lion {__version__}\n")
         return 0
-    if not logging.getLogger().handlers:
-        logging.getLogger().addHandler(LastResort())
+    lastresort.install()
     try:
         return _run_verb(words)
     except MegatronLionError as error:
@@ -74,26 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("megatron-lion: interrupted\n")
         return 128 + signal.SIGINT
-
-
-class LastResort(logging.StreamHandler[TextIO]):
-    """Warnings on stderr while no other handler is there: `logging.lastResort`, but one that is seen.
-
-    Packages that find the root logger without a handler (absl, of emerging-optimizers) put one there, and that one prints
-    every message a second time beside the log file's.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.setLevel(logging.WARNING)
-
-    def filter(self, record: logging.LogRecord) -> bool | logging.LogRecord:
-        return super().filter(record) if alone() else False
-
-
-def alone() -> bool:
-    """Whether nothing but the last resort listens to the root logger."""
-    return all(isinstance(handler, LastResort) for handler in logging.getLogger().handlers)
 
 
 def _run_verb(words: list[str]) -> int:

@@ -19,7 +19,7 @@ PACKAGE = REPO / "megatron_lion"
 # A file may import from its own level's earlier entries and from every level above.
 LEVELS = [
     {"errors"},
-    {"config", "config_checks", "configfile", "parallel_env", "jobs"},
+    {"config", "config_checks", "configfile", "parallel_env", "jobs", "lastresort"},
     {"device", "parallel"},
     {"optim", "data", "data_prep", "gradient"},
     {"model", "train"},
@@ -38,6 +38,7 @@ NO_TORCH_ROOMS = {
     "configfile",
     "parallel_env",
     "jobs",
+    "lastresort",
     "compare",
     "sweep",
     "cli",

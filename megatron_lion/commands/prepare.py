@@ -82,10 +82,10 @@ def run(args: Any) -> None:
     """Prepares, and shows on stdout what was made."""
     from data_prep.prepare import PrepareOptions, prepare
     from data_prep.progress import ConsoleProgress
-    from megatron_lion.cli import alone
+    from megatron_lion import lastresort
     from megatron_lion.errors import StoppedOnRequest
 
-    if alone():
+    if lastresort.alone():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     options = PrepareOptions(
         inputs=args.input,
