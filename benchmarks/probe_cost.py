@@ -3,7 +3,8 @@
 Both run in one process on the same batches, turn by turn: the passes alone (megatron-core's schedule, gradients added
 up in DDP's buffers, nothing reduced or read), and the whole probe (ladder, sampled coordinates, norms by parameter,
 reductions, result). The ratio of their times is the figure; it does not depend on how fast the machine is, and CPU
-seconds of the process do not depend on what else runs on it.
+seconds of the process do not depend on what else runs on it. What a probe adds to a batch does not depend on how many
+samples the batch has, so the ratio falls with --global-batch-size.
 
     python benchmarks/probe_cost.py --output benchmarks/results/probe_cost.json
     torchrun --nproc-per-node 2 benchmarks/probe_cost.py …            # with reductions between processes
@@ -61,6 +62,12 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="gpt2-tiny")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--num-batches", type=int, default=10)
+    parser.add_argument(
+        "--global-batch-size",
+        type=int,
+        default=None,
+        help="samples a batch; default: of the size, 16 or the paper's 640",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=None)
     args = parser.parse_args()
@@ -82,6 +89,7 @@ def main() -> None:
 def make_config(args: argparse.Namespace, folder: Path, ranks: Any) -> RunConfig:
     """A run on random tokens: what they are does not change the cost."""
     model, batch, micro, precision = SIZES[args.size]
+    batch = args.global_batch_size or batch
     if ranks.is_main:
         random = np.random.default_rng(0)
         with IndexedWriter(folder / "corpus", VOCAB) as writer:
@@ -151,6 +159,7 @@ def measure(run: Any, repeats: int) -> dict[str, Any]:
         times = {call.__name__: timed(call, run) for call in order}
         pairs.append((times["passes_alone"], times["whole_probe"]))
     report: dict[str, Any] = {}
+    batches = run.config.probe.num_batches
     for index, clock in enumerate(("wall", "cpu")):
         alone, whole = ([item[index] for item in side] for side in zip(*pairs, strict=True))
         ratios = [b / a for a, b in zip(alone, whole, strict=True)]
@@ -160,10 +169,11 @@ def measure(run: Any, repeats: int) -> dict[str, Any]:
             "ratio_median": statistics.median(ratios),
             "ratio_min": min(ratios),
             "ratio_max": max(ratios),
+            "added_ms_per_batch": 1e3 * statistics.median(b - a for a, b in zip(alone, whole, strict=True)) / batches,
         }
     sizes = {
         "num_parameters": sum(p.numel() for p in run.model[0].parameters()),
-        "num_batches": run.config.probe.num_batches,
+        "num_batches": batches,
     }
     return {
         "repeats": repeats,
