@@ -19,7 +19,7 @@ PACKAGE = REPO / "megatron_lion"
 # A file may import from its own level's earlier entries and from every level above.
 LEVELS = [
     {"errors"},
-    {"config", "config_checks", "configfile", "parallel_env", "jobs", "lastresort"},
+    {"config", "config_checks", "configfile", "parallel_env", "jobs", "lastresort", "colours"},
     {"device", "parallel"},
     {"optim", "data", "data_prep", "gradient"},
     {"model", "train"},
@@ -39,6 +39,7 @@ NO_TORCH_ROOMS = {
     "parallel_env",
     "jobs",
     "lastresort",
+    "colours",
     "compare",
     "sweep",
     "cli",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
+from megatron_lion.colours import OPTIMIZER_COLOURS
 from megatron_lion.compare.budgets import tokens_at
 from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, evaluation_key, loss_unit, main_evaluation_key
 from megatron_lion.compare.seeds import group_label, seed_groups
@@ -17,8 +18,7 @@ from megatron_lion.compare.ticks import spread
 NOISE_RATIO = math.sqrt(2 / math.pi)
 """r/√d of a gradient that is pure Gaussian noise: E|z| / sqrt(E z²) = 0.798 for each coordinate."""
 
-# Okabe and Ito's palette: distinct for every common kind of colour vision, on white and (lightened) on black.
-OPTIMIZER_COLOURS = {"lion": "#0072B2", "sgd": "#D55E00", "adamw": "#009E73"}
+# The other colours of the palette.
 SPARE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6C757D")
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 AXES = ("step", "tokens", "time")

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_lion.colours import OPTIMIZER_COLOURS
 from megatron_lion.data.files import storage_errors
 from megatron_lion.errors import DataError
 from megatron_lion.gradient.names import KINDS, kind_of, layer_of
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO
-from megatron_lion.gradient.result import read_probes
+from megatron_lion.gradient.result import longest_ladder, read_probes
 
-COLORS = {"lion": "#c8381e", "sgd": "#2166ac", "adamw": "#4d9221"}
 _GREY = "#666666"
 
 
@@ -43,7 +43,11 @@ def draw_runs(run_dirs: Sequence[str | Path]) -> list[Path]:
     for place, (label, run_dir) in enumerate(zip(labels, run_dirs, strict=True)):
         name = "probe_layers.png" if place == 0 else f"probe_layers_{Path(run_dir).name}.png"
         paths.append(plot_layers(runs[label], folder / name, label))
-    with_ladder = {label: probes for label, probes in runs.items() if probes[-1]["ladder"]}
+    with_ladder = {
+        label: [longest_ladder(run_dir, probe) for probe in (runs[label][0], runs[label][-1])]
+        for label, run_dir in zip(labels, run_dirs, strict=True)
+        if runs[label][-1]["ladder"]
+    }
     if with_ladder:
         paths.append(plot_ladder(with_ladder, folder / "probe_ladder.png"))
     return paths
@@ -191,7 +195,7 @@ def _same_d(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
 
 
 def _color(probes: Sequence[Mapping[str, Any]], label: str) -> str:
-    return COLORS.get(str(probes[-1]["optimizer"]), _GREY)
+    return OPTIMIZER_COLOURS.get(str(probes[-1]["optimizer"]), _GREY)
 
 
 def _nan(value: float | None) -> float:

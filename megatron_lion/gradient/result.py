@@ -145,6 +145,18 @@ def read_probes(run_dir: str | Path) -> list[dict[str, Any]]:
     return [read_probe(path) for path in paths]
 
 
+def longest_ladder(run_dir: str | Path, probe: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's results at the step of `probe`, on the same data and with the same dropout, the one over most batches.
+
+    Raises:
+        DataError: a result is damaged.
+    """
+    alike = ("mode", "data", "dropout", "global_batch_size")
+    others = (read_probe(path) for path in (Path(run_dir) / "probe").glob(f"step_{probe['step']:07d}-*.json"))
+    found = [other for other in others if other["ladder"] and all(other[key] == probe[key] for key in alike)]
+    return max([probe, *found], key=lambda result: int(result["num_batches"]))
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: both become null."""
     if isinstance(value, dict):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_lion.colours import OPTIMIZER_COLOURS
 from megatron_lion.theory.symbols import Array
 from megatron_lion.theory.toy import Experiment, ToyResult, ToySettings, draw_noise, draw_starts
 from megatron_lion.theory.toy_checks import REFERENCE, REFERENCE_STEPS, TheoremPoint
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart with every common colour vision.
-BLUE, VERMILION, GREEN, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#5A5A5A"
+BLUE, VERMILION, GREEN = (OPTIMIZER_COLOURS[name] for name in ("lion", "sgd", "adamw"))
+ORANGE, GREY = "#E69F00", "#5A5A5A"
 TITLES: dict[Experiment, str] = {
     "constrained": "Constrained: start on the border of the box",
     "unconstrained": "Unconstrained: start anywhere",

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tiny import error_of, opened_run, tiny_config, write_corpus
 from megatron_lion.errors import DataError
 from megatron_lion.gradient.noise import estimate_noise, make_rung, mccandlish, rungs_of
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO, GradientNorms
-from megatron_lion.gradient.result import read_probe, read_probes
+from megatron_lion.gradient.result import longest_ladder, read_probe, read_probes
 from megatron_lion.gradient.sample import CoordinateSample, Group
 
 
@@ -394,3 +395,21 @@ def test_damaged_results_are_refused(tmp_path):
     (folder / "step_0000001.json").write_text('{"format": 99}')
     with pytest.raises(DataError, match="format 1"):
         read_probe(folder / "step_0000001.json")
+
+
+def test_the_ladder_shown_is_the_longest_of_the_same_data(tmp_path):
+    folder = tmp_path / "probe"
+    folder.mkdir()
+
+    def write(name: str, batches: int, data: str = "fixed", ladder: bool = True) -> dict[str, Any]:
+        content = {"format": 1, "step": 7, "mode": "frozen", "data": data, "dropout": False, "global_batch_size": 8}
+        content |= {"num_batches": batches, "ladder": [{"num_batches": 1}] if ladder else []}
+        (folder / name).write_text(json.dumps(content))
+        return content
+
+    own = write("step_0000007.json", 4)
+    assert longest_ladder(tmp_path, own) == own
+    longer = write("step_0000007-16-fixed.json", 16)
+    write("step_0000007-32-test.json", 32, data="test")
+    write("step_0000007-64-fixed.json", 64, ladder=False)
+    assert longest_ladder(tmp_path, own) == longer
