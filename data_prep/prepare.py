@@ -217,8 +217,8 @@ class _Preparation:
         estimate = estimate_work(self.files, self.settings, self.encoder)
         workers = self.options.workers or usable_cores()
         logger.info(
-            "about %.3g tokens, %.3g GB of disk while working, %.0f s on %d processes",
-            estimate.tokens, estimate.disk_bytes / 1e9, estimate.core_seconds / workers, workers,
+            "about %s tokens, %s MB of disk while working, %.0f s on %d processes",
+            f"{estimate.tokens:,.0f}", f"{estimate.disk_bytes / 1e6:,.0f}", estimate.core_seconds / workers, workers,
         )  # fmt: skip
         there = sum(path.stat().st_size for path in self.shards_folder.iterdir())
         check_free_space(self.work, estimate.disk_bytes - there)

@@ -19,7 +19,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}   # Megatro
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 [ -n "$PYTHON" ] || { [ -x "$here/.venv/bin/python" ] && PYTHON=$here/.venv/bin/python || PYTHON=python3; }
-if [ $# -lt 1 ]; then sed -n '2,9p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; fi
+if [ $# -lt 1 ]; then sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; fi
 config=$1; shift
 if [ -z "$NPROC_PER_NODE" ]; then
     NPROC_PER_NODE=$(nvidia-smi -L 2>/dev/null | grep -c . || true)

@@ -169,11 +169,25 @@ def _tasks(model: Any, args: Any) -> list[Task]:
     for path in args.text:
         text = read_text(path, "text")
         tasks += [stream_task(reader, text, stride) for stride in strides]
+    if args.wikitext103 and model.rank == 0:
+        _note_wikitext(tasks, args)
     if args.lambada:
         tasks.append(lambada_task(reader, read_passages(args.lambada)))
     if model.rank == 0:
         _warn_of_short_texts(tasks, model.seq_length)
     return tasks
+
+
+def _note_wikitext(tasks: list[Task], args: Any) -> None:
+    """What one would not see from the table: another text than WikiText, page-wise results left out."""
+    from megatron_lion.evaluate.wikitext import UNKNOWN_TEXT
+
+    if tasks[0].conditions["text_version"] == UNKNOWN_TEXT:
+        sys.stderr.write(
+            f"{args.wikitext103}: none of the published WikiText files (by its hash); the result is no WikiText-103 perplexity\n"
+        )
+    if args.pages and args.max_tokens is not None:
+        sys.stderr.write("--max-tokens: page-by-page results need the whole text, left out\n")
 
 
 def _warn_of_short_texts(tasks: list[Task], seq_length: int) -> None:
@@ -248,8 +262,10 @@ def _print_outcomes(outcomes: list[Outcome], folder: Path) -> None:
     from rich.table import Table
 
     table = Table(title=f"Zero-shot evaluation of {folder}", title_justify="left")
-    for name in ("step", "measured", "text", "stride", "loss (nats)", "perplexity", "ln ppl", "further", ""):
-        table.add_column(name, justify="left" if name in ("measured", "text", "further", "") else "right", no_wrap=True)
+    for name in ("step", "measured", "text", "stride", "loss (nats)", "perplexity", "ln ppl", "further", "was"):
+        table.add_column(
+            name, justify="left" if name in ("measured", "text", "further", "was") else "right", no_wrap=True
+        )
     for outcome in outcomes:
         table.add_row(*_row(outcome))
     console = Console(file=sys.stdout)

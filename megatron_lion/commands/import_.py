@@ -45,8 +45,9 @@ def run(args: Any) -> None:
 
     done = import_folder(source, config, tokenizer=args.tokenizer)
     model = done.model
+    data = "" if config.data.path else " --data.path '[DATASET]'"
     sys.stdout.write(
         f"{done.run_dir}: {model.kind}, {model.num_layers} layers, width {model.hidden_size}, {model.seq_length} positions\n"
         f"  evaluate  megatron-lion evaluate {done.run_dir} --wikitext103 FILE\n"
-        f"  train     megatron-lion pretrain --config {done.run_dir}/config.yaml --data.path '[DATASET]'\n"
+        f"  train     megatron-lion pretrain --config {done.run_dir}/config.yaml{data}\n"
     )

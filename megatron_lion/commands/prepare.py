@@ -117,7 +117,7 @@ def summary(output: str, manifest: Manifest) -> str:
     """The dataset in a few lines: splits, what was passed over, the tokenizer."""
     lines = [f"{output}"]
     for name, split in manifest.splits.items():
-        size = f"{split.bin_bytes / 1e6:>12,.1f} MB"
+        size = f"{split.bin_bytes / 1e6:>12,.2f} MB"
         lines.append(f"  {name:5}  {split.documents:>12,} documents  {split.tokens:>16,} tokens  {size}")
     tokenizer = manifest.tokenizer
     ending = f", end of document {tokenizer.eod_token!r} = {tokenizer.eod_id}" if manifest.kind == "gpt" else ""

@@ -14,7 +14,7 @@ HELP = "tightest rate constants of runs, estimates of L, sigma^2, Delta, and wha
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
-    add("runs", type=str, nargs="*", metavar="RUN", help="run folders that differ in their seed only")
+    add("runs", type=str, nargs="*", default=[], metavar="RUN", help="run folders that differ in their seed only")
     add("--steps", type=int, default=None, metavar="K", help="steps to plan; default: the run's own schedule")
     add("--smoothness", type=float, default=None, metavar="L", help="L, in place of the run's lower bound")
     add("--noise-variance", type=float, default=None, help="sigma^2 of a global batch, not the estimate")

@@ -156,9 +156,14 @@ def loss_table(runs: list[RunRecord]) -> Table:
     """Final and best losses."""
     columns = ["model", "optimizer", "steps", "train loss", "valid loss", "test loss", "best test loss", "at step"]
     rows: list[list[Cell]] = []
+    notes = []
     for run in runs:
         test = run.series("test/loss")
         best = test.best()
+        if test.steps and run.last_step is not None and test.steps[-1] < run.last_step:
+            notes.append(
+                f"{run.label} ended at step {run.last_step:,}, its valid and test losses are of step {test.steps[-1]:,}"
+            )
         rows.append([run.model, run.label, run.last_step, run.end_train_loss, run.series("valid/loss").last, test.last,
                      best[1] if best else None, best[0] if best else None])  # fmt: skip
     return Table(
@@ -168,7 +173,8 @@ def loss_table(runs: list[RunRecord]) -> Table:
         rows=rows,
         formats=dict.fromkeys(columns[3:7], ".4f"),
         notes=[
-            f"train loss: mean of the last {LAST_LINES} logged values, dropout included; valid and test loss: without dropout"
+            f"train loss: mean of the last {LAST_LINES} logged values, dropout included; valid and test loss: without dropout",
+            *notes,
         ],
         best=columns[3:7],
     )
@@ -198,9 +204,9 @@ def ratio_table(runs: list[RunRecord]) -> Table:
         if not ratio or run.num_parameters is None:
             continue
         root = math.sqrt(run.num_parameters)
-        batches = run.series("probe/num_batches").last
+        batches = sorted({int(count) for count in run.series("probe/num_batches").values})
         rows.append([
-            run.model, run.label, run.num_parameters, root, len(ratio.steps), None if batches is None else int(batches),
+            run.model, run.label, run.num_parameters, root, len(ratio.steps), " or ".join(map(str, batches)) or None,
             ratio.values[0], ratio.values[-1], min(ratio.values) / root, max(ratio.values) / root,
             kkt.values[0] if kkt else None, kkt.last,
         ])  # fmt: skip

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from megatron_lion.config import ModelConfig, ProbeConfig
-from megatron_lion.data.datasets import Corpora, build_datasets
+from megatron_lion.data.corpora import Corpora
+from megatron_lion.data.datasets import build_datasets
 from megatron_lion.errors import ConfigError
 from megatron_lion.parallel import derive_seed
 

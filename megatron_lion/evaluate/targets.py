@@ -62,6 +62,6 @@ def _need_next_token_model(folder: Path) -> None:
     kind = load_config(folder / "config.yaml").model.kind
     if kind != "gpt2":
         raise ConfigError(
-            f"{folder}: a {kind} run has no next-token perplexity; its masked-token losses are in metrics.jsonl "
-            f"(megatron-lion compare {folder} shows them); for a look at what it knows give --fill-mask or --sentence-order"
+            f"{folder}: a {kind} run predicts masked tokens, not next ones; its losses are in metrics.jsonl (megatron-lion compare "
+            f"{folder} shows them); for a look at what it knows: megatron-lion evaluate {folder} --fill-mask TEXT or --sentence-order A B"
         )

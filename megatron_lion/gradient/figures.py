@@ -65,14 +65,15 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
             (probe["step"], _nan(probe["ladder"][0]["norm_ratio"])) for probe in probes if len(probe["ladder"]) > 1
         ]
         if singles:
-            left.plot(*zip(*singles, strict=True), ":", color=color, label=f"{label}, one batch only")
+            style = ":" if len(singles) > 1 else "x"
+            left.plot(*zip(*singles, strict=True), style, color=color, label=f"{label}, one batch only")
         for part, style, text in (("all", "o-", "all parameters"), ("without_embeddings", "s--", "without embeddings")):
             values = [_nan(probe[part]["norm_ratio_over_sqrt_d"]) for probe in probes]
             right.plot(steps, values, style, color=color, markersize=4, label=f"{label}, {text}")
     _reference_lines(left, d)
     batches = sorted({probe["num_batches"] for probes in runs.values() for probe in probes})
     left.set(xlabel="step", ylabel="r = ‖∇f‖₁ / ‖∇f‖₂", ylim=(0, 1.08 * math.sqrt(d)))
-    left.set_title(f"Norm ratio, mean of {'/'.join(map(str, batches))} batches, d = {d:,}", fontsize=10)
+    left.set_title(f"Norm ratio, mean of {' or '.join(map(str, batches))} batches, d = {d:,}", fontsize=10)
     right.axhline(GAUSSIAN_RATIO, color=_GREY, linewidth=1, linestyle="-.")
     right.text(
         0.01,

@@ -50,7 +50,7 @@ def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab
         f"- checkpoint: step {step}, fingerprint of the weights {manifest['weights_fingerprint']}", "",
         "## Evaluation", "",
     ]  # fmt: skip
-    lines += _table(results) if results else ["Nothing was measured at this step (`megatron-lion evaluate`)."]
+    lines += _table(results) if results else ["No result on a whole text is there for this step."]
     lines += [
         "", "## Licence and data", "",
         "The weights carry no licence of their own until their publisher sets one above. The text they were trained on belongs to "

@@ -21,6 +21,7 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Compiling the C++ loop takes a second or two, once a machine; it saves 5 ms (float32) to 45 ms (int8) a step for each
 # 2^20 elements. Smaller models, and tests, do without.
 CPP_PAYS = 2**20
+STATE_NAMES = {"exp_avg", "master_param", "step"}
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 
@@ -195,6 +196,7 @@ class Lion(torch.optim.Optimizer):
             for param in group["params"]:
                 self._state_of(param)
 
+    @torch._disable_dynamo  # a traced step would lose the state it makes
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -248,9 +250,17 @@ class Lion(torch.optim.Optimizer):
         """Stores a float32 value, or one already in the stored form, as the state `name` of a parameter.
 
         A master weight also sets the parameter, to the 16-bit value that belongs to it.
+
+        Raises:
+            ValueError: the value has another shape than the parameter, and neither is flat.
         """
         state = self._state_of(param)
         if name in ("exp_avg", "master_param"):
+            if value.shape != param.shape and value.dim() != 1 and param.dim() != 1:
+                raise ValueError(
+                    f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}: load the state of "
+                    "the same model and layout"
+                )
             self.layout.encode(param, state, name, value)
         elif name in state:
             state[name].copy_(value)
@@ -269,11 +279,19 @@ class Lion(torch.optim.Optimizer):
 
         torch's own casts every state tensor to its parameter's dtype, which would destroy a float32 momentum
         of bfloat16 parameters. The usual hooks run as ever.
+
+        Raises:
+            ValueError: settings that LION or the state's form cannot have, or the state of another optimizer or model.
         """
         saved: dict[Any, dict[str, torch.Tensor]] = {}
         numbers: list[Any] = []
 
         def set_aside(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
+                _check_group({**own, **group, "params": own["params"]})
+                self.layout.check_group({**own, **group, "params": own["params"]})
+            if strange := {name for state in loaded["state"].values() for name in state} - STATE_NAMES:
+                raise ValueError(f"state of another optimizer, with {', '.join(sorted(strange))}: LION has exp_avg")
             saved.update(loaded["state"])
             numbers.extend(number for group in loaded["param_groups"] for number in group["params"])
             loaded["state"] = {}
@@ -312,7 +330,8 @@ class Lion(torch.optim.Optimizer):
                 grad = param.grad if grad is None else grad
                 if grad is not None:
                     _check_gradient(param, grad)
-                    state = {key: _local(value) for key, value in self._state_of(param).items()}
+                    self.layout.fit(param, self._state_of(param))
+                    state = {key: _local(value) for key, value in self.state[param].items()}
                     slots.append(Slot(_local(param), _local(grad), state, group))
         return slots
 
@@ -363,6 +382,12 @@ class PlainLayout:
     def new_state(self, param: torch.Tensor, start: float) -> dict[str, torch.Tensor]:
         """State of a parameter that has none; every momentum element is `start`."""
         return {"exp_avg": torch.full_like(param, start, dtype=compute_dtype(param), requires_grad=False)}
+
+    def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """Lays state out in memory as its parameter is now: a model may go to channels_last between two steps."""
+        for name, value in state.items():
+            if not _is_sharded(value) and value.shape == param.shape and _strides(value) != _strides(param):
+                state[name] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
 
     def read(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
         """Master weight and momentum in the compute dtype: the stored tensors themselves where they fit."""
@@ -431,6 +456,11 @@ def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
         group = slot.group
         lion_update(param_N, grad_N, exp_avg_N, group["lr"], group["betas"], group["weight_decay"], slot.caution)
         layout.write(slot, param_N, exp_avg_N)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Where a tensor's elements lie: the strides of the dimensions that have more than one."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def _is_sharded(param: torch.Tensor) -> bool:

@@ -170,6 +170,15 @@ class PackedLayout(PlainLayout):
             state["master_param"] = self._new_master(param.detach())
         return state
 
+    def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """As the plain layout's; the blocks of int8 momentum are neighbours in memory, whose order cannot change."""
+        if self.momentum == "int8" and not param.is_contiguous():
+            raise ValueError(
+                f"momentum = 'int8' with a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs contiguous "
+                "ones; keep the model from channels_last, or take momentum = 'bf16'"
+            )
+        super().fit(param, state)
+
     def _new_master(self, param: torch.Tensor) -> torch.Tensor:
         if param.dtype == torch.float32:
             return param

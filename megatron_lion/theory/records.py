@@ -71,7 +71,9 @@ def read_metrics(path: Path) -> dict[str, tuple[Array, Array]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); give a run folder") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); give the run_dir of a `megatron-lion pretrain`"
+        ) from error
     table: dict[str, dict[int, float]] = {}
     # What follows the last line end is empty, or a line that was cut short.
     for number, line in enumerate(lines[:-1], start=1):

@@ -117,10 +117,15 @@ def advice_section(
     missing = [
         text
         for absent, text in (
-            (not scenarios, "L (needs a LION run with two probes beside training norms): give --smoothness"),
+            (
+                not scenarios,
+                "L (needs a LION run, and two probes with three logged training norms near each): give --smoothness",
+            ),
             (
                 noise_variance is None,
-                "σ² (needs optim/grad_l2 beside probes of ≥ 2 batches): give --noise-variance",
+                "σ²: give --noise-variance"
+                if noise is not None
+                else "σ² (needs probes of ≥ 2 batches with three logged optim/grad_l2 near each): give --noise-variance",
             ),
             (not gaps, "Δ (needs two probes with a loss): give --gap"),
         )

@@ -1,8 +1,6 @@
-"""`--dry-run`: what a run would be, from its config and its data's manifest alone; no torch, nothing written."""
+"""`--dry-run`: what a run would be, from its config and its data's headers alone; no torch, nothing written."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from megatron_lion.config import RunConfig
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, memory_bytes, model_size
@@ -14,7 +12,10 @@ _ASSUMED_FLOPS = 0.4 * 312e12
 def dry_run(config: RunConfig, world_size: int) -> str:
     """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory a process, time.
 
-    The vocabulary is the config's, else that of the first dataset folder, else the usual one of the kind.
+    The vocabulary is the config's, else that of the data, else the usual one of the kind.
+
+    Raises:
+        ConfigError, DataError: what the run itself would say of its data.path.
     """
     from megatron_lion.train.announce import batch_sentence
 
@@ -37,6 +38,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         f"batch        {batch_sentence(config, world_size)}",
         f"tokens       {train.steps:,} steps = {tokens:,} tokens"
         + (f" = {tokens / train_tokens:.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
+        f"data         {', '.join(config.data.path) if config.data.path else 'none given (data.path): nothing to check'}",
         f"memory       {sum(gib.values()):.2f} GiB a process: "
         + ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
         + " (activations estimated)",
@@ -46,13 +48,13 @@ def dry_run(config: RunConfig, world_size: int) -> str:
 
 
 def _vocabulary(config: RunConfig) -> tuple[int, str, int | None]:
-    manifest = Path(config.data.path[0]) / "manifest.json" if config.data.path else None
-    if manifest is not None and manifest.is_file():
-        from megatron_lion.data.manifest import read_manifest
+    """(ids before padding, whose they are, training tokens); data that is given is opened and checked."""
+    if config.data.path:
+        from megatron_lion.data.corpora import open_corpora
 
-        found = [read_manifest(path) for path in config.data.path]
-        tokens = sum(item.splits["train"].tokens for item in found if "train" in item.splits)
-        return config.model.vocab_size or found[0].tokenizer.vocab_size, "the data's", tokens
+        corpora = open_corpora(config.data, config.model)
+        whose = "the config's" if config.model.vocab_size else "the data's"
+        return corpora.vocab_size, whose, corpora.train_tokens
     if config.model.vocab_size:
         return config.model.vocab_size, "the config's", None
     return VOCAB_SIZES[config.model.kind], "the usual", None

@@ -17,7 +17,8 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config
-from megatron_lion.data.datasets import Corpora, build_datasets, micro_batches, open_corpora
+from megatron_lion.data.corpora import Corpora, open_corpora
+from megatron_lion.data.datasets import build_datasets, micro_batches
 from megatron_lion.data.probe_samples import ProbeSamples, open_probe_samples
 from megatron_lion.device import Device
 from megatron_lion.errors import CheckpointError

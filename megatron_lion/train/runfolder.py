@@ -165,7 +165,7 @@ def environment_facts(device_name: str, world_size: int) -> dict[str, Any]:
 
 def _git_state() -> str | None:
     git = shutil.which("git")
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
     if git is None or not (folder / ".git").exists():
         return None
     try:

@@ -178,6 +178,14 @@ def test_dry_run_writes_nothing(tmp_path: Path, corpus: str, capsys: pytest.Capt
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_opens_the_data(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(config_file(tmp_path, corpus))
+    missing = refused(capsys, 3, "pretrain", "--config", path, "--data.path", "[nowhere]", "--dry-run")
+    assert "nowhere" in missing
+    assert "no such file" in missing
+    assert "model.kind is bert" in refused(capsys, 3, "pretrain", "--config", path, "--model.kind", "bert", "--dry-run")
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each loads, passes the checks, survives a round trip, and says in its first three lines what it is."""

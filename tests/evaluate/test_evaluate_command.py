@@ -161,7 +161,7 @@ def test_a_bert_run_is_refused(tmp_path: Path, wiki: Path, capsys: pytest.Captur
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.yaml").write_text("model: {kind: bert}\n")
     assert main(["evaluate", str(tmp_path / "bert"), "--text", str(wiki)]) == 2
-    assert "a bert run has no next-token perplexity" in capsys.readouterr().err
+    assert "a bert run predicts masked tokens, not next ones" in capsys.readouterr().err
 
 
 def test_a_short_text_is_scored_with_a_warning(

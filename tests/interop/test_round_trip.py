@@ -147,7 +147,7 @@ def test_the_card_says_what_was_measured(folder: Path) -> None:
     for words in (f"{result['loss']:.4f}", "stride 4", "optimizer lion", "license: other", result["text_sha256"][:8]):
         assert words in card
     assert "not trained here" not in card
-    assert "Nothing was measured" in (folder / "bert-hf" / "README.md").read_text()
+    assert "No result on a whole text" in (folder / "bert-hf" / "README.md").read_text()
 
 
 def going_on(folder: Path) -> dict[str, tuple[int, Any]]:

@@ -172,6 +172,68 @@ def test_channels_last_weights_are_updated_in_place(implementation):
     assert nhwc.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("momentum", ["fp32", "bf16"])
+def test_a_model_may_go_to_channels_last_between_two_steps(implementation, momentum):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(8, 16, 3, 3, generator=generator)
+    gradients = [torch.randn(8, 16, 3, 3, generator=generator) for _ in range(4)]
+    ends = []
+    for turn in (len(gradients), 2):
+        param = torch.nn.Parameter(start.clone().to(DEVICE))
+        optimizer = Lion([param], lr=0.01, implementation=implementation, momentum=momentum)
+        for number, gradient in enumerate(gradients):
+            form = torch.channels_last if number >= turn else torch.contiguous_format
+            param.data = param.data.to(memory_format=form)
+            param.grad = gradient.to(DEVICE).to(memory_format=form)
+            optimizer.step()
+        ends.append((param.detach(), optimizer.get_unscaled_state(param, "exp_avg")))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_int8_blocks_refuse_channels_last():
+    param = torch.nn.Parameter(torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last))
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="channels_last"):
+        Lion([param], betas=(0.9, 0.95), momentum="int8").step()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "foreach"])
+def test_inside_a_compiled_function_the_state_lives_on(implementation):
+    start, gradients = torch.randn(6), [torch.randn(6) for _ in range(4)]
+    ends = []
+    for compiled in (False, True):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = Lion([param], lr=0.1, betas=(0.9, 0.95), implementation=implementation)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for gradient in gradients:
+            param.grad = gradient.clone()
+            step()
+        ends.append((param.detach(), optimizer.state[param]["exp_avg"]))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_loading_refuses_what_building_refuses():
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    packed = Lion([weight], betas=(0.9, 0.99), momentum="int8")
+    with pytest.raises(ValueError, match="second at most"):
+        packed.load_state_dict(Lion([weight], betas=(0.9, 0.9999)).state_dict())
+    assert packed.param_groups[0]["betas"] == (0.9, 0.99)
+    weight.grad = torch.ones_like(weight)
+    adamw = torch.optim.AdamW([weight])
+    adamw.step()
+    with pytest.raises(ValueError, match="exp_avg_sq"):
+        Lion([weight]).load_state_dict(adamw.state_dict())
+    other = torch.nn.Parameter(torch.ones(8, 2))
+    other.grad = torch.ones_like(other)
+    trained = Lion([other])
+    trained.step()
+    with pytest.raises(ValueError, match=r"\(8, 2\) for a parameter of shape \(4, 4\)"):
+        Lion([weight]).load_state_dict(trained.state_dict())
+
+
 def test_dtensor_parameters_are_updated_in_their_local_shard(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor

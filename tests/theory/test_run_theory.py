@@ -87,7 +87,7 @@ def test_metrics_last_line_wins_and_torn_line_is_ignored(tmp_path):
     path.write_text('{"step": 1, "a": 1.0}\nnonsense\n{"step": 2, "a": 1.0}\n')
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: not a JSON object"):
         read_metrics(path)
-    with pytest.raises(CheckpointError, match=r"give a run folder"):
+    with pytest.raises(CheckpointError, match=r"give the run_dir"):
         read_run(tmp_path / "nowhere")
 
 
@@ -170,7 +170,10 @@ def test_theory_verb_says_what_it_cannot_estimate(tmp_path, capsys):
     folder = write_run(tmp_path / "run", optimizer="sgd")
     call(theory_verb, folder)
     text = capsys.readouterr().out
-    assert "not estimated: L (needs a LION run with two probes beside training norms): give --smoothness" in text
+    assert (
+        "not estimated: L (needs a LION run, and two probes with three logged training norms near each): give --smoothness"
+        in text
+    )
     assert "| scenario |" not in text
     assert text.count("beta1 = beta2 (Signum)") == 1
     call(theory_verb, folder, "--smoothness", 3, "--noise-variance", 0.5, "--gap", 200)

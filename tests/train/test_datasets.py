@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lion.config import DataConfig, ModelConfig
-from megatron_lion.data.datasets import build_datasets, micro_batches, open_corpora, sample_ids
+from megatron_lion.data.corpora import open_corpora
+from megatron_lion.data.datasets import build_datasets, micro_batches, sample_ids
 from megatron_lion.data.indexed import IndexedWriter
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, DataError

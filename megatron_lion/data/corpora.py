@@ -1,0 +1,169 @@
+"""The data of a run: dataset folders or .bin/.idx prefixes, opened and checked, before anything is read from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import DataConfig, ModelConfig
+from megatron_lion.data.indexed_check import IndexedInfo, check_indexed
+from megatron_lion.data.manifest import NAME as MANIFEST_NAME
+from megatron_lion.data.manifest import SPLITS, Manifest, read_manifest
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.errors import ConfigError, DataError
+
+DATA_KINDS = {"gpt2": "gpt", "bert": "bert"}
+"""What `prepare --task` calls the data of each kind of model."""
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The data of a run, checked.
+
+    Attributes:
+        prefixes: for each of train, valid, test the prefixes to draw from; the same list three times where the split
+            is made by document position.
+        infos: what each distinct prefix holds.
+        weights: draw weights a path, or None for sizes.
+        split: Megatron's split string for plain prefixes, None for dataset folders.
+        tokenizer: of the data.
+        vocab_size: ids before padding.
+        digest: SHA-256 over the data's content hashes, weights and split: equal means the same data.
+        settings: the config's section, for what is decided when samples are drawn (BERT's masking).
+    """
+
+    prefixes: dict[str, list[Path]]
+    infos: dict[Path, IndexedInfo]
+    weights: list[float] | None
+    split: str | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    digest: str
+    settings: DataConfig = field(default_factory=DataConfig)
+
+    @property
+    def train_tokens(self) -> int:
+        total = sum(self.infos[prefix].num_tokens for prefix in self.prefixes["train"])
+        return total if self.split is None else int(total * shares(self.split)[0])
+
+
+def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
+    """Opens and checks everything that `data.path` names; reads headers and hashes, not the tokens of prepared folders.
+
+    Raises:
+        ConfigError: no path, folders mixed with prefixes.
+        DataError: files missing, damaged, of another tokenizer, or with ids beyond the vocabulary.
+    """
+    if not data.path:
+        raise ConfigError(
+            "data.path: no dataset given; make one with `megatron-lion prepare` and pass --data.path '[FOLDER]'"
+        )
+    paths = [Path(path) for path in data.path]
+    folders = [path for path in paths if (path / MANIFEST_NAME).is_file()]
+    if folders and len(folders) != len(paths):
+        other = next(path for path in paths if path not in folders)
+        raise ConfigError(
+            f"data.path: {other} has no {MANIFEST_NAME} while {folders[0]} is a prepared dataset folder; give all folders or all prefixes"
+        )
+    return _open_folders(paths, data, model) if folders else _open_prefixes(paths, data, model)
+
+
+def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -> Corpora:
+    manifests: list[Manifest] = [read_manifest(path) for path in paths]
+    prefixes: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    infos: dict[Path, IndexedInfo] = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        if manifest.kind != DATA_KINDS[model.kind]:
+            raise DataError(
+                f"{path}: made for {manifest.kind}, model.kind is {model.kind}; make it again in another folder with "
+                f"`megatron-lion prepare --task {DATA_KINDS[model.kind]}`, or give another model.kind"
+            )
+        if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
+            raise DataError(
+                f"{path}: tokenizer {manifest.tokenizer.sha256[:12]} differs from {manifests[0].tokenizer.sha256[:12]} "
+                f"of {paths[0]}; prepare both with one --tokenizer"
+            )
+        for split, info in manifest.splits.items():
+            prefix = path / info.prefix
+            prefixes[split].append(prefix)
+            infos[prefix] = check_indexed(prefix)
+    for split in SPLITS:
+        if len(prefixes[split]) != len(paths):
+            raise DataError(
+                f"{paths[0]}: the {split} split is empty; prepare again with a larger share for it (--split)"
+            )
+    vocab_size = _check_vocab_size(model, manifests[0].tokenizer.vocab_size, f"{paths[0]}/{MANIFEST_NAME}")
+    tokenizer = load_tokenizer(data.tokenizer or paths[0] / "tokenizer")
+    if tokenizer.sha256 != manifests[0].tokenizer.sha256:
+        raise DataError(
+            f"data.tokenizer: {data.tokenizer} has hash {tokenizer.sha256[:12]}, the data in {paths[0]} was made with "
+            f"{manifests[0].tokenizer.sha256[:12]}; leave data.tokenizer out to take the data's own"
+        )
+    hashes = [[s.idx_sha256 + s.bin_sha256 for s in manifest.splits.values()] for manifest in manifests]
+    return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, _digest([hashes, data.weights]), data)
+
+
+def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -> Corpora:
+    infos = {path: check_indexed(path) for path in paths}
+    for path, info in infos.items():
+        _check_sequences(path, info, model.kind)
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    if tokenizer is None and model.kind == "bert":
+        raise ConfigError(
+            "data.tokenizer: masking needs the vocabulary that the .bin/.idx files were made with; give its vocab.txt"
+        )
+    if tokenizer is None and model.vocab_size is None:
+        raise ConfigError("model.vocab_size: plain .bin/.idx files do not say it; give it, or data.tokenizer")
+    wanted = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
+    for path, info in infos.items():
+        if info.num_tokens and info.max_token >= wanted:
+            raise DataError(
+                f"{path}.bin holds token id {info.max_token}, the vocabulary has {wanted} ids; "
+                "give the tokenizer the data was made with, or a larger model.vocab_size"
+            )
+    shares(data.split)
+    hashes = [info.idx_sha256 + info.bin_sha256 for info in infos.values()]
+    digest = _digest([hashes, data.weights, data.split])
+    prefixes = {split: list(paths) for split in SPLITS}
+    return Corpora(prefixes, infos, data.weights, data.split, tokenizer, wanted, digest, data)
+
+
+def _check_sequences(path: Path, info: IndexedInfo, kind: str) -> None:
+    """Tells sentences from documents where no manifest does."""
+    by_sentences = info.num_sequences > info.num_documents
+    if by_sentences == (kind == "bert"):
+        return
+    held = "sentences (several sequences a document)" if by_sentences else "whole documents (one sequence each)"
+    raise DataError(
+        f"{path}: holds {held}, model.kind is {kind}; make it with `megatron-lion prepare --task {DATA_KINDS[kind]}`, or with "
+        f"Megatron-LM's preprocess_data {'with' if kind == 'bert' else 'without'} --split-sentences"
+    )
+
+
+def _check_vocab_size(model: ModelConfig, found: int, where: str) -> int:
+    if model.vocab_size is not None and model.vocab_size < found:
+        raise DataError(
+            f"model.vocab_size: {model.vocab_size} is smaller than the {found} ids of the data ({where}); "
+            "leave it out to take the data's"
+        )
+    return model.vocab_size or found
+
+
+def shares(split: str) -> list[float]:
+    """The shares of train, valid and test in a split string, adding up to 1."""
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or not all(0 <= part < math.inf for part in parts) or sum(parts) <= 0:
+        raise ConfigError(f"data.split: '{split}' is not three shares such as 99.9,0.05,0.05")
+    return [part / sum(parts) for part in parts]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,24 @@
+"""`env`: what a bug report needs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_lion.cli import main
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_a_checkout_says_its_commit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    if shutil.which("git") is None or not (REPO / ".git").exists():
+        assert found["git"] is None
+        return
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert head.startswith(found["git"].removesuffix("-dirty").rpartition("-g")[2])
