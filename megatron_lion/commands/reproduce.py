@@ -77,7 +77,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--processes", type=int, default=2, help="that train together on this machine (tiny), or evaluate (full)")
     add("--print", action="store_true", help="print the commands and stop")
-    add("--quick", action="store_true", help="tiny with a few steps: shows that the path works, not how it ends")
+    add(
+        "--quick",
+        action="store_true",
+        help="tiny with a few steps, into DIR/quick: shows that the path works, not how it ends",
+    )
 
 
 def run(args: Any) -> None:
@@ -92,7 +96,7 @@ def run(args: Any) -> None:
         raise ConfigError("--quick goes with --scale tiny")
     sources = Sources(
         text=tuple(args.text), tokenizer=args.tokenizer, vocab=args.vocab, wikitext103=args.wikitext103,
-        output=Path(args.output), processes=args.processes, quick=args.quick,
+        output=Path(args.output) / "quick" if args.quick else Path(args.output), processes=args.processes, quick=args.quick,
     )  # fmt: skip
     plans = [build_plan(name, args.scale, sources) for name in dict.fromkeys(args.artefacts)]
     if args.print:
@@ -103,8 +107,9 @@ def run(args: Any) -> None:
             sys.stdout.write(f"## {plan.artefact}, {plan.scale} scale\n" + "\n".join(lines) + "\n\n")
         return
     check_sources(sources)
+    _earlier(sources.output)  # a record that cannot be read is better known now than after the runs
     _run_plans(plans, sources, args.processes)
-    _report(plans, sources.output)
+    _report(plans, sources)
 
 
 def _run_plans(plans: list[Any], sources: Any, processes: int) -> None:
@@ -123,25 +128,44 @@ def _run_plans(plans: list[Any], sources: Any, processes: int) -> None:
             first += len(plan.steps)
 
 
-def _report(plans: list[Any], output: Path) -> None:
+def _earlier(output: Path) -> dict[str, Any]:
+    """What reproduction.json of an earlier call holds, by "artefact/scale".
+
+    Raises:
+        DataError: it is damaged.
+    """
+    import json
+
+    from megatron_lion.errors import DataError
+    from megatron_lion.reproduce.claims import Claim
+
+    path = output / "reproduction.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {key: [Claim(**claim) for claim in claims] for key, claims in found.items()}
+    except (ValueError, TypeError, AttributeError, OSError):
+        raise DataError(f"{path}: damaged; move it away, the runs beside it stay") from None
+
+
+def _report(plans: list[Any], sources: Any) -> None:
+    """Writes what all calls so far found, and prints what this one did."""
     import json
     from dataclasses import asdict
 
     from megatron_lion.data.files import write_whole
     from megatron_lion.reproduce.claims import as_markdown, claims_of
 
-    found = {plan.artefact: claims_of(plan) for plan in plans}
-    text = "\n".join(as_markdown(plan, found[plan.artefact]) for plan in plans)
+    output, quick = sources.output, " (quick)" if sources.quick else ""
+    found = {f"{plan.artefact}/{plan.scale}{quick}": claims_of(plan) for plan in plans}
     output.mkdir(parents=True, exist_ok=True)
-    path = output / "reproduction.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    content = {
-        **earlier,
-        **{f"{plan.artefact}/{plan.scale}": [asdict(claim) for claim in found[plan.artefact]] for plan in plans},
-    }
-    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    write_whole(output / "reproduction.md", text.encode())
-    sys.stdout.write(text)
+    content = {**_earlier(output), **found}
+    record = {key: [asdict(claim) for claim in claims] for key, claims in content.items()}
+    write_whole(output / "reproduction.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    sections = {key: as_markdown(key, claims) for key, claims in content.items()}
+    write_whole(output / "reproduction.md", "\n".join(sections.values()).encode())
+    sys.stdout.write("\n".join(sections[key] for key in found))
     folders = [str(plan.comparison) for plan in plans if plan.comparison is not None]
     sys.stderr.write(
         f"\nwritten: {output}/reproduction.md, reproduction.json"

@@ -69,10 +69,12 @@ def joined(values: Iterable[float], form: str = ".3f") -> str:
     return " ".join(format(float(value), form) for value in values)
 
 
-def as_markdown(plan: Plan, claims: Sequence[Claim]) -> str:
-    """The table of an artefact, and how many of its statements hold."""
+def as_markdown(key: str, claims: Sequence[Claim]) -> str:
+    """The table of an artefact, and how many of its statements hold; `key` is "artefact/scale"."""
+    artefact, _, scale = key.partition("/")
+    name, _, quick = scale.partition(" ")
     lines = [
-        f"## {plan.artefact}, {plan.scale} scale",
+        f"## {artefact}, {name} scale{', quick: a few steps show that the path works, not how it ends' if quick else ''}",
         "",
         "| what | paper | ours | tolerance | verdict | convention | source |",
         "|---|---|---|---|---|---|---|",

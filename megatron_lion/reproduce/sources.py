@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lion.errors import DataError
+from megatron_lion.data.files import sha256_file, write_whole
+from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.reproduce.recipes import VOCAB_SIZE
 
 
@@ -58,6 +59,9 @@ def make_missing(sources: Sources, kind: str, say: Callable[[str], None]) -> Non
         sources: what was given.
         kind: "gpt2" or "bert".
         say: told what is made.
+
+    Raises:
+        ConfigError: the folder holds what was made from other text.
     """
     from data_prep.demo_corpus import build_demo_corpus, train_bpe, train_wordpiece
 
@@ -66,9 +70,19 @@ def make_missing(sources: Sources, kind: str, say: Callable[[str], None]) -> Non
         say("a corpus from this machine's Python documentation")
         build_demo_corpus(text)
     files = list(sources.text) or [str(text / "train.jsonl")]
+    _note_text(sources.output, files)
     if kind == "gpt2" and sources.tokenizer is None and not (sources.output / "bpe" / "merges.txt").is_file():
         say(f"a byte-level BPE of {VOCAB_SIZE:,} tokens for the text")
         train_bpe(files, VOCAB_SIZE, sources.output / "bpe")
     if kind == "bert" and sources.vocab is None and not (sources.output / "wordpiece" / "vocab.txt").is_file():
         say(f"a WordPiece vocabulary of {VOCAB_SIZE:,} tokens for the text")
         train_wordpiece(files, VOCAB_SIZE, sources.output / "wordpiece")
+
+
+def _note_text(output: Path, files: list[str]) -> None:
+    """Keeps vocabularies, data and runs of one text together: they would be taken for those of another."""
+    found = "\n".join(sha256_file(Path(name)) if Path(name).is_file() else name for name in files) + "\n"
+    record = output / "text.sha256"
+    if record.is_file() and record.read_text(encoding="utf-8") != found:
+        raise ConfigError(f"--output {output}: holds a reproduction from other text; choose another folder")
+    write_whole(record, found.encode())

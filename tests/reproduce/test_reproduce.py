@@ -147,7 +147,7 @@ def test_table_b1_at_full_scale_is_judged_by_its_tolerance(tmp_path: Path) -> No
     assert [claim.holds for claim in shifted if "LION, step" in claim.what] == [False] * 10
     above = claims_of(full_plan(tmp_path / "above", shift=6.0))
     assert [claim.holds for claim in above if "below SGD" in claim.what] == [False, False]
-    assert "does not hold here" in as_markdown(build_plan("toy", "tiny", Sources(**NOTHING, output=tmp_path)), above)
+    assert "does not hold here" in as_markdown("toy/tiny", above)
 
 
 def test_curves_are_judged(tmp_path: Path) -> None:
@@ -209,7 +209,26 @@ def test_from_text_to_verdict(
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "LION below SGD at every checkpoint" in shown
-    found = json.loads((tmp_path / "out" / "reproduction.json").read_text())["table-b1/tiny"]
+    folder = tmp_path / "out" / "quick"  # beside what a real reproduction would put there
+    found = json.loads((folder / "reproduction.json").read_text())["table-b1/tiny (quick)"]
     judged = [claim["holds"] for claim in found if "below SGD" in claim["what"]]
     assert judged == [True], "at this rate LION learns the words' frequencies in twenty steps and SGD nothing"
-    assert (tmp_path / "out" / "comparison-table-b1" / "report.html").is_file()
+    assert (folder / "comparison-table-b1" / "report.html").is_file()
+    assert "table-b1, tiny scale, quick" in (folder / "reproduction.md").read_text()
+    text.write_text(text.read_text()[:-200])
+    assert main([*words, "--output", str(tmp_path / "out")]) == 2
+    assert "from other text" in capsys.readouterr().err
+
+
+def test_the_report_keeps_what_earlier_calls_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    claims = [{"what": "said before", "paper": "1", "ours": "2"}]
+    (tmp_path / "reproduction.json").write_text(json.dumps({"figure-2/tiny": claims}))
+    assert main(["reproduce", "toy", "--output", str(tmp_path)]) == 0
+    assert "said before" not in capsys.readouterr().out
+    text = (tmp_path / "reproduction.md").read_text()
+    assert "## figure-2, tiny scale" in text
+    assert "## toy, tiny scale" in text
+    assert set(json.loads((tmp_path / "reproduction.json").read_text())) == {"figure-2/tiny", "toy/tiny"}
+    (tmp_path / "reproduction.json").write_text('{"figure-2/tiny": [')
+    assert main(["reproduce", "toy", "--output", str(tmp_path)]) == 3
+    assert "reproduction.json: damaged" in capsys.readouterr().err
