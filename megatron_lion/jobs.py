@@ -9,9 +9,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
+
+from megatron_lion.errors import StoppedOnRequest
 
 _PR_SET_PDEATHSIG = 1
 STOPPED = 75
@@ -29,6 +33,20 @@ def job_words(verb: str, words: list[str], processes: int = 1) -> list[str]:
         return ["-m", "megatron_lion", verb, *words]
     return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
             "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "megatron_lion", verb, *words]  # fmt: skip
+
+
+@contextmanager
+def told_to_stop(what: str) -> Iterator[None]:
+    """While the block runs, SIGTERM ends it as StoppedOnRequest(what): for work whose finished parts are kept anyhow."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedOnRequest(what)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Jobs:

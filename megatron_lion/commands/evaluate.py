@@ -96,6 +96,7 @@ def run(args: Any) -> None:
     """Evaluates, writes TARGET/eval/*.json, prints one line a result."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.targets import open_model, split_target
+    from megatron_lion.jobs import told_to_stop
 
     folder, steps = split_target(Path(args.target), args.steps)
     if args.batch_size < 1:
@@ -108,7 +109,11 @@ def run(args: Any) -> None:
             raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
         sys.stdout.write(_explain(args.explain, folder / "eval") + "\n")
         return
-    with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
+    stopped = "stopped; finished results are kept, the same command measures the others"
+    with (
+        told_to_stop(stopped),
+        open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model,
+    ):
         chosen = _chosen_steps(model, folder, steps, watch=args.watch)
         outcomes = _evaluate(model, folder, chosen, _tasks(model, args), args)
         if model.rank == 0:

@@ -56,6 +56,7 @@ def run(args: Any) -> None:
         ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
         ("--temperature", args.temperature, 0 <= args.temperature < float("inf"), "a finite number of at least 0"),
         ("--top-k", args.top_k, args.top_k >= 0, "at least 0"),
+        ("--seed", args.seed, 0 <= args.seed < 2**63, "at least 0 and below 2^63"),
         ("--top-p", args.top_p, 0 < args.top_p <= 1, "a number in (0, 1]"),
     )
     for flag, given, ok, expected in rules:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Writes run_dir with a checkpoint of step 0."""
+    from dataclasses import fields, replace
+
+    from megatron_lion.config import ModelConfig, ParallelConfig
+    from megatron_lion.config_checks import check_config
     from megatron_lion.configfile import run_config_from_namespace
     from megatron_lion.errors import CheckpointError, ConfigError
     from megatron_lion.parallel_env import world_size_from_env
@@ -41,13 +46,19 @@ def run(args: Any) -> None:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a Hugging Face model folder")
     config = run_config_from_namespace(args.parser, args)
+    check_config(replace(config, parallel=ParallelConfig()), 1)  # the layout is that of the job that trains it
     from megatron_lion.interop.imports import import_folder
 
     done = import_folder(source, config, tokenizer=args.tokenizer)
     model = done.model
+    for name in (field.name for field in fields(ModelConfig)):
+        given, found = getattr(config.model, name), getattr(model, name)
+        if given not in (getattr(ModelConfig(), name), found):
+            sys.stderr.write(f"note: model.{name} is {found}, as {source} has it, not {given}\n")
+    folder = shlex.quote(str(done.run_dir))
     data = "" if config.data.path else " --data.path '[DATASET]'"
     sys.stdout.write(
         f"{done.run_dir}: {model.kind}, {model.num_layers} layers, width {model.hidden_size}, {model.seq_length} positions\n"
-        f"  evaluate  megatron-lion evaluate {done.run_dir} --wikitext103 FILE\n"
-        f"  train     megatron-lion pretrain --config {done.run_dir}/config.yaml{data}\n"
+        f"  evaluate  megatron-lion evaluate {folder} --wikitext103 FILE\n"
+        f"  train     megatron-lion pretrain --config {folder}/config.yaml{data}\n"
     )

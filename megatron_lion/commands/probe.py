@@ -67,6 +67,7 @@ def run(args: Any) -> None:
 
     from megatron_lion.config import ParallelConfig
     from megatron_lion.evaluate.checkpoint_probe import choose_steps, probe_checkpoints, probe_config
+    from megatron_lion.jobs import told_to_stop
     from megatron_lion.parallel_env import rank_from_env
 
     wanted = parse_steps(args.steps)
@@ -81,7 +82,8 @@ def run(args: Any) -> None:
         run_dir, probe=settings, parallel=parallel, micro_batch_size=args.micro_batch_size, device=args.device
     )
     steps = choose_steps(run_dir, wanted)[-1:] if args.steps == "latest" else choose_steps(run_dir, wanted)
-    with _Progress(config.probe.num_batches, shown=is_main) as progress:
+    stopped = "stopped; finished steps are kept, the same command probes the others"
+    with told_to_stop(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
     if is_main:
         sys.stdout.write(table(probed))

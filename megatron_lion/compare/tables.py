@@ -96,7 +96,7 @@ def _short_step(step: int) -> str:
 
 
 def _text_name(result: dict[str, Any]) -> str:
-    if result.get("kind") == "wikitext103":
+    if result.get("kind") == "wikitext103" and result.get("text_version") != "unknown":
         return "WikiText-103"
     return f"{result.get('text_path', 'text')}".rpartition("/")[2]
 

@@ -184,6 +184,7 @@ def micro_batches(
     ranks: Ranks,
     device: Device,
     num_workers: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields this rank's micro-batches of samples [start, end) on the device, read ahead by worker processes.
 
@@ -191,6 +192,10 @@ def micro_batches(
         dataset: from `build_datasets`.
         start, end: sample numbers; both multiples of `global_batch_size`.
         num_workers: default 2 with CUDA, 0 on CPU. The default random state is not touched.
+        vocab_size: ids of the vocabulary, to tell a damaged token file by.
+
+    Raises:
+        DataError: an id beyond the vocabulary.
     """
     workers = num_workers if num_workers is not None else (2 if device.kind == "cuda" else 0)
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
@@ -201,8 +206,20 @@ def micro_batches(
         generator=torch.Generator().manual_seed(derive_seed(start, "loader")),
     )
     for batch in loader:
+        if vocab_size is not None:
+            _check_ids(batch["tokens"], vocab_size)
         yield {
             key: value.to(device.torch_device, non_blocking=True)
             for key, value in batch.items()
             if key != "dataset_id"  # which of the blended corpora each sample is from
         }
+
+
+def _check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Before the embedding meets them: beyond its end it fails without a word of the data, or reads what is not there."""
+    low, high = (int(end) for end in torch.aminmax(tokens))
+    if low < 0 or high >= vocab_size:
+        raise DataError(
+            f"the data holds token id {high if high >= vocab_size else low}, the vocabulary has {vocab_size}: a .bin file is damaged, "
+            "or of another tokenizer; prepare it again"
+        )

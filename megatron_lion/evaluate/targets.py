@@ -16,11 +16,19 @@ def split_target(target: Path, steps: str) -> tuple[Path, str]:
         target: as given.
         steps: what was asked for beside it.
 
+    Raises:
+        ConfigError: a checkpoint's folder, and another step beside it.
+
     >>> split_target(Path("run/checkpoints/step_0000100"), "latest")
     (PosixPath('run'), '100')
     """
     if target.parent.name == "checkpoints" and target.name.startswith("step_") and target.name[5:].isdigit():
-        return target.parent.parent, str(int(target.name[5:]))
+        own = str(int(target.name[5:]))
+        if steps not in ("latest", "all", own):
+            raise ConfigError(
+                f"{target}: is step {own}, and {steps} was asked for; give {target.parent.parent} for other steps"
+            )
+        return target.parent.parent, own
     return target, steps
 
 

@@ -82,9 +82,12 @@ def export_checkpoint(
             _write(run, step, manifest, weights, str(stored).removeprefix("torch."), temporary)
         difference = _compare_logits(run, temporary, stored) if check else None
         with storage_errors(output):
-            shutil.rmtree(output, ignore_errors=True)
+            earlier = output.with_name(f".{output.name}.old-{os.getpid()}")
+            if output.exists():
+                os.replace(output, earlier)
             os.replace(temporary, output)
             sync_folder(output.parent)
+            shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Export(output, step, num_parameters, str(stored).removeprefix("torch."), difference)

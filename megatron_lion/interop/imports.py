@@ -56,6 +56,10 @@ def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = No
         raise CheckpointError(
             f"{folder}: the tokenizer has {loaded.vocab_size} ids, the model {vocab_size}; give the model's own with --tokenizer"
         )
+    if (loaded.kind == "WordPiece") != (model.kind == "bert"):
+        raise CheckpointError(
+            f"{folder}: a {model.kind} model, and a {loaded.kind} tokenizer; give the model's own with --tokenizer"
+        )
     kept = config.model  # how to compute, which no file tells
     model = replace(model, make_vocab_size_divisible_by=kept.make_vocab_size_divisible_by, attention=kept.attention,
                     recompute=kept.recompute)  # fmt: skip

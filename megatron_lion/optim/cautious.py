@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .lion import PlainLayout, Slot
+from .update import PlainLayout, Slot
 
 SMALLEST_MEAN = 1e-3
 

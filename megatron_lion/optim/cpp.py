@@ -18,9 +18,9 @@ import torch
 from .build import BuildError, build_library
 from .cautious import count_agreement as count_in_torch
 from .foreach import foreach_step
-from .lion import PlainLayout, Slot, reference_step
 from .precision import PackedLayout
 from .tables import Row, hyper_parameters, master_form, row_of
+from .update import PlainLayout, Slot, reference_step
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .lion import PlainLayout, Slot
+from .update import PlainLayout, Slot
 
 CPU_BLOCK = 65536  # elements a thread: torch gives none fewer than 32768, and five arrays of 256 KiB stay in a cache
 

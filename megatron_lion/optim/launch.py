@@ -18,8 +18,9 @@ import triton.language as tl
 from .agreement import agreement_kernel
 from .cautious import factors
 from .kernels import lion_kernel
-from .lion import Lion, PlainLayout, Slot
+from .lion import Lion
 from .tables import Row, hyper_parameters, master_form, row_of
+from .update import PlainLayout, Slot
 
 # Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones, and since every array is laid
 # out alike over the threads, nothing is exchanged between them. Compiled for sm_80 and sm_90 this takes 32 to 40

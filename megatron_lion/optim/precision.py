@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from .lion import PlainLayout, Slot
+from .update import PlainLayout, Slot
 
 INT8_BLOCK = 32
 INT8_BLOCK_BYTES = INT8_BLOCK + 2

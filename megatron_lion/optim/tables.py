@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .lion import PlainLayout, Slot
+from .update import PlainLayout, Slot
 
 Row = tuple[int, int, int, int, int, int, int]
 """Addresses of parameter, gradient, momentum and master weight (or 0); elements; group; tensor."""

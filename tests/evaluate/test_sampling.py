@@ -93,8 +93,21 @@ def test_verb_equals_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["--temperature", "-1"], "--temperature"), (["--count", "0"], "--count"), (["--top-p", "0"], "(0, 1]")],
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--count", "0"], "--count"),
+        (["--top-p", "0"], "(0, 1]"),
+        (["--seed", str(2**70)], "--seed"),
+    ],
 )
 def test_impossible_settings(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "nowhere", *words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_no_other_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step_0000010"
+    for verb, flag in (("generate", "--step"), ("evaluate", "--steps"), ("export", "--step")):
+        words = [verb, str(folder), flag, "5", *(["--output", str(tmp_path / "hf")] if verb == "export" else [])]
+        assert main(words) == 2
+        assert "is step 10, and 5 was asked for" in capsys.readouterr().err

@@ -161,3 +161,16 @@ def test_imported_weights_refuse_other_data_and_shapes(folder: Path, tmp_path: P
     assert "seq_length 16 (now 8)" in found["shape"][1]
     assert "gelu tanh (now erf)" in found["gelu"][1]
     assert {kind for kind, _ in found.values()} == {"CheckpointError"}
+
+
+def test_import_says_what_it_cannot_take(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["import", str(folder / "hf"), "--run_dir", str(tmp_path / "a run"), "--device", "cpu"]
+    assert "optimizer.weight_decay" in refused([*command, "--optimizer.weight_decay", "-1"], 2, capsys)
+    vocab = tmp_path / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    assert "a WordPiece tokenizer" in refused([*command, "--tokenizer", str(vocab)], 4, capsys)
+    assert not (tmp_path / "a run").exists()
+    assert main([*command, "--model.num_layers", "3"]) == 0
+    shown = capsys.readouterr()
+    assert "note: model.num_layers is 2" in shown.err
+    assert f"--config '{tmp_path}/a run'/config.yaml" in shown.out

@@ -240,3 +240,13 @@ def test_a_split_without_documents(tmp_path: Path) -> None:
     path = numbered(tmp_path / "short", 0, 3)
     with pytest.raises(DataError, match="too little data: none of its 3 documents"):
         datasets([path], tmp_path / "cache", (4, 4, 4))
+
+
+def test_ids_beyond_the_vocabulary_are_damage(corpus: str, tmp_path: Path) -> None:
+    dataset = datasets([corpus], tmp_path / "cache")[0]
+    common = {"start": 0, "end": GLOBAL, "global_batch_size": GLOBAL, "micro_batch_size": GLOBAL, "ranks": place(0, 1)}
+    assert len(list(micro_batches(dataset, **common, device=CPU, vocab_size=tiny.VOCAB))) == 1
+    with pytest.raises(
+        DataError, match=rf"token id \d+, the vocabulary has {tiny.VOCAB // 2}: a \.bin file is damaged"
+    ):
+        list(micro_batches(dataset, **common, device=CPU, vocab_size=tiny.VOCAB // 2))
