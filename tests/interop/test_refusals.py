@@ -167,7 +167,7 @@ def test_import_says_what_it_cannot_take(folder: Path, tmp_path: Path, capsys: p
     command = ["import", str(folder / "hf"), "--run_dir", str(tmp_path / "a run"), "--device", "cpu"]
     assert "optimizer.weight_decay" in refused([*command, "--optimizer.weight_decay", "-1"], 2, capsys)
     vocab = tmp_path / "vocab.txt"
-    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]) + "\n")
     assert "a WordPiece tokenizer" in refused([*command, "--tokenizer", str(vocab)], 4, capsys)
     assert not (tmp_path / "a run").exists()
     assert main([*command, "--model.num_layers", "3"]) == 0
