@@ -14,15 +14,12 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.pieces import read_documents
 from megatron_lion.data.files import storage_errors, write_whole
-from megatron_lion.data.tokenizers import DEFAULT_EOD, Tokenizer, load_tokenizer
-from megatron_lion.data.wordpiece import SPECIAL_TOKENS
-from megatron_lion.errors import ConfigError, EnvironmentFault
+from megatron_lion.errors import EnvironmentFault
 
 PACKAGES = ("numpy", "networkx", "matplotlib")
 MAX_TRAIN_BYTES = 6_000_000
@@ -176,82 +173,3 @@ def is_prose(text: str) -> bool:
     letters = sum(character.isalpha() or character in " \n" for character in text)
     common = sum(word.lower() in _FUNCTION_WORDS for word in words)
     return letters >= 0.8 * len(text) and common >= len(words) / 6
-
-
-def train_bpe(files: Sequence[str | Path], vocab_size: int, folder: str | Path) -> Tokenizer:
-    """Trains a byte-level BPE vocabulary on a corpus and saves it as vocab.json + merges.txt.
-
-    <|endoftext|> is the last id, as in GPT-2. The same files give the same vocabulary.
-
-    Args:
-        files: as for `find_inputs`.
-        vocab_size: number of ids, 257 (the bytes and the end marker) or more; fewer come out where the corpus
-            is too small for as many merges.
-        folder: where to save.
-
-    Returns:
-        The tokenizer, loaded from `folder`.
-
-    Raises:
-        ConfigError: vocab_size is below 257.
-    """
-    if vocab_size < 257:
-        raise ConfigError(f"vocab_size {vocab_size}: at least 257 are needed, the 256 bytes and {DEFAULT_EOD}")
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
-
-    backend = Backend(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = byte_level
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(read_documents(files), trainer=trainer)
-    model = json.loads(backend.to_str())["model"]
-    vocab = {**model["vocab"], DEFAULT_EOD: len(model["vocab"])}
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    folder = Path(folder)
-    with storage_errors(folder, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode("utf-8"))
-    write_whole(folder / "merges.txt", ("#version: 0.2\n" + "\n".join(merges) + "\n").encode("utf-8"))
-    return load_tokenizer(folder)
-
-
-def train_wordpiece(files: Sequence[str | Path], vocab_size: int, folder: str | Path) -> Tokenizer:
-    """Trains an uncased WordPiece vocabulary with BERT's special tokens on a corpus and saves it as vocab.txt.
-
-    Special tokens come first, then the pieces by alphabet. The same files give the same vocabulary.
-
-    Args:
-        files: as for `find_inputs`.
-        vocab_size: number of ids, special tokens and single characters among them.
-        folder: where to save.
-
-    Returns:
-        The tokenizer, loaded from `folder`.
-
-    Raises:
-        ConfigError: vocab_size has no room for pieces beside the characters.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, normalizers, pre_tokenizers, trainers
-
-    if vocab_size < 200:
-        raise ConfigError(
-            f"vocab_size {vocab_size}: at least 200 are needed, special tokens and characters with and without ##"
-        )
-    backend = Backend(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), limit_alphabet=60, show_progress=False
-    )
-    backend.train_from_iterator(read_documents(files), trainer=trainer)
-    # The trainer numbers single characters in the order of a hash table; the set is the same each time.
-    pieces = sorted(set(backend.get_vocab(with_added_tokens=True)) - set(SPECIAL_TOKENS))
-    folder = Path(folder)
-    with storage_errors(folder, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "vocab.txt", ("\n".join([*SPECIAL_TOKENS, *pieces]) + "\n").encode("utf-8"))
-    return load_tokenizer(folder)

@@ -8,9 +8,9 @@ from typing import Any
 
 from tiny import tiny_config
 
-from data_prep.demo_corpus import train_bpe
 from data_prep.options import PrepareOptions
 from data_prep.prepare import prepare
+from data_prep.vocabularies import train_bpe
 from megatron_lion.config import RunConfig
 
 WORDS = "the a of on in optimizer sign gradient step batch weight moves falls rises slowly fast never again".split()  # noqa: SIM905

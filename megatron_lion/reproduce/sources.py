@@ -63,7 +63,8 @@ def make_missing(sources: Sources, kind: str, say: Callable[[str], None]) -> Non
     Raises:
         ConfigError: the folder holds what was made from other text.
     """
-    from data_prep.demo_corpus import build_demo_corpus, train_bpe, train_wordpiece
+    from data_prep.demo_corpus import build_demo_corpus
+    from data_prep.vocabularies import train_bpe, train_wordpiece
 
     text = sources.output / "text"
     if not (text / "train.jsonl").is_file() or not (text / "held_out.txt").is_file():

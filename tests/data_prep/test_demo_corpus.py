@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.demo_corpus import DemoCorpus, build_demo_corpus, is_prose, train_bpe, train_wordpiece
-from data_prep.prepare import PrepareOptions, prepare
-from megatron_lion.data.tokenizers import load_tokenizer
-from megatron_lion.errors import ConfigError, EnvironmentFault
+from data_prep.demo_corpus import DemoCorpus, build_demo_corpus, is_prose
+from megatron_lion.errors import EnvironmentFault
 
 
 @pytest.fixture(scope="module")
@@ -37,46 +35,9 @@ def test_corpus_is_the_same_again_and_can_be_smaller(corpus: DemoCorpus, tmp_pat
     assert small.held_out.read_bytes() == corpus.held_out.read_bytes()
 
 
-def test_bpe_is_the_same_again_and_prepares(
-    corpus: DemoCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = build_demo_corpus(tmp_path / "corpus", max_train_bytes=400_000)
-    first = train_bpe([small.train], 1024, tmp_path / "a")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    again = train_bpe([small.train], 1024, tmp_path / "b")
-    assert first.sha256 == again.sha256
-    assert (first.vocab_size, first.eod_id) == (1024, 1023)
-    text = small.held_out.read_text("utf-8")[:20_000]
-    assert first.decode(first.encode(text)) == text
-    assert len(first.encode(text)) < 0.5 * len(text)
-    manifest = prepare(PrepareOptions(inputs=[small.train], tokenizer=first, output=tmp_path / "out", split="96,2,2"))
-    assert set(manifest.splits) == {"train", "valid", "test"}
-    assert manifest.documents == small.documents
-    assert load_tokenizer(tmp_path / "out/tokenizer").sha256 == first.sha256
-
-
 def test_prose_and_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_prose("Return the value.")
     assert not is_prose("x = [1, 2, 3]; y = {4: 5}\n" * 20)
-    with pytest.raises(ConfigError, match="at least 257"):
-        train_bpe([], 256, tmp_path)
     monkeypatch.setattr("data_prep.demo_corpus._roots", lambda: [tmp_path])
     with pytest.raises(EnvironmentFault, match="no source files"):
         build_demo_corpus(tmp_path)
-
-
-def test_wordpiece_is_the_same_again_and_prepares(
-    corpus: DemoCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = build_demo_corpus(tmp_path / "corpus", max_train_bytes=300_000)
-    first = train_wordpiece([small.train], 1024, tmp_path / "a")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    assert train_wordpiece([small.train], 1024, tmp_path / "b").sha256 == first.sha256
-    assert first.vocab_size == 1024
-    assert first.decode(first.encode("The parameter of the function")) == "the parameter of the function"
-    options = PrepareOptions(
-        inputs=[small.train], tokenizer=first, output=tmp_path / "out", split="90,5,5", task="bert", workers=1
-    )
-    assert prepare(options).documents == small.documents
-    with pytest.raises(ConfigError, match="at least 200"):
-        train_wordpiece([], 100, tmp_path)
