@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from data_prep.encode import EncodeSettings, Shard, encode_piece, load_shard
@@ -31,14 +33,31 @@ def usable_cores() -> int:
 
 def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, encoder: EncoderName) -> None:
     global _worker
-    # An interrupt from the terminal reaches every process; the parent alone decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
     if sys.platform == "linux":  # a killed parent must not leave workers behind
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
     _worker = settings, build_encoder(encoder, tokenizer, settings.splitter)
+
+
+@contextmanager
+def _children_deaf_to_interrupts() -> Iterator[None]:
+    """Processes started within inherit a blocked SIGINT, and keep it.
+
+    An interrupt from the terminal reaches every process, also one that is still importing; the parent alone
+    decides. It gets an interrupt that comes within at the end.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its start, within a worker's start, would unblock SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(piece: Piece, folder: Path, name: str) -> Shard:
@@ -143,7 +162,8 @@ def _encode_in_pool(
                 collector.reused += 1
                 collector.take(place, piece, shard)
             else:
-                pending[pool.submit(_work, piece, folder, name)] = place, piece
+                with _children_deaf_to_interrupts():  # the pool's processes start within its first submit
+                    pending[pool.submit(_work, piece, folder, name)] = place, piece
             collect(limit=2 * workers)
             if collector.stopped:
                 break

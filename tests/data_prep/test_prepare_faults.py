@@ -143,6 +143,23 @@ def test_interrupt_stops_at_once_and_resumes(corpus: Path, tmp_path: Path, undis
     assert hashes(tmp_path / "out") == undisturbed
 
 
+def test_workers_are_deaf_to_interrupts_from_their_first_moment(
+    corpus: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    """A terminal's interrupt reaches them too; one that still imports would die of it with a traceback."""
+    process = subprocess.Popen(command(corpus, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (workers := workers_of(process)):  # they are importing for some tenths of a second from here
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert hashes(tmp_path / "out") == undisturbed
+
+
 @pytest.mark.parametrize("limit_bytes", [20_000, 1_000_000])
 def test_full_disk_leaves_nothing_that_looks_whole(
     corpus: Path, tmp_path: Path, undisturbed: dict[str, str], limit_bytes: int
