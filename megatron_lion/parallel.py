@@ -115,10 +115,16 @@ def process_groups(
             pp_size=pipeline_model_parallel_size,
         )
     finally:
+        # mcore 0.19.2: it forgets its groups, but torch.distributed keeps each alive, with its threads and sockets.
+        groups = dict.fromkeys(parallel_state._global_process_group_list or ())
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_global_memory_buffer()
         if ours and dist.is_initialized():
             dist.destroy_process_group()
+        elif dist.is_initialized():
+            for group in groups:
+                if group is not None:  # stands for the default group
+                    dist.destroy_process_group(group)
 
 
 def derive_seed(seed: int, stream: str) -> int:

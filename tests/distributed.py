@@ -6,6 +6,7 @@ importing in each takes 10 s and more.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -32,6 +33,7 @@ def _worker(rank: int, fn: Callable[..., Any], world_size: int, folder: str, arg
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is never garbage: collecting in here is then quick
     backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "gloo"
     store = dist.FileStore(os.path.join(folder, "rendezvous"), world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))

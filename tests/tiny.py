@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import traceback
@@ -49,7 +50,8 @@ def tiny_config(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
         ),
         data=DataConfig(path=[corpus], split="80,10,10"),
         optimizer=OptimizerConfig(lr=1e-3),
-        train=TrainConfig(steps=5, global_batch_size=8, micro_batch_size=1, precision="fp32", test_every=0, log_every=1),
+        train=TrainConfig(steps=5, global_batch_size=8, micro_batch_size=1, precision="fp32", test_every=0,
+            test_batches=2, log_every=1),
         checkpoint=CheckpointConfig(every=0),
         log=LogConfig(progress=False),
     )  # fmt: skip
@@ -69,6 +71,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     with contextlib.redirect_stderr(io.StringIO()):
         pretrain(config)
+    gc.collect()  # a run's gloo threads, each awake a hundred times a second, end with its model
     return outcome(config.run_dir)
 
 

@@ -63,15 +63,19 @@ def train_step(
     settings = model[0].config
     settings.finalize_model_grads_func = finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss
-    outputs = get_forward_backward_func()(
-        forward_step_func=objective.forward_step,
-        data_iterator=batches,
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=config.num_microbatches(ranks.world_size),
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        forward_only=False,
-    )
+    try:
+        outputs = get_forward_backward_func()(
+            forward_step_func=objective.forward_step,
+            data_iterator=batches,
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=config.num_microbatches(ranks.world_size),
+            seq_length=config.model.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+            forward_only=False,
+        )
+    finally:
+        # A model that refers to its optimizer is never collected: the circle goes through autograd's own nodes.
+        settings.finalize_model_grads_func = settings.grad_scale_func = None
     means = objective.means(reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device))
     if on_gradient is not None:
         on_gradient()
@@ -94,8 +98,6 @@ def mean_losses(
     """
     for chunk in model:
         chunk.eval()
-    settings = model[0].config
-    settings.grad_scale_func = None
     outputs = get_forward_backward_func()(
         forward_step_func=objective.forward_step,
         data_iterator=batches,

@@ -1,0 +1,35 @@
+"""Several runs in one process: what the earlier ones opened is closed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch.distributed as dist
+from distributed import run_distributed
+
+from megatron_lion.config import RunConfig
+
+
+def threads_after_each(rank: int, configs: list[RunConfig]) -> list[int]:
+    """Threads of this process's gloo groups after each run; the group of all processes has some itself."""
+    found = []
+    for config in configs:
+        tiny.train(config)
+        dist.barrier()
+        found.append(sum("gloo" in task.read_text() for task in Path("/proc/self/task").glob("*/comm")))
+    return found
+
+
+def test_runs_in_one_process_leave_no_groups_behind(tmp_path: Path) -> None:
+    """megatron-core forgets its groups; each would keep two threads that wake up a hundred times a second."""
+    corpus = tiny.write_corpus(tmp_path / "corpus")
+    layouts: list[dict[str, Any]] = [{}, {"parallel__tensor_model_parallel_size": 2}, {}]
+    configs = [
+        tiny.tiny_config(tmp_path / f"run{place}", corpus, train__steps=2, **layout)
+        for place, layout in enumerate(layouts)
+    ]
+    for found in run_distributed(threads_after_each, 2, configs):
+        assert found[0] > 0, found
+        assert len(set(found)) == 1, found
