@@ -39,7 +39,7 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> Non
             code = jobs.run("pretrain", job_arguments(sweep, run), processes, stdout=sys.stderr)
             write_exit(sweep.folder, run.name, code)
             sweep.save()
-            if jobs.asked or code == STOPPED:
+            if code == STOPPED or (jobs.asked and place + 1 < len(runs)):
                 finished = sum(entry.status == "finished" for entry in sweep.runs)
                 raise StoppedOnRequest(
                     f"stopped in {run.name}, {finished} of {len(sweep.runs)} runs are finished; the same command goes on"

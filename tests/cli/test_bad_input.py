@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import VOCAB, tiny_config, write_corpus
 
 from megatron_lion.cli import main
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config, load_config
-from tests.tiny import VOCAB, tiny_config, write_corpus
 
 REPO = Path(__file__).resolve().parents[2]
 

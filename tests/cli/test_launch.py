@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from tiny import outcome, tiny_config, write_corpus
+
 from megatron_lion.configfile import dump_config
-from tests.tiny import outcome, tiny_config, write_corpus
 
 REPO = Path(__file__).resolve().parents[2]
 

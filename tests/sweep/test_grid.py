@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import tiny_config, write_corpus
 
 from megatron_lion.cli import main
 from megatron_lion.configfile import dump_config
 from megatron_lion.sweep.grid import PAPER_RATES, Axis, parse_grids, settings_of_runs, split_values
 from megatron_lion.sweep.plan import as_typed, plan_runs, run_name, settings_digest
-from tests.tiny import tiny_config, write_corpus
 
 
 @pytest.fixture(scope="module")

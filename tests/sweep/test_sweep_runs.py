@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import outcome, tiny_config, write_corpus
 
 from megatron_lion.cli import main
 from megatron_lion.configfile import dump_config, load_config
 from megatron_lion.jobs import Jobs
 from megatron_lion.sweep.record import read_sweep
-from tests.tiny import outcome, tiny_config, write_corpus
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -189,6 +189,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["ran"].append(folder.name)
         found["config"] = config
         code = int(found["codes"].get(folder.name, 0))
+        if folder.name == found.get("interrupted"):
+            signal.raise_signal(signal.SIGINT)
         folder.mkdir(exist_ok=True)
         (folder / "config.yaml").write_text(dump_config(config))
         steps = config.train.steps if code == 0 else 1
@@ -234,6 +236,19 @@ def test_failed_runs_are_told_tried_again_and_diverged_ones_only_when_asked(
     pretended["ran"] = []
     assert main(words) == 0
     assert pretended["ran"] == []
+
+
+@pytest.mark.parametrize(("interrupted", "code"), [("lion-lr1", 75), ("lion-lr2", 0)])
+def test_a_signal_that_a_finishing_run_did_not_heed_stops_what_is_left(
+    tmp_path: Path, corpus: str, pretended: dict[str, Any], interrupted: str, code: int
+) -> None:
+    words = ["sweep", str(config_file(tmp_path, corpus)), "--grid", "optimizer.lr=1,2", "--output", str(tmp_path / "s")]
+    pretended["interrupted"] = interrupted
+    assert main(words) == code
+    assert statuses(tmp_path / "s")["lion-lr2"] == ("finished" if code == 0 else "waiting")
+    pretended["interrupted"] = None
+    assert main(words) == 0
+    assert pretended["ran"] == ["lion-lr1", "lion-lr2"]
 
 
 def test_what_all_runs_share_ends_the_sweep_at_once(
