@@ -62,7 +62,7 @@ def count_agreement(
 ) -> torch.Tensor:
     """Elements of each slot that are to move with their gradient, int64 [P]; in torch operations.
 
-    The arguments are those of `megatron_lion.optim.lion.reference_step`.
+    The arguments are those of `megatron_lion.optim.update.reference_step`.
     """
     counts = []
     for slot in slots:

@@ -51,7 +51,7 @@ class _Work(ctypes.Structure):
 def cpp_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
     """One LION step; float16 and float64 tensors go through `foreach_step`.
 
-    The arguments are those of `megatron_lion.optim.lion.reference_step`.
+    The arguments are those of `megatron_lion.optim.update.reference_step`.
     """
     cautions = None
     if slots and slots[0].caution is not None:

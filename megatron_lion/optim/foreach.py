@@ -18,7 +18,7 @@ CPU_BLOCK = 65536  # elements a thread: torch gives none fewer than 32768, and f
 def foreach_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
     """The operations of `lion_update` in the same order, each over all the tensors of a group at once.
 
-    The arguments are those of `megatron_lion.optim.lion.reference_step`.
+    The arguments are those of `megatron_lion.optim.update.reference_step`.
     """
     by_group: dict[tuple[int, torch.dtype, torch.device], list[Slot]] = {}
     for slot in slots:
