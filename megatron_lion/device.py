@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,25 @@ import torch
 from megatron_lion.errors import EnvironmentFault
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Dense fp16 peak (bf16 is the same, except on NO_BF16), FLOP/s, without sparsity, from the vendor's data sheets.
+PEAK_FLOPS = {
+    "V100": 125e12,
+    "V100-PCIE": 112e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "H100": 989e12,  # SXM
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200": 989e12,  # SXM
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+}
+NO_BF16 = {"V100", "V100-PCIE"}
 
 # Functions that megatron-core calls with device="cuda" or with torch.cuda.current_device().
 _FACTORIES = (
@@ -86,13 +106,23 @@ class Device:
         return "cpu"
 
     def peak_flops(self, precision: str) -> float | None:
-        """Dense peak of the device in FLOP/s for `precision`, from the vendor's data sheet; None where not known."""
-        if self.kind != "cuda":
-            return None
-        name = self.name()
-        table = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "V100": 125e12}
-        peak = next((flops for key, flops in table.items() if key in name), None)
-        return None if peak is None or precision == "fp32" else peak
+        """Dense peak of the device in FLOP/s for `precision`, from the vendor's data sheet; None if not known."""
+        return None if self.kind != "cuda" else peak_flops_of(self.name(), precision)
+
+
+def peak_flops_of(name: str, precision: str) -> float | None:
+    """Dense matrix peak in FLOP/s of a device with this name, as nvidia-smi prints it; None if not known.
+
+    Example:
+        >>> peak_flops_of("NVIDIA H100 PCIe", "bf16"), peak_flops_of("NVIDIA A10", "bf16"), peak_flops_of("cpu", "bf16")
+        (756000000000000.0, 125000000000000.0, None)
+    """
+    if precision not in ("bf16", "fp16") or "MIG" in name:  # a MIG instance has a share of the peak
+        return None
+    # Whole words only, so that A10 does not match A100 or A10G; the longest match, so that H100 PCIe is not an H100 SXM.
+    matches = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)]
+    key = max(matches, key=len, default=None)
+    return None if key is None or (key in NO_BF16 and precision == "bf16") else PEAK_FLOPS[key]
 
 
 def select_device(wanted: str = "auto") -> Device:
