@@ -9,7 +9,7 @@
 set -u
 
 NNODES=${NNODES:-1}                                  # nodes of this job
-NPROC_PER_NODE=${NPROC_PER_NODE:-}                   # processes a node; empty: one a GPU, 2 without GPUs
+NPROC_PER_NODE=${NPROC_PER_NODE:-}                   # processes a node; empty: one a visible GPU, 2 without GPUs
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}                # a node that all others reach, the same everywhere
 MASTER_PORT=${MASTER_PORT:-29500}                    # a free port there
 JOB_ID=${JOB_ID:-megatron-lion}                      # the same everywhere
@@ -22,8 +22,13 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 if [ $# -lt 1 ]; then sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; fi
 config=$1; shift
 if [ -z "$NPROC_PER_NODE" ]; then
-    NPROC_PER_NODE=$(nvidia-smi -L 2>/dev/null | grep -c . || true)
-    [ "$NPROC_PER_NODE" -gt 0 ] 2>/dev/null || NPROC_PER_NODE=2
+    NPROC_PER_NODE=2
+    # torch counts, because nvidia-smi ignores CUDA_VISIBLE_DEVICES and lists MIG instances beside their GPUs. Importing
+    # torch takes seconds, so it is not asked on a machine without NVIDIA's driver.
+    if [ -e /proc/driver/nvidia/version ] || [ -e /dev/nvidiactl ] || command -v nvidia-smi >/dev/null; then
+        found=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null | tail -n 1)
+        [ "$found" -gt 0 ] 2>/dev/null && NPROC_PER_NODE=$found
+    fi
 fi
 
 # Settings are checked here once: a wrong one gives one line instead of one a process.

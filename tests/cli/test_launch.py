@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from tiny import outcome, tiny_config, write_corpus
 
 from megatron_lion.configfile import dump_config
@@ -69,3 +71,46 @@ def test_codes_of_a_wrong_setting_and_of_a_stop(tmp_path: Path) -> None:
     error = job.communicate(timeout=200)[1]
     assert job.returncode == 75, error
     assert "checkpoint saved; the same command resumes" in error
+
+
+# Prints `count` if asked for the number of GPUs; writes how many processes a dry run is for, and ends the launcher there.
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    *device_count*) echo asked >> "{folder}/asked"; {answer} ;;
+    *--dry-run*) echo "$WORLD_SIZE" > "{folder}/world_size"; exit 3 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "has_driver", "processes"),
+    [
+        ("echo a warning; echo 3", True, 3),
+        ("echo 0", True, 2),
+        ("exit 1", True, 2),
+        ("echo 3", False, 2),
+    ],
+    ids=["GPUs that torch sees", "none visible", "no torch", "no driver"],
+)
+def test_processes_a_node(answer: str, has_driver: bool, processes: int, tmp_path: Path) -> None:
+    """One for each GPU that torch sees; without NVIDIA's driver Python is not asked."""
+    if not has_driver and (Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()):
+        pytest.skip("this machine has NVIDIA's driver")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "sh", "dirname", "tail", "sed", "mktemp", "rm"):
+        found = shutil.which(name)
+        assert found is not None
+        (tools / name).symlink_to(found)
+    scripts = {"python": FAKE_PYTHON.format(folder=tmp_path, answer=answer)}
+    if has_driver:
+        # Lists six lines for three GPUs, as with MIG: they must not be counted.
+        scripts["nvidia-smi"] = "#!/bin/sh\nprintf '%s\\n' 1 2 3 4 5 6\n"
+    for name, text in scripts.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    job = start("config.yaml", PATH=str(tools), PYTHON=str(tools / "python"), NPROC_PER_NODE="")
+    error = job.communicate(timeout=100)[1]
+    assert job.returncode == 3, error
+    assert int((tmp_path / "world_size").read_text()) == processes
+    assert (tmp_path / "asked").exists() == has_driver
