@@ -101,7 +101,10 @@ def process_groups(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
-            create_gloo_process_groups=device.kind == "cuda",
+            # On CUDA too: mcore 0.19.2 uses its gloo groups only to gather optimizer state on data-parallel rank 0
+            # (distrib_optim_fully_reshardable_mem_efficient). Our checkpoints gather over the data-parallel group
+            # itself, so unused gloo groups would cost each process sockets and host name lookups.
+            create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, round(timeout_s / 60)),
         )
         yield Ranks(

@@ -315,6 +315,7 @@ def build_optimizer(
 
     megatron: MegatronOptimizer
     if sharded:
+        # False: `megatron_lion.parallel.process_groups` builds no gloo groups.
         process_groups = ProcessGroupCollection.setup_process_groups_for_optimizer(None, model_chunks, False)
         kind = StatefulDistributedOptimizer
         if config.master_weights != "shards":
