@@ -16,6 +16,7 @@ def add_arguments(parser: Any) -> None:
 def run(args: Any) -> None:
     from megatron_lion.device import select_device
     from megatron_lion.model.settings import choose_attention
+    from megatron_lion.optim.compile_check import triton_kernel
     from megatron_lion.parallel_env import world_size_from_env
     from megatron_lion.train.runfolder import environment_facts
 
@@ -23,4 +24,5 @@ def run(args: Any) -> None:
     facts = environment_facts(device.name(), world_size_from_env())
     facts["attention"] = choose_attention("auto", device)
     facts["backend"] = device.backend
+    facts["triton_kernel"] = triton_kernel()
     sys.stdout.write(json.dumps(facts, indent=2) + "\n")

@@ -44,6 +44,12 @@ ROUNDING = tl.constexpr(1.5 * 2**23)  # adding and taking it away rounds |x| < 2
 
 
 @triton.jit
+def add_one_kernel(source: tl.tensor, target: tl.tensor) -> None:
+    """target[0] = source[0] + 1: the smallest kernel, for `megatron_lion.optim.compile_check`."""
+    tl.store(target, tl.load(source) + 1.0)
+
+
+@triton.jit
 def _bits(values: tl.tensor) -> tl.tensor:
     return values.to(tl.uint32, bitcast=True)
 

@@ -6,7 +6,6 @@ only when a faster implementation or a reduced-precision state is asked for.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -104,7 +103,7 @@ class Lion(torch.optim.Optimizer):
         weight_decay: λ ≥ 0, decoupled.
         init_exp_avg: "zeros" (m_0 = 0, the practice) or "first_gradient" (m_0 = g_1, as the proof has it).
         implementation: "reference" (the equations), "foreach" (few launches), "cpp" (one compiled pass, on a
-            CPU), "triton" (one launch for all tensors) or "auto": Triton on CUDA where it is installed, C++ on a
+            CPU), "triton" (one launch for all tensors) or "auto": Triton on CUDA if it can compile there, C++ on a
             CPU with a compiler for parameters of 2^20 elements and more together, else foreach.
         master_weights: "none" (the parameter is all there is), "fp32", "split32" or "split24".
         momentum: "fp32", "bf16" or "int8" (blocks of 32 elements with a bfloat16 scale). The last two need
@@ -326,6 +325,11 @@ class Lion(torch.optim.Optimizer):
         return slots
 
     def _choose(self, slots: Sequence[Slot]) -> str:
+        if self.implementation == "triton" and slots:
+            from .compile_check import why_no_triton
+
+            if (reason := why_no_triton()) is not None:
+                raise RuntimeError(f"implementation = 'triton': {reason}; or use implementation = 'foreach'")
         if self.implementation not in ("auto", "cpp"):
             return self.implementation
         on_cpu = all(slot.param.device.type == "cpu" for slot in slots)
@@ -339,7 +343,14 @@ class Lion(torch.optim.Optimizer):
             if self.implementation == "cpp":
                 raise RuntimeError(f"implementation = 'cpp': {why_not()}; or use implementation = 'foreach'")
         fits = slots and all(slot.param.is_cuda and slot.param.dtype != torch.float64 for slot in slots)
-        return "triton" if fits and importlib.util.find_spec("triton") is not None else "foreach"
+        if not fits:
+            return "foreach"
+        from .compile_check import warn_once, why_no_triton
+
+        if (reason := why_no_triton()) is not None:
+            warn_once(reason)
+            return "foreach"
+        return "triton"
 
     def _step_without_tables(
         self, implementation: str, slots: Sequence[Slot], begin: bool, multiplier: torch.Tensor | None

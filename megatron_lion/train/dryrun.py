@@ -1,12 +1,20 @@
-"""`--dry-run`: what a run would be, from its config and its data's headers alone; no torch, nothing written."""
+"""`--dry-run`: what a run would be, from its config and its data's headers alone; nothing is written.
+
+torch is imported only on a machine with NVIDIA's driver, to check that LION's kernel compiles there.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from megatron_lion.config import RunConfig
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, memory_bytes, model_size
 
 # Dense bf16 FLOP/s of one A100 at 40 % utilisation: what well-tuned 124M-350M runs reach (nanoGPT, MPT).
 _ASSUMED_FLOPS = 0.4 * 312e12
+
+# Either is there if NVIDIA's driver is loaded; containers may have only the second.
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
 
 
 def dry_run(config: RunConfig, world_size: int) -> str:
@@ -43,8 +51,30 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         + ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
         + " (activations estimated)",
         f"arithmetic   {flops:.3g} FLOP; about {_duration(seconds)} on {world_size} x A100 at 40 % of peak",
+        *_kernel_lines(config),
     ]
     return "\n".join(lines)
+
+
+def may_use_triton(config: RunConfig) -> bool:
+    """Whether the run may launch LION's Triton kernel on this machine, as far as can be seen without torch."""
+    return (
+        config.optimizer.name == "lion" and config.device != "cpu" and any(Path(name).exists() for name in DRIVER_FILES)
+    )
+
+
+def _kernel_lines(config: RunConfig) -> list[str]:
+    if not may_use_triton(config):
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from megatron_lion.optim.compile_check import triton_kernel
+
+    found = triton_kernel()
+    slower = "; LION takes its slower foreach path" if found.startswith("not available") else ""
+    return [f"kernel       Triton: {found}{slower}"]
 
 
 def _vocabulary(config: RunConfig) -> tuple[int, str, int | None]:

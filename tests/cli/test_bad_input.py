@@ -186,6 +186,48 @@ def test_dry_run_opens_the_data(tmp_path: Path, corpus: str, capsys: pytest.Capt
     assert "model.kind is bert" in refused(capsys, 3, "pretrain", "--config", path, "--model.kind", "bert", "--dry-run")
 
 
+def test_dry_run_without_a_driver_needs_no_torch(tmp_path: Path, corpus: str) -> None:
+    code = (
+        "import sys\n"
+        "from megatron_lion.cli import main\n"
+        "from megatron_lion.train import dryrun\n"
+        "dryrun.DRIVER_FILES = ()\n"
+        f"code = main(['pretrain', '--config', {str(config_file(tmp_path, corpus))!r}, '--device', 'auto', '--dry-run'])\n"
+        "sys.exit(code or 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Triton" not in done.stdout
+
+
+def test_dry_run_reports_the_kernel_where_it_would_be_used(
+    tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from megatron_lion.optim import compile_check
+    from megatron_lion.train import dryrun
+
+    def kernel_lines(*words: str) -> list[str]:
+        path = str(config_file(tmp_path, corpus))
+        assert main(["pretrain", "--config", path, "--device", "auto", *words, "--dry-run"]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("kernel")]
+
+    monkeypatch.setattr(dryrun, "DRIVER_FILES", ("/no/such/file", __file__))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compile_check, "why_no_triton", lambda: None)
+    assert kernel_lines() in (["kernel       Triton: interpreted"], ["kernel       Triton: compiled"])
+    monkeypatch.setattr(compile_check, "why_no_triton", lambda: "no C compiler")
+    assert kernel_lines() == ["kernel       Triton: not available: no C compiler; LION takes its slower foreach path"]
+    assert kernel_lines("--optimizer.name", "adamw") == []
+    assert kernel_lines("--device", "cpu") == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernel_lines() == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dryrun, "DRIVER_FILES", ("/no/such/file",))
+    assert kernel_lines() == []
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each loads, passes the checks, survives a round trip, and says in its first three lines what it is."""

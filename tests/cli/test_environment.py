@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lion.cli import main
+from megatron_lion.optim import compile_check
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -22,3 +23,13 @@ def test_a_checkout_says_its_commit(capsys: pytest.CaptureFixture[str]) -> None:
         return
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True).stdout
     assert head.startswith(found["git"].removesuffix("-dirty").rpartition("-g")[2])
+
+
+def test_it_reports_whether_triton_compiles(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["env", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["triton_kernel"] in ("interpreted", "not needed without a CUDA device")
+    monkeypatch.setattr(compile_check, "why_no_triton", lambda: "no C compiler")
+    assert main(["env", "--device", "cpu"]) == 0
+    assert json.loads(capsys.readouterr().out)["triton_kernel"] == "not available: no C compiler"
