@@ -219,9 +219,10 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     run.step = int(manifest["step"])
     run.consumed_samples = int(manifest["consumed_samples"])
     rng = ckpt.read_rng(checkpoint, run.ranks)
-    if rng is not None:
+    # A CUDA generator's state is 16 bytes, a CPU generator's 5,056: neither can be set on the other kind of device.
+    if rng is not None and ("cuda" in rng) == torch.cuda.is_available():
         set_rng_state(rng)
-    else:  # another layout has other dropout streams: start fresh ones that depend on the step
+    else:  # another layout or kind of device has other dropout streams: start fresh ones that depend on the step
         seed_everything(derive_seed(run.config.seed, f"resume at {run.step}"), run.ranks)
     _compare_fingerprints(run, checkpoint)
 
