@@ -97,7 +97,11 @@ def _with_copy(starts: list[torch.Tensor], make: Callable[[list[torch.Tensor]], 
     return Case(step, models, case.grads, case.masters, case.optimizer, extra)
 
 
-def _ours(master_weights: str, momentum: str, grad_dtype: torch.dtype, implementation: str = "auto"):
+def ours(
+    master_weights: str, momentum: str, grad_dtype: torch.dtype, implementation: str = "auto"
+) -> Callable[[list[torch.Tensor]], Case]:
+    """Builds `Lion` in one form of its state, with every state tensor made."""
+
     def build(starts: list[torch.Tensor]) -> Case:
         dtype = torch.float32 if master_weights == "none" else torch.bfloat16
         params = [torch.nn.Parameter(start.to(dtype)) for start in starts]
@@ -198,9 +202,9 @@ def _wrap(make, wrapper=_plain):
 CUDA = ("cuda",)
 fp32, bf16 = torch.float32, torch.bfloat16
 CONTENDERS = (
-    Contender("ours", FLOAT32, "lion", _ours("none", "fp32", fp32), 20),
-    Contender("ours, foreach", FLOAT32, "lion", _ours("none", "fp32", fp32, "foreach"), None),
-    Contender("ours, reference", FLOAT32, "lion", _ours("none", "fp32", fp32, "reference"), None),
+    Contender("ours", FLOAT32, "lion", ours("none", "fp32", fp32), 20),
+    Contender("ours, foreach", FLOAT32, "lion", ours("none", "fp32", fp32, "foreach"), None),
+    Contender("ours, reference", FLOAT32, "lion", ours("none", "fp32", fp32, "reference"), None),
     Contender("lion-pytorch", FLOAT32, "lion", lambda s: _plain(s, _lion_pytorch()), 76, "lion_pytorch"),
     Contender("lion-pytorch foreach", FLOAT32, "lion", _wrap(_lion_pytorch_foreach), 60, "lion_pytorch"),
     Contender(
@@ -219,22 +223,22 @@ CONTENDERS = (
     Contender("torch AdamW fused", FLOAT32, "adamw", _wrap(_adamw), 28),
     Contender("torch SGD fused", FLOAT32, "sgd", _wrap(_sgd), 20),
     Contender("TE FusedAdam", FLOAT32, "adamw", _wrap(_transformer_engine), 28, "transformer_engine", CUDA),
-    Contender("ours split32", MASTER, "lion", _ours("split32", "fp32", fp32), 20),
-    Contender("ours split32, bf16 gradients", MASTER, "lion", _ours("split32", "fp32", bf16), 18),
-    Contender("ours split32, foreach", MASTER, "lion", _ours("split32", "fp32", fp32, "foreach"), None),
-    Contender("ours fp32 master", MASTER, "lion", _ours("fp32", "fp32", fp32), 22),
+    Contender("ours split32", MASTER, "lion", ours("split32", "fp32", fp32), 20),
+    Contender("ours split32, bf16 gradients", MASTER, "lion", ours("split32", "fp32", bf16), 18),
+    Contender("ours split32, foreach", MASTER, "lion", ours("split32", "fp32", fp32, "foreach"), None),
+    Contender("ours fp32 master", MASTER, "lion", ours("fp32", "fp32", fp32), 22),
     Contender(
         "emerging-optimizers Lion + copy", MASTER, "lion", _wrap(_emerging, _with_copy), 42, "emerging_optimizers"
     ),
     Contender("torch AdamW fused + copy", MASTER, "adamw", _wrap(_adamw, _with_copy), 34),
-    Contender("ours split24, int8 momentum", REDUCED, "lion", _ours("split24", "int8", fp32), 12.125, exact=False),
-    Contender("ours split32, int8 momentum", REDUCED, "lion", _ours("split32", "int8", fp32), 14.125, exact=False),
-    Contender("ours split32, bf16 momentum", REDUCED, "lion", _ours("split32", "bf16", fp32), 16, exact=False),
+    Contender("ours split24, int8 momentum", REDUCED, "lion", ours("split24", "int8", fp32), 12.125, exact=False),
+    Contender("ours split32, int8 momentum", REDUCED, "lion", ours("split32", "int8", fp32), 14.125, exact=False),
+    Contender("ours split32, bf16 momentum", REDUCED, "lion", ours("split32", "bf16", fp32), 16, exact=False),
     Contender(
         "ours split32, int8 momentum, foreach",
         REDUCED,
         "lion",
-        _ours("split32", "int8", fp32, "foreach"),
+        ours("split32", "int8", fp32, "foreach"),
         None,
         exact=False,
     ),

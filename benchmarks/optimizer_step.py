@@ -182,34 +182,35 @@ def bandwidths(device: str) -> dict[str, float]:
 
 
 def measure(size: str, contenders: list[Contender], device: str, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """One row for each contender on one size; large ones are in memory one at a time."""
+    """One row for each contender on one size, all of them in memory together and timed in turn."""
     numel = sum(int(torch.Size(shape).numel()) for shape in SIZES[size])
-    one_by_one = device == "cuda" or numel > AT_ONCE
-    groups = [[contender] for contender in contenders] if one_by_one else [contenders]
-    rows = []
-    for group in groups:
-        cases = [(contender, build(contender, SIZES[size], device)) for contender in group]
-        facts = {contender.name: describe(case, device) for contender, case in cases}
-        times: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in group}
-        for round_ in range(rounds + 3):
-            for contender, case in cases:
-                taken = time_once(case.step, device)
-                if round_ >= 3:
-                    times[contender.name].append(taken)
+    cases = [(contender, build(contender, SIZES[size], device)) for contender in contenders]
+    facts = {contender.name: describe(case, device) for contender, case in cases}
+    times: dict[str, list[tuple[float, float]]] = {contender.name: [] for contender in contenders}
+    for round_ in range(rounds + 3):
         for contender, case in cases:
-            seconds, wall = (statistics.median(column) for column in zip(*times[contender.name], strict=True))
-            moved = contender.bytes_per_parameter
-            rows.append({
-                "size": size, "parameters": numel, "tensors": len(SIZES[size]), "class": contender.kind,
-                "name": contender.name, "device_ms": seconds * 1e3, "wall_ms": wall * 1e3, "bytes_per_parameter": moved,
-                "of_copy": moved and moved * numel / seconds / bandwidth,
-                "state_bytes_per_parameter": case.state_bytes() / numel, **facts[contender.name],
-            })  # fmt: skip
-        del cases
-    for row in rows:
-        base = next((r for r in rows if r["name"] == BASELINES[str(row["class"])]), None)
-        row["ratio"] = base and row["wall_ms"] / base["wall_ms"]
+            taken = time_once(case.step, device)
+            if round_ >= 3:
+                times[contender.name].append(taken)
+    rows = []
+    for contender, case in cases:
+        seconds, wall = (statistics.median(column) for column in zip(*times[contender.name], strict=True))
+        moved = contender.bytes_per_parameter
+        rows.append({
+            "size": size, "parameters": numel, "tensors": len(SIZES[size]), "class": contender.kind,
+            "name": contender.name, "device_ms": seconds * 1e3, "wall_ms": wall * 1e3, "bytes_per_parameter": moved,
+            "of_copy": moved and moved * numel / seconds / bandwidth,
+            "state_bytes_per_parameter": case.state_bytes() / numel, **facts[contender.name],
+        })  # fmt: skip
     return rows
+
+
+def compare_with_ours(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row its wall time over that of our contender of the same size and class, if that was measured."""
+    for row in rows:
+        same = (r for r in rows if (r["size"], r["name"]) == (row["size"], BASELINES[str(row["class"])]))
+        base = next(same, None)
+        row["ratio"] = base and row["wall_ms"] / base["wall_ms"]
 
 
 def build(contender: Contender, shapes: Shapes, device: str) -> Case:
@@ -302,14 +303,33 @@ def main() -> None:
     bandwidth = bandwidths(args.device)
     per_s = {f"{name}_gb_per_s": value / 1e9 for name, value in bandwidth.items()}
     facts = {**surroundings(args.device), **per_s, "rounds": args.rounds}
-    rows = [row for size in args.sizes for row in measure(size, usable, args.device, args.rounds, bandwidth["copy"])]
+    rows: list[dict[str, Any]] = []
+    text = ""
+    for size in args.sizes:
+        numel = sum(int(torch.Size(shape).numel()) for shape in SIZES[size])
+        # Where all fit, rounds go around all contenders; else each is alone in memory, and may fail alone.
+        together = args.device != "cuda" and numel <= AT_ONCE
+        for group in [usable] if together else [[contender] for contender in usable]:
+            try:
+                rows += measure(size, group, args.device, args.rounds, bandwidth["copy"])
+            except RuntimeError as error:  # out of memory is one
+                names = ", ".join(contender.name for contender in group)
+                left_out.append(f"{names} at {size} ({type(error).__name__}: {str(error).splitlines()[0]})")
+                sys.stderr.write(f"left out: {left_out[-1]}\n")
+            compare_with_ours(rows)
+            text = report(facts, args, rows, left_out)
+            # After every row, so that an error or a time limit later loses none.
+            write_results(args.output, "One optimizer step", text, {**facts, "left_out": left_out, "rows": rows})
+    sys.stdout.write(text)
+
+
+def report(facts: dict[str, Any], args: argparse.Namespace, rows: list[dict[str, Any]], left_out: list[str]) -> str:
+    """Heading and table, as Markdown."""
     head = f"{heading(facts)}; copy {facts['copy_gb_per_s']:.1f} GB/s, in place "
     head += f"{facts['in_place_gb_per_s']:.1f} GB/s; medians of {args.rounds} rounds.\n"
     if left_out:
         head += "\nLeft out, for they do not work here: " + "; ".join(left_out) + ".\n"
-    text = head + table(rows, args.device)
-    sys.stdout.write(text)
-    write_results(args.output, "One optimizer step", text, {**facts, "left_out": left_out, "rows": rows})
+    return head + table(rows, args.device)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import load_config
 from megatron_lion.data.indexed import IndexedWriter
 from megatron_lion.device import Device, select_device
+from megatron_lion.errors import MegatronLionError
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, model_size
 from megatron_lion.parallel import Ranks, broadcast_object, process_groups
 from megatron_lion.parallel_env import world_size_from_env
 from megatron_lion.train.run import Run, build_run
 from megatron_lion.train.schedule import lr_at
-from megatron_lion.train.step import train_step
+from megatron_lion.train.step import TrainStep, train_step
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # Config, samples a micro-batch on an 80 GB GPU, or on a CPU for the tiny ones; a step has MICROBATCHES of them.
@@ -87,15 +89,23 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def random_data(folder: Path, kind: str, seq_length: int) -> str:
-    """A corpus of random tokens; what they are does not change the time, and samples may repeat."""
+def random_data(folder: Path, kind: str, seq_length: int, vocab_size: int | None = None) -> str:
+    """A corpus of random tokens; what they are does not change the time, and samples may repeat.
+
+    Args:
+        folder: dataset or prefix to make.
+        kind: "gpt2" or "bert".
+        seq_length: tokens a sample.
+        vocab_size: ids of the vocabulary; default the kind's usual ones.
+    """
+    ids = vocab_size or VOCAB_SIZES[kind]
     if kind == "bert":
         from data_prep.options import PrepareOptions
         from data_prep.prepare import prepare
 
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "##s"]
-        words = [f"w{number}" for number in range(VOCAB_SIZES[kind] - len(special))]
-        folder.mkdir()
+        words = [f"w{number}" for number in range(ids - len(special))]
+        folder.mkdir(parents=True)
         (folder / "vocab.txt").write_text("\n".join(special + words) + "\n")
         dice = random.Random(0)
         sentence = [" ".join(dice.choices(words, k=20)).capitalize() + "." for _ in range(400)]
@@ -113,21 +123,37 @@ def random_data(folder: Path, kind: str, seq_length: int) -> str:
         )
         return str(folder / "data")
     dice = np.random.default_rng(0)
-    with IndexedWriter(folder, VOCAB_SIZES[kind]) as writer:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with IndexedWriter(folder, ids) as writer:
         for _ in range(200):
-            writer.add_document(dice.integers(0, VOCAB_SIZES[kind], 4 * seq_length))
+            writer.add_document(dice.integers(0, ids, 4 * seq_length))
         writer.finalize()
     return str(folder)
 
 
 def configure(
-    args: argparse.Namespace, model: str, optimizer: str, data: str, folder: Path, device: Device
+    args: argparse.Namespace,
+    model: str,
+    optimizer: str,
+    data: str,
+    folder: Path,
+    device: Device,
+    changes: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """The shipped config of the model with this optimizer, and as much of it as is to be timed."""
+    """The shipped config of the model with this optimizer, and as much of it as is to be timed.
+
+    Args:
+        args: micro_batch_size (None: the model's), num_microbatches, warmup, steps, data (None: random tokens).
+        model, optimizer: keys of MODELS and OPTIMIZERS.
+        data: dataset folder or prefix.
+        folder: for the run folder.
+        device: where it runs.
+        changes: other settings by dotted key.
+    """
     file, samples = MODELS[model]
     micro_batch = args.micro_batch_size or samples
     steps = args.warmup + args.steps
-    settings = {
+    settings: dict[str, Any] = {
         "run_dir": folder / f"{model} {optimizer}", "device": device.kind, "data.path": f"[{data}]", "train.steps": steps,
         "train.micro_batch_size": micro_batch, "train.precision": "bf16", "train.test_every": 0, "train.stop_after": "null",
         "train.global_batch_size": micro_batch * args.num_microbatches * world_size_from_env(),
@@ -136,6 +162,7 @@ def configure(
     }  # fmt: skip
     if not args.data and MODELS[model][0].startswith("gpt2"):
         settings |= {"model.vocab_size": VOCAB_SIZES["gpt2"], "data.split": "98,1,1"}
+    settings |= changes or {}
     overrides = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     config = load_config(CONFIGS / file, overrides)
     check_config(config, world_size_from_env())
@@ -143,22 +170,30 @@ def configure(
 
 
 def measure(config: RunConfig, device: Device, ranks: Ranks, warmup: int) -> dict[str, Any]:
-    """Times every step and the optimizer's section in it; the medians of the slowest rank."""
+    """Builds a run and times it; see `time_run`."""
     run = build_run(config, device, ranks)
+    return time_run(run, run.train_batches(), warmup, config.train.steps)
+
+
+def time_run(run: Run, batches: Iterator[Any], warmup: int, steps: int) -> dict[str, Any]:
+    """Times every step and the optimizer's section in it; the medians of the slowest rank.
+
+    Args:
+        run: built, not yet stepped.
+        batches: micro-batches; `run.train_batches()`, or others of the same shape.
+        warmup: steps that do not count.
+        steps: all steps.
+    """
+    config, device, ranks = run.config, run.device, run.ranks
     sections = time_sections(run)
-    batches = run.train_batches()
     walls = []
-    for _ in range(config.train.steps):
+    for _ in range(steps):
         device.synchronize()
         torch.distributed.barrier()
         started = time.perf_counter()
-        result = train_step(
-            run.model, run.optimizer, batches, run.objective, config, ranks, lr_at(config, run.step + 1)
-        )
+        result = take_step(run, batches)
         device.synchronize()
         walls.append(time.perf_counter() - started)
-        run.step += 1
-        run.consumed_samples += config.train.global_batch_size
         if result.skipped:
             raise RuntimeError(f"step {run.step}: a gradient is not finite; not timed")
     times = [statistics.median(walls[warmup:]), statistics.median(seconds() for seconds in sections[warmup:])]
@@ -175,6 +210,16 @@ def measure(config: RunConfig, device: Device, ranks: Ranks, warmup: int) -> dic
         "share": section_s / step_s, "tokens_per_s": tokens_per_s, "tflops_per_process": flops / 1e12,
         "mfu": flops / peak if peak else None, "max_memory_gib": device.max_memory_gib() if device.kind == "cuda" else None,
     }  # fmt: skip
+
+
+def take_step(run: Run, batches: Iterator[Any]) -> TrainStep:
+    """One optimizer step, counted as the training loop counts it."""
+    result = train_step(
+        run.model, run.optimizer, batches, run.objective, run.config, run.ranks, lr_at(run.config, run.step + 1)
+    )
+    run.step += 1
+    run.consumed_samples += run.config.train.global_batch_size
+    return result
 
 
 def time_sections(run: Run) -> list[Any]:
@@ -230,7 +275,8 @@ def main() -> None:
     args = arguments()
     device = select_device(args.device)
     facts = surroundings(device.kind)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     with process_groups(device) as ranks:
         folder = Path(broadcast_object(tempfile.mkdtemp(prefix="train-step-") if ranks.is_main else None))
         try:
@@ -243,8 +289,18 @@ def main() -> None:
                 for optimizer in args.optimizers:
                     if device.kind == "cuda":
                         torch.cuda.reset_peak_memory_stats()
-                    config = configure(args, model, optimizer, data, folder, device)
-                    rows.append({"model": model, "optimizer": optimizer, **measure(config, device, ranks, args.warmup)})
+                    try:
+                        config = configure(args, model, optimizer, data, folder, device)
+                        row = measure(config, device, ranks, args.warmup)
+                        rows.append({"model": model, "optimizer": optimizer, **row})
+                    except (RuntimeError, MegatronLionError) as error:  # out of memory is a RuntimeError
+                        if ranks.world_size > 1:  # the other ranks wait in a collective
+                            raise
+                        failed.append(f"{model}, {optimizer}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                        sys.stderr.write(f"not measured: {failed[-1]}\n")
+                    if ranks.is_main:  # after every row, so that an error or a time limit later loses none
+                        write_results(args.output, "One training step", text(facts, args, rows, failed),
+                                      {**facts, "steps": args.steps, "failed": failed, "rows": rows})  # fmt: skip
                     gc.collect()
                     if device.kind == "cuda":
                         torch.cuda.empty_cache()
@@ -252,16 +308,17 @@ def main() -> None:
             torch.distributed.barrier()
             if ranks.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
-    if not ranks.is_main:
-        return
-    small = (
-        ""
-        if device.kind == "cuda"
-        else " A CPU: the tiny models, to see that it runs; no figure here is about a GPU.\n"
-    )
-    text = f"{heading(facts)}; medians of {args.steps} steps after {args.warmup}.\n{small}{table(rows)}"
-    sys.stdout.write(text)
-    write_results(args.output, "One training step", text, {**facts, "steps": args.steps, "rows": rows})
+    if ranks.is_main:
+        sys.stdout.write(text(facts, args, rows, failed))
+
+
+def text(facts: dict[str, Any], args: argparse.Namespace, rows: list[dict[str, Any]], failed: list[str]) -> str:
+    """Heading and table, as Markdown."""
+    small = "A CPU: the tiny models, to see that it runs; no figure here is about a GPU.\n"
+    lines = [f"{heading(facts)}; medians of {args.steps} steps after {args.warmup}.\n"]
+    lines += [] if torch.cuda.is_available() and args.device != "cpu" else [f" {small}"]
+    lines += [f"\nNot measured: {'; '.join(failed)}.\n"] if failed else []
+    return "".join(lines) + table(rows)
 
 
 if __name__ == "__main__":

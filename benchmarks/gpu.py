@@ -1,0 +1,261 @@
+"""The GPU check: correctness first, then the figures, each written the moment it is measured, in seven minutes.
+
+    PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results            # on the GPU machine, from the root
+    python benchmarks/gpu.py --rehearse --output /tmp/rehearsal                  # every stage at tiny sizes on a CPU
+
+`benchmarks/gpu_wheels.py` makes the folder `wheels` for a machine without a package index; a machine with the project
+installed needs none. Each stage is a process with a time limit of its own: an error, a crash or the limit ends that
+stage alone. Every row is in OUTPUT/results.jsonl, durable, before the next measurement begins. Afterwards
+`python benchmarks/gpu_report.py OUTPUT` compares the rows with benchmarks/goals.json.
+
+Stages, in order of value: facts (card, bandwidth), correct (bit for bit), kernel (time over bytes / bandwidth), loop
+(tokens/s of GPT-2 124M), run (pretrain, SIGTERM, resume, CPU and back, probe), peers (other optimizers), bert.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
+sys.path[:0] = [path for path in (str(BENCHMARKS), str(ROOT)) if path not in sys.path]
+
+from gpu_stages.stage import ROWS, Stage, describe, end_with_parent, read_rows  # noqa: E402  (the paths come first)
+
+# Seconds that a stage may take, start of its process included; 410 of a budget of 420.
+CAPS = {"facts": 10, "correct": 60, "kernel": 50, "loop": 110, "run": 90, "peers": 50, "bert": 40}
+# A rehearsal measures nothing, so a loaded machine may take its time.
+REHEARSAL_SLACK = 20
+# A stage's process that does not end at its limit is killed so many seconds later.
+GRACE_S = 2.0
+TABLE_WIDTH = 150
+# Fields of a row that the printed table leaves out: they are the same in every row, or in the part's name.
+HIDDEN = {"stage", "part", "time", "passed", "trace", "rehearsal", "card", "memory_gib", "driver", "python", "torch",
+          "triton", "megatron_core", "commit", "error", "skipped", "size", "mode", "name", "kind"}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", type=float, help="seconds for all stages; default 420, or no limit with --rehearse")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl, logs and temporary files")
+    parser.add_argument("--only", nargs="+", choices=CAPS, metavar="STAGE", help=f"some of {', '.join(CAPS)}")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU, kernels interpreted")
+    parser.add_argument("--text", type=Path, help="text for the evaluation in stage `run`, e.g. wiki.test.tokens")
+    parser.add_argument(
+        "--data", type=Path, help="dataset folder for stage `run`; default: carried beside the wheels, else made"
+    )
+    parser.add_argument("--commit", help="commit of this checkout, if neither git nor the wheels folder knows it")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # JSON: this process is a stage
+    args = parser.parse_args()
+    for name in ("text", "data"):
+        path = getattr(args, name)
+        if path is not None and not path.exists():
+            parser.error(f"--{name} {path}: does not exist")
+    if args.budget is not None and args.budget <= 0:
+        parser.error(f"--budget {args.budget:g}: must be above 0 seconds")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    if args.child:
+        return run_stage(json.loads(args.child))
+    args.output.mkdir(parents=True, exist_ok=True)
+    budget = args.budget or (float("inf") if args.rehearse else 420.0)
+    slack = REHEARSAL_SLACK if args.rehearse else 1
+    started = time.monotonic()
+    facts = common_facts(args)
+    if not args.rehearse and facts["card"] is None:
+        sys.stderr.write("gpu.py: no NVIDIA driver on this machine; --rehearse runs every stage on a CPU\n")
+        return 9
+    already = len(read_rows(args.output / ROWS))
+    chosen = [stage for stage in CAPS if not args.only or stage in args.only]
+    with data_for(args, needed="run" in chosen) as data, children_end_with_us() as processes:
+        for name in chosen:
+            cap, left = CAPS[name] * slack, budget - (time.monotonic() - started)
+            if cap > left:
+                record(args, facts, name, skipped=f"needs {cap:g} s, {left:.0f} s remain of the budget of {budget:g} s")
+            else:
+                start_stage(args, facts, name, cap, data, processes)
+            sys.stdout.write(summary(read_rows(args.output / ROWS)[already:]))
+            sys.stdout.flush()
+    sys.stdout.write(f"\n{time.monotonic() - started:.0f} s; rows in {args.output / ROWS}\n")
+    return 0
+
+
+def start_stage(
+    args: argparse.Namespace, facts: dict[str, Any], name: str, cap: float, data: Path | None, processes: list[Any]
+) -> None:
+    """Runs a stage in a process group of its own and records how it ended if that was not in order."""
+    child = {
+        "name": name, "output": str(args.output.resolve()), "cap_s": cap, "rehearse": args.rehearse, "facts": facts,
+        "data": data and str(data), "text": args.text and str(args.text.resolve()),
+    }  # fmt: skip
+    log = args.output / f"{name}.log"
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--output",
+        str(args.output),
+        "--child",
+        json.dumps(child),
+    ]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, env=environment(args.rehearse), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        processes.append(process)
+        try:
+            code = process.wait(timeout=cap + GRACE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            kill_group(process)
+            processes.remove(process)
+    if code is None:
+        record(args, facts, name, error=f"killed at its limit of {cap:g} s; earlier rows are kept")
+    elif code:
+        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+        record(args, facts, name, error=f"the stage's process ended with {ended}; {last_line(log)}")
+
+
+def run_stage(child: dict[str, Any]) -> int:
+    """The work of a stage's own process."""
+    end_with_parent()  # a killed driver must not leave a stage on the GPU
+    paths = {key: child[key] and Path(child[key]) for key in ("data", "text")}
+    stage = Stage(**{**child, **paths, "output": Path(child["output"])})
+    try:
+        importlib.import_module(f"gpu_stages.{stage.name}").run(stage)
+    except Exception as error:
+        stage.row("stage", error=describe(error))
+        raise
+    return 0
+
+
+def environment(rehearse: bool) -> dict[str, str]:
+    """This process's environment, with the checkout on the path; a rehearsal sees no GPU and interprets the kernels."""
+    paths = [str(ROOT), str(BENCHMARKS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))), "PYTHONUNBUFFERED": "1"}
+    if rehearse:
+        found |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return found
+
+
+def common_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """What every row carries. Nothing here starts CUDA: the stages' processes do."""
+    from measuring import commit, processor, version_of
+
+    facts: dict[str, Any] = {"card": None, "memory_gib": None, "driver": None}
+    if args.rehearse:
+        facts["card"] = processor()
+    else:
+        query = "--query-gpu=name,memory.total,driver_version"
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError):
+            found = subprocess.run(
+                ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+                capture_output=True, text=True, timeout=30, check=False,
+            )  # fmt: skip
+            name, memory, driver = found.stdout.strip().splitlines()[0].split(", ")
+            facts = {"card": name, "memory_gib": round(float(memory) / 1024, 1), "driver": driver}
+    versions = {package.replace("-", "_"): version_of(package) for package in ("torch", "triton", "megatron-core")}
+    return {
+        **facts,
+        "python": platform.python_version(),
+        **versions,
+        "commit": args.commit or carried_commit() or commit(),
+    }
+
+
+def carried_commit() -> str | None:
+    """The commit that gpu_wheels.py noted, on a machine to which the checkout came without its history."""
+    if (ROOT / ".git").exists():
+        return None
+    noted = (Path(folder) / "megatron_lion_commit.txt" for folder in sys.path)
+    return next((path.read_text().strip() for path in noted if path.is_file()), None)
+
+
+@contextlib.contextmanager
+def data_for(args: argparse.Namespace, *, needed: bool) -> Iterator[Path | None]:
+    """The dataset of stage `run`: given, carried, or made by a process beside the first stages, which use the GPU."""
+    carried = next((path for folder in sys.path if (path := Path(folder) / "gpu_data").is_dir()), None)
+    data = args.data or (None if args.rehearse else carried)
+    if data is not None or not needed:
+        yield data and data.resolve()
+        return
+    data = (args.output / "data").resolve()
+    command = [sys.executable, str(BENCHMARKS / "gpu_data.py"), str(data), *(["--small"] if args.rehearse else [])]
+    with open(args.output / "data.log", "wb") as log:
+        maker = subprocess.Popen(command, env=environment(True), stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield data
+        finally:
+            maker.kill()
+            maker.wait()
+
+
+@contextlib.contextmanager
+def children_end_with_us() -> Iterator[list[Any]]:
+    """Kills the stage that runs when this process is asked to stop."""
+    processes: list[Any] = []
+
+    def stop(number: int, frame: Any) -> None:
+        for process in processes:
+            kill_group(process)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield processes
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends a stage's process and what it started, in the group that it leads."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def record(args: argparse.Namespace, facts: dict[str, Any], name: str, **values: Any) -> None:
+    Stage(name, args.output, 0.0, args.rehearse, facts).row("stage", **values)
+
+
+def last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1][:300] if lines else "it printed nothing"
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A line a row: stage, part, outcome, figures."""
+    lines = [f"\n{'stage':<8} {'part':<44} {'outcome':<8} figures"]
+    for row in rows:
+        outcome = next((word for word in ("error", "skipped") if row.get(word)), None)
+        figures = row.get("error") or row.get("skipped") or ""
+        if outcome is None:
+            outcome = {True: "passed", False: "FAILED", None: "measured"}[row.get("passed")]
+            figures = ", ".join(f"{key} {short(value)}" for key, value in row.items() if key not in HIDDEN)
+        lines.append(f"{row['stage']:<8} {row['part']:<44} {outcome:<8} {figures}"[:TABLE_WIDTH])
+    return "\n".join(lines) + "\n"
+
+
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Verbs of megatron-lion as processes of their own beside a stage: started together, stopped, waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .stage import Stage, end_with_parent
+
+POLL_S = 0.005
+
+
+class Child:
+    """One process, in a group of its own; its output goes to a log in the stage's folder."""
+
+    def __init__(self, stage: Stage, name: str, words: list[str], *, hide_gpu: bool = False) -> None:
+        self.name, self.log = name, stage.folder / f"{name}.log"
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})}
+        with open(self.log, "wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *words], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+                start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+
+    def wait(self, seconds: float) -> int:
+        """The exit code.
+
+        Raises:
+            TimeoutError: it did not end in time; it is killed then.
+        """
+        try:
+            return self.process.wait(timeout=max(0.1, seconds))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(f"{self.name} did not end within {seconds:.0f} s; {self.last_line()}") from None
+
+    def check(self, seconds: float) -> None:
+        """Waits, and raises RuntimeError with the last line of the log unless the exit code is 0."""
+        if code := self.wait(seconds):
+            raise RuntimeError(f"{self.name} ended with code {code}: {self.last_line()}")
+
+    def signal_group(self, number: int) -> None:
+        """Sends a signal to the process and everything it started, as torchrun, timeout and SLURM do."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.signal_group(signal.SIGKILL)
+        self.process.wait()
+
+    def last_line(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:300] if lines else "it printed nothing"
+
+
+def logged_step(run_dir: Path) -> int:
+    """The newest step in a run's metrics.jsonl, 0 if there is none."""
+    try:
+        lines = (run_dir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return 0
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def wait_for_step(child: Child, run_dir: Path, step: int, seconds: float) -> bool:
+    """Whether the run reached the step before its process ended; looks every few milliseconds."""
+    deadline = time.monotonic() + seconds
+    while logged_step(run_dir) < step:
+        if child.process.poll() is not None or time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return child.process.poll() is None
+
+
+def newest_manifest(run_dir: Path) -> dict[str, Any]:
+    """The manifest of a run's newest checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(run_dir.glob("checkpoints/step_*/manifest.json"))
+    if not found:
+        raise FileNotFoundError(f"{run_dir.name}: no checkpoint")
+    manifest: dict[str, Any] = json.loads(found[-1].read_text())
+    return manifest

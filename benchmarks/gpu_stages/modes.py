@@ -1,0 +1,78 @@
+"""LION inside DistributedOptimizer on one rank: the fused step against Megatron's fp32 shards, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from megatron_lion.device import select_device
+from megatron_lion.optim.precision import PackedLayout, split_master
+from megatron_lion.parallel import process_groups
+
+from .runs import built, fingerprints, random_tokens, take_step, tiny_config, tiny_settings
+from .stage import Stage
+
+VOCABULARY = 1000
+SHARDS, FUSED, SPLIT, HALF_UP = "Megatron's shards", "fused fp32", "fused split32", "fp32, copies rounded half up"
+MODES = {SHARDS: "shards", FUSED: "fp32", HALF_UP: "fp32", SPLIT: "split32"}
+
+
+def compare_modes(stage: Stage) -> None:
+    """20 steps in each mode, from the same weights and batches, without and with clipping."""
+    settings = tiny_settings(stage.rehearse) | {
+        "train.precision": "bf16",
+        "train.steps": 20,
+        "train.deterministic": True,
+    }
+    settings |= {"model.vocab_size": VOCABULARY, "device": stage.device, "data.split": "98,1,1"}
+    with process_groups(select_device(stage.device)) as ranks:
+        data = random_tokens(stage.folder / "tokens", VOCABULARY, 128)
+        for clip in (0.0, 1.0):
+            found = {}
+            for name, master in MODES.items():
+                changes = {**settings, "optimizer.clip_grad": clip, "optimizer.master_weights": master}
+                config = tiny_config(stage.folder / f"{name} {clip:g}", data, changes)
+                with copies_rounded_half_up() if name == HALF_UP else contextlib.nullcontext():
+                    found[name] = train(config, select_device(stage.device), ranks, reference=name == HALF_UP)
+            compare(stage, f"clip {clip:g}: fp32 = shards", found[FUSED], found[SHARDS])
+            compare(stage, f"clip {clip:g}: split32 = half-up master", found[SPLIT], found[HALF_UP])
+
+
+def train(config: Any, device: Any, ranks: Any, *, reference: bool) -> dict[str, Any]:
+    """What 20 steps gave; `reference` takes the update in plain torch, whose copies the caller may change."""
+    with built(config, device, ranks) as (run, batches):
+        if reference:
+            run.optimizer.inner.implementation = "reference"  # type: ignore[attr-defined]
+        steps = [take_step(run, batches) for _ in range(config.train.steps)]
+        state, weights = fingerprints(run)
+    return {"losses": [s.loss for s in steps], "norms": [s.grad_l2 for s in steps], "state": state, "weights": weights}
+
+
+def compare(stage: Stage, part: str, one: dict[str, Any], other: dict[str, Any]) -> None:
+    first = next(
+        (n for n, pair in enumerate(zip(one["losses"], other["losses"], strict=True), 1) if pair[0] != pair[1]), None
+    )
+    apart = max(abs(a / b - 1) for a, b in zip(one["norms"], other["norms"], strict=True))
+    same = {key: one[key] == other[key] for key in ("state", "weights", "losses", "norms")}
+    stage.row(part, passed=all(same[key] for key in ("state", "weights", "losses")), same_norms=same["norms"],
+              first_other_loss=first, largest_norm_difference=apart, norm_at_first_step=one["norms"][0])  # fmt: skip
+
+
+@contextlib.contextmanager
+def copies_rounded_half_up() -> Iterator[None]:
+    """fp32 masters write their bf16 copies as split masters do; otherwise exact ties, 1 value in 65,536, differ."""
+    encode = PackedLayout.encode
+
+    def half_up(layout: Any, param: Any, state: Any, name: str, value: Any) -> None:
+        encode(layout, param, state, name, value)
+        if name == "master_param" and layout.master_weights == "fp32" and param.dtype == torch.bfloat16:
+            param.copy_(split_master(state[name], "split32")[0])
+
+    PackedLayout.encode = half_up  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PackedLayout.encode = encode  # type: ignore[method-assign]

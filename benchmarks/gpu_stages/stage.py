@@ -1,0 +1,132 @@
+"""One stage of the GPU check: its device, its clock, and the rows that it appends as they are measured."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROWS = "results.jsonl"
+_PR_SET_PDEATHSIG = 1
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends one JSON line and makes it durable: a lost machine or a kill must not take earlier rows with it."""
+    # One write call on a file opened for appending: a kill leaves the line whole or absent, never half a line.
+    with open(path, "ab", buffering=0) as file:
+        file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file; a last line without its end, which only a full disk can leave, is not read."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+@dataclass
+class Stage:
+    """What a stage's process works with.
+
+    Attributes:
+        name: of the stage.
+        output: folder of results.jsonl; each stage may keep files in a subfolder of its own name.
+        cap_s: seconds that the stage may take; its process is killed after that.
+        rehearse: tiny sizes on a CPU, to show that every line runs.
+        facts: card, driver, versions and commit; they are part of every row.
+        data: prepared dataset folder with real text, or None.
+        text: file to evaluate on, or None.
+        started: monotonic time at which the stage's process was started.
+    """
+
+    name: str
+    output: Path
+    cap_s: float
+    rehearse: bool
+    facts: dict[str, Any]
+    data: Path | None = None
+    text: Path | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.rehearse else "cuda"
+
+    @property
+    def folder(self) -> Path:
+        """A folder for the files of this stage."""
+        path = self.output / self.name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def remaining(self) -> float:
+        """Seconds until the cap."""
+        return self.cap_s - (time.monotonic() - self.started)
+
+    def row(self, part: str, **values: Any) -> None:
+        """Appends a row: `passed` (a check's outcome), `error`, `skipped` or measured values, with the common facts."""
+        moment = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stage": self.name, "part": part}
+        append_row(self.output / ROWS, {**moment, **values, "rehearsal": self.rehearse, **self.facts})
+
+    def attempt(self, part: str, needs_s: float, work: Callable[[], None]) -> bool:
+        """Runs one part of the stage and records what it raises, out of memory included.
+
+        Args:
+            part: its name in the rows.
+            needs_s: seconds that it takes on an H100; it is not started if fewer remain.
+            work: appends its own rows.
+
+        Returns:
+            Whether it ran to its end.
+        """
+        if self.remaining() < needs_s:
+            self.row(
+                part,
+                skipped=f"needs {needs_s:g} s, {max(0.0, self.remaining()):.0f} s remain of the stage's {self.cap_s:g} s",
+            )
+            return False
+        began = time.monotonic()
+        try:
+            work()
+        except Exception as error:
+            self.row(part, error=describe(error), seconds=round(time.monotonic() - began, 2), trace=_last_frames(error))
+            return False
+        finally:
+            release_memory()
+        return True
+
+
+def describe(error: BaseException) -> str:
+    """The class and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400]
+
+
+def _last_frames(error: BaseException) -> list[str]:
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+
+
+def release_memory() -> None:
+    """Frees what the last part left, so that the next one does not run out of memory because of it."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def end_with_parent() -> None:
+    """Asks the kernel to kill this process when the one that started it ends, however it ends (Linux only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,85 @@
+"""Fetches what a GPU machine without a package index lacks, into a folder that is copied along with the checkout.
+
+    python benchmarks/gpu_wheels.py --output wheels
+    PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results          # there, from the checkout's root
+
+The machine is taken to have Python 3.12 on Linux x86-64 with torch ≥ 2.11, triton, numpy, transformers, tokenizers,
+rich, PyYAML, psutil and pytest. Without `--required-only` the optimizers that stage `peers` compares come along, as far
+as they are pure Python. The folder also holds the dataset of stage `run` and the commit of this checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from measuring import commit
+
+ROOT = Path(__file__).resolve().parent.parent
+# Pinned in constraints.txt where the project itself needs them.
+REQUIRED = ("megatron-core", "jsonargparse", "docstring_parser")
+OPTIONAL = ("lion-pytorch", "emerging-optimizers", "typeshed_client==2.15.0", "flashoptim==0.1.4")
+# megatron-core's wheel holds a compiled helper; pip compares these tags one by one.
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to make; an earlier one of this script is replaced"
+    )
+    parser.add_argument("--required-only", action="store_true", help=f"only {', '.join(REQUIRED)}")
+    parser.add_argument(
+        "--with", dest="more", nargs="+", default=[], metavar="PACKAGE", help="more packages, e.g. bitsandbytes"
+    )
+    parser.add_argument(
+        "--no-data", action="store_true", help="without the dataset; gpu.py then makes it, in ten seconds"
+    )
+    args = parser.parse_args()
+    mark = args.output / "megatron_lion_commit.txt"
+    if args.output.exists() and any(args.output.iterdir()) and not mark.exists():
+        parser.error(f"--output {args.output}: not empty and not made by this script; choose another folder")
+    shutil.rmtree(args.output, ignore_errors=True)
+    args.output.mkdir(parents=True)
+    mark.write_text(commit() + "\n")
+    for package in [*REQUIRED, *([] if args.required_only else OPTIONAL), *args.more]:
+        if not fetch(pinned(package), args.output):
+            if package in REQUIRED:
+                sys.stderr.write(f"gpu_wheels.py: {package} cannot be fetched; the GPU check needs it\n")
+                return 1
+            sys.stderr.write(f"left out: {package} cannot be fetched as a wheel\n")
+    if not args.no_data:
+        subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks" / "gpu_data.py"), str(args.output / "gpu_data")], check=True
+        )
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    sys.stdout.write(f"{args.output}: {size / 2**20:.1f} MiB, commit {mark.read_text()}")
+    return 0
+
+
+def pinned(package: str) -> str:
+    """The package with the version of constraints.txt, if it is there."""
+    name = package.replace("-", "[-_]").replace("_", "[-_]") if "==" not in package else "$^"
+    found = re.search(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE | re.IGNORECASE)
+    return f"{package}=={found[1]}" if found else package
+
+
+def fetch(package: str, output: Path) -> bool:
+    """Unpacks one wheel, without what it depends on, into the folder; returns whether that worked."""
+    target = ["--python-version", "3.12", "--implementation", "cp", "--only-binary", ":all:"]
+    target += [word for tag in PLATFORMS for word in ("--platform", tag)]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile",
+               "--upgrade", "--target", str(output), *target, package]  # fmt: skip
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    if done.returncode:
+        sys.stderr.write("\n".join(errors[-2:] or done.stderr.splitlines()[-2:]) + "\n")
+    return done.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
