@@ -95,7 +95,7 @@ def goals() -> list[dict[str, Any]]:
 
 
 def measured(goal: dict[str, Any], rows: list[Row]) -> tuple[Any, str]:
-    """(value of a goal, why there is none): the newest row of each part, and of these the one that `take` names.
+    """(value of a goal, a remark): the newest row of each part, and of these the one that `take` names.
 
     A check of several parts passes if all pass; a part without a value leaves it unmeasured unless another one failed.
     """
@@ -108,7 +108,8 @@ def measured(goal: dict[str, Any], rows: list[Row]) -> tuple[Any, str]:
         return (True, "") if values and not lacking else (None, _why(lacking, newest))
     if not values:
         return None, _why(lacking, newest)
-    return (min if goal.get("take") == "smallest" else max)(values), ""
+    some = f"{len(values)} of {len(goal['parts'])} measured" if lacking else ""
+    return (min if goal.get("take") == "smallest" else max)(values), some
 
 
 def _why(lacking: list[str], newest: dict[str, Row]) -> str:
@@ -197,9 +198,9 @@ def docs_table(results: Path) -> str:
     for goal in goals():
         cells = []
         for rows in columns:
-            value, _ = measured(goal, rows)
+            value, remark = measured(goal, rows)
             figure = "" if value is None or goal["must"] is True else f"{shown(value)}, "
-            cells.append(figure + verdict(goal, value))
+            cells.append(figure + verdict(goal, value) + (f": {remark}" if remark else ""))
         lines.append(
             _row(
                 goal["what"],

@@ -63,7 +63,7 @@ def main() -> int:
 
 def pinned(package: str) -> str:
     """The package with the version of constraints.txt, if it is there."""
-    name = package.replace("-", "[-_]").replace("_", "[-_]") if "==" not in package else "$^"
+    name = re.sub("[-_]", "[-_]", package) if "==" not in package else "$^"
     found = re.search(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE | re.IGNORECASE)
     return f"{package}=={found[1]}" if found else package
 

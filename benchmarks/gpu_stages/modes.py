@@ -21,10 +21,10 @@ MODES = {SHARDS: "shards", FUSED: "fp32", HALF_UP: "fp32", SPLIT: "split32"}
 
 
 def compare_modes(stage: Stage) -> None:
-    """20 steps in each mode, from the same weights and batches, without and with clipping."""
+    """20 steps (4 in a rehearsal) in each mode, from the same weights and batches, without and with clipping."""
     settings = tiny_settings(stage.rehearse) | {
         "train.precision": "bf16",
-        "train.steps": 20,
+        "train.steps": 4 if stage.rehearse else 20,
         "train.deterministic": True,
     }
     settings |= {"model.vocab_size": VOCABULARY, "device": stage.device, "data.split": "98,1,1"}
@@ -42,7 +42,7 @@ def compare_modes(stage: Stage) -> None:
 
 
 def train(config: Any, device: Any, ranks: Any, *, reference: bool) -> dict[str, Any]:
-    """What 20 steps gave; `reference` takes the update in plain torch, whose copies the caller may change."""
+    """What the steps gave; `reference` takes the update in plain torch, whose copies the caller may change."""
     with built(config, device, ranks) as (run, batches):
         if reference:
             run.optimizer.inner.implementation = "reference"  # type: ignore[attr-defined]

@@ -38,8 +38,10 @@ def run(stage: Stage) -> None:
     usable: list[Contender] = []
     for name in NAMES:
         contender = by_name[name]
-        if not contender.runs_on(stage.device):
-            stage.row(name, skipped=f"{contender.needs} is not installed, or needs another device")
+        if stage.device not in contender.devices:
+            stage.row(name, skipped="needs CUDA")
+        elif not contender.runs_on(stage.device):
+            stage.row(name, skipped=f"{contender.needs} is not installed")
         elif name == COMPILED and stage.rehearse:
             stage.row(name, skipped="compiles for a minute on a CPU")
         elif name == COMPILED or stage.attempt(name, 1, lambda c=contender: check(c, stage.device)):
