@@ -1,0 +1,224 @@
+"""benchmarks/gpu.py: the rehearsal runs every line that a CPU can, and a kill, an error or a limit costs one stage at most."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+SCRIPT = REPO / "benchmarks" / "gpu.py"
+STAGES = ("facts", "correct", "kernel", "loop", "run", "peers", "bert")
+FACTS = ("card", "memory_gib", "driver", "python", "torch", "triton", "megatron_core", "commit", "rehearsal", "time")
+# Parts of goals that a rehearsal leaves out: sizes and peers for a GPU only.
+GPU_ONLY = {
+    "gpt2-355m split32, fp32 momentum", "flat-1b split32, fp32 momentum", "gpt2-355m split32, bf16 momentum",
+    "flat-1b split32, bf16 momentum", "gpt2-355m split24, int8 momentum", "flat-1b split24, int8 momentum",
+    "355M, micro-batch 8, dropout 0", "micro-batch 8, dropout 0", "gpt2-124m FlashLion 24-bit",
+    "gpt2-124m-dp16 emerging-optimizers Lion + copy",
+}  # fmt: skip
+PATIENCE_S = 600.0
+pytestmark = pytest.mark.timeout(1200)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def start(folder: Path, *words: str, python_path: Path | None = None) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    if python_path is not None:
+        environment["PYTHONPATH"] = str(python_path)
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--rehearse", "--output", str(folder), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def until(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder and output of a whole rehearsal."""
+    folder = tmp_path_factory.mktemp("rehearsal")
+    (folder / "text.txt").write_text("The size of the buffer is given in bytes. " * 200)
+    return folder, finish(start(folder, "--text", str(folder / "text.txt")))
+
+
+def test_every_stage_runs_and_every_check_passes(rehearsal: tuple[Path, str]) -> None:
+    rows = read(rehearsal[0])
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == list(STAGES)
+    assert [row for row in rows if "error" in row] == []
+    assert [row for row in rows if row.get("passed") is False] == []
+    skipped = {row["part"] for row in rows if "skipped" in row}
+    assert "CUDA graph" in skipped
+    assert "evaluate" not in skipped
+    for row in rows:
+        assert set(FACTS) <= row.keys(), row
+        assert row["rehearsal"] is True
+
+
+def test_rows_hold_what_the_stages_are_for(rehearsal: tuple[Path, str]) -> None:
+    rows = {(row["stage"], row["part"]): row for row in read(rehearsal[0])}
+    assert rows["facts", "bandwidth"]["copy_gb_per_s"] > 0
+    for part in ("clip 0: fp32 = shards", "clip 1: split32 = half-up master"):
+        assert rows["correct", part]["passed"] is True
+    stopped = rows["run", "SIGTERM, 2 workers, resume"]
+    assert stopped["exit_code"] == 75
+    assert 100 <= stopped["stopped_at"] < 200, "the signal must come in the middle"
+    assert stopped["same_end"] is True
+    probe = rows["run", "probe of GPT-2 Small"]
+    assert 0 < probe["norm_ratio_over_sqrt_d"] < 1
+    assert (probe["samples_per_batch"], probe["batches"], probe["weights"]) == (2, 4, "initial")
+    profile = rows["loop", "micro-batch 16, dropout 0: profile"]
+    for group in ("matrix products", "attention", "loss", "element-wise", "gradient buffers", "optimizer"):
+        assert profile[group] > 0, group
+    for source in ("ready batches", "real loader"):
+        assert rows["bert", f"bert-tiny, {source}"]["tokens_per_s"] > 0
+
+
+def test_the_table_is_printed_after_every_stage(rehearsal: tuple[Path, str]) -> None:
+    tables = rehearsal[1].split("stage    part")[1:]
+    assert len(tables) == len(STAGES)
+    for number, table in enumerate(tables):
+        shown = {line.split(" ")[0] for line in table.splitlines() if line.split(" ")[0] in STAGES}
+        assert shown == set(STAGES[: number + 1])
+
+
+def test_every_part_of_a_goal_is_a_row(rehearsal: tuple[Path, str]) -> None:
+    """Else a renamed part would be reported as not measured for ever."""
+    rows = {(row["stage"], row["part"]): row for row in read(rehearsal[0])}
+    goals = json.loads((REPO / "benchmarks" / "goals.json").read_text())["goals"]
+    for goal in goals:
+        for part in set(goal["parts"]) - GPU_ONLY:
+            row = rows[goal["stage"], part]
+            assert goal["field"] in row or "skipped" in row, (goal["id"], part)
+
+
+def test_a_killed_stage_costs_its_own_rows_and_a_killed_driver_none(tmp_path: Path) -> None:
+    driver = start(tmp_path, "--only", "facts", "kernel", "peers")
+    until(lambda: sum(row["stage"] == "kernel" for row in read(tmp_path)) >= 2)
+    (stage,) = psutil.Process(driver.pid).children()
+    stage.kill()
+    until(lambda: any(row["stage"] == "peers" for row in read(tmp_path)))
+    (stage,) = psutil.Process(driver.pid).children()
+    driver.kill()
+    driver.wait()
+    until(lambda: not stage.is_running() or stage.status() == psutil.STATUS_ZOMBIE)
+    text = (tmp_path / "results.jsonl").read_text()
+    assert text.endswith("\n")
+    rows = read(tmp_path)
+    assert [row["part"] for row in rows if row["stage"] == "facts"] == ["device", "bandwidth", "matmul"]
+    kernel = [row for row in rows if row["stage"] == "kernel"]
+    assert "kernel_ms" in kernel[0]
+    assert "signal 9" in kernel[-1]["error"]
+
+
+def test_a_killed_driver_leaves_no_process_of_stage_run(tmp_path: Path) -> None:
+    driver = start(tmp_path, "--only", "run")
+    until(lambda: (tmp_path / "run" / "on_cpu.log").exists())
+    family = psutil.Process(driver.pid).children(recursive=True)
+    assert len(family) >= 4, "the stage, two runs and the CPU's side"
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    until(lambda: all(not child.is_running() or child.status() == psutil.STATUS_ZOMBIE for child in family))
+
+
+def package(folder: Path, name: str, source: str) -> None:
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(source)
+
+
+def test_a_stage_that_raises_and_a_peer_out_of_memory_leave_the_others_running(tmp_path: Path) -> None:
+    """The first as on a machine without megatron-core, the second as on a card that is too small."""
+    packages = tmp_path / "packages"
+    package(packages, "megatron", "raise ImportError('megatron-core is not here')\n")
+    package(
+        packages, "lion_pytorch",
+        "import torch\n\n\ndef Lion(*_, **__):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')\n",
+    )  # fmt: skip
+    output = finish(start(tmp_path / "out", "--only", "facts", "loop", "peers", python_path=packages))
+    rows = read(tmp_path / "out")
+    assert "error" in output
+    (loop,) = [row for row in rows if row["stage"] == "loop" and row["part"] == "stage" and "megatron" in row["error"]][
+        :1
+    ]
+    assert loop["error"] == "ImportError: megatron-core is not here"
+    peers = {row["part"]: row for row in rows if row["stage"] == "peers"}
+    assert peers["lion-pytorch"]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
+    assert peers["gpt2-124m ours split32"]["wall_ms"] > 0
+    assert peers["gpt2-124m torch SGD fused"]["over_ours"] > 0
+
+
+def test_no_stage_starts_that_does_not_fit_the_budget(tmp_path: Path) -> None:
+    """A rehearsal's limits are 20 times those of a GPU: 200 s for `facts`, 1,200 s for `correct`."""
+    finish(start(tmp_path, "--budget", "250", "--only", "facts", "correct"))
+    rows = read(tmp_path)
+    assert [row["part"] for row in rows] == ["device", "bandwidth", "matmul", "stage"]
+    assert rows[-1]["stage"] == "correct"
+    assert rows[-1]["skipped"].startswith("needs 1200 s, 2")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script as a module."""
+    monkeypatch.setattr(sys, "path", [str(REPO / "benchmarks"), *sys.path])
+    import gpu as module
+
+    return module
+
+
+def test_a_stage_is_killed_at_its_limit(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "CAPS", {"facts": 0.01, "peers": 0.02})
+    monkeypatch.setattr(gpu, "GRACE_S", 0.05)
+    monkeypatch.setattr(gpu, "REHEARSAL_SLACK", 1)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(tmp_path)])
+    assert gpu.main() == 0
+    rows = read(tmp_path)
+    assert [(row["stage"], row["error"].split(";")[0]) for row in rows] == [
+        ("facts", "killed at its limit of 0.01 s"), ("peers", "killed at its limit of 0.02 s"),
+    ]  # fmt: skip
+
+
+def test_the_limits_fit_the_budget(gpu: Any) -> None:
+    assert sum(gpu.CAPS.values()) <= 420
+    assert list(gpu.CAPS) == list(STAGES)
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path), "--commit", "abc"])
+    assert gpu.main() == 9
+    assert "--rehearse" in capsys.readouterr().err
+    assert read(tmp_path) == []
+
+
+def test_a_part_that_does_not_fit_the_stage_is_skipped(tmp_path: Path, gpu: Any) -> None:
+    stage = gpu.Stage("loop", tmp_path, cap_s=5.0, rehearse=True, facts={"card": "x"})
+    ran: list[int] = []
+    assert not stage.attempt("long", 60, lambda: ran.append(1))
+    assert stage.attempt("short", 0, lambda: ran.append(2))
+    assert ran == [2]
+    (row,) = read(tmp_path)
+    assert row["skipped"].startswith("needs 60 s, ")
