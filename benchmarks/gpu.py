@@ -162,12 +162,11 @@ def common_facts(args: argparse.Namespace) -> dict[str, Any]:
     if args.rehearse:
         facts["card"] = processor()
     else:
-        query = "--query-gpu=name,memory.total,driver_version"
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError):
-            found = subprocess.run(
-                ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-                capture_output=True, text=True, timeout=30, check=False,
-            )  # fmt: skip
+        command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            command.append(f"--id={visible.split(',')[0]}")
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired, ValueError, IndexError):
+            found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
             name, memory, driver = found.stdout.strip().splitlines()[0].split(", ")
             facts = {"card": name, "memory_gib": round(float(memory) / 1024, 1), "driver": driver}
     versions = {package.replace("-", "_"): version_of(package) for package in ("torch", "triton", "megatron-core")}

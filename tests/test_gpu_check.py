@@ -214,6 +214,36 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, gpu: Any, monkeypatch: pytest.
     assert read(tmp_path) == []
 
 
+def test_on_a_gpu_machine_whose_stages_fail_the_driver_goes_on(tmp_path: Path) -> None:
+    """A driver's word that there is a card, and a torch that sees none: each stage records why, none ends the others."""
+    tool = tmp_path / "bin" / "nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 580.159.04'\n")
+    tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--output",
+        str(tmp_path / "out"),
+        "--only",
+        "facts",
+        "kernel",
+        "--commit",
+        "abc",
+    ]
+    # The real limits, but time for a loaded machine to start a process: nothing is measured here.
+    done = subprocess.run([*command, "--budget", "400"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    rows = read(tmp_path / "out")
+    assert {row["stage"] for row in rows} == {"facts", "kernel"}
+    for row in rows:
+        assert row["error"], row
+        assert (row["card"], row["memory_gib"], row["driver"]) == ("NVIDIA H100 80GB HBM3", 79.6, "580.159.04")
+        assert (row["commit"], row["rehearsal"]) == ("abc", False)
+
+
 def test_a_part_that_does_not_fit_the_stage_is_skipped(tmp_path: Path, gpu: Any) -> None:
     stage = gpu.Stage("loop", tmp_path, cap_s=5.0, rehearse=True, facts={"card": "x"})
     ran: list[int] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +13,32 @@ from megatron_lion.device import Device, select_device
 from megatron_lion.parallel import Ranks, process_groups
 from megatron_lion.train.run import build_run
 
-from .breakdown import profile_steps
+from .breakdown import host_waits, profile_steps
 from .stage import Stage
 
-# (samples a micro-batch, dropout). Dropout 0 is what nanoGPT and llm.c measure; 0.1 is what the configs ship.
-VARIANTS = ((16, 0.0), (16, 0.1), (8, 0.0), (8, 0.1))
-LARGER = "355M, micro-batch 8, dropout 0"
-OPTIMIZER = "lion split32"
+
+@dataclass(frozen=True)
+class Variant:
+    """What is timed: a key of train_step.MODELS and OPTIMIZERS, samples a micro-batch, dropout, seconds on an H100."""
+
+    name: str
+    samples: int
+    dropout: float
+    optimizer: str = "lion split32"
+    model: str = "gpt2-124m"
+    needs_s: float = 18.0
+
+
+# Dropout 0 is what nanoGPT and llm.c measure; 0.1 is what the configs ship. The fp32 shards are Megatron's own path.
+VARIANTS = (
+    Variant("micro-batch 16, dropout 0", 16, 0.0),
+    Variant("micro-batch 16, dropout 0.1", 16, 0.1),
+    Variant("micro-batch 8, dropout 0", 8, 0.0),
+    Variant("micro-batch 8, dropout 0.1", 8, 0.1),
+    Variant("fp32 shards, micro-batch 16, dropout 0", 16, 0.0, optimizer="lion fp32 shards + copy"),
+    Variant("355M, micro-batch 8, dropout 0", 8, 0.0, model="gpt2-355m", needs_s=25.0),
+)
+REHEARSED = 2
 PROFILED = 3
 REHEARSAL = {
     "model.num_layers": 2, "model.hidden_size": 32, "model.num_attention_heads": 2, "model.seq_length": 32,
@@ -30,55 +50,39 @@ def run(stage: Stage) -> None:
     device = select_device(stage.device)
     with process_groups(device) as ranks:
         data = random_data(stage.folder / "tokens", "gpt2", 1024, vocab_size=500 if stage.rehearse else None)
-        for samples, dropout in VARIANTS[:2] if stage.rehearse else VARIANTS:
-            name = f"micro-batch {samples}, dropout {dropout:g}"
-            stage.attempt(name, 18, lambda n=name, s=samples, d=dropout: measure(stage, n, s, d, data, device, ranks))
-        if not stage.rehearse:
-            stage.attempt(LARGER, 25, lambda: measure(stage, LARGER, 8, 0.0, data, device, ranks, "gpt2-355m"))
+        for variant in VARIANTS[:REHEARSED] if stage.rehearse else VARIANTS:
+            stage.attempt(variant.name, variant.needs_s, lambda v=variant: measure(stage, v, data, device, ranks))
 
 
-def measure(
-    stage: Stage,
-    name: str,
-    samples: int,
-    dropout: float,
-    data: str,
-    device: Device,
-    ranks: Ranks,
-    model: str = "gpt2-124m",
-) -> None:
-    """Medians of 15 steps after 5, then a profile of 3 more."""
+def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ranks) -> None:
+    """Medians of 15 steps after 5, then a profile of 3 more, then the host waits of one."""
     # mcore's fusions are compiled by shape; without this a second shape compiles them for any shape, and slower.
     torch.compiler.reset()
     if device.kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     warmup, steps = (1, 3) if stage.rehearse else (5, 20)
-    args = Namespace(micro_batch_size=2 if stage.rehearse else samples, num_microbatches=2 if stage.rehearse else 5,
+    args = Namespace(micro_batch_size=2 if stage.rehearse else variant.samples, num_microbatches=2 if stage.rehearse else 5,
                      warmup=warmup, steps=steps - warmup, data=None)  # fmt: skip
     changes: dict[str, Any] = {
-        "train.steps": steps + PROFILED, "model.hidden_dropout": dropout, "model.attention_dropout": dropout,
-        "log.progress": False, **(REHEARSAL if stage.rehearse else {}),
+        "train.steps": steps + PROFILED + 1, "model.hidden_dropout": variant.dropout,
+        "model.attention_dropout": variant.dropout, "log.progress": False, **(REHEARSAL if stage.rehearse else {}),
     }  # fmt: skip
-    config = configure(
-        args,
-        "gpt2-tiny" if stage.rehearse else model,
-        OPTIMIZER,
-        data,
-        stage.folder / name.replace(" ", "-"),
-        device,
-        changes,
-    )
-    built = build_run(config, device, ranks)
+    model = "gpt2-tiny" if stage.rehearse else variant.model
+    folder = stage.folder / variant.name.replace(" ", "-")
+    built = build_run(configure(args, model, variant.optimizer, data, folder, device, changes), device, ranks)
     batches = built.train_batches()
     figures = time_run(built, batches, warmup, steps)
-    stage.row(name, tokens_per_s=figures["tokens_per_s"], mfu=figures["mfu"], dropout=dropout,
-              **{key: value for key, value in figures.items() if key not in ("tokens_per_s", "mfu")})  # fmt: skip
+    first = {key: figures.pop(key) for key in ("tokens_per_s", "mfu", "step_ms", "section_ms")}
+    stage.row(variant.name, **first, **figures, dropout=variant.dropout, optimizer=variant.optimizer)
     profile = profile_steps(built, lambda: take_step(built, batches), PROFILED)
     # The profiler slows the host, so the idle time is taken from the step without it.
-    idle = figures["step_ms"] - profile["busy_ms"] if device.kind == "cuda" else None
+    idle = first["step_ms"] - profile["busy_ms"] if device.kind == "cuda" else None
     buckets = sum(len(buffer.buckets) for buffer in built.optimizer.megatron.buffers)  # type: ignore[attr-defined]
     launches = profile["launches"]
     stage.row(
-        f"{name}: profile", **profile["ms"], idle=idle, busy_ms=profile["busy_ms"], launches=launches, buckets=buckets,
-        optimizer_launches_beyond_buckets=launches["optimizer"] - buckets if launches else None,
+        f"{variant.name}: profile", **profile["ms"], idle=idle, busy_ms=profile["busy_ms"], launches=launches,
+        buckets=buckets, optimizer_launches_beyond_buckets=launches["optimizer"] - buckets if launches else None,
     )  # fmt: skip
+    if device.kind == "cuda":
+        waits = host_waits(lambda: take_step(built, batches))
+        stage.row(f"{variant.name}: host waits", waits=sum(waits.values()), by_line=waits)
