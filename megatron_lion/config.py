@@ -138,6 +138,9 @@ class TrainConfig:
     """Samples a forward pass on one process."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """bf16 and fp16 keep exact fp32 master weights; fp16 scales the loss dynamically."""
+    deterministic: bool = False
+    """Give the same bits in every run of the same command at the same layout, on CUDA too, with slower kernels. On a CPU every run
+    does."""
     test_every: int = 1000
     """Measure the validation and test loss every so many steps; 0 never."""
     test_batches: int = 10

@@ -20,7 +20,7 @@ PACKAGE = REPO / "megatron_lion"
 LEVELS = [
     {"errors"},
     {"config", "config_checks", "configfile", "parallel_env", "jobs", "lastresort", "colours"},
-    {"device", "parallel"},
+    {"device", "determinism", "parallel"},
     {"optim", "data", "data_prep", "gradient"},
     {"model", "train"},
     {"evaluate", "compare", "theory", "interop", "sweep"},

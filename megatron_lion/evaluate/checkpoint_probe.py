@@ -13,6 +13,7 @@ from megatron_lion.config import ParallelConfig, ProbeConfig, RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import load_config
 from megatron_lion.data.files import storage_errors
+from megatron_lion.determinism import deterministic
 from megatron_lion.device import select_device
 from megatron_lion.errors import BusyError, CheckpointError, StoppedOnRequest
 from megatron_lion.gradient.probe import probe_run
@@ -128,6 +129,7 @@ def probe_checkpoints(
     parallel = config.parallel
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
+        stack.enter_context(deterministic(config.train.deterministic))
         ranks = stack.enter_context(
             process_groups(
                 device,

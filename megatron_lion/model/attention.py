@@ -7,6 +7,7 @@ core to torch, which picks a flash kernel where it can, on CPU and on GPU.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def reproducible_kernels(device: torch.device) -> list[SDPBackend] | None:
+    """Attention kernels whose backward pass has the same bits in every run; None allows all.
+
+    On CUDA the memory-efficient and the cuDNN kernel add their parts of dQ with atomics. The flash kernel does so too,
+    unless torch.use_deterministic_algorithms is on. Flash takes no mask and no float32: then the plain kernel runs.
+    """
+    return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if device.type == "cuda" else None
 
 
 class SdpaAttention(MegatronModule):
@@ -85,16 +96,19 @@ class SdpaAttention(MegatronModule):
         allowed = None if causal or attention_mask is None else ~attention_mask
         dropout = self.dropout if self.training else 0.0
 
+        kernels = reproducible_kernels(query.device) if self.config.deterministic_mode else None
+
         def attend() -> torch.Tensor:
-            return F.scaled_dot_product_attention(
-                query_BNSD,
-                key_BNSD,
-                value_BNSD,
-                attn_mask=allowed,
-                dropout_p=dropout,
-                is_causal=causal,
-                scale=self.softmax_scale,
-            )
+            with nullcontext() if kernels is None else sdpa_kernel(kernels):
+                return F.scaled_dot_product_attention(
+                    query_BNSD,
+                    key_BNSD,
+                    value_BNSD,
+                    attn_mask=allowed,
+                    dropout_p=dropout,
+                    is_causal=causal,
+                    scale=self.softmax_scale,
+                )
 
         if dropout > 0.0 and not self.config.sequence_parallel:
             # Heads are split over the tensor-parallel group: each rank drops its own.

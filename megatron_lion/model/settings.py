@@ -59,6 +59,9 @@ def build_transformer_config(config: RunConfig, device: Device) -> TransformerCo
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=device.kind == "cuda",
         use_cpu_initialization=device.kind == "cpu",
+        # Only inside `megatron_lion.determinism.deterministic`: what builds a model elsewhere runs no backward pass, and
+        # megatron-core refuses the mode with Transformer Engine unless the environment is set for it.
+        deterministic_mode=config.train.deterministic and torch.are_deterministic_algorithms_enabled(),
     )
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_lion.config import RunConfig
 from megatron_lion.data.files import storage_errors
+from megatron_lion.determinism import deterministic
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import NumericsError, StoppedOnRequest
 from megatron_lion.gradient.moving import MovingWindow
@@ -60,6 +61,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
     parallel = config.parallel
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
+        stack.enter_context(deterministic(config.train.deterministic))
         ranks = stack.enter_context(
             process_groups(
                 device,
