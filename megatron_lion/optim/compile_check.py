@@ -52,7 +52,7 @@ def _check() -> str | None:
         if not torch.cuda.is_available() and not _is_interpreted():
             return NO_DEVICE
         found = _add_one(2.0)
-    except Exception as error:  # whatever it is, the step would die of it
+    except Exception as error:  # any of them would otherwise end the first optimizer step
         return _reason(error)
     return None if found == 3.0 else f"the compiled kernel computed 2 + 1 = {found:g}"
 
