@@ -114,7 +114,7 @@ def start_stage(
     ]
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            command, env=environment(args.rehearse), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            command, env=environment(args.rehearse, name), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         processes.append(process)
@@ -145,10 +145,13 @@ def run_stage(child: dict[str, Any]) -> int:
     return 0
 
 
-def environment(rehearse: bool) -> dict[str, str]:
+def environment(rehearse: bool, stage: str = "") -> dict[str, str]:
     """This process's environment, with the checkout on the path; a rehearsal sees no GPU and interprets the kernels."""
     paths = [str(ROOT), str(BENCHMARKS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))), "PYTHONUNBUFFERED": "1"}
+    if stage in ("correct", "run"):
+        # They train with train.deterministic and without it in one process; torch looks at this only once.
+        found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if rehearse:
         found |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return found
