@@ -22,7 +22,9 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,8 +135,8 @@ def count_launches(step: Callable[[], object], device: str) -> int:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def count_waits(step: Callable[[], object]) -> int:
-    """How often a step makes the host wait for the device."""
+def host_waits(step: Callable[[], object]) -> dict[str, int]:
+    """How often a step makes the host wait for the device, by the line that does; CUDA only."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -142,7 +144,8 @@ def count_waits(step: Callable[[], object]) -> int:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    found = (warning for warning in caught if "synchroniz" in str(warning.message))
+    return dict(Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in found))
 
 
 def temporaries(step: Callable[[], object]) -> int:
@@ -229,7 +232,7 @@ def describe(case: Case, device: str) -> dict[str, int | None]:
         return {"launches": count_launches(case.step, device), "waits": None, "temporaries_bytes": None}
     return {
         "launches": count_launches(case.step, device),
-        "waits": count_waits(case.step),
+        "waits": sum(host_waits(case.step).values()),
         "temporaries_bytes": temporaries(case.step),
     }
 

@@ -17,7 +17,8 @@ from torch.autograd import DeviceType
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "benchmarks"))
 
-from gpu_stages import breakdown  # noqa: E402  (the path comes first)
+import optimizer_step  # noqa: E402  (the path comes first)
+from gpu_stages import breakdown  # noqa: E402
 
 
 def operation(*names: str, kernels: tuple[tuple[str, float], ...] = ()) -> SimpleNamespace:
@@ -102,5 +103,5 @@ def test_host_waits_are_counted_by_line(monkeypatch: pytest.MonkeyPatch) -> None
             warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, "/x/parallel.py", 199)
         warnings.warn_explicit("something else", UserWarning, "/x/parallel.py", 200)
 
-    assert breakdown.host_waits(step) == {"parallel.py:199": 2}
+    assert optimizer_step.host_waits(step) == {"parallel.py:199": 2}
     assert modes == ["warn", "default"]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,19 +84,6 @@ def covered(ranges: list[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
-
-
-def host_waits(take_one: Callable[[], Any]) -> dict[str, int]:
-    """How often one step makes the host wait for the device, by the line that does; CUDA only."""
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            take_one()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    found = (w for w in caught if "synchroniz" in str(w.message))
-    return dict(Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found))
 
 
 @contextlib.contextmanager

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from optimizer_step import host_waits
 from train_step import configure, random_data, take_step, time_run
 
 from megatron_lion.device import Device, select_device
 from megatron_lion.parallel import Ranks, process_groups
 from megatron_lion.train.run import build_run
 
-from .breakdown import host_waits, profile_steps
+from .breakdown import profile_steps
 from .stage import Stage
 
 
