@@ -32,6 +32,7 @@ def _worker(rank: int, fn: Callable[..., Any], world_size: int, folder: str, arg
         LOCAL_WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1",
     )
+    multiprocessing.set_start_method(None, force=True)  # a run starts its loader workers as it does outside of tests
     torch.set_num_threads(1)
     gc.freeze()  # what the server imported is never garbage: collecting in here is then quick
     backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "gloo"

@@ -1,0 +1,123 @@
+"""Loader workers: they leave stop signals to the process that started them, and never outlive it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import distributed  # noqa: F401 - its fork server has imported torch and megatron-core
+import psutil
+import pytest
+import torch
+
+from megatron_lion.data.datasets import micro_batches
+from megatron_lion.device import Device
+from megatron_lion.parallel import Ranks
+
+STEPS = 12
+SAMPLES = [{"tokens": torch.full((4,), number)} for number in range(STEPS)]
+held: Any = None
+
+
+def batches() -> Iterator[dict[str, torch.Tensor]]:
+    multiprocessing.set_start_method(None, force=True)  # the platform's, as in a training process
+    one, cpu = Ranks(0, 1, 0, 1, 0, 1, 0, 1), Device("cpu", 0, "gloo")
+    return micro_batches(
+        SAMPLES, start=0, end=STEPS, global_batch_size=1, micro_batch_size=1, ranks=one, device=cpu, num_workers=2
+    )
+
+
+def read(pipe: Connection) -> None:
+    """Reads one batch, sends the workers' ids, waits for an answer, and reads the rest."""
+    found = [int(batch["tokens"][0, 0]) for batch in _with_a_break(pipe)]
+    pipe.send((found, [child.pid for child in multiprocessing.active_children()]))
+
+
+def _with_a_break(pipe: Connection) -> Iterator[dict[str, torch.Tensor]]:
+    for number, batch in enumerate(batches()):
+        if number == 1:
+            pipe.send([child.pid for child in multiprocessing.active_children()])
+            pipe.recv()
+        yield batch
+
+
+def read_with_a_signal_at_each_fork(pipe: Connection) -> None:
+    os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    read(pipe)
+
+
+def leave_with_the_loader_open(pipe: Connection) -> None:
+    """What an uncaught exception leaves: its traceback refers to the loader until the process has gone."""
+    global held
+    held = batches()
+    next(held)
+    pipe.send([child.pid for child in multiprocessing.active_children()])
+
+
+@contextmanager
+def running(target: Any) -> Iterator[tuple[Any, Connection, list[psutil.Process]]]:
+    """A process that runs `target`, a pipe to it, and its loader workers."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(60)
+        workers = [psutil.Process(number) for number in ours.recv()]
+        assert len(workers) == 2
+        yield process, ours, workers
+    finally:
+        process.kill()
+        process.join()
+
+
+def still_there(workers: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that live after `seconds`; an orphan that nobody has reaped yet is dead."""
+    end = time.monotonic() + seconds
+    while workers and time.monotonic() < end:
+        time.sleep(0.02)
+        workers = [one for one in workers if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    return workers
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_a_stop_signal_from_elsewhere_does_not_end_a_worker(number: str) -> None:
+    with running(read) as (process, pipe, workers):
+        for worker in workers:
+            worker.send_signal(getattr(signal, number))
+        assert len(still_there(workers, 0.1)) == 2
+        pipe.send("continue")
+        assert pipe.poll(20)
+        assert pipe.recv() == (list(range(STEPS)), [])
+        assert not still_there(workers, 2)
+        process.join(10)
+        assert process.exitcode == 0
+
+
+def test_a_stop_signal_does_not_end_a_worker_that_is_starting() -> None:
+    with running(read_with_a_signal_at_each_fork) as (_, pipe, _):
+        pipe.send("continue")
+        assert pipe.poll(20)
+        assert pipe.recv() == (list(range(STEPS)), [])
+
+
+def test_the_signal_of_the_parent_ends_its_workers() -> None:
+    """Else a process that fails would wait for its workers for ever, once everything else has ended."""
+    with running(leave_with_the_loader_open) as (process, _, workers):
+        process.join(10)
+        assert process.exitcode == 0
+        assert not still_there(workers, 2)
+
+
+def test_a_killed_parent_leaves_no_workers() -> None:
+    """Workers look for their parent every 5 seconds."""
+    with running(read) as (process, _, workers):
+        process.kill()
+        assert not still_there(workers, 12)
