@@ -143,7 +143,7 @@ def test_a_gradient_that_is_not_finite_is_never_a_step(implementation, value):
 
 
 def other_lion(package, params, **hyper):
-    """Another package's Lion; the test is skipped where it is not installed."""
+    """Another package's Lion; the test is skipped if it is not installed."""
     module = pytest.importorskip(package, reason=f"needs {package.split('.')[0]} (the dev extra has it)")
     return module.Lion(params, **hyper)
 
@@ -175,13 +175,11 @@ def test_agrees_with_others(package, weight_decay):
 @pytest.mark.parametrize(("peak", "common_error"), [(1e-5, -0.15), (1e-6, 1.0)])
 def test_the_decay_keeps_its_strength_where_the_common_form_rounds_it(peak, common_error):
     """Cosine from η = 1e-5 at λ = 0.01: what docs/optimizer.md says about θ - η(s + λθ) and θ(1 - ηλ) - ηs."""
-    from lion_pytorch import Lion as OtherLion
-
     generator = torch.Generator().manual_seed(1)
     start = (torch.rand(2000, generator=generator) + 1) * 0.25
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     hyper = {"betas": (0.9, 0.99), "weight_decay": 0.01}
-    optimizers = [Lion([ours], lr=peak, **hyper), OtherLion([theirs], lr=peak, **hyper)]
+    optimizers = [Lion([ours], lr=peak, **hyper), other_lion("lion_pytorch", [theirs], lr=peak, **hyper)]
     exact, undecayed, exp_avg = start.double().numpy(), start.double().numpy(), np.zeros(2000)
     for step in range(2000):
         lr = peak * (1 + np.cos(np.pi * step / 2000)) / 2
