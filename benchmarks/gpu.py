@@ -98,12 +98,12 @@ def main() -> int:
 def start_stage(
     args: argparse.Namespace, facts: dict[str, Any], name: str, cap: float, data: Path | None, processes: list[Any]
 ) -> None:
-    """Runs a stage in a process group of its own and records how it ended if that was not in order."""
+    """Runs a stage in a process group of its own and records how it ended."""
     child = {
         "name": name, "output": str(args.output.resolve()), "cap_s": cap, "rehearse": args.rehearse, "facts": facts,
         "data": data and str(data), "text": args.text and str(args.text.resolve()),
     }  # fmt: skip
-    log = args.output / f"{name}.log"
+    log, began = args.output / f"{name}.log", time.monotonic()
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
@@ -130,6 +130,8 @@ def start_stage(
     elif code:
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
         record(args, facts, name, error=f"the stage's process ended with {ended}; {last_line(log)}")
+    else:
+        record(args, facts, name, seconds=time.monotonic() - began, limit_s=cap)
 
 
 def run_stage(child: dict[str, Any]) -> int:
