@@ -63,12 +63,12 @@ def run(stage: Stage) -> None:
         stage.attempt("recompute with dropout", 5, lambda: recompute(stage, device, ranks))
         stage.attempt("tiny model = CPU's", 5, lambda: same_as_cpu(stage, tiny, device, ranks, cpu, answer))
         stage.attempt("200 steps on real text", 3, lambda: finished(stage, twin, undisturbed))
-        stopper.join()
-        stage.attempt("SIGTERM, 2 workers, resume", 0, lambda: same_as_undisturbed(stage, twin, interrupted))
         stage.attempt(
             "checkpoint to the CPU and back", 5, lambda: to_cpu_and_back(stage, twin, device, ranks, cpu, answer)
         )
         stage.attempt("evaluate", 8, lambda: evaluate(stage, twin))
+        stopper.join()
+        stage.attempt("SIGTERM, 2 workers, resume", 0, lambda: same_as_undisturbed(stage, twin, interrupted))
         stage.attempt("probe of GPT-2 Small", 20, lambda: probe_small(stage, device, ranks))
     for child in (undisturbed, cpu):
         child.kill()
