@@ -24,6 +24,9 @@ SETTINGS = {
     "train__steps": 60, "model__hidden_dropout": 0.1, "train__precision": "bf16", "train__test_every": 7, "train__test_batches": 1,
 }  # fmt: skip
 
+# Each measurement of the held-out losses starts new loader workers: two measurements are enough.
+WITH_WORKERS = {0: SETTINGS, 2: {**SETTINGS, "data__num_workers": 2, "train__test_every": 30}}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,8 +54,14 @@ def lines_of(run_dir: str) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def signal_group(number: int) -> None:
+    """Signals every process of the group, as torchrun and GNU timeout do: from outside of it."""
+    subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
+
+
 def asked_while_running(rank: int, jobs: dict[str, tuple[Any, int, str]]) -> dict[str, tuple[str, str]]:
-    """Runs each job; this process gets the job's signal after a few steps, or from within a save, or before the first step."""
+    """Runs each job; it gets its signal after a few steps (alone or as a group), in a save, or before the first step."""
+    os.setpgid(0, 0)
     found = {}
     for name, (config, number, moment) in jobs.items():
         done = threading.Event()
@@ -60,7 +69,11 @@ def asked_while_running(rank: int, jobs: dict[str, tuple[Any, int, str]]) -> dic
         def send(config: Any = config, number: int = number, done: threading.Event = done) -> None:
             while lines_of(config.run_dir) < 6 and not done.is_set():
                 time.sleep(0.002)
-            if not done.is_set():
+            if done.is_set():
+                return
+            if config.data.num_workers:
+                signal_group(number)
+            else:
                 os.kill(os.getpid(), number)
 
         armed = [moment != "step"]
@@ -98,6 +111,9 @@ def test_each_signal_at_each_moment(folder: Path, corpus: str, twins: dict[int, 
             (signal.SIGUSR1, "start"),
         ]
     }  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        config = tiny.tiny_config(folder / f"{number.name}-workers", corpus, **WITH_WORKERS[2])
+        jobs[f"{number.name} to the group with loader workers"] = config, int(number), "step"
     found = run_distributed(asked_while_running, 1, jobs)[0]
     stopped_at = {}
     for name, (config, _, moment) in jobs.items():
@@ -122,16 +138,20 @@ def wait_for_lines(process: subprocess.Popen[str], run_dir: str, count: int) -> 
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_the_command_ends_with_75_and_the_same_command_resumes(
-    folder: Path, corpus: str, twins: dict[int, Any]
+    folder: Path, corpus: str, twins: dict[int, Any], workers: int
 ) -> None:
-    config = tiny.tiny_config(folder / "command", corpus, **SETTINGS)
-    path = folder / "command.yaml"
+    """The signal goes to the whole process group, loader workers included."""
+    config = tiny.tiny_config(folder / f"command{workers}", corpus, **WITH_WORKERS[workers])
+    path = folder / f"command{workers}.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "megatron_lion", "pretrain", "--config", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO, start_new_session=True
+    )
     wait_for_lines(process, config.run_dir, 5)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     out, error = process.communicate()
     assert process.returncode == 75, error
     assert out == ""
@@ -139,6 +159,9 @@ def test_the_command_ends_with_75_and_the_same_command_resumes(
     last = error.splitlines()[-1]
     assert last.startswith("megatron-lion: stopped after step ")
     assert last.endswith("checkpoint saved; the same command resumes")
+    if workers:  # the resumed run is compared bit for bit in test_each_signal_at_each_moment
+        assert tiny.outcome(config.run_dir)["manifest"]["step"] == len(tiny.outcome(config.run_dir)["losses"])
+        return
     again = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False)
     assert again.returncode == 0, again.stderr
     assert again.stdout == f"done: 60 of 60 steps in {config.run_dir}\n"
@@ -146,10 +169,11 @@ def test_the_command_ends_with_75_and_the_same_command_resumes(
     assert tiny.outcome(config.run_dir)["manifest"]["state_fingerprint"] == twins[1]["manifest"]["state_fingerprint"]
 
 
-def test_under_torchrun(folder: Path, corpus: str, twins: dict[int, Any]) -> None:
-    """torchrun passes SIGTERM on to its workers; each says in its exit file why it left."""
-    config = tiny.tiny_config(folder / "torchrun", corpus, **SETTINGS)
-    path, exits = folder / "torchrun.yaml", folder / "exits"
+@pytest.mark.parametrize("workers", [0, 2])
+def test_under_torchrun(folder: Path, corpus: str, twins: dict[int, Any], workers: int) -> None:
+    """torchrun sends SIGTERM to the process group of each rank; each rank writes to its exit file why it left."""
+    config = tiny.tiny_config(folder / f"torchrun{workers}", corpus, **WITH_WORKERS[workers])
+    path, exits = folder / f"torchrun{workers}.yaml", folder / f"exits{workers}"
     exits.mkdir()
     path.write_text(dump_config(dataclasses.replace(config)))
     command = [
