@@ -14,11 +14,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "TRITON_INTERPRET" not in os.environ and not Path("/proc/driver/nvidia").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# torch.cuda.is_available() then asks the driver's library instead of CUDA itself. A process that has initialised CUDA
+# cannot fork one that uses it, and tests/distributed.py forks every worker from one server.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 # A shell's background job ignores Ctrl-C, and every process that a test starts and interrupts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import torch  # after the settings above: torch and triton read them when they are imported
+
 REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    """What a test's runs are on: each test that uses it runs on the CPU, and again on CUDA if a device is visible."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs a function on several processes with a real process group (gloo, or nccl on GPUs).
+"""Runs a function on several processes with a real process group (gloo on CPU, nccl on CUDA).
 
 The processes are forked from a server that imported torch and megatron-core once: starting four takes 0.3 s, where
 importing in each takes 10 s and more.
@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -24,7 +25,9 @@ import torch.multiprocessing as mp
 multiprocessing.set_forkserver_preload(["megatron_lion.train.loop"])
 
 
-def _worker(rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int, fn: Callable[..., Any], world_size: int, folder: str, device: str, args: tuple[Any, ...]
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -35,7 +38,11 @@ def _worker(rank: int, fn: Callable[..., Any], world_size: int, folder: str, arg
     multiprocessing.set_start_method(None, force=True)  # a run starts its loader workers as it does outside of tests
     torch.set_num_threads(1)
     gc.freeze()  # what the server imported is never garbage: collecting in here is then quick
-    backend = "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= world_size else "gloo"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # in time: the server has imported torch, nothing has used CUDA
+    backend = "nccl" if device == "cuda" else "gloo"
     store = dist.FileStore(os.path.join(folder, "rendezvous"), world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
     try:
@@ -47,18 +54,38 @@ def _worker(rank: int, fn: Callable[..., Any], world_size: int, folder: str, arg
     dist.destroy_process_group()
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
-    """Runs `fn(rank, *args)` on `world_size` new processes and returns their results in rank order.
+def fits(device: str, world_size: int) -> bool:
+    """Whether this machine has a device for each process; a CPU is shared by all of them."""
+    return device == "cpu" or torch.cuda.device_count() >= world_size
+
+
+def skip_unless_fits(device: str, world_size: int) -> None:
+    """Skips the test if there are fewer CUDA devices than processes."""
+    if not fits(device, world_size):
+        pytest.skip(f"needs {world_size} CUDA devices, {torch.cuda.device_count()} visible")
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu", timeout_s: float = 240
+) -> list[Any]:
+    """Runs `fn(rank, *args)` on `world_size` new processes and returns their results in rank order, tensors on the CPU.
 
     `fn` must be importable (module level) and return something torch.save can write with tensors and plain values.
+    With device "cpu" the processes see no CUDA device; with "cuda" each has one of its own, and the test is skipped if
+    there are too few.
 
     Raises:
         AssertionError: a rank raised; carries that rank's traceback.
         TimeoutError: the processes did not end within `timeout_s`.
     """
+    skip_unless_fits(device, world_size)
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
-            _worker, args=(fn, world_size, folder, args), nprocs=world_size, join=False, start_method="forkserver"
+            _worker,
+            args=(fn, world_size, folder, device, args),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
         )
         try:
             deadline = timeout_s
@@ -73,4 +100,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
             for process in context.processes:
                 if process.is_alive():
                     process.kill()
-        return [torch.load(os.path.join(folder, f"result{r}.pt"), weights_only=False) for r in range(world_size)]
+        return [
+            torch.load(os.path.join(folder, f"result{r}.pt"), weights_only=False, map_location="cpu")
+            for r in range(world_size)
+        ]

@@ -39,8 +39,15 @@ def write_corpus(prefix: Path, *, seed: int = 0, documents: int = 160, vocab_siz
     return str(prefix)
 
 
+def cuda_settings() -> dict[str, Any]:
+    """Settings of every run on CUDA: tests compare runs bit for bit, and CUDA's default backward passes add atomically."""
+    return {"train__deterministic": True}
+
+
 def tiny_config(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
     """A config whose every part is small; `changes` are dotted keys with `__` for the dot (`optimizer__lr=1e-3`)."""
+    if changes.get("device") == "cuda":
+        changes = {**cuda_settings(), **changes}
     config = RunConfig(
         run_dir=str(run_dir),
         device="cpu",
@@ -103,7 +110,7 @@ def opened_run(config: RunConfig) -> Iterator[Any]:
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
     }
-    device = select_device("cpu")
+    device = select_device(config.device)
     with process_groups(device, **layout) as ranks:
         yield build_run(config, device, ranks)
 
@@ -162,14 +169,16 @@ def errors_of_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, tuple[
     return {name: error_of(train, config) for name, config in configs.items()}
 
 
-def run_all(jobs: dict[str, tuple[int, RunConfig]], work: Callable[..., Any] = train_each) -> dict[str, Any]:
+def run_all(
+    jobs: dict[str, tuple[int, RunConfig]], work: Callable[..., Any] = train_each, device: str = "cpu"
+) -> dict[str, Any]:
     """Runs jobs of (processes, config), those of one size together, and returns the first rank's results by name."""
     from distributed import run_distributed
 
     results: dict[str, Any] = {}
     for size in sorted({size for size, _ in jobs.values()}):
         configs = {name: config for name, (count, config) in jobs.items() if count == size}
-        results.update(run_distributed(work, size, configs)[0])
+        results.update(run_distributed(work, size, configs, device=device)[0])
     return results
 
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from distributed import run_distributed
+from distributed import fits, run_distributed, skip_unless_fits
 from gradient.plain_gpt2 import loss_sum
-from tiny import LAYOUTS, VOCAB, opened_run, tiny_config, write_corpus
+from tiny import LAYOUTS, VOCAB, opened_run, run_all, tiny_config, write_corpus
 
 BATCHES, BATCH, WEIGHT_DECAY = 5, 8, 30.0  # 1/30 lies within the initial weights: some are at the edge of the box
 
@@ -77,13 +77,16 @@ def reference_gradients(rank, config):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
+def results(tmp_path_factory, device):
+    """Probes of the cases that fit on the device, and the float64 gradients, always from a run on the CPU."""
+    folder = tmp_path_factory.mktemp(f"layouts-{device}")
     corpus = write_corpus(folder / "corpus", documents=200)
-    configs = {name: (size, make_config(folder / name, corpus, **changes)) for name, (size, changes) in CASES.items()}
-    found = {}
-    for size in (1, 2, 4):
-        found.update(run_distributed(probe_each, size, {n: c for n, (s, c) in configs.items() if s == size})[0])
+    configs = {
+        name: (size, make_config(folder / name, corpus, device=device, **changes))
+        for name, (size, changes) in CASES.items()
+        if fits(device, size)
+    }
+    found = run_all(configs, probe_each, device)
     found["reference"] = run_distributed(reference_gradients, 1, make_config(folder / "reference", corpus))[0]
     return found
 
@@ -140,6 +143,23 @@ def reference(results):
     return Reference(results["reference"])
 
 
+@pytest.fixture
+def looser(device):
+    """By what factor a comparison with float64 is looser than on the CPU.
+
+    CUDA's memory-efficient attention multiplies fp32 numbers as sums of TF32 parts, exact to about 2^-21 instead of
+    2^-24: a factor of 8. The rest is for other orders of summation and for the compiled fusions of bias, GELU and
+    dropout.
+    """
+    return 1 if device == "cpu" else 10
+
+
+def case_of(results, case, device):
+    """The result of a case; skips the test if the case needs more devices than there are."""
+    skip_unless_fits(device, CASES[case][0])
+    return results[case]
+
+
 def assert_close(found, expected, where, relative=1e-6):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -152,22 +172,24 @@ def assert_close(found, expected, where, relative=1e-6):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_norms_equal_float64_reference(results, reference, case):
-    found = results[case]
-    assert found["loss"] == pytest.approx(sum(reference.losses) / BATCHES, rel=1e-6)
-    assert_close(found["all"], reference.norms(), case)
-    assert_close(found["without_padding"], reference.norms(rows=slice(0, VOCAB)), case)
-    assert_close(found["without_embeddings"], reference.norms(lambda name: "embedding" not in name), case)
+def test_norms_equal_float64_reference(results, reference, device, looser, case):
+    found = case_of(results, case, device)
+    relative = looser * 1e-6
+    assert found["loss"] == pytest.approx(sum(reference.losses) / BATCHES, rel=relative)
+    assert_close(found["all"], reference.norms(), case, relative)
+    assert_close(found["without_padding"], reference.norms(rows=slice(0, VOCAB)), case, relative)
+    assert_close(found["without_embeddings"], reference.norms(lambda name: "embedding" not in name), case, relative)
     assert found["without_padding"]["num_parameters"] == found["all"]["num_parameters"] - (128 - VOCAB) * 32
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_layers_kinds_and_parameters_equal_reference(results, reference, case):
-    found = results[case]
+def test_layers_kinds_and_parameters_equal_reference(results, reference, device, looser, case):
+    found = case_of(results, case, device)
+    relative = looser * 1e-6
     assert list(found["layers"]) == ["embedding", "layer 0", "layer 1", "final norm"]
     for index in (0, 1):
         expected = reference.norms(lambda name, index=index: f"layers.{index}." in name)
-        assert_close(found["layers"][f"layer {index}"], expected, (case, index))
+        assert_close(found["layers"][f"layer {index}"], expected, (case, index), relative)
     kinds = {
         "embedding": lambda name: name.startswith("embedding"),
         "attention": lambda name: "attention" in name and name.endswith("weight"),
@@ -177,30 +199,31 @@ def test_layers_kinds_and_parameters_equal_reference(results, reference, case):
     }
     assert set(found["kinds"]) == set(kinds)
     for kind, keep in kinds.items():
-        assert_close(found["kinds"][kind], reference.norms(keep), (case, kind))
+        assert_close(found["kinds"][kind], reference.norms(keep), (case, kind), relative)
     assert found["kinds"]["norm"]["kkt_residual"] is None  # exempt from decay: no box for them
     padding = reference.norms(lambda name: "word" in name, rows=slice(VOCAB, None))
-    assert_close(found["parameters"]["embedding.word_embeddings.weight#padding"], padding, case)
+    assert_close(found["parameters"]["embedding.word_embeddings.weight#padding"], padding, case, relative)
     names = {name for name in found["parameters"] if "#" not in name}
     assert names == set(reference.weights)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_changes(results, case):
-    assert results[case]["frozen"]
-    assert results[case]["buffers zero"]
-    assert results[case]["training"]
+def test_nothing_changes(results, device, case):
+    found = case_of(results, case, device)
+    assert found["frozen"]
+    assert found["buffers zero"]
+    assert found["training"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ladder_and_noise_equal_definitions(results, reference, case):
-    found = results[case]
+def test_ladder_and_noise_equal_definitions(results, reference, device, looser, case):
+    found = case_of(results, case, device)
     assert [rung["num_batches"] for rung in found["ladder"]] == [1, 2, 4, 5]
     for rung in found["ladder"]:
         k = rung["num_batches"]
         expected = reference.norms(batches=range(k))
         for key in ("grad_l1", "grad_l2", "norm_ratio", "norm_ratio_over_sqrt_d"):
-            assert rung[key] == pytest.approx(expected[key], rel=1e-6), (case, k)
+            assert rung[key] == pytest.approx(expected[key], rel=looser * 1e-6), (case, k)
         groups = [range(start, start + k) for start in range(0, BATCHES - k + 1, k)] if k < 5 else [range(5)]
         assert rung["num_groups"] == len(groups)
         if len(groups) == 1:
@@ -208,15 +231,19 @@ def test_ladder_and_noise_equal_definitions(results, reference, case):
             continue
         ratios = torch.tensor([reference.norms(batches=group)["norm_ratio"] for group in groups], dtype=torch.float64)
         assert rung["norm_ratio_std"] == pytest.approx(
-            float(ratios.std() / ratios.mean()) * rung["norm_ratio"], rel=1e-4
+            float(ratios.std() / ratios.mean()) * rung["norm_ratio"], rel=looser * 1e-4
         )
     flat = torch.stack([torch.cat([value.flatten() for value in grad.values()]) for grad in reference.grads])
     center = flat.mean(0)
     variance = float((flat - center).square().sum() / (BATCHES - 1))  # the unbiased sample variance, summed
     noise = found["noise"]
     assert noise["sampled_fraction"] == 1.0
-    assert noise["noise_variance"] == pytest.approx(variance, rel=1e-4)
-    assert noise["signal_l2_squared"] == pytest.approx(float(center.square().sum()) - variance / BATCHES, rel=1e-4)
-    assert noise["noise_share"] == pytest.approx(variance / BATCHES / float(center.square().sum()), rel=1e-4)
+    assert noise["noise_variance"] == pytest.approx(variance, rel=looser * 1e-4)
+    assert noise["signal_l2_squared"] == pytest.approx(
+        float(center.square().sum()) - variance / BATCHES, rel=looser * 1e-4
+    )
+    assert noise["noise_share"] == pytest.approx(variance / BATCHES / float(center.square().sum()), rel=looser * 1e-4)
     assert noise["grad_l2_corrected"] == pytest.approx(math.sqrt(noise["signal_l2_squared"]))
-    assert noise["noise_scale_samples"] == pytest.approx(variance / noise["signal_l2_squared"] * BATCH, rel=1e-4)
+    assert noise["noise_scale_samples"] == pytest.approx(
+        variance / noise["signal_l2_squared"] * BATCH, rel=looser * 1e-4
+    )

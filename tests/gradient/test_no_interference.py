@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from distributed import run_distributed
+from distributed import fits, run_distributed, skip_unless_fits
 from tiny import error_of, outcome, read_metrics, run_all, tiny_config, train, write_corpus
 
 SETTINGS = {
@@ -46,20 +46,24 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory, corpus):
-    """{case: (run folder without probes, run folder with)}."""
+def pairs(tmp_path_factory, corpus, device):
+    """{case: (run folder without probes, run folder with)} of the cases that fit on the device."""
     folder = tmp_path_factory.mktemp("runs")
     jobs = {}
     for case, (size, changes) in SETTINGS.items():
+        if not fits(device, size):
+            continue
         plain = {key: value for key, value in changes.items() if key not in PROBE}
-        jobs[f"{case}/plain"] = (size, make_config(folder / case / "plain", corpus, **plain))
-        jobs[f"{case}/probed"] = (size, make_config(folder / case / "probed", corpus, **changes, probe__every=1))
-    run_all(jobs)
+        jobs[f"{case}/plain"] = (size, make_config(folder / case / "plain", corpus, device=device, **plain))
+        probed = make_config(folder / case / "probed", corpus, device=device, **changes, probe__every=1)
+        jobs[f"{case}/probed"] = (size, probed)
+    run_all(jobs, device=device)
     return {case: (folder / case / "plain", folder / case / "probed") for case in SETTINGS}
 
 
 @pytest.mark.parametrize("case", SETTINGS)
-def test_run_with_probes_is_the_run_without(pairs, case):
+def test_run_with_probes_is_the_run_without(pairs, device, case):
+    skip_unless_fits(device, SETTINGS[case][0])
     plain, probed = map(outcome, pairs[case])
     assert plain["losses"] == probed["losses"]
     assert plain["norms"] == probed["norms"]
@@ -96,11 +100,11 @@ def interrupt_and_resume(rank, config):
     return first, between, train(config)
 
 
-def test_interrupted_probe_starts_over_and_training_goes_on_as_if_nothing_had_been(tmp_path, corpus):
-    layout = {"parallel__overlap_grad_reduce": True, "probe__every": 1}
-    whole = run_distributed(train_two, 2, make_config(tmp_path / "whole", corpus, **layout))[0]
+def test_interrupted_probe_starts_over_and_training_goes_on_as_if_nothing_had_been(tmp_path, corpus, device):
+    layout = {"device": device, "parallel__overlap_grad_reduce": True, "probe__every": 1}
+    whole = run_distributed(train_two, 2, make_config(tmp_path / "whole", corpus, **layout), device=device)[0]
     first, (files, step), resumed = run_distributed(
-        interrupt_and_resume, 2, make_config(tmp_path / "cut", corpus, **layout)
+        interrupt_and_resume, 2, make_config(tmp_path / "cut", corpus, **layout), device=device
     )[0]
     assert first[0] == "StoppedOnRequest"
     assert files == ["step_0000000.json", "step_0000001.json"], "nothing of the interrupted probe may be left"
@@ -129,9 +133,9 @@ def interrupt_at_start(rank, config):
     return first, left, train(config)
 
 
-def test_interrupted_first_probe_is_taken_again(tmp_path, corpus):
-    config = make_config(tmp_path / "run", corpus, probe__every=3)
-    first, left, again = run_distributed(interrupt_at_start, 1, config)[0]
+def test_interrupted_first_probe_is_taken_again(tmp_path, corpus, device):
+    config = make_config(tmp_path / "run", corpus, device=device, probe__every=3)
+    first, left, again = run_distributed(interrupt_at_start, 1, config, device=device)[0]
     assert first[0] == "StoppedOnRequest"
     assert left == ([], [])
     assert [line["step"] for line in again["probes"]] == [0, 3]
@@ -172,12 +176,12 @@ def moving_and_gradients(rank, config):
     return taken
 
 
-def test_moving_window_is_the_mean_of_the_unclipped_gradients_of_its_steps(tmp_path, corpus):
+def test_moving_window_is_the_mean_of_the_unclipped_gradients_of_its_steps(tmp_path, corpus, device):
     config = make_config(
-        tmp_path / "moving", corpus, train__steps=5, probe__every=5, probe__num_batches=3, probe__mode="moving",
+        tmp_path / "moving", corpus, device=device, train__steps=5, probe__every=5, probe__num_batches=3, probe__mode="moving",
         optimizer__clip_grad=1e-3,
     )  # fmt: skip
-    taken = run_distributed(moving_and_gradients, 1, config)[0]
+    taken = run_distributed(moving_and_gradients, 1, config, device=device)[0]
     mean = sum(taken[2:]) / 3
     (line,) = [line for line in read_metrics(config.run_dir) if "probe/grad_l1" in line]
     assert (line["step"], line["probe/num_batches"], line["probe/is_moving"]) == (5, 3, 1)

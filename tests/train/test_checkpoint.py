@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import tiny
-from distributed import run_distributed
+from distributed import fits, run_distributed
 
 from megatron_lion.errors import CheckpointError
 from megatron_lion.train import checkpoint as ckpt
@@ -33,20 +33,44 @@ def corpus(folder: Path) -> str:
     return tiny.write_corpus(folder / "corpus")
 
 
+SETTINGS = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout": "dp_reshardable"}
+
+
 @pytest.fixture(scope="module")
-def trained(folder: Path, corpus: str) -> Any:
+def trained_on_cpu(folder: Path, corpus: str) -> Any:
     """Config of a finished run of 4 steps on 2 processes with checkpoints at 2 and 4, a file from each process."""
-    config = tiny.tiny_config(
-        folder / "run", corpus, train__steps=4, checkpoint__every=2, checkpoint__layout="dp_reshardable"
-    )
+    config = tiny.tiny_config(folder / "run", corpus, **SETTINGS)
     run_distributed(tiny.train_each, 2, {"": config})
     return config
 
 
+@pytest.fixture(scope="module")
+def size(device: str) -> int:
+    """Processes of a run: 2, but 1 on a machine with one CUDA device."""
+    return 2 if fits(device, 2) else 1
+
+
+@pytest.fixture(scope="module")
+def on_device(folder: Path, device: str) -> Path:
+    """Folder of the runs on a device."""
+    (folder / device).mkdir()
+    return folder / device
+
+
+@pytest.fixture(scope="module")
+def trained(trained_on_cpu: Any, on_device: Path, corpus: str, device: str, size: int) -> Any:
+    """The same run on the device of the test."""
+    if device == "cpu":
+        return trained_on_cpu
+    config = tiny.tiny_config(on_device / "run", corpus, device=device, **SETTINGS)
+    run_distributed(tiny.train_each, size, {"": config}, device=device)
+    return config
+
+
 @pytest.fixture
-def run_dir(trained: Any, tmp_path: Path) -> Path:
+def run_dir(trained_on_cpu: Any, tmp_path: Path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
+    return Path(shutil.copytree(trained_on_cpu.run_dir, tmp_path / "run"))
 
 
 def newest(run_dir: Path) -> ckpt.Checkpoint:
@@ -229,44 +253,43 @@ def test_never_a_silent_start_from_zero(run_dir: Path, tmp_path: Path) -> None:
     assert ckpt.find_latest(tmp_path / "nothing") is None
 
 
-def test_retention_keeps_the_newest_and_those_asked_for(folder: Path, corpus: str) -> None:
+def test_retention_keeps_the_newest_and_those_asked_for(on_device: Path, corpus: str, device: str) -> None:
     config = tiny.tiny_config(
-        folder / "retention", corpus, train__steps=7, checkpoint__every=1, checkpoint__keep=2,
+        on_device / "retention", corpus, device=device, train__steps=7, checkpoint__every=1, checkpoint__keep=2,
         checkpoint__at_steps=[1, 3],
     )  # fmt: skip
     leftover = Path(config.run_dir, "checkpoints", "step_0000005.tmp-1-aaaaaa")
-    run_distributed(
-        tiny.train_each, 1, {"": dataclasses.replace(config, train=dataclasses.replace(config.train, stop_after=2))}
-    )
+    half = dataclasses.replace(config, train=dataclasses.replace(config.train, stop_after=2))
+    run_distributed(tiny.train_each, 1, {"": half}, device=device)
     leftover.mkdir()
-    run_distributed(tiny.train_each, 1, {"": config})
+    run_distributed(tiny.train_each, 1, {"": config}, device=device)
     assert ckpt.list_steps(Path(config.run_dir)) == [1, 3, 5, 6, 7]
     assert not list(Path(config.run_dir, "checkpoints").glob("*.tmp-*"))
     for step in (1, 3, 5, 6, 7):
         ckpt.verify_checkpoint(ckpt.open_checkpoint(ckpt.step_folder(Path(config.run_dir), step)))
 
 
-def test_resume_reads_nothing_damaged(trained: Any, folder: Path, corpus: str) -> None:
+def test_resume_reads_nothing_damaged(trained: Any, on_device: Path, device: str, size: int) -> None:
     """Through the whole command: damage ends it, and the message says how to go on with the checkpoint before."""
     jobs = {}
-    for name in FILES:
-        copy = Path(shutil.copytree(trained.run_dir, folder / f"damaged{name}"))
+    for name in FILES if size == 2 else FILES[:2]:
+        copy = Path(shutil.copytree(trained.run_dir, on_device / f"damaged{name}"))
         flip(newest(copy).folder / name, 100, 3)
         jobs[name] = dataclasses.replace(trained, run_dir=str(copy))
-    for rank in run_distributed(tiny.errors_of_each, 2, jobs):
+    for rank in run_distributed(tiny.errors_of_each, size, jobs, device=device):
         for name, (kind, message) in rank.items():
             assert kind == "CheckpointError", message
             assert f"step_0000004/{name}" in message
             assert "move this step's folder away" in message
-    copy = folder / "damaged__0_0.distcp"
-    shutil.move(newest(copy).folder, folder / "away")
-    resumed = run_distributed(tiny.train_each, 2, {"": jobs["__0_0.distcp"]})[0][""]
+    copy = on_device / "damaged__0_0.distcp"
+    shutil.move(newest(copy).folder, on_device / "away")
+    resumed = run_distributed(tiny.train_each, size, {"": jobs["__0_0.distcp"]}, device=device)[0][""]
     assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
 
 
-def test_another_model_optimizer_or_data_is_refused(trained: Any, folder: Path, corpus: str) -> None:
+def test_another_model_optimizer_or_data_is_refused(trained: Any, on_device: Path, corpus: str, device: str) -> None:
     """With the run's config.yaml out of the way: the checkpoint itself knows what it is of."""
-    other = tiny.write_corpus(folder / "other-corpus", seed=1)
+    other = tiny.write_corpus(on_device / "other-corpus", seed=1)
     changes = {
         "hidden": ({"model__hidden_size": 64}, "hidden_size 32 (now 64)"),
         "layers": ({"model__num_layers": 4}, "num_layers 2 (now 4)"),
@@ -276,14 +299,14 @@ def test_another_model_optimizer_or_data_is_refused(trained: Any, folder: Path, 
     }
     jobs = {}
     for name, (change, _) in changes.items():
-        copy = Path(shutil.copytree(trained.run_dir, folder / f"other-{name}"))
+        copy = Path(shutil.copytree(trained.run_dir, on_device / f"other-{name}"))
         (copy / "config.yaml").unlink()
         (copy / "metrics.jsonl").unlink()
         shutil.move(copy / "checkpoints", copy.with_name(copy.name + "-checkpoints"))
         shutil.rmtree(copy)
-        settings = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout": "dp_reshardable", **change}
+        settings = {**SETTINGS, "device": device, **change}
         jobs[name] = tiny.tiny_config(copy, corpus, **settings), copy.with_name(copy.name + "-checkpoints")
-    found = run_distributed(refusals, 1, jobs)[0]
+    found = run_distributed(refusals, 1, jobs, device=device)[0]
     for name, (_, expected) in changes.items():
         kind, message = found[name]
         assert kind == "CheckpointError", message
@@ -300,16 +323,16 @@ def refusals(rank: int, jobs: dict[str, tuple[Any, Path]]) -> dict[str, tuple[st
     return found
 
 
-def test_run_folder_with_other_settings_is_refused(trained: Any, folder: Path, corpus: str) -> None:
-    copy = Path(shutil.copytree(trained.run_dir, folder / "settings"))
+def test_run_folder_with_other_settings_is_refused(trained: Any, on_device: Path, device: str) -> None:
+    copy = Path(shutil.copytree(trained.run_dir, on_device / "settings"))
     base = dataclasses.replace(trained, run_dir=str(copy))
     other_lr = dataclasses.replace(base, optimizer=dataclasses.replace(base.optimizer, lr=2e-3), seed=5)
     harmless = dataclasses.replace(base, train=dataclasses.replace(base.train, log_every=3))
-    foreign = folder / "foreign"
+    foreign = on_device / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")
     jobs = {"lr": other_lr, "log": harmless, "foreign": dataclasses.replace(base, run_dir=str(foreign))}
-    found = run_distributed(tiny.errors_of_each, 1, jobs)[0]
+    found = run_distributed(tiny.errors_of_each, 1, jobs, device=device)[0]
     assert found["lr"][0] == "CheckpointError"
     assert "seed: 1234, now 5; optimizer.lr: 0.001, now 0.002" in found["lr"][1]
     assert "--fresh" in found["lr"][1]
@@ -331,7 +354,8 @@ def full_disk(rank: int, config: Any, limit: int) -> list[Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained: Any, folder: Path) -> None:
+def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained_on_cpu: Any, folder: Path) -> None:
+    trained = trained_on_cpu  # the limit would also hold for NCCL's shared memory
     copy = Path(shutil.copytree(trained.run_dir, folder / "full"))
     shutil.rmtree(ckpt.step_folder(copy, 4))
     config = dataclasses.replace(trained, run_dir=str(copy))
@@ -372,14 +396,14 @@ def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str,
     return found
 
 
-def test_no_space_at_any_write_of_the_saver(trained: Any, folder: Path) -> None:
+def test_no_space_at_any_write_of_the_saver(trained: Any, on_device: Path, device: str) -> None:
     """Tensors, metadata, random states, manifest: nothing half-written is taken for whole."""
     jobs = {}
     for refused in range(1, 7):
-        copy = Path(shutil.copytree(trained.run_dir, folder / f"space-{refused}"))
+        copy = Path(shutil.copytree(trained.run_dir, on_device / f"space-{refused}"))
         shutil.rmtree(ckpt.step_folder(copy, 4))
         jobs[str(refused)] = dataclasses.replace(trained, run_dir=str(copy)), refused
-    found = run_distributed(full_at_each_write, 1, jobs)[0]
+    found = run_distributed(full_at_each_write, 1, jobs, device=device)[0]
     for name, (config, _) in jobs.items():
         kind, message = found[name]
         # Tensors, their metadata, random states, manifest; the pointer comes when the folder has its name already.
@@ -411,7 +435,10 @@ def killed_at(rank: int, config: Any, victim: int, moment: int) -> None:
 # Moments of rank 0: 1 and 2 folder, 3 tensors, 4 and 5 metadata and its name, 6 and 7 random states, 8 and 9 manifest,
 # 10 the folder's name, 11 and 12 the pointer.
 @pytest.mark.parametrize(("victim", "moment"), [(0, 3), (0, 5), (0, 9), (0, 10), (0, 11), (1, 1)])
-def test_kill_during_a_save_leaves_no_half_checkpoint(trained: Any, tmp_path: Path, victim: int, moment: int) -> None:
+def test_kill_during_a_save_leaves_no_half_checkpoint(
+    trained_on_cpu: Any, tmp_path: Path, victim: int, moment: int
+) -> None:
+    trained = trained_on_cpu  # with NCCL, the peer of a killed process waits until the timeout
     copy = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
     shutil.rmtree(ckpt.step_folder(copy, 4))
     config = dataclasses.replace(trained, run_dir=str(copy))
