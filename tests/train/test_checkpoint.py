@@ -1,4 +1,4 @@
-"""A checkpoint is whole or refused: damage, foreign files, hostile metadata, kills and full disks."""
+"""A checkpoint is whole or refused: damage, foreign files, hostile metadata."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,112 +338,3 @@ def test_run_folder_with_other_settings_is_refused(trained: Any, on_device: Path
     assert found["foreign"][0] == "ConfigError"
     assert "is not empty and holds no run" in found["foreign"][1]
     assert sorted(path.name for path in foreign.iterdir()) == ["lock", "thesis.tex"]
-
-
-def full_disk(rank: int, config: Any, limit: int) -> list[Any]:
-    """Trains with a limit on file sizes (as a disk that fills up: EFBIG), on the last rank alone."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        return list(tiny.error_of(tiny.train, config))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained_on_cpu: Any, folder: Path) -> None:
-    trained = trained_on_cpu  # the limit would also hold for NCCL's shared memory
-    copy = Path(shutil.copytree(trained.run_dir, folder / "full"))
-    shutil.rmtree(ckpt.step_folder(copy, 4))
-    config = dataclasses.replace(trained, run_dir=str(copy))
-    for rank, (kind, message) in enumerate(run_distributed(full_disk, 2, config, 20_000)):
-        assert kind == "StorageError", message
-        assert "make room there" in message
-        assert "rank 1" in message or rank == 1
-    assert ckpt.list_steps(copy) == [2]
-    ckpt.verify_checkpoint(newest(copy))
-    resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
-    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
-
-
-def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str, tuple[str, str]]:
-    """Trains with a disk that refuses the n-th file that the saver opens for writing."""
-    import builtins
-    import errno
-    import io
-
-    real_open = builtins.open  # pathlib and torch reach the same function as io.open
-    found = {}
-    for name, (config, refused) in jobs.items():
-        count = 0
-
-        def shim(path: Any, mode: str = "r", *args: Any, refused: int = refused, **kwargs: Any) -> Any:
-            nonlocal count
-            if any(letter in mode for letter in "wxa") and "checkpoints" in str(path):
-                count += 1
-                if count == refused:
-                    raise OSError(errno.ENOSPC, "No space left on device", str(path))
-            return real_open(path, mode, *args, **kwargs)
-
-        builtins.open = io.open = shim
-        try:
-            found[name] = tiny.error_of(tiny.train, config)
-        finally:
-            builtins.open = io.open = real_open
-    return found
-
-
-def test_no_space_at_any_write_of_the_saver(trained: Any, on_device: Path, device: str) -> None:
-    """Tensors, metadata, random states, manifest: nothing half-written is taken for whole."""
-    jobs = {}
-    for refused in range(1, 7):
-        copy = Path(shutil.copytree(trained.run_dir, on_device / f"space-{refused}"))
-        shutil.rmtree(ckpt.step_folder(copy, 4))
-        jobs[str(refused)] = dataclasses.replace(trained, run_dir=str(copy)), refused
-    found = run_distributed(full_at_each_write, 1, jobs, device=device)[0]
-    for name, (config, _) in jobs.items():
-        kind, message = found[name]
-        # Tensors, their metadata, random states, manifest; the pointer comes when the folder has its name already.
-        assert ckpt.list_steps(Path(config.run_dir)) == ([2] if int(name) <= 4 else [2, 4]), name
-        assert kind == ("StorageError" if int(name) <= 5 else ""), (name, message)
-        assert name == "6" or "No space left on device" in message
-        ckpt.verify_checkpoint(newest(Path(config.run_dir)))
-
-
-def killed_at(rank: int, config: Any, victim: int, moment: int) -> None:
-    """Trains; the victim is killed (-9) at the given file-system call of its next save."""
-    count = 0
-
-    def kill_there(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        writes = event == "open" and isinstance(arguments[1], str) and any(letter in arguments[1] for letter in "wxa")
-        if (writes or event in ("os.rename", "os.mkdir", "os.remove")) and "checkpoints" in str(arguments[0]):
-            count += 1
-            if count == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    if rank == victim:
-        import sys
-
-        sys.addaudithook(kill_there)
-    tiny.train(config)
-
-
-# Moments of rank 0: 1 and 2 folder, 3 tensors, 4 and 5 metadata and its name, 6 and 7 random states, 8 and 9 manifest,
-# 10 the folder's name, 11 and 12 the pointer.
-@pytest.mark.parametrize(("victim", "moment"), [(0, 3), (0, 5), (0, 9), (0, 10), (0, 11), (1, 1)])
-def test_kill_during_a_save_leaves_no_half_checkpoint(
-    trained_on_cpu: Any, tmp_path: Path, victim: int, moment: int
-) -> None:
-    trained = trained_on_cpu  # with NCCL, the peer of a killed process waits until the timeout
-    copy = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
-    shutil.rmtree(ckpt.step_folder(copy, 4))
-    config = dataclasses.replace(trained, run_dir=str(copy))
-    with pytest.raises(AssertionError):
-        run_distributed(killed_at, 2, config, victim, moment)
-    assert ckpt.list_steps(copy) == ([2, 4] if moment >= 11 else [2])
-    ckpt.verify_checkpoint(newest(copy))
-    resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
-    assert resumed["manifest"]["step"] == 4
-    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
