@@ -194,19 +194,22 @@ def _obey_only_the_parent(worker: int) -> None:
     """
     for number in _STOP_SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: torch's handler stays, any SIGTERM ends the worker
+    if not hasattr(signal, "sigtimedwait"):  # macOS: torch's handler stays, any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
     # A blocked SIGTERM can be read together with its sender, which a Python signal handler does not learn.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()  # not os.getppid(): that can be multiprocessing's fork server
     assert parent is not None, "torch runs this in a worker process"
-    threading.Thread(target=_exit_when_asked_by, args=(parent.pid,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _exit_when_asked_by(parent: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _exit_with(parent: Any) -> None:
+    # torch's workers look for their parent by os.getppid(): with a fork server they would outlive a killed parent.
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)  # torch's own worker leaves with 0 if its parent sends SIGTERM; other codes count as a failure
 
 

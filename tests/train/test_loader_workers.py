@@ -25,8 +25,9 @@ SAMPLES = [{"tokens": torch.full((4,), number)} for number in range(STEPS)]
 held: Any = None
 
 
-def batches() -> Iterator[dict[str, torch.Tensor]]:
-    multiprocessing.set_start_method(None, force=True)  # the platform's, as in a training process
+def batches(start_method: str | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches in a process that starts its workers by a method; None is the platform's, as in a training process."""
+    multiprocessing.set_start_method(start_method, force=True)
     one, cpu = Ranks(0, 1, 0, 1, 0, 1, 0, 1), Device("cpu", 0, "gloo")
     return micro_batches(
         SAMPLES, start=0, end=STEPS, global_batch_size=1, micro_batch_size=1, ranks=one, device=cpu, num_workers=2
@@ -58,6 +59,13 @@ def leave_with_the_loader_open(pipe: Connection) -> None:
     held = batches()
     next(held)
     pipe.send([child.pid for child in multiprocessing.active_children()])
+
+
+def wait_with_workers_of_a_fork_server(pipe: Connection) -> None:
+    found = batches("forkserver")
+    next(found)
+    pipe.send([child.pid for child in multiprocessing.active_children()])
+    pipe.recv()
 
 
 @contextmanager
@@ -116,8 +124,9 @@ def test_the_signal_of_the_parent_ends_its_workers() -> None:
         assert not still_there(workers, 2)
 
 
-def test_a_killed_parent_leaves_no_workers() -> None:
-    """Workers look for their parent every 5 seconds."""
-    with running(read) as (process, _, workers):
+@pytest.mark.parametrize("target", [read, wait_with_workers_of_a_fork_server])
+def test_a_killed_parent_leaves_no_workers(target: Any) -> None:
+    """Workers look for their parent every 5 seconds; a fork server is the default from Python 3.14 on."""
+    with running(target) as (process, _, workers):
         process.kill()
         assert not still_there(workers, 12)
