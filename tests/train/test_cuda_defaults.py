@@ -1,4 +1,4 @@
-"""What a run takes by default on CUDA only, on this CPU: loader workers, pinned batches, fusions, process groups.
+"""What a run takes by default on CUDA only, on this CPU: loader workers, pinned batches, fusions.
 
 `install_cpu_stand_in` maps device names of CUDA to the CPU, so that `Device("cuda", 0, "gloo")` takes every default of
 CUDA at once. Replaced is only what needs a real device: the choice of the device, its name and its memory counter.
@@ -68,7 +68,6 @@ def defaults_of_cuda(folder: Path) -> Iterator[Device]:
 
 def facts_of(config: Any) -> dict[str, Any]:
     """What a run on the selected device is built with, and its first batch."""
-    from megatron.core import parallel_state
     from torch.utils.data import DataLoader
 
     from megatron_lion.train.fingerprint import weights_fingerprint
@@ -91,7 +90,6 @@ def facts_of(config: Any) -> dict[str, Any]:
             "bias_dropout_fusion": model.bias_dropout_fusion,
             "use_cpu_initialization": model.use_cpu_initialization,
             "batch_p2p_comm": model.batch_p2p_comm,
-            "gloo groups": parallel_state._DATA_PARALLEL_GROUP_GLOO is not None,
         }
 
 
@@ -105,7 +103,7 @@ def facts_of_both(rank: int, folder: Path, config: Any) -> dict[str, dict[str, A
 
 def test_each_default_is_taken_and_changes_neither_weights_nor_batches(folder: Path, corpus: str) -> None:
     found = run_distributed(facts_of_both, 1, folder, tiny.tiny_config(folder / "facts", corpus))[0]
-    switches = ("bias_activation_fusion", "bias_dropout_fusion", "batch_p2p_comm", "gloo groups", "pinned")
+    switches = ("bias_activation_fusion", "bias_dropout_fusion", "batch_p2p_comm", "pinned")
     for name in switches:
         assert (found["cpu"][name], found["cuda"][name]) == (False, True), name
     assert (found["cpu"]["use_cpu_initialization"], found["cuda"]["use_cpu_initialization"]) == (True, False)
