@@ -175,9 +175,9 @@ def time_once(step: Callable[[], object], device: str) -> tuple[float, float]:
     return first.elapsed_time(last) / 1e3, time.perf_counter() - started
 
 
-def bandwidths(device: str) -> dict[str, float]:
-    """Bytes read and written a second by a large copy, and by a multiplication in place."""
-    source = torch.ones(2**29 if device == "cuda" else 2**25, device=device)
+def bandwidths(device: str, numel: int | None = None) -> dict[str, float]:
+    """Bytes read and written a second by a copy of `numel` float32 (default 2 GiB, or 128 MiB on a CPU), and in place."""
+    source = torch.ones(numel or (2**29 if device == "cuda" else 2**25), device=device)
     target = torch.zeros_like(source)
     works = {"copy": lambda: target.copy_(source), "in_place": lambda: target.mul_(1.0)}
     times = {name: [time_once(work, device)[0] for _ in range(12)][2:] for name, work in works.items()}

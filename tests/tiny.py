@@ -102,6 +102,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def opened_run(config: RunConfig) -> Iterator[Any]:
     """Process groups and a built run, without the loop around it."""
+    from megatron_lion.determinism import deterministic
     from megatron_lion.device import select_device
     from megatron_lion.parallel import process_groups
     from megatron_lion.train.run import build_run
@@ -111,7 +112,7 @@ def opened_run(config: RunConfig) -> Iterator[Any]:
         "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
     }
     device = select_device(config.device)
-    with process_groups(device, **layout) as ranks:
+    with deterministic(config.train.deterministic), process_groups(device, **layout) as ranks:
         yield build_run(config, device, ranks)
 
 

@@ -9,6 +9,7 @@ import torch
 from contenders import Case, ours
 from optimizer_step import SIZES, Shapes, bandwidths, describe, time_once
 
+from .facts import REHEARSAL_NUMEL
 from .stage import Stage, release_memory
 
 # (master weights, momentum): bytes read and written a parameter with fp32 gradients, counted from the kernel.
@@ -22,8 +23,8 @@ GRAPH_MS = 4.0
 
 
 def run(stage: Stage) -> None:
-    copy = bandwidths(stage.device)["copy"]
-    for size in ORDER[:2] if stage.rehearse else ORDER:
+    copy = bandwidths(stage.device, REHEARSAL_NUMEL if stage.rehearse else None)["copy"]
+    for size in ORDER[:1] if stage.rehearse else ORDER:
         for mode in MODES:
             stage.attempt(part_name(size, mode), 3, lambda s=size, m=mode: measure(stage, s, m, copy))
 

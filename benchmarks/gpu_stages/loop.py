@@ -39,7 +39,7 @@ VARIANTS = (
     Variant("fp32 shards, micro-batch 16, dropout 0", 16, 0.0, optimizer="lion fp32 shards + copy"),
     Variant("355M, micro-batch 8, dropout 0", 8, 0.0, model="gpt2-355m", needs_s=25.0),
 )
-REHEARSED = 2
+REHEARSED = 1
 PROFILED = 3
 REHEARSAL = {
     "model.num_layers": 2, "model.hidden_size": 32, "model.num_attention_heads": 2, "model.seq_length": 32,

@@ -12,7 +12,8 @@ from megatron_lion.device import select_device
 from megatron_lion.optim.precision import PackedLayout, split_master
 from megatron_lion.parallel import process_groups
 
-from .runs import built, fingerprints, random_tokens, take_step, tiny_config, tiny_settings
+from .runs import built, fingerprints, random_tokens, take_step
+from .settings import tiny_config, tiny_settings
 from .stage import Stage
 
 VOCABULARY = 1000

@@ -1,56 +1,20 @@
-"""Small runs for the stages that train: settings, random tokens, and steps of a built run."""
+"""Built runs for the stages that train: random tokens, steps, fingerprints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from train_step import random_data, take_step
 
 from megatron_lion.config import RunConfig
-from megatron_lion.config_checks import check_config
-from megatron_lion.configfile import load_config
 from megatron_lion.determinism import deterministic
 from megatron_lion.device import Device
 from megatron_lion.parallel import Ranks
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
 from megatron_lion.train.run import Run, build_run
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# What a check of bits needs: nothing measured on the way, no warm-up, a rate that leaves many weights on rounding ties.
-QUIET = {
-    "train.test_every": 0, "probe.every": 0, "checkpoint.every": 0, "checkpoint.at_steps": "[]", "schedule.kind": "constant",
-    "schedule.warmup_steps": 0, "optimizer.lr": 2.0**-10, "optimizer.weight_decay": 0.1, "log.progress": False,
-}  # fmt: skip
-SMALLER = {
-    "model.num_layers": 2, "model.hidden_size": 32, "model.num_attention_heads": 4, "model.seq_length": 32,
-    "train.global_batch_size": 4, "train.micro_batch_size": 2,
-}  # fmt: skip
-
-
-def tiny_settings(rehearse: bool) -> dict[str, Any]:
-    """Overrides of configs/gpt2_tiny.yaml: 4 layers of width 128, or less than that in a rehearsal."""
-    return {**QUIET, **(SMALLER if rehearse else {})}
-
-
-def tiny_config(run_dir: Path, data: Path | str, settings: dict[str, Any]) -> RunConfig:
-    """configs/gpt2_tiny.yaml with other settings, by dotted key, checked as `pretrain` does."""
-    return check(
-        load_config(CONFIGS / "gpt2_tiny.yaml", words({**settings, "run_dir": run_dir, "data.path": f"[{data}]"}))
-    )
-
-
-def words(settings: dict[str, Any]) -> list[str]:
-    """Settings as command-line flags."""
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-
-
-def check(config: RunConfig) -> RunConfig:
-    check_config(config, 1)
-    return config
 
 
 def random_tokens(folder: Path, vocab_size: int, seq_length: int) -> str:
@@ -71,19 +35,4 @@ def fingerprints(run: Run) -> tuple[str, str]:
     return state_fingerprint(run.model, run.optimizer), weights_fingerprint(run.model)
 
 
-def moved(config: RunConfig, run_dir: Path) -> RunConfig:
-    """The same run in another folder."""
-    return replace(config, run_dir=str(run_dir))
-
-
-__all__ = [
-    "built",
-    "check",
-    "fingerprints",
-    "moved",
-    "random_tokens",
-    "take_step",
-    "tiny_config",
-    "tiny_settings",
-    "words",
-]
+__all__ = ["built", "fingerprints", "random_tokens", "take_step"]
