@@ -1,4 +1,4 @@
-"""The GPU check: correctness first, then the figures, each written the moment it is measured, in seven minutes.
+"""Checks a GPU and measures performance on it within seven minutes; each result is written as soon as it is measured.
 
     PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results            # on the GPU machine, from the root
     python benchmarks/gpu.py --rehearse --output /tmp/rehearsal                  # every stage at tiny sizes on a CPU
@@ -17,28 +17,46 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
+
+
+def is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 sys.path[:0] = [path for path in (str(BENCHMARKS), str(ROOT)) if path not in sys.path]
+if (ROOT / "wheels").is_dir() and not is_installed("megatron-core"):
+    sys.path.append(str(ROOT / "wheels"))
 
 from gpu_stages.stage import ROWS, Stage, describe, end_with_parent, read_rows  # noqa: E402  (the paths come first)
 
-# Seconds that a stage may take, start of its process included; 410 of a budget of 420.
+# Seconds that a stage may take, start of its process included; 410 of the 420. A larger budget makes them longer.
+BUDGET_S = 420.0
 CAPS = {"facts": 10, "correct": 60, "kernel": 50, "loop": 110, "run": 90, "peers": 50, "bert": 40}
 # A rehearsal measures nothing, so a loaded machine may take its time.
 REHEARSAL_SLACK = 20
+# Exit code of a stage's process that has recorded its own error.
+RECORDED = 3
 # A stage's process that does not end at its limit is killed so many seconds later.
 GRACE_S = 2.0
 TABLE_WIDTH = 150
@@ -49,22 +67,32 @@ HIDDEN = {"stage", "part", "time", "passed", "trace", "rehearsal", "card", "memo
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, help="seconds for all stages; default 420, or no limit with --rehearse")
+    parser.add_argument(
+        "--budget", type=float,
+        help="seconds for all stages; default 420; a larger one gives each stage more. "
+        f"With --rehearse no limit, and the stages' own are {REHEARSAL_SLACK} times longer",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl, logs and temporary files")
     parser.add_argument("--only", nargs="+", choices=CAPS, metavar="STAGE", help=f"some of {', '.join(CAPS)}")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU, kernels interpreted")
-    parser.add_argument("--text", type=Path, help="text for the evaluation in stage `run`, e.g. wiki.test.tokens")
     parser.add_argument(
-        "--data", type=Path, help="dataset folder for stage `run`; default: carried beside the wheels, else made"
+        "--text", type=Path, help="text file for the evaluation in stage `run`; without it that part is skipped"
     )
-    parser.add_argument("--commit", help="commit of this checkout, if neither git nor the wheels folder knows it")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="dataset folder for stage `run`; default wheels/gpu_data, else it is made of Python's documentation",
+    )
+    parser.add_argument(
+        "--commit", help="commit of this checkout; needed only without git's history and without wheels"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)  # JSON: this process is a stage
     args = parser.parse_args()
     for name in ("text", "data"):
         path = getattr(args, name)
         if path is not None and not path.exists():
             parser.error(f"--{name} {path}: does not exist")
-    if args.budget is not None and args.budget <= 0:
+    if args.budget is not None and not args.budget > 0:
         parser.error(f"--budget {args.budget:g}: must be above 0 seconds")
     return args
 
@@ -76,16 +104,25 @@ def main() -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # all rows are on disk; torch's orderly end takes two seconds, as long as a part of a stage
-    args.output.mkdir(parents=True, exist_ok=True)
-    budget = args.budget or (float("inf") if args.rehearse else 420.0)
-    slack = REHEARSAL_SLACK if args.rehearse else 1
+    budget = args.budget or (float("inf") if args.rehearse else BUDGET_S)
+    slack = REHEARSAL_SLACK if args.rehearse else max(1.0, budget / BUDGET_S)
     started = time.monotonic()
     facts = common_facts(args)
     if not args.rehearse and facts["card"] is None:
         sys.stderr.write("gpu.py: no NVIDIA driver on this machine; --rehearse runs every stage on a CPU\n")
         return 9
-    already = len(read_rows(args.output / ROWS))
     chosen = [stage for stage in CAPS if not args.only or stage in args.only]
+    from gpu_stages.preflight import problem_of  # imports torch, which --help does not need
+
+    if problem := problem_of(args, facts, chosen):
+        sys.stderr.write(f"gpu.py: {problem}\n")
+        return 2
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.stderr.write(f"gpu.py: --output {args.output}: {error.strerror}; give a folder that can be made\n")
+        return 5
+    already = len(read_rows(args.output / ROWS))
     with data_for(args, needed="run" in chosen) as data, children_end_with_us() as processes:
         for name in chosen:
             cap, left = CAPS[name] * slack, budget - (time.monotonic() - started)
@@ -95,8 +132,12 @@ def main() -> int:
                 start_stage(args, facts, name, cap, data, processes)
             sys.stdout.write(summary(read_rows(args.output / ROWS)[already:]))
             sys.stdout.flush()
-    sys.stdout.write(f"\n{time.monotonic() - started:.0f} s; rows in {args.output / ROWS}\n")
-    return 0
+    counts = Counter(outcome(row) for row in read_rows(args.output / ROWS)[already:])
+    found = ", ".join(
+        f"{counts[word]} {word}" for word in ("passed", "measured", "FAILED", "error", "skipped") if counts[word]
+    )
+    sys.stdout.write(f"\n{found}; {time.monotonic() - started:.0f} s; rows in {args.output / ROWS}\n")
+    return 1 if counts["FAILED"] or counts["error"] else 0
 
 
 def start_stage(
@@ -107,6 +148,7 @@ def start_stage(
         "name": name, "output": str(args.output.resolve()), "cap_s": cap, "rehearse": args.rehearse, "facts": facts,
         "data": data and str(data), "text": args.text and str(args.text.resolve()),
     }  # fmt: skip
+    shutil.rmtree(args.output / name, ignore_errors=True)  # files of an earlier call would be taken for this one's
     log, began = args.output / f"{name}.log", time.monotonic()
     command = [
         sys.executable,
@@ -131,10 +173,12 @@ def start_stage(
             processes.remove(process)
     if code is None:
         record(args, facts, name, error=f"killed at its limit of {cap:g} s; earlier rows are kept")
-    elif code:
+    elif code and code != RECORDED:
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
-        record(args, facts, name, error=f"the stage's process ended with {ended}; {last_line(log)}")
-    else:
+        record(
+            args, facts, name, error=f"the stage's process ended with {ended}; last line of its log: {last_line(log)}"
+        )
+    elif not code:
         record(args, facts, name, seconds=time.monotonic() - began, limit_s=cap)
 
 
@@ -148,13 +192,14 @@ def run_stage(child: dict[str, Any]) -> int:
     except Exception as error:
         stage.row("stage", error=describe(error))
         traceback.print_exc()
-        return 1
+        return RECORDED
     return 0
 
 
 def environment(rehearse: bool, stage: str = "") -> dict[str, str]:
     """This process's environment, with the checkout on the path; a rehearsal sees no GPU and interprets the kernels."""
     paths = [str(ROOT), str(BENCHMARKS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths += [path for path in (str(ROOT / "wheels"),) if path in sys.path]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))), "PYTHONUNBUFFERED": "1"}
     if stage in ("correct", "run"):
         # They train with train.deterministic and without it in one process; torch looks at this only once.
@@ -189,11 +234,16 @@ def common_facts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def carried_commit() -> str | None:
-    """The commit that gpu_wheels.py noted, on a machine to which the checkout came without its history."""
-    if (ROOT / ".git").exists():
+    """Returns the commit that gpu_wheels.py noted if git cannot name it, else None."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
         return None
-    noted = (Path(folder) / "megatron_lion_commit.txt" for folder in sys.path)
-    return next((path.read_text().strip() for path in noted if path.is_file()), None)
+    from measuring import CARRIED, source_digest
+
+    noted = (Path(folder) / CARRIED for folder in sys.path)
+    words = next((path.read_text().split() for path in noted if path.is_file()), None)
+    if not words:
+        return None
+    return words[0] if words[1:] == [source_digest()] else f"{words[0]}, and other sources than those"
 
 
 @contextlib.contextmanager
@@ -253,13 +303,19 @@ def summary(rows: list[dict[str, Any]]) -> str:
     """A line a row: stage, part, outcome, figures."""
     lines = [f"\n{'stage':<8} {'part':<44} {'outcome':<8} figures"]
     for row in rows:
-        outcome = next((word for word in ("error", "skipped") if row.get(word)), None)
-        figures = row.get("error") or row.get("skipped") or ""
-        if outcome is None:
-            outcome = {True: "passed", False: "FAILED", None: "measured"}[row.get("passed")]
+        head = f"{row['stage']:<8} {row['part']:<44} {outcome(row):<8} "
+        if reason := row.get("error") or row.get("skipped"):
+            lines.append(head + reason)
+        else:
             figures = ", ".join(f"{key} {short(value)}" for key, value in row.items() if key not in HIDDEN)
-        lines.append(f"{row['stage']:<8} {row['part']:<44} {outcome:<8} {figures}"[:TABLE_WIDTH])
+            lines.append((head + figures)[:TABLE_WIDTH])
     return "\n".join(lines) + "\n"
+
+
+def outcome(row: dict[str, Any]) -> str:
+    """error, skipped, passed, FAILED, or measured if the row holds figures and no check."""
+    word = next((word for word in ("error", "skipped") if row.get(word)), None)
+    return word or {True: "passed", False: "FAILED", None: "measured"}[row.get("passed")]
 
 
 def short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Results of the GPU check beside the goals: each 'met', 'missed by x' or 'not measured'.
+"""Compares the results of the GPU check with the goals: each is 'met', 'missed by x' or 'not measured'.
 
     python benchmarks/gpu_report.py DIR             # DIR of gpu.py; writes benchmarks/results/gpu-DATE-CARD.md and .jsonl
     python benchmarks/gpu_report.py --docs          # rewrites the table in docs/performance.md from those files
@@ -16,13 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gpu_stages.stage import SAME, read_rows
+
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results"
 DOCUMENT = BENCHMARKS.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- begin: gpu_report.py --docs -->\n", "<!-- end: gpu_report.py --docs -->\n"
 NOT_MEASURED = "not measured"
-# What a figure depends on: rows that differ in one of these belong in two reports.
-SAME = ("card", "driver", "torch", "triton", "megatron_core", "commit", "rehearsal")
 
 Row = dict[str, Any]
 
@@ -56,10 +56,19 @@ def report_folder(folder: Path, results: Path) -> None:
         sys.stdout.write("\nA rehearsal: nothing was written.\n")
         return
     results.mkdir(parents=True, exist_ok=True)
-    name = f"gpu-{rows[-1]['time'][:10]}-{slug(rows[-1]['card'])}"
+    name = free_name(results, f"gpu-{rows[-1]['time'][:10]}-{slug(rows[-1]['card'])}", source)
     (results / f"{name}.md").write_text(text, encoding="utf-8")
     shutil.copyfile(source, results / f"{name}.jsonl")
     sys.stdout.write(f"\nwrote {results / name}.md and .jsonl\n")
+
+
+def free_name(results: Path, name: str, source: Path) -> str:
+    """The name, or with -2, -3 … if another run's rows have it; the same file grown by rows replaces itself."""
+    for number in range(1, 1000):
+        found = results / f"{name}{f'-{number}' if number > 1 else ''}.jsonl"
+        if not found.exists() or source.read_bytes().startswith(found.read_bytes()):
+            return found.stem
+    raise ValueError(f"{results}: {name}-2 to -999 exist; move them away")
 
 
 def read(path: Path) -> list[Row]:
@@ -70,22 +79,16 @@ def read(path: Path) -> list[Row]:
     """
     if not path.exists():
         raise ValueError(f"{path}: does not exist; run benchmarks/gpu.py --output {path.parent} first")
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            missing = [key for key in ("stage", "part", "time", *SAME) if key not in row]
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object ({error}); remove the line") from error
-        if missing:
-            raise ValueError(f"{path}, line {number}: no {missing[0]}; this is not a file of benchmarks/gpu.py")
-        rows.append(row)
+    try:
+        rows = read_rows(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the line") from error
     if not rows:
         raise ValueError(f"{path}: no rows; run benchmarks/gpu.py --output {path.parent} again")
     for key in SAME:
         if len(values := {row[key] for row in rows}) > 1:
             found = ", ".join(sorted(map(str, values)))
-            raise ValueError(f"{path}: rows with several values of {key} ({found}); give each its own --output folder")
+            raise ValueError(f"{path}: rows with several values of {key} ({found}); keep the lines of one of them")
     return rows
 
 
@@ -95,7 +98,7 @@ def goals() -> list[dict[str, Any]]:
 
 
 def measured(goal: dict[str, Any], rows: list[Row]) -> tuple[Any, str]:
-    """(value of a goal, a remark): the newest row of each part, and of these the one that `take` names.
+    """(value of a goal, a remark): the newest row of each part, and of these the largest figure.
 
     A check of several parts passes if all pass; a part without a value leaves it unmeasured unless another one failed.
     """
@@ -108,8 +111,13 @@ def measured(goal: dict[str, Any], rows: list[Row]) -> tuple[Any, str]:
         return (True, "") if values and not lacking else (None, _why(lacking, newest))
     if not values:
         return None, _why(lacking, newest)
-    some = f"{len(values)} of {len(goal['parts'])} measured" if lacking else ""
-    return (min if goal.get("take") == "smallest" else max)(values), some
+    best = max(values)
+    if not lacking:
+        return best, ""
+    # The largest can only grow with a part that is missing: then a figure above the limit is decided, one below it is not.
+    decided = (best > goal["must"]) if goal["better"] == "lower" else (best >= goal["must"])
+    some = f"{len(values)} of {len(goal['parts'])} measured"
+    return (best, some) if decided else (None, f"{some}, {shown(best)}")
 
 
 def _why(lacking: list[str], newest: dict[str, Row]) -> str:
@@ -178,8 +186,10 @@ def write_docs(results: Path, document: Path = DOCUMENT) -> None:
     """Rewrites the generated part of a document.
 
     Raises:
-        ValueError: the document lacks the marks.
+        ValueError: the document lacks the marks, or there is no folder of results.
     """
+    if not results.is_dir():
+        raise ValueError(f"--results {results}: no such folder; the table is made of its files")
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"{document}: no lines {BEGIN.strip()} and {END.strip()}; put them where the table belongs")

@@ -4,8 +4,8 @@
     PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results          # there, from the checkout's root
 
 The machine is taken to have Python 3.12 on Linux x86-64 with torch ≥ 2.11, triton, numpy, transformers, tokenizers,
-rich, PyYAML, psutil and pytest. Without `--required-only` the optimizers that stage `peers` compares come along, as far
-as they are pure Python. The folder also holds the dataset of stage `run` and the commit of this checkout.
+rich, PyYAML, psutil and pytest. Unless `--required-only` is given, the pure-Python optimizers that stage `peers` compares
+are included. The folder also holds the dataset of stage `run` and the commit of this checkout.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-from measuring import commit
+from measuring import CARRIED as MARK
+from measuring import commit, source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Pinned in constraints.txt where the project itself needs them.
@@ -40,25 +42,42 @@ def main() -> int:
         "--no-data", action="store_true", help="without the dataset; gpu.py then makes it, in ten seconds"
     )
     args = parser.parse_args()
-    mark = args.output / "megatron_lion_commit.txt"
-    if args.output.exists() and any(args.output.iterdir()) and not mark.exists():
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output {args.output}: not a folder")
+    if args.output.exists() and any(args.output.iterdir()) and not (args.output / MARK).exists():
         parser.error(f"--output {args.output}: not empty and not made by this script; choose another folder")
-    shutil.rmtree(args.output, ignore_errors=True)
-    args.output.mkdir(parents=True)
-    mark.write_text(commit() + "\n")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it and renamed at the end: a call without a network must not cost an earlier folder.
+    folder = Path(tempfile.mkdtemp(prefix="wheels-", dir=args.output.parent))
+    try:
+        if reason := fill(folder, args):
+            sys.stderr.write(f"gpu_wheels.py: {reason}\n")
+            return 1
+        shutil.rmtree(args.output, ignore_errors=True)
+        folder.chmod(0o755)
+        folder.rename(args.output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    sys.stdout.write(f"{args.output}: {size / 2**20:.1f} MiB, commit {(args.output / MARK).read_text().split()[0]}\n")
+    return 0
+
+
+def fill(folder: Path, args: argparse.Namespace) -> str | None:
+    """Puts packages, dataset and commit into a folder; returns the reason if something required is missing."""
+    (folder / MARK).write_text(f"{commit()} {source_digest()}\n")
     for package in [*REQUIRED, *([] if args.required_only else OPTIONAL), *args.more]:
-        if not fetch(pinned(package), args.output):
+        if not fetch(pinned(package), folder):
             if package in REQUIRED:
-                sys.stderr.write(f"gpu_wheels.py: {package} cannot be fetched; the GPU check needs it\n")
-                return 1
+                return f"{package} cannot be fetched, and the GPU check needs it; run this where pip reaches a package index"
             sys.stderr.write(f"left out: {package} cannot be fetched as a wheel\n")
     if not args.no_data:
-        subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks" / "gpu_data.py"), str(args.output / "gpu_data")], check=True
-        )
-    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    sys.stdout.write(f"{args.output}: {size / 2**20:.1f} MiB, commit {mark.read_text()}")
-    return 0
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_data.py"), str(folder / "gpu_data")]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return f"the dataset cannot be made here ({last}); install the project first, or use --no-data"
+    return None
 
 
 def pinned(package: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -54,10 +55,28 @@ def commit() -> str:
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout
+        try:
+            return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False).stdout
+        except OSError:  # a slim image has no git
+            return ""
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
     return (git("rev-parse", "--short", "HEAD").strip() or "unknown") + "+" * bool(changed)
+
+
+CARRIED = "megatron_lion_commit.txt"
+"""File in the wheels folder: the commit, and the digest of the sources that it was written for."""
+
+
+def source_digest() -> str:
+    """A hash of this checkout's Python, C++ and YAML files: whether a copy without git is what its note says."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for folder in ("megatron_lion", "data_prep", "benchmarks", "configs"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".yaml") and path.is_file():
+                digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def processor() -> str:

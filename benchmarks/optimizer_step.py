@@ -136,7 +136,7 @@ def count_launches(step: Callable[[], object], device: str) -> int:
 
 
 def host_waits(step: Callable[[], object]) -> dict[str, int]:
-    """How often a step makes the host wait for the device, by the line that does; CUDA only."""
+    """Returns the number of host waits of a step, by source line; CUDA only."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -310,7 +310,7 @@ def main() -> None:
     text = ""
     for size in args.sizes:
         numel = sum(int(torch.Size(shape).numel()) for shape in SIZES[size])
-        # Where all fit, rounds go around all contenders; else each is alone in memory, and may fail alone.
+        # If all contenders fit in memory they are timed in turn; otherwise each runs alone, so one failure affects no other.
         together = args.device != "cuda" and numel <= AT_ONCE
         for group in [usable] if together else [[contender] for contender in usable]:
             try:

@@ -140,7 +140,7 @@ def configure(
     device: Device,
     changes: dict[str, Any] | None = None,
 ) -> RunConfig:
-    """The shipped config of the model with this optimizer, and as much of it as is to be timed.
+    """Builds the shipped config of the model with this optimizer, limited to the steps that are timed.
 
     Args:
         args: micro_batch_size (None: the model's), num_microbatches, warmup, steps, data (None: random tokens).

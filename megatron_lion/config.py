@@ -139,8 +139,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """bf16 and fp16 keep exact fp32 master weights; fp16 scales the loss dynamically."""
     deterministic: bool = False
-    """Give the same bits in every run of the same command at the same layout, on CUDA too, with slower kernels. On a CPU every run
-    does."""
+    """Make runs of the same command at the same layout bitwise reproducible on CUDA, using slower kernels; on a CPU they always are."""
     test_every: int = 1000
     """Measure the validation and test loss every so many steps; 0 never."""
     test_batches: int = 10

@@ -1,8 +1,8 @@
 """`train.deterministic`: the same command on the same hardware and layout gives the same bits, on CUDA too.
 
 On CUDA some kernels add their parts with atomics, in an order that changes from run to run: the backward passes of
-flash, memory-efficient and cuDNN attention add to dQ so. cuBLAS may change its workspace with the stream, and inductor
-its reductions with what it times. On a CPU nothing of this exists, and the same code changes no bit.
+flash, memory-efficient and cuDNN attention accumulate dQ in this way. cuBLAS may change its workspace with the stream,
+and inductor may choose reductions by timing. None of this applies on a CPU, where the same code changes no bit.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the libraries need in the environment; values of the user that serve are kept."""
+    """What the libraries need in the environment; suitable values set by the user are kept."""
     workspace = environment.get("CUBLAS_WORKSPACE_CONFIG")
     return {
         "CUBLAS_WORKSPACE_CONFIG": workspace if workspace in CUBLAS_WORKSPACES else CUBLAS_WORKSPACES[0],

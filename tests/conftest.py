@@ -11,7 +11,9 @@ import pytest
 # Two test processes on two cores: more threads would only fight each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The kernels run in Triton's interpreter where there is no GPU; it must be chosen before triton is imported.
-if "TRITON_INTERPRET" not in os.environ and not Path("/proc/driver/nvidia").exists():
+if "TRITON_INTERPRET" not in os.environ and not any(
+    Path(name).exists() for name in ("/proc/driver/nvidia", "/dev/nvidiactl")
+):
     os.environ["TRITON_INTERPRET"] = "1"
 
 # torch.cuda.is_available() then asks the driver's library instead of CUDA itself. A process that has initialised CUDA

@@ -28,8 +28,9 @@ def operation(*names: str, kernels: tuple[tuple[str, float], ...] = ()) -> Simpl
     return SimpleNamespace(name=names[0], cpu_parent=parent, device_type=DeviceType.CPU, kernels=launched)
 
 
-def kernel(start: float, end: float) -> SimpleNamespace:
-    return SimpleNamespace(device_type=DeviceType.CUDA, time_range=SimpleNamespace(start=start, end=end))
+def kernel(start: float, end: float, annotation: bool = False) -> SimpleNamespace:
+    time_range = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(device_type=DeviceType.CUDA, time_range=time_range, is_user_annotation=annotation)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +53,14 @@ def test_operations_belong_to_groups(names: tuple[str, ...], group: str) -> None
 
 
 def test_kernels_are_counted_by_group_and_overlaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps: 40 µs of products, 10 of the optimizer, a copy of 2 to the device; the device works 45 µs of them."""
+    """Two steps: 40 µs of products, 10 of the optimizer, a copy of 2 to the device; the device works 49 µs of them."""
     events = [
         operation("aten::mm", kernels=(("gemm", 30.0), ("gemm", 10.0))),
         operation("lion", breakdown.OPTIMIZER, kernels=(("lion_kernel", 10.0),)),
         operation("aten::to", kernels=(("Memcpy HtoD (Pinned -> Device)", 2.0),)),
-        kernel(0.0, 30.0), kernel(20.0, 40.0), kernel(50.0, 55.0),
+        operation("cudaLaunchKernel", kernels=(("gemm", 30.0),)),  # shares its number with another operation
+        kernel(0.0, 30.0), kernel(20.0, 30.0), kernel(30.0, 40.0), kernel(50.0, 52.0), kernel(60.0, 67.0),
+        kernel(0.0, 200.0, annotation=True),
     ]  # fmt: skip
 
     class Profile:
@@ -79,11 +82,11 @@ def test_kernels_are_counted_by_group_and_overlaps_once(monkeypatch: pytest.Monk
     assert {name: ms for name, ms in found["ms"].items() if ms} == {
         "matrix products": 0.02,
         "optimizer": 0.005,
-        "copies": 0.001,
-    }
+        "copies": 0.001, "unattributed": 0.0035,
+    }  # fmt: skip
     assert found["launches"]["matrix products"] == 1.0
     assert found["launches"]["optimizer"] == 0.5
-    assert found["busy_ms"] == pytest.approx(0.0225)
+    assert found["busy_ms"] == pytest.approx(0.0245)
     assert (run.optimizer.step, chunk.zero_grad_buffer) == (len, len), "the ranges are taken off again"
 
 

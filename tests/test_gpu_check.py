@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -44,9 +45,10 @@ def start(folder: Path, *words: str, python_path: Path | None = None) -> subproc
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    """Its output; exit code 1 means that a row failed."""
     output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, output[-3000:]
+    assert process.returncode == code, output[-3000:]
     return output
 
 
@@ -161,12 +163,10 @@ def test_a_stage_that_raises_and_a_peer_out_of_memory_leave_the_others_running(t
         packages, "lion_pytorch",
         "import torch\n\n\ndef Lion(*_, **__):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate')\n",
     )  # fmt: skip
-    output = finish(start(tmp_path / "out", "--only", "loop", "peers", python_path=packages))
+    output = finish(start(tmp_path / "out", "--only", "loop", "peers", python_path=packages), code=1)
     rows = read(tmp_path / "out")
-    assert "error" in output
-    (loop,) = [row for row in rows if row["stage"] == "loop" and row["part"] == "stage" and "megatron" in row["error"]][
-        :1
-    ]
+    assert "3 error" in output
+    (loop,) = [row for row in rows if row["stage"] == "loop"]
     assert loop["error"] == "ImportError: megatron-core is not here"
     peers = {row["part"]: row for row in rows if row["stage"] == "peers"}
     assert peers["lion-pytorch"]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate"
@@ -198,7 +198,10 @@ def test_a_stage_is_killed_at_its_limit(tmp_path: Path, gpu: Any, monkeypatch: p
     monkeypatch.setattr(gpu, "GRACE_S", 0.05)
     monkeypatch.setattr(gpu, "REHEARSAL_SLACK", 1)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(tmp_path)])
-    assert gpu.main() == 0
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / "earlier").write_text("of another call")
+    assert gpu.main() == 1
+    assert not (tmp_path / "peers").exists(), "an earlier call's files would be taken for this one's"
     rows = read(tmp_path)
     assert [(row["stage"], row["error"].split(";")[0]) for row in rows] == [
         ("facts", "killed at its limit of 0.01 s"), ("peers", "killed at its limit of 0.02 s"),
@@ -238,7 +241,7 @@ def test_on_a_gpu_machine_whose_stages_fail_the_driver_goes_on(tmp_path: Path) -
     ]
     # The real limits, but time for a loaded machine to start a process: nothing is measured here.
     done = subprocess.run([*command, "--budget", "400"], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 1, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     rows = read(tmp_path / "out")
     assert {row["stage"] for row in rows} == {"facts", "kernel"}
@@ -246,6 +249,89 @@ def test_on_a_gpu_machine_whose_stages_fail_the_driver_goes_on(tmp_path: Path) -
     for row in rows:
         assert (row["card"], row["memory_gib"], row["driver"]) == ("NVIDIA H100 80GB HBM3", 79.6, "580.159.04")
         assert (row["commit"], row["rehearsal"]) == ("abc", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "message"),
+    [
+        (["--data", "FOLDER"], None, "no readable manifest.json (FileNotFoundError); give a folder made by"),
+        (["--text", "FOLDER"], None, "not a file; give a text"),
+        ([], "nonsense\n", "results.jsonl, line 1: not a JSON object; remove the line, or give another --output"),
+        ([], "\xff\n", "results.jsonl, line 1: not a JSON object"),
+        ([], "[1]\n", "line 1: no fields, so it is no row"),
+        ([], json.dumps(dict.fromkeys(FACTS, "x") | {"stage": "facts", "part": "device", "rehearsal": False}) + "\n",
+         "its rows have card x, this run has"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_reported_before_the_first_stage(
+    tmp_path: Path,
+    gpu: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+    words: list[str],
+    rows: str | None,
+    message: str,
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    if rows is not None:
+        (output / "results.jsonl").write_bytes(rows.encode("latin-1"))
+    words = [word.replace("FOLDER", str(tmp_path)) for word in words]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(output), *words])
+    assert gpu.main() == 2
+    assert message in capsys.readouterr().err
+    assert rows is None or (output / "results.jsonl").read_bytes() == rows.encode("latin-1")
+
+
+def test_missing_packages_are_named_unless_no_stage_needs_them(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_stages import preflight
+
+    monkeypatch.setattr(preflight, "version_of", lambda package: None if package == "jsonargparse" else "1")
+    args = SimpleNamespace(data=None, text=None, output=tmp_path, rehearse=True)
+    reason = preflight.problem_of(args, {}, ["facts", "loop"])  # type: ignore[arg-type]
+    assert reason is not None
+    assert reason.startswith("jsonargparse not found; run from the checkout's root with PYTHONPATH=.:wheels")
+    assert preflight.problem_of(args, {}, ["facts", "kernel", "peers"]) is None  # type: ignore[arg-type]
+
+
+def test_an_output_that_cannot_be_made(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(tmp_path / "file" / "below")])
+    assert gpu.main() == 5
+    assert "give a folder that can be made" in capsys.readouterr().err
+
+
+def test_without_git_the_carried_commit_is_taken(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import measuring
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measuring.commit() == "unknown"
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    (tmp_path / measuring.CARRIED).write_text(f"abc1234 {measuring.source_digest()}\n")
+    assert gpu.carried_commit() == "abc1234"
+    (tmp_path / measuring.CARRIED).write_text("abc1234 0123456789abcdef\n")
+    assert gpu.carried_commit() == "abc1234, and other sources than those", "the sources changed after the note"
+
+
+def test_a_peer_is_divided_by_ours_alone(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If ours fails, the next one of its class must not take its place."""
+    from gpu_stages import peers
+
+    times = {"torch AdamW fused + copy": 4.0, "ours split32": 2.0}
+    keep = dict.fromkeys(("parameters", "tensors", "device_ms", "bytes_per_parameter", "state_bytes_per_parameter", "launches",
+                          "waits", "temporaries_bytes"))  # fmt: skip
+    monkeypatch.setattr(
+        peers, "measure", lambda size, group, *_: [{**keep, "class": "c", "wall_ms": times[group[0].name]}]
+    )
+    stage = gpu.Stage("peers", tmp_path, 60.0, True, {})
+    adamw, lion = (SimpleNamespace(name=name) for name in times)
+    base: dict[tuple[str, str], float] = {}
+    for contender in (adamw, lion, adamw):
+        peers.time_step(stage, "size", contender, base)  # type: ignore[arg-type]
+    text = (tmp_path / "results.jsonl").read_text()
+    assert [json.loads(line)["over_ours"] for line in text.splitlines()] == [None, 1.0, 2.0]
 
 
 def test_a_part_that_does_not_fit_the_stage_is_skipped(tmp_path: Path, gpu: Any) -> None:

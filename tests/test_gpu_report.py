@@ -52,9 +52,13 @@ EXACT = [f"{size} split32, fp32 momentum" for size in ("gpt2-124m", "gpt2-355m",
         # The largest of the three sizes counts; lower is better.
         ("kernel-exact", [row("kernel", part, over_bound=1.03) for part in EXACT], "met, stretch too"),
         ("kernel-exact", [row("kernel", EXACT[0], over_bound=1.03), row("kernel", EXACT[1], over_bound=1.2)], "missed by 0.12"),
-        ("kernel-exact", [row("kernel", EXACT[0], over_bound=1.08)], "met"),
+        ("kernel-exact", [row("kernel", part, over_bound=1.08) for part in EXACT], "met"),
+        # With parts missing, a figure above the limit is decided, one below it is not.
+        ("kernel-exact", [row("kernel", EXACT[0], over_bound=1.03)], "not measured"),
+        ("tokens-124m", [row("loop", "micro-batch 16, dropout 0", tokens_per_s=4e5)], "met"),
+        ("tokens-124m", [row("loop", "micro-batch 16, dropout 0", tokens_per_s=3e5)], "not measured"),
         # A part that was measured again counts as measured last.
-        ("kernel-exact", [row("kernel", EXACT[0], over_bound=9.0), row("kernel", EXACT[0], over_bound=1.05)], "met"),
+        ("waits", [row("kernel", EXACT[0], waits=9), row("kernel", EXACT[0], waits=0)], "met"),
         ("kernel-exact", [row("kernel", EXACT[0], error="OutOfMemoryError: too small")], "not measured"),
         # Higher is better.
         ("adamw", [row("peers", "gpt2-124m torch AdamW fused + copy", over_ours=1.75)], "missed by 0.25"),
@@ -107,7 +111,23 @@ def test_a_rehearsal_is_not_written(
 def test_a_goal_of_which_a_part_is_missing_says_so(scripts: SimpleNamespace) -> None:
     goal = next(item for item in scripts.report.goals() if item["id"] == "kernel-exact")
     rows = [row("kernel", EXACT[0], over_bound=1.03), row("kernel", EXACT[2], error="OutOfMemoryError")]
-    assert scripts.report.measured(goal, rows) == (1.03, "1 of 3 measured")
+    assert scripts.report.measured(goal, rows) == (None, "1 of 3 measured, 1.03")
+    assert scripts.report.measured(goal, [row("kernel", EXACT[0], over_bound=2.0)]) == (2.0, "1 of 3 measured")
+
+
+def test_another_run_of_the_same_day_does_not_replace_the_first(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    first = write(tmp_path / "first", [row("facts", "device"), row("facts", "matmul", tflops=700.0)])
+    scripts.report.report_folder(first, results)
+    before = (results / "gpu-2027-01-02-h100-80gb-hbm3.jsonl").read_bytes()
+    scripts.report.report_folder(write(tmp_path / "second", [row("facts", "bandwidth")]), results)
+    assert (results / "gpu-2027-01-02-h100-80gb-hbm3.jsonl").read_bytes() == before
+    assert (results / "gpu-2027-01-02-h100-80gb-hbm3-2.jsonl").exists()
+    # The same output folder with more rows is the same run.
+    write(first, [row("facts", "device"), row("facts", "matmul", tflops=700.0), row("peers", "stage")])
+    scripts.report.report_folder(first, results)
+    assert len((results / "gpu-2027-01-02-h100-80gb-hbm3.jsonl").read_bytes()) > len(before)
+    assert len(list(results.glob("*.jsonl"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -115,7 +135,7 @@ def test_a_goal_of_which_a_part_is_missing_says_so(scripts: SimpleNamespace) -> 
     [
         (None, "does not exist; run benchmarks/gpu.py --output"),
         ("", "no rows; run benchmarks/gpu.py"),
-        ("{}\n", "line 1: no stage; this is not a file of benchmarks/gpu.py"),
+        ("{}\n", "line 1: no stage, so it is no row of benchmarks/gpu.py"),
         ("nonsense\n", "line 1: not a JSON object"),
         ("".join(json.dumps(row("facts", "device") | {"commit": c}) + "\n" for c in ("a", "b")), "several values of commit (a, b)"),
         ("".join(json.dumps(row("facts", "device") | {"card": c}) + "\n" for c in ("H100", "H200")), "several values of card"),
@@ -147,6 +167,8 @@ def test_a_document_without_the_marks_is_left_alone(scripts: SimpleNamespace, tm
     (tmp_path / "page.md").write_text("text\n")
     with pytest.raises(ValueError, match="no lines <!-- begin"):
         scripts.report.write_docs(tmp_path, tmp_path / "page.md")
+    with pytest.raises(ValueError, match="no such folder"):
+        scripts.report.write_docs(tmp_path / "nowhere", scripts.report.DOCUMENT)
     assert (tmp_path / "page.md").read_text() == "text\n"
 
 

@@ -47,7 +47,7 @@ FORMS = [
 
 
 def differences(device: str, forms: list[Form], processes: int) -> list[str]:
-    """Which forms differ from the reference; several processes, because compiling each of the 96 takes about 0.3 s."""
+    """Returns the forms that differ from the reference, and where; several processes, because to compile one takes 0.3 s."""
     shares = [forms[number::processes] for number in range(processes)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return [line for found in pool.map(_differences_of, shares, itertools.repeat(device)) for line in found]
@@ -58,7 +58,7 @@ def _differences_of(forms: list[Form], device: str) -> list[str]:
 
 
 def difference(form: Form, device: str) -> str | None:
-    """Where three steps of the kernel on `device` differ from the reference on the CPU, or None.
+    """Returns the first tensor in which three steps on `device` differ from the reference on the CPU, or None.
 
     The first and third step are taken, the second has found_inf set and must change nothing. Gradients are scaled by
     a multiplier. Offset 0 starts the momentum at zero, offset 3 with the first gradient.
@@ -104,7 +104,7 @@ def _steps(form: Form, implementation: str, device: str) -> dict[str, torch.Tens
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal in every bit; NaN is one value, for processors make NaNs of different bits."""
+    """Whether two tensors are equal in every bit; all NaNs count as equal, because processors make different ones."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     if not left.is_floating_point():

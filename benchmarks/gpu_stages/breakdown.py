@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._C._profiler import _RecordFunctionFast
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import ProfilerActivity
 
 from megatron_lion.train import step as step_module
 from megatron_lion.train.run import Run
@@ -28,7 +29,8 @@ def profile_steps(run: Run, take_one: Callable[[], Any], steps: int) -> dict[str
         steps: how many are profiled.
 
     Returns:
-        `ms` and `launches` by group, and `busy_ms` (time in which the device ran any kernel), each for one step.
+        `ms` and `launches` by group (on CUDA also `unattributed`: kernels of no known operation), and `busy_ms` (time in
+        which the device ran any kernel), each for one step.
     """
     on_cuda = run.device.kind == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -41,7 +43,8 @@ def profile_steps(run: Run, take_one: Callable[[], Any], steps: int) -> dict[str
     events = profile.events()
     spent, launches = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0)
     for event in events:
-        if event.device_type != DeviceType.CPU:
+        # Calls of the CUDA runtime have numbers that may be those of other operations, whose kernels would count twice.
+        if event.device_type != DeviceType.CPU or event.name.startswith(("cuda", "cuLaunch")):
             continue
         if not on_cuda:
             spent[group_of(event)] += event.self_cpu_time_total
@@ -50,8 +53,12 @@ def profile_steps(run: Run, take_one: Callable[[], Any], steps: int) -> dict[str
             group = "copies" if kernel.name.startswith("Memcpy HtoD") else group_of(event)
             launches[group] += 1
             spent[group] += kernel.duration
-    ranges = [(e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA]
+    # Annotations appear on the device too, as ranges from the first to the last kernel inside, gaps included.
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    ranges = [(e.time_range.start, e.time_range.end) for e in on_device]
     busy = covered(ranges) if on_cuda else sum(spent.values())
+    if on_cuda:
+        spent["unattributed"] = sum(end - start for start, end in ranges) - sum(spent.values())
     per_step = {name: microseconds / 1e3 / steps for name, microseconds in spent.items()}
     counts = {name: count / steps for name, count in launches.items()} if on_cuda else None
     return {"ms": per_step, "busy_ms": busy / 1e3 / steps, "launches": counts}
@@ -94,7 +101,9 @@ def marked(run: Run) -> Iterator[None]:
 
     def ranged(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **named: Any) -> Any:
-            with record_function(name):
+            # torch.profiler.record_function makes a user annotation, to which the profiler attributes no kernel: LION's
+            # own launch, which no operation surrounds, would then belong to nothing. This has the scope of a function.
+            with _RecordFunctionFast(name):
                 return call(*args, **named)
 
         return wrapped

@@ -1,4 +1,4 @@
-"""Verbs of megatron-lion as processes of their own beside a stage: started together, stopped, waited for."""
+"""Runs megatron-lion verbs as child processes of a stage: starts, stops and waits for them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Child:
     def check(self, seconds: float) -> None:
         """Waits, and raises RuntimeError with the last line of the log unless the exit code is 0."""
         if code := self.wait(seconds):
-            raise RuntimeError(f"{self.name} ended with code {code}: {self.last_line()}")
+            raise RuntimeError(f"{self.name} exited with code {code}; last line of its log: {self.last_line()}")
 
     def signal_group(self, number: int) -> None:
         """Sends a signal to the process and everything it started, as torchrun, timeout and SLURM do."""

@@ -10,7 +10,9 @@ import torch
 
 from megatron_lion.device import select_device
 from megatron_lion.optim.precision import PackedLayout, split_master
+from megatron_lion.optim.sharded import FusedDistributedOptimizer
 from megatron_lion.parallel import process_groups
+from megatron_lion.train.run import Run
 
 from .runs import built, fingerprints, random_tokens, take_step
 from .settings import tiny_config, tiny_settings
@@ -43,13 +45,34 @@ def compare_modes(stage: Stage) -> None:
 
 
 def train(config: Any, device: Any, ranks: Any, *, reference: bool) -> dict[str, Any]:
-    """What the steps gave; `reference` takes the update in plain torch, whose copies the caller may change."""
+    """Returns losses, norms and fingerprints; with `reference`, the update uses torch operations, which the caller may patch."""
     with built(config, device, ranks) as (run, batches):
         if reference:
             run.optimizer.inner.implementation = "reference"  # type: ignore[attr-defined]
+        apart: list[float] = []
+        if config.optimizer.master_weights == "shards":
+            use_our_norm(run, apart)
         steps = [take_step(run, batches) for _ in range(config.train.steps)]
         state, weights = fingerprints(run)
-    return {"losses": [s.loss for s in steps], "norms": [s.grad_l2 for s in steps], "state": state, "weights": weights}
+    return {"losses": [s.loss for s in steps], "norms": [s.grad_l2 for s in steps], "state": state, "weights": weights,
+            "norms_apart": apart}  # fmt: skip
+
+
+def use_our_norm(run: Run, apart: list[float]) -> None:
+    """Lets Megatron's shards clip by the norm of the fused step, and notes by how much upstream's own norm differs.
+
+    On CUDA the two sum the tensors in another order. One last bit of the norm is one of the clip coefficient, and the
+    comparison of the updates, which is what this is about, would fail for it.
+    """
+    megatron: Any = run.optimizer.megatron
+    upstream = megatron.get_grad_norm
+
+    def norm() -> float:
+        ours = float(FusedDistributedOptimizer._grad_norm_on_device(megatron))
+        apart.append(abs(float(upstream()) / ours - 1))
+        return ours
+
+    megatron.get_grad_norm = norm
 
 
 def compare(stage: Stage, part: str, one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -59,7 +82,8 @@ def compare(stage: Stage, part: str, one: dict[str, Any], other: dict[str, Any])
     apart = max(abs(a / b - 1) for a, b in zip(one["norms"], other["norms"], strict=True))
     same = {key: one[key] == other[key] for key in ("state", "weights", "losses", "norms")}
     stage.row(part, passed=all(same[key] for key in ("state", "weights", "losses")), same_norms=same["norms"],
-              first_other_loss=first, largest_norm_difference=apart, norm_at_first_step=one["norms"][0])  # fmt: skip
+              first_other_loss=first, largest_norm_difference=apart, norm_at_first_step=one["norms"][0],
+              upstream_norm_differs_by=max(other.get("norms_apart") or [0.0]))  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -59,7 +59,8 @@ def time_step(stage: Stage, size: str, contender: Contender, base: dict[tuple[st
         check(contender, stage.device)
     (row,) = measure(size, [contender], stage.device, 3 if stage.rehearse else ROUNDS, 1.0)
     kind, wall = row["class"], row["wall_ms"]
-    base.setdefault((size, kind), wall)
+    if contender.name.startswith("ours"):
+        base.setdefault((size, kind), wall)
     keep = ("parameters", "tensors", "wall_ms", "device_ms", "bytes_per_parameter", "state_bytes_per_parameter",
             "launches", "waits", "temporaries_bytes")  # fmt: skip
     stage.row(
@@ -67,6 +68,6 @@ def time_step(stage: Stage, size: str, contender: Contender, base: dict[tuple[st
         size=size,
         name=contender.name,
         kind=kind,
-        over_ours=wall / base[size, kind],
+        over_ours=wall / base[size, kind] if (size, kind) in base else None,
         **{key: row[key] for key in keep},
     )

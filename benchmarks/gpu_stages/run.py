@@ -1,7 +1,7 @@
 """Stage `run`: a pretraining run as a user has it: stopped, resumed, taken to a CPU and back, probed, evaluated.
 
-What measures no time runs side by side: an undisturbed run, one that is stopped and resumed, the CPU's side, and this
-process. The probe of GPT-2 Small, which is timed, runs when they have ended.
+Parts that are not timed run in parallel: an undisturbed run, one that is stopped and resumed, the CPU's side, and this
+process. The probe of GPT-2 Small, which is timed, runs after they have finished.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def wait_for_data(stage: Stage, data: Path) -> None:
 
 
 def run_settings(stage: Stage) -> dict[str, Any]:
-    """A run on real text whose end is the same bits whenever it is run."""
+    """Settings of a bitwise reproducible run on real text."""
     return tiny_settings(stage.rehearse) | {
         "device": stage.device, "data.path": f"[{stage.data}]", "data.num_workers": 2, "train.steps": LENGTHS[stage.device][0],
         "train.precision": "bf16", "train.deterministic": True, "train.log_every": 1 if stage.rehearse else 5,
@@ -78,13 +78,13 @@ def pretrain_words(run_dir: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def stop_and_resume(stage: Stage, run_dir: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    """Work of a thread: a run, SIGTERM to its whole process group on the way, and the same command again."""
+    """Thread body: starts a run, sends SIGTERM to its process group on the way, and runs the command again."""
     try:
         first = Child(stage, "cut", pretrain_words(run_dir, settings))
         found["signalled"] = wait_for_step(first, run_dir, LENGTHS[stage.device][1], stage.remaining())
         first.signal_group(signal.SIGTERM)
         found["code"] = first.wait(stage.remaining())
-        found["said"] = first.last_line()
+        found["last_line"] = first.last_line()
         found["stopped_at"] = newest_manifest(run_dir)["step"]
         second = Child(stage, "resumed", pretrain_words(run_dir, settings))
         second.check(stage.remaining())
@@ -107,7 +107,7 @@ def same_as_undisturbed(stage: Stage, twin: Path, found: dict[str, Any]) -> None
     same = "manifest" in found and all(found["manifest"][key] == expected[key] for key in keys)
     stage.row(
         "SIGTERM, 2 workers, resume", passed=bool(found.get("signalled") and found.get("code") == 75 and same),
-        exit_code=found.get("code"), stopped_at=found.get("stopped_at"), same_end=same, said=found.get("said"),
+        exit_code=found.get("code"), stopped_at=found.get("stopped_at"), same_end=same, last_line=found.get("last_line"),
         reason=found.get("error"),
     )  # fmt: skip
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 ROWS = "results.jsonl"
+# What a figure depends on: rows that differ in one of these do not belong into one file.
+SAME = ("card", "driver", "torch", "triton", "megatron_core", "commit", "rehearsal")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,10 +30,28 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file; a last line without its end, which only a full disk can leave, is not read."""
+    """Returns the rows of a results file, or none if there is no file.
+
+    Raises:
+        ValueError: a line is no row of this script; the message names file and line.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # not UTF-8, too
+            raise ValueError(f"{path}, line {number}: not a JSON object") from error
+        missing = (
+            [key for key in ("stage", "part", "time", *SAME) if key not in row] if isinstance(row, dict) else ["fields"]
+        )
+        if missing or not isinstance(row["time"], str):
+            raise ValueError(
+                f"{path}, line {number}: no {(missing or ['time'])[0]}, so it is no row of benchmarks/gpu.py"
+            )
+        rows.append(row)
+    return rows
 
 
 @dataclass

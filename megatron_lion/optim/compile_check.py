@@ -42,8 +42,10 @@ def triton_kernel() -> str:
 
 @functools.cache
 def warn_once(reason: str) -> None:
-    """Logs that LION does without Triton, once for each reason."""
-    logger.warning("LION on CUDA takes its slower foreach path: Triton cannot run kernels here: %s", reason)
+    """Logs once for each reason that LION runs without Triton."""
+    logger.warning(
+        "Triton cannot run kernels on this machine, so LION uses the slower foreach implementation: %s", reason
+    )
 
 
 @functools.cache
