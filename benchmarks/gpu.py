@@ -148,6 +148,7 @@ def start_stage(
         "name": name, "output": str(args.output.resolve()), "cap_s": cap, "rehearse": args.rehearse, "facts": facts,
         "data": data and str(data), "text": args.text and str(args.text.resolve()),
     }  # fmt: skip
+    before = len(read_rows(args.output / ROWS))
     shutil.rmtree(args.output / name, ignore_errors=True)  # files of an earlier call would be taken for this one's
     log, began = args.output / f"{name}.log", time.monotonic()
     command = [
@@ -180,6 +181,10 @@ def start_stage(
         )
     elif not code:
         record(args, facts, name, seconds=time.monotonic() - began, limit_s=cap)
+        if all(outcome(row) not in ("FAILED", "error") for row in read_rows(args.output / ROWS)[before:]):
+            shutil.rmtree(
+                args.output / name, ignore_errors=True
+            )  # checkpoints and tokens: of use only to look for a fault
 
 
 def run_stage(child: dict[str, Any]) -> int:

@@ -84,6 +84,7 @@ def test_every_stage_runs_and_every_check_passes(rehearsal: tuple[Path, str]) ->
     assert [row for row in rows if row.get("passed") is False] == []
     skipped = {row["part"] for row in rows if "skipped" in row}
     assert "CUDA graph" in skipped
+    assert [path.name for path in rehearsal[0].iterdir() if path.is_dir()] == ["data"], "what a stage made is removed"
     assert "evaluate" not in skipped
     for row in rows:
         assert set(FACTS) <= row.keys(), row

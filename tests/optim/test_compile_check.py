@@ -149,8 +149,8 @@ def test_auto_goes_on_with_foreach_and_logs_one_line(monkeypatch, caplog) -> Non
     with caplog.at_level(logging.WARNING):
         assert {lion()[0]._choose(on_cuda(torch.float32)) for _ in range(3)} == {"foreach"}
     assert [record.getMessage() for record in caplog.records] == [
-        "LION on CUDA takes its slower foreach path: Triton cannot run kernels here: no C compiler: Triton builds its "
-        "launcher with one; install gcc or set CC"
+        "Triton cannot run kernels on this machine, so LION uses the slower foreach implementation: no C compiler: Triton "
+        "builds its launcher with one; install gcc or set CC"
     ]
     assert len(launches) == 1
 

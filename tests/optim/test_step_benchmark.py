@@ -55,3 +55,33 @@ def test_the_table_and_files_of_a_small_run(monkeypatch, tmp_path, capsys):
     for row in rows.values():
         assert f"| {row['name']} |" in text
         assert row["device_ms"] > 0
+
+
+def test_rows_are_written_as_they_come_and_one_that_fails_costs_itself(tmp_path, monkeypatch):
+    """Contenders that do not fit together run one by one: the second is out of memory, the third is interrupted."""
+    chosen = [item for item in optimizer_step.CONTENDERS if item.name in ("ours", "ours, foreach", "torch AdamW fused")]
+    plain, seen = optimizer_step.measure, []
+
+    def measure(size, contenders, *rest):
+        seen.append(contenders[0].name)
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return plain(size, contenders, *rest)
+
+    monkeypatch.setattr(optimizer_step, "CONTENDERS", chosen)
+    monkeypatch.setattr(optimizer_step, "SIZES", {"small": [(5,)]})
+    monkeypatch.setattr(optimizer_step, "AT_ONCE", 0)
+    monkeypatch.setattr(optimizer_step, "measure", measure)
+    monkeypatch.setattr(optimizer_step, "bandwidths", lambda device: {"copy": 1e9, "in_place": 1e9})
+    output = tmp_path / "out"
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--device", "cpu", "--sizes", "small", "--rounds", "1", "--output", str(output)]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        optimizer_step.main()
+    written = json.loads(output.with_suffix(".json").read_text())
+    assert [row["name"] for row in written["rows"]] == ["ours"]
+    assert written["rows"][0]["ratio"] == 1.0
+    assert written["left_out"] == [f"{seen[1]} at small (OutOfMemoryError: CUDA out of memory)"]

@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from distributed import run_distributed
 
 REPO = Path(__file__).resolve().parents[2]
 ARGUMENTS = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--micro-batch-size", "1", "--num-microbatches", "1"]
@@ -50,3 +53,44 @@ def test_what_is_not_known_is_refused_by_name():
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert "--models: gpt3: needs some of gpt2-124m" in result.stderr
+
+
+def interrupted_benchmark(rank: int, output: str) -> tuple[str, list[str], list[str]]:
+    """Three optimizers: the first is measured, the second runs out of memory, the third is interrupted."""
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    import train_step
+
+    rows = iter(["measured", torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()])
+    figures = dict.fromkeys(
+        ("parameters", "processes", "tokens_per_step", "micro_batch_size", "step_ms", "section_ms", "share", "tokens_per_s",
+         "tflops_per_process"), 1.0) | {"processes": 1, "mfu": None, "max_memory_gib": None}  # fmt: skip
+
+    def measure(*_: object) -> dict[str, object]:
+        found = next(rows)
+        if isinstance(found, BaseException):
+            raise found
+        return dict(figures)
+
+    optimizers = list(train_step.OPTIMIZERS)[:3]
+    with (
+        mock.patch.object(train_step, "measure", measure),
+        mock.patch.object(train_step, "random_data", return_value="data"),
+        mock.patch.object(train_step, "configure", return_value=None),
+        mock.patch.object(
+            sys, "argv", ["x", "--device", "cpu", "--optimizers", ";".join(optimizers), "--output", output]
+        ),
+    ):
+        try:
+            train_step.main()
+            ended = "finished"
+        except KeyboardInterrupt:
+            ended = "interrupted"
+    written = json.loads(Path(output + ".json").read_text())
+    return ended, [row["optimizer"] for row in written["rows"]], written["failed"]
+
+
+def test_rows_are_written_as_they_come_and_one_that_fails_costs_itself(tmp_path: Path) -> None:
+    ended, rows, failed = run_distributed(interrupted_benchmark, 1, str(tmp_path / "out"))[0]
+    assert ended == "interrupted"
+    assert rows == ["lion split32"]
+    assert failed == ["gpt2-tiny, lion split32, bf16 momentum: OutOfMemoryError: CUDA out of memory"]
