@@ -48,7 +48,7 @@ sys.path[:0] = [path for path in (str(BENCHMARKS), str(ROOT)) if path not in sys
 if (ROOT / "wheels").is_dir() and not is_installed("megatron-core"):
     sys.path.append(str(ROOT / "wheels"))
 
-from gpu_stages.stage import ROWS, Stage, describe, end_with_parent, read_rows  # noqa: E402  (the paths come first)
+from gpu_stages.stage import ROWS, Stage, describe, end_with_parent, read_rows, work_folder  # noqa: E402  (the paths come first)
 
 # Seconds that a stage may take, start of its process included; 410 of the 420. A larger budget makes them longer.
 BUDGET_S = 420.0
@@ -149,7 +149,9 @@ def start_stage(
         "data": data and str(data), "text": args.text and str(args.text.resolve()),
     }  # fmt: skip
     before = len(read_rows(args.output / ROWS))
-    shutil.rmtree(args.output / name, ignore_errors=True)  # files of an earlier call would be taken for this one's
+    shutil.rmtree(
+        work_folder(args.output, name), ignore_errors=True
+    )  # files of an earlier call would be taken for this one's
     log, began = args.output / f"{name}.log", time.monotonic()
     command = [
         sys.executable,
@@ -182,9 +184,8 @@ def start_stage(
     elif not code:
         record(args, facts, name, seconds=time.monotonic() - began, limit_s=cap)
         if all(outcome(row) not in ("FAILED", "error") for row in read_rows(args.output / ROWS)[before:]):
-            shutil.rmtree(
-                args.output / name, ignore_errors=True
-            )  # checkpoints and tokens: of use only to look for a fault
+            # Checkpoints and tokens: of use only to look for a fault.
+            shutil.rmtree(work_folder(args.output, name), ignore_errors=True)
 
 
 def run_stage(child: dict[str, Any]) -> int:
@@ -259,7 +260,7 @@ def data_for(args: argparse.Namespace, *, needed: bool) -> Iterator[Path | None]
     if data is not None or not needed:
         yield data and data.resolve()
         return
-    data = (args.output / "data").resolve()
+    data = (args.output / "gpu_data").resolve()
     command = [sys.executable, str(BENCHMARKS / "gpu_data.py"), str(data), *(["--small"] if args.rehearse else [])]
     with open(args.output / "data.log", "wb") as log:
         maker = subprocess.Popen(command, env=environment(True), stdout=log, stderr=subprocess.STDOUT)

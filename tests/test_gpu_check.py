@@ -84,7 +84,9 @@ def test_every_stage_runs_and_every_check_passes(rehearsal: tuple[Path, str]) ->
     assert [row for row in rows if row.get("passed") is False] == []
     skipped = {row["part"] for row in rows if "skipped" in row}
     assert "CUDA graph" in skipped
-    assert [path.name for path in rehearsal[0].iterdir() if path.is_dir()] == ["data"], "what a stage made is removed"
+    assert [path.name for path in rehearsal[0].iterdir() if path.is_dir()] == ["gpu_data"], (
+        "what a stage made is removed"
+    )
     assert "evaluate" not in skipped
     for row in rows:
         assert set(FACTS) <= row.keys(), row
@@ -145,7 +147,7 @@ def test_a_killed_stage_costs_its_own_rows_and_a_killed_driver_none(tmp_path: Pa
 
 def test_a_killed_driver_leaves_no_process_of_stage_run(tmp_path: Path) -> None:
     driver = start(tmp_path, "--only", "run")
-    until(lambda: (tmp_path / "run" / "on_cpu.log").exists())
+    until(lambda: (tmp_path / "gpu_run_files" / "on_cpu.log").exists())
     family = psutil.Process(driver.pid).children(recursive=True)
     assert len(family) >= 4, "the stage, two runs and the CPU's side"
     kill_and_see_all_end(driver, tmp_path)
@@ -199,10 +201,12 @@ def test_a_stage_is_killed_at_its_limit(tmp_path: Path, gpu: Any, monkeypatch: p
     monkeypatch.setattr(gpu, "GRACE_S", 0.05)
     monkeypatch.setattr(gpu, "REHEARSAL_SLACK", 1)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(tmp_path)])
-    (tmp_path / "peers").mkdir()
-    (tmp_path / "peers" / "earlier").write_text("of another call")
+    for name in ("gpu_peers_files", "peers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "earlier").write_text("of another call, or the user's own")
     assert gpu.main() == 1
-    assert not (tmp_path / "peers").exists(), "an earlier call's files would be taken for this one's"
+    assert not (tmp_path / "gpu_peers_files").exists(), "an earlier call's files would be taken for this one's"
+    assert (tmp_path / "peers" / "earlier").exists()
     rows = read(tmp_path)
     assert [(row["stage"], row["error"].split(";")[0]) for row in rows] == [
         ("facts", "killed at its limit of 0.01 s"), ("peers", "killed at its limit of 0.02 s"),

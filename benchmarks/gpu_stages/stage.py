@@ -54,13 +54,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def work_folder(output: Path, stage: str) -> Path:
+    """Where a stage keeps its files; gpu.py removes it, so its name must be nobody else's."""
+    return output / f"gpu_{stage}_files"
+
+
 @dataclass
 class Stage:
     """What a stage's process works with.
 
     Attributes:
         name: of the stage.
-        output: folder of results.jsonl; each stage may keep files in a subfolder of its own name.
+        output: folder of results.jsonl; each stage may keep files in `work_folder`.
         cap_s: seconds that the stage may take; its process is killed after that.
         rehearse: tiny sizes on a CPU, to show that every line runs.
         facts: card, driver, versions and commit; they are part of every row.
@@ -85,7 +90,7 @@ class Stage:
     @property
     def folder(self) -> Path:
         """A folder for the files of this stage."""
-        path = self.output / self.name
+        path = work_folder(self.output, self.name)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
