@@ -32,23 +32,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpu_stages.stage import ROWS, Stage, describe, end_with_parent, read_rows, work_folder
+
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
-
-
-def is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-sys.path[:0] = [path for path in (str(BENCHMARKS), str(ROOT)) if path not in sys.path]
-if (ROOT / "wheels").is_dir() and not is_installed("megatron-core"):
-    sys.path.append(str(ROOT / "wheels"))
-
-from gpu_stages.stage import ROWS, Stage, describe, end_with_parent, read_rows, work_folder  # noqa: E402  (the paths come first)
 
 # Seconds that a stage may take, start of its process included; 410 of the 420. A larger budget makes them longer.
 BUDGET_S = 420.0
@@ -104,6 +91,7 @@ def main() -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # all rows are on disk; torch's orderly end takes two seconds, as long as a part of a stage
+    add_wheels()
     budget = args.budget or (float("inf") if args.rehearse else BUDGET_S)
     slack = REHEARSAL_SLACK if args.rehearse else max(1.0, budget / BUDGET_S)
     started = time.monotonic()
@@ -140,6 +128,15 @@ def main() -> int:
     return 1 if counts["FAILED"] or counts["error"] else 0
 
 
+def add_wheels() -> None:
+    """Puts the folder of gpu_wheels.py on the path if it is in the checkout and megatron-core is nowhere else."""
+    try:
+        importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        if (ROOT / "wheels").is_dir():
+            sys.path.append(str(ROOT / "wheels"))
+
+
 def start_stage(
     args: argparse.Namespace, facts: dict[str, Any], name: str, cap: float, data: Path | None, processes: list[Any]
 ) -> None:
@@ -149,9 +146,8 @@ def start_stage(
         "data": data and str(data), "text": args.text and str(args.text.resolve()),
     }  # fmt: skip
     before = len(read_rows(args.output / ROWS))
-    shutil.rmtree(
-        work_folder(args.output, name), ignore_errors=True
-    )  # files of an earlier call would be taken for this one's
+    # Files of an earlier call would be taken for this one's.
+    shutil.rmtree(work_folder(args.output, name), ignore_errors=True)
     log, began = args.output / f"{name}.log", time.monotonic()
     command = [
         sys.executable,

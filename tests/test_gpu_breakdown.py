@@ -14,11 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import DeviceType
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import optimizer_step  # noqa: E402  (the path comes first)
-from gpu_stages import breakdown  # noqa: E402
+import optimizer_step
+from gpu_stages import breakdown
 
 
 def operation(*names: str, kernels: tuple[tuple[str, float], ...] = ()) -> SimpleNamespace:
@@ -77,7 +76,7 @@ def test_kernels_are_counted_by_group_and_overlaps_once(monkeypatch: pytest.Monk
     steps: list[int] = []
     chunk = SimpleNamespace(zero_grad_buffer=len)
     run = SimpleNamespace(device=device, optimizer=SimpleNamespace(step=len), model=[chunk])
-    found = breakdown.profile_steps(run, lambda: steps.append(1), 2)  # type: ignore[arg-type]
+    found = breakdown.profile_steps(run, lambda: steps.append(1), 2)
     assert len(steps) == 2
     assert {name: ms for name, ms in found["ms"].items() if ms} == {
         "matrix products": 0.02,

@@ -295,10 +295,10 @@ def test_missing_packages_are_named_unless_no_stage_needs_them(
 
     monkeypatch.setattr(preflight, "version_of", lambda package: None if package == "jsonargparse" else "1")
     args = SimpleNamespace(data=None, text=None, output=tmp_path, rehearse=True)
-    reason = preflight.problem_of(args, {}, ["facts", "loop"])  # type: ignore[arg-type]
+    reason = preflight.problem_of(args, {}, ["facts", "loop"])
     assert reason is not None
     assert reason.startswith("jsonargparse not found; run from the checkout's root with PYTHONPATH=.:wheels")
-    assert preflight.problem_of(args, {}, ["facts", "kernel", "peers"]) is None  # type: ignore[arg-type]
+    assert preflight.problem_of(args, {}, ["facts", "kernel", "peers"]) is None
 
 
 def test_an_output_that_cannot_be_made(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -334,7 +334,7 @@ def test_a_peer_is_divided_by_ours_alone(tmp_path: Path, gpu: Any, monkeypatch: 
     adamw, lion = (SimpleNamespace(name=name) for name in times)
     base: dict[tuple[str, str], float] = {}
     for contender in (adamw, lion, adamw):
-        peers.time_step(stage, "size", contender, base)  # type: ignore[arg-type]
+        peers.time_step(stage, "size", contender, base)
     text = (tmp_path / "results.jsonl").read_text()
     assert [json.loads(line)["over_ours"] for line in text.splitlines()] == [None, 1.0, 2.0]
 

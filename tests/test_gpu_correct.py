@@ -12,11 +12,10 @@ import torch
 
 from megatron_lion.optim import update
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from gpu_stages import bitwise, modes, run  # noqa: E402  (the path comes first)
-from gpu_stages.stage import Stage  # noqa: E402
+from gpu_stages import bitwise, modes, run
+from gpu_stages.stage import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 FORM = bitwise.Form("split32", "fp32", False, torch.float32, 3)

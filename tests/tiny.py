@@ -116,6 +116,19 @@ def opened_run(config: RunConfig) -> Iterator[Any]:
         yield build_run(config, device, ranks)
 
 
+CHECKPOINTED = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout": "dp_reshardable"}
+"""Settings of a run with checkpoints at steps 2 and 4."""
+
+
+def newest_checkpoint(run_dir: Path | str) -> Any:
+    """The newest checkpoint of a run, opened; there must be one."""
+    from megatron_lion.train.checkpoint import find_latest
+
+    found = find_latest(Path(run_dir))
+    assert found is not None
+    return found
+
+
 def step_once(run: Any, batches: Any) -> Any:
     """One optimizer step of an opened run."""
     from megatron_lion.train.schedule import lr_at

@@ -84,7 +84,7 @@ def _steps(form: Form, implementation: str, device: str) -> dict[str, torch.Tens
     params, first = [], form.offset
     for length in LENGTHS:
         param = torch.nn.Parameter(buffer[first : first + length])
-        param.decoupled_grad = grad_buffer[first : first + length]  # type: ignore[attr-defined]
+        param.decoupled_grad = grad_buffer[first : first + length]
         params.append(param)
         first += length
     optimizer = Lion(

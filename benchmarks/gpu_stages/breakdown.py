@@ -108,14 +108,14 @@ def marked(run: Run) -> Iterator[None]:
 
         return wrapped
 
-    run.optimizer.step = ranged(OPTIMIZER, plain_step)  # type: ignore[method-assign]
+    run.optimizer.step = ranged(OPTIMIZER, plain_step)
     step_module.finalize_model_grads = ranged(BUFFERS, plain_finalize)
     for chunk, zero in zip(run.model, plain_zero, strict=True):
         chunk.zero_grad_buffer = ranged(BUFFERS, zero)
     try:
         yield
     finally:
-        run.optimizer.step = plain_step  # type: ignore[method-assign]
+        run.optimizer.step = plain_step
         step_module.finalize_model_grads = plain_finalize
         for chunk, zero in zip(run.model, plain_zero, strict=True):
             chunk.zero_grad_buffer = zero

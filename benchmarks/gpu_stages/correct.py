@@ -96,7 +96,7 @@ def beyond_int32(stage: Stage) -> None:
     grad = torch.empty(numel, dtype=torch.bfloat16, device=device)
     for first, length in bounds:
         param.data[first : first + length], grad[first : first + length] = start(first, length)
-    param.decoupled_grad = grad  # type: ignore[attr-defined]
+    param.decoupled_grad = grad
     hyper = {"lr": 2.0**-9, "betas": (0.9, 0.95), "weight_decay": 0.1}
     optimizer = Lion([param], master_weights="split32", implementation="triton", **hyper)
     optimizer.step()

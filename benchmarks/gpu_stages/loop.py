@@ -78,7 +78,7 @@ def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ra
     profile = profile_steps(built, lambda: take_step(built, batches), PROFILED)
     # The profiler slows the host, so the idle time is taken from the step without it.
     idle = first["step_ms"] - profile["busy_ms"] if device.kind == "cuda" else None
-    buckets = sum(len(buffer.buckets) for buffer in built.optimizer.megatron.buffers)  # type: ignore[attr-defined]
+    buckets = sum(len(buffer.buckets) for buffer in built.optimizer.megatron.buffers)
     launches = profile["launches"]
     stage.row(
         f"{variant.name}: profile", **profile["ms"], idle=idle, busy_ms=profile["busy_ms"], launches=launches,

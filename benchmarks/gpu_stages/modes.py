@@ -48,7 +48,7 @@ def train(config: Any, device: Any, ranks: Any, *, reference: bool) -> dict[str,
     """Returns losses, norms and fingerprints; with `reference`, the update uses torch operations, which the caller may patch."""
     with built(config, device, ranks) as (run, batches):
         if reference:
-            run.optimizer.inner.implementation = "reference"  # type: ignore[attr-defined]
+            run.optimizer.inner.implementation = "reference"
         apart: list[float] = []
         if config.optimizer.master_weights == "shards":
             use_our_norm(run, apart)
@@ -96,8 +96,8 @@ def copies_rounded_half_up() -> Iterator[None]:
         if name == "master_param" and layout.master_weights == "fp32" and param.dtype == torch.bfloat16:
             param.copy_(split_master(state[name], "split32")[0])
 
-    PackedLayout.encode = half_up  # type: ignore[method-assign]
+    PackedLayout.encode = half_up
     try:
         yield
     finally:
-        PackedLayout.encode = encode  # type: ignore[method-assign]
+        PackedLayout.encode = encode

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import tiny
-from distributed import fits, run_distributed
+from distributed import run_distributed
 
 from megatron_lion.errors import CheckpointError
 from megatron_lion.train import checkpoint as ckpt
@@ -31,50 +31,10 @@ def corpus(folder: Path) -> str:
     return tiny.write_corpus(folder / "corpus")
 
 
-SETTINGS = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout": "dp_reshardable"}
-
-
-@pytest.fixture(scope="module")
-def trained_on_cpu(folder: Path, corpus: str) -> Any:
-    """Config of a finished run of 4 steps on 2 processes with checkpoints at 2 and 4, a file from each process."""
-    config = tiny.tiny_config(folder / "run", corpus, **SETTINGS)
-    run_distributed(tiny.train_each, 2, {"": config})
-    return config
-
-
-@pytest.fixture(scope="module")
-def size(device: str) -> int:
-    """Processes of a run: 2, but 1 on a machine with one CUDA device."""
-    return 2 if fits(device, 2) else 1
-
-
-@pytest.fixture(scope="module")
-def on_device(folder: Path, device: str) -> Path:
-    """Folder of the runs on a device."""
-    (folder / device).mkdir()
-    return folder / device
-
-
-@pytest.fixture(scope="module")
-def trained(trained_on_cpu: Any, on_device: Path, corpus: str, device: str, size: int) -> Any:
-    """The same run on the device of the test."""
-    if device == "cpu":
-        return trained_on_cpu
-    config = tiny.tiny_config(on_device / "run", corpus, device=device, **SETTINGS)
-    run_distributed(tiny.train_each, size, {"": config}, device=device)
-    return config
-
-
 @pytest.fixture
 def run_dir(trained_on_cpu: Any, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(trained_on_cpu.run_dir, tmp_path / "run"))
-
-
-def newest(run_dir: Path) -> ckpt.Checkpoint:
-    found = ckpt.find_latest(run_dir)
-    assert found is not None
-    return found
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -84,7 +44,7 @@ def flip(path: Path, position: int, bit: int) -> None:
 
 
 def test_whole_checkpoint_verifies(run_dir: Path) -> None:
-    checkpoint = newest(run_dir)
+    checkpoint = tiny.newest_checkpoint(run_dir)
     assert checkpoint.step == 4
     ckpt.verify_checkpoint(checkpoint)
     names = set(checkpoint.manifest["files"])
@@ -99,41 +59,41 @@ FILES = (".metadata", "__0_0.distcp", "__1_0.distcp", "rng_00001.safetensors")
 
 @pytest.mark.parametrize("name", FILES)
 def test_missing_and_truncated_files_are_named(run_dir: Path, name: str) -> None:
-    path = newest(run_dir).folder / name
+    path = tiny.newest_checkpoint(run_dir).folder / name
     content = path.read_bytes()
     for damaged in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=rf"{name}: {len(damaged)} bytes, manifest.json says {len(content)}"):
-            ckpt.verify_checkpoint(newest(run_dir))
+            ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
     path.unlink()
     with pytest.raises(CheckpointError, match=f"{name}: missing"):
-        ckpt.verify_checkpoint(newest(run_dir))
+        ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
 
 
 def test_every_flipped_bit_is_found(run_dir: Path) -> None:
     """Bits all over all files, the manifest's included."""
     draw = random.Random(0)
-    checkpoint = newest(run_dir)
+    checkpoint = tiny.newest_checkpoint(run_dir)
     for _ in range(40):
         name = draw.choice([*FILES, ckpt.MANIFEST])
         path = checkpoint.folder / name
         position, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
         flip(path, position, bit)
         with pytest.raises(CheckpointError) as caught:
-            ckpt.verify_checkpoint(newest(run_dir))
+            ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
         assert str(path) in str(caught.value) or name == ckpt.MANIFEST
         flip(path, position, bit)
-    ckpt.verify_checkpoint(newest(run_dir))
+    ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
 
 
 def test_swapped_shards_are_found(run_dir: Path) -> None:
-    folder = newest(run_dir).folder
+    folder = tiny.newest_checkpoint(run_dir).folder
     one, other = folder / "__0_0.distcp", folder / "__1_0.distcp"
     first, second = one.read_bytes(), other.read_bytes()
     one.write_bytes(second)
     other.write_bytes(first)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
-        ckpt.verify_checkpoint(newest(run_dir))
+        ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -173,11 +133,11 @@ def test_hostile_metadata_is_refused_unrun(run_dir: Path, tmp_path: Path, call: 
         "builtins.eval": Hostile(eval, f"open({str(proof)!r}, 'w')"),
         "pathlib.Path.touch": Hostile(Path.touch, proof),
     }[call]
-    folder = newest(run_dir).folder
+    folder = tiny.newest_checkpoint(run_dir).folder
     (folder / ".metadata").write_bytes(pickle.dumps(attack))
     restate(folder, ".metadata")
     with pytest.raises(CheckpointError, match=r"\.metadata: not plain checkpoint metadata"):
-        ckpt.verify_checkpoint(newest(run_dir))
+        ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
     assert not proof.exists()
 
 
@@ -194,24 +154,24 @@ def test_metadata_that_is_something_else_is_refused(tmp_path: Path, content: byt
 def test_metadata_with_pickled_objects_is_refused(run_dir: Path) -> None:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    folder = newest(run_dir).folder
+    folder = tiny.newest_checkpoint(run_dir).folder
     metadata = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301 - written by this test's own run
     metadata.state_dict_metadata["surprise"] = BytesStorageMetadata()
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     restate(folder, ".metadata")
     with pytest.raises(CheckpointError, match="holds 1 pickled objects"):
-        ckpt.verify_checkpoint(newest(run_dir))
+        ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
 
 
 @pytest.mark.parametrize("target", ["../../../elsewhere.distcp", "/etc/hostname", "not_listed.distcp"])
 def test_metadata_that_points_outside_is_refused(run_dir: Path, target: str) -> None:
-    folder = newest(run_dir).folder
+    folder = tiny.newest_checkpoint(run_dir).folder
     metadata = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301 - written by this test's own run
     next(iter(metadata.storage_data.values())).relative_path = target
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     restate(folder, ".metadata")
     with pytest.raises(CheckpointError, match=f"points to {target}"):
-        ckpt.verify_checkpoint(newest(run_dir))
+        ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
 
 
 @pytest.mark.parametrize(
@@ -219,18 +179,18 @@ def test_metadata_that_points_outside_is_refused(run_dir: Path, target: str) -> 
     [b"", b"{", b"null", b"[]", b"{}", b'{"format": 2}', b'{"format": 1, "step": 4}', b"\xff\xfe", b"9" * 5000],
 )
 def test_manifest_that_is_something_else_is_refused(run_dir: Path, content: bytes) -> None:
-    (newest(run_dir).folder / ckpt.MANIFEST).write_bytes(content)
+    (tiny.newest_checkpoint(run_dir).folder / ckpt.MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match="step_0000004"):
-        newest(run_dir)
+        tiny.newest_checkpoint(run_dir)
 
 
 def test_folders_decide_not_the_pointer(run_dir: Path) -> None:
     latest = run_dir / "checkpoints" / "latest"
     for torn in (b"", b"step_00", b"step_9999999", b"\0\0"):
         latest.write_bytes(torn)
-        assert newest(run_dir).step == 4
+        assert tiny.newest_checkpoint(run_dir).step == 4
     latest.unlink()
-    assert newest(run_dir).step == 4
+    assert tiny.newest_checkpoint(run_dir).step == 4
 
 
 def test_unfinished_folders_are_never_read(run_dir: Path) -> None:
@@ -240,7 +200,7 @@ def test_unfinished_folders_are_never_read(run_dir: Path) -> None:
     (folder / "step_0000008" / "__0_0.distcp").write_bytes(b"half")
     (folder / "notes").mkdir()
     assert ckpt.list_steps(run_dir) == [2, 4]
-    assert newest(run_dir).step == 4
+    assert tiny.newest_checkpoint(run_dir).step == 4
 
 
 def test_never_a_silent_start_from_zero(run_dir: Path, tmp_path: Path) -> None:
@@ -272,7 +232,7 @@ def test_resume_reads_nothing_damaged(trained: Any, on_device: Path, device: str
     jobs = {}
     for name in FILES if size == 2 else FILES[:2]:
         copy = Path(shutil.copytree(trained.run_dir, on_device / f"damaged{name}"))
-        flip(newest(copy).folder / name, 100, 3)
+        flip(tiny.newest_checkpoint(copy).folder / name, 100, 3)
         jobs[name] = dataclasses.replace(trained, run_dir=str(copy))
     for rank in run_distributed(tiny.errors_of_each, size, jobs, device=device):
         for name, (kind, message) in rank.items():
@@ -280,9 +240,12 @@ def test_resume_reads_nothing_damaged(trained: Any, on_device: Path, device: str
             assert f"step_0000004/{name}" in message
             assert "move this step's folder away" in message
     copy = on_device / "damaged__0_0.distcp"
-    shutil.move(newest(copy).folder, on_device / "away")
+    shutil.move(tiny.newest_checkpoint(copy).folder, on_device / "away")
     resumed = run_distributed(tiny.train_each, size, {"": jobs["__0_0.distcp"]}, device=device)[0][""]
-    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
+    assert (
+        resumed["manifest"]["state_fingerprint"]
+        == tiny.newest_checkpoint(Path(trained.run_dir)).manifest["state_fingerprint"]
+    )
 
 
 def test_another_model_optimizer_or_data_is_refused(trained: Any, on_device: Path, corpus: str, device: str) -> None:
@@ -302,7 +265,7 @@ def test_another_model_optimizer_or_data_is_refused(trained: Any, on_device: Pat
         (copy / "metrics.jsonl").unlink()
         shutil.move(copy / "checkpoints", copy.with_name(copy.name + "-checkpoints"))
         shutil.rmtree(copy)
-        settings = {**SETTINGS, "device": device, **change}
+        settings = {**tiny.CHECKPOINTED, "device": device, **change}
         jobs[name] = tiny.tiny_config(copy, corpus, **settings), copy.with_name(copy.name + "-checkpoints")
     found = run_distributed(refusals, 1, jobs, device=device)[0]
     for name, (_, expected) in changes.items():

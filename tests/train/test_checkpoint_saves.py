@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
-from distributed import fits, run_distributed
+from distributed import run_distributed
 
 from megatron_lion.train import checkpoint as ckpt
 
@@ -25,46 +25,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(folder: Path) -> str:
     return tiny.write_corpus(folder / "corpus")
-
-
-SETTINGS = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout": "dp_reshardable"}
-
-
-@pytest.fixture(scope="module")
-def trained_on_cpu(folder: Path, corpus: str) -> Any:
-    """Config of a finished run of 4 steps on 2 processes with checkpoints at 2 and 4, a file from each process."""
-    config = tiny.tiny_config(folder / "run", corpus, **SETTINGS)
-    run_distributed(tiny.train_each, 2, {"": config})
-    return config
-
-
-@pytest.fixture(scope="module")
-def size(device: str) -> int:
-    """Processes of a run: 2, but 1 on a machine with one CUDA device."""
-    return 2 if fits(device, 2) else 1
-
-
-@pytest.fixture(scope="module")
-def on_device(folder: Path, device: str) -> Path:
-    """Folder of the runs on a device."""
-    (folder / device).mkdir()
-    return folder / device
-
-
-@pytest.fixture(scope="module")
-def trained(trained_on_cpu: Any, on_device: Path, corpus: str, device: str, size: int) -> Any:
-    """The same run on the device of the test."""
-    if device == "cpu":
-        return trained_on_cpu
-    config = tiny.tiny_config(on_device / "run", corpus, device=device, **SETTINGS)
-    run_distributed(tiny.train_each, size, {"": config}, device=device)
-    return config
-
-
-def newest(run_dir: Path) -> ckpt.Checkpoint:
-    found = ckpt.find_latest(run_dir)
-    assert found is not None
-    return found
 
 
 def full_disk(rank: int, config: Any, limit: int) -> list[Any]:
@@ -89,9 +49,12 @@ def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained_
         assert "make room there" in message
         assert "rank 1" in message or rank == 1
     assert ckpt.list_steps(copy) == [2]
-    ckpt.verify_checkpoint(newest(copy))
+    ckpt.verify_checkpoint(tiny.newest_checkpoint(copy))
     resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
-    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
+    assert (
+        resumed["manifest"]["state_fingerprint"]
+        == tiny.newest_checkpoint(Path(trained.run_dir)).manifest["state_fingerprint"]
+    )
 
 
 def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str, tuple[str, str]]:
@@ -135,7 +98,7 @@ def test_no_space_at_any_write_of_the_saver(trained: Any, on_device: Path, devic
         assert ckpt.list_steps(Path(config.run_dir)) == ([2] if int(name) <= 4 else [2, 4]), name
         assert kind == ("StorageError" if int(name) <= 5 else ""), (name, message)
         assert name == "6" or "No space left on device" in message
-        ckpt.verify_checkpoint(newest(Path(config.run_dir)))
+        ckpt.verify_checkpoint(tiny.newest_checkpoint(Path(config.run_dir)))
 
 
 def killed_at(rank: int, config: Any, victim: int, moment: int) -> None:
@@ -170,7 +133,10 @@ def test_kill_during_a_save_leaves_no_half_checkpoint(
     with pytest.raises(AssertionError):
         run_distributed(killed_at, 2, config, victim, moment)
     assert ckpt.list_steps(copy) == ([2, 4] if moment >= 11 else [2])
-    ckpt.verify_checkpoint(newest(copy))
+    ckpt.verify_checkpoint(tiny.newest_checkpoint(copy))
     resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
     assert resumed["manifest"]["step"] == 4
-    assert resumed["manifest"]["state_fingerprint"] == newest(Path(trained.run_dir)).manifest["state_fingerprint"]
+    assert (
+        resumed["manifest"]["state_fingerprint"]
+        == tiny.newest_checkpoint(Path(trained.run_dir)).manifest["state_fingerprint"]
+    )
