@@ -52,11 +52,11 @@ def as_megatron_does(texts: Iterable[str], split: Callable[[str], Sequence[str]]
 
 def measure(files: list[Path], vocab: Path, model: Path) -> dict[str, object]:
     """All parts and wholes; ends the program if the tokens differ."""
-    from data_prep.options import PrepareOptions
-    from data_prep.prepare import prepare
-    from data_prep.sentences import split_sentences
-    from data_prep.wordpieces import SentenceEncoder
     from megatron_lion.data.tokenizers import load_tokenizer
+    from megatron_lion.prepare.options import PrepareOptions
+    from megatron_lion.prepare.pipeline import prepare
+    from megatron_lion.prepare.sentence_encoder import SentenceEncoder
+    from megatron_lion.prepare.sentences import split_sentences
 
     punkt = load_punkt(model)
     texts = [json.loads(line)["text"] for path in files for line in path.read_text("utf-8").split("\n") if line.strip()]

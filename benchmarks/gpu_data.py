@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
 
-from data_prep.demo_corpus import build_demo_corpus
-from data_prep.options import PrepareOptions
-from data_prep.prepare import prepare
-from data_prep.vocabularies import train_bpe
+from megatron_lion.prepare.demo_corpus import build_demo_corpus
+from megatron_lion.prepare.options import PrepareOptions
+from megatron_lion.prepare.pipeline import prepare
+from megatron_lion.prepare.vocabularies import train_bpe
 
 BYTES, SMALL_BYTES = 20_000_000, 300_000  # the first is all that there is
 VOCABULARY = 1024

@@ -72,7 +72,7 @@ def source_digest() -> str:
     """A hash of this checkout's Python, C++ and YAML files: whether a copy without git is what its note says."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent
-    for folder in ("megatron_lion", "data_prep", "benchmarks", "configs"):
+    for folder in ("megatron_lion", "benchmarks", "configs"):
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".yaml") and path.is_file():
                 digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -73,7 +73,7 @@ def token_hash(prefix: Path) -> str:
 
 def measure(files: list[Path], tokenizer: Path, workers: int) -> dict[str, object]:
     """All variants, each into a fresh folder."""
-    from data_prep.prepare import PrepareOptions, prepare
+    from megatron_lion.prepare.pipeline import PrepareOptions, prepare
 
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as name:

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, load_punkt_params
 
-from data_prep.pieces import ReadOptions, read_documents
-from data_prep.sentences import sentence_spans
+from megatron_lion.prepare.pieces import ReadOptions, read_documents
+from megatron_lion.prepare.sentences import sentence_spans
 
 
 def load_punkt(model: Path) -> PunktSentenceTokenizer:

@@ -34,7 +34,7 @@ from measuring import heading, shown, surroundings, write_results
 from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import load_config
-from megatron_lion.data.indexed import IndexedWriter
+from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import MegatronLionError
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, model_size
@@ -100,8 +100,8 @@ def random_data(folder: Path, kind: str, seq_length: int, vocab_size: int | None
     """
     ids = vocab_size or VOCAB_SIZES[kind]
     if kind == "bert":
-        from data_prep.options import PrepareOptions
-        from data_prep.prepare import prepare
+        from megatron_lion.prepare.options import PrepareOptions
+        from megatron_lion.prepare.pipeline import prepare
 
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "##s"]
         words = [f"w{number}" for number in range(ids - len(special))]

@@ -19,11 +19,11 @@ PACKAGE = REPO / "megatron_lion"
 # A file may import from its own level's earlier entries and from every level above.
 LEVELS = [
     {"errors"},
-    {"config", "config_checks", "configfile", "parallel_env", "jobs", "lastresort", "colours"},
+    {"config", "config_checks", "configfile", "parallel_env", "jobs", "lastresort", "style", "files", "runs"},
     {"device", "determinism", "parallel"},
-    {"optim", "data", "data_prep", "gradient"},
+    {"optim", "data", "prepare", "gradient"},
     {"model", "train"},
-    {"evaluate", "compare", "theory", "interop", "sweep"},
+    {"evaluate", "compare", "theory", "toy", "interop", "sweep"},
     {"reproduce"},
     {"commands"},
     {"cli"},
@@ -39,7 +39,7 @@ NO_TORCH_ROOMS = {
     "parallel_env",
     "jobs",
     "lastresort",
-    "colours",
+    "style",
     "compare",
     "sweep",
     "cli",
@@ -48,20 +48,16 @@ NO_TORCH_ROOMS = {
 
 
 def modules() -> list[Path]:
-    return sorted([*PACKAGE.rglob("*.py"), *(REPO / "data_prep").rglob("*.py")])
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(path: Path) -> str:
     parts = path.relative_to(REPO).with_suffix("").parts
-    if parts[0] == "data_prep":
-        return "data_prep"
     return parts[1] if len(parts) > 1 and parts[1] != "__init__" else ""
 
 
 def room_of_name(name: str) -> str:
     parts = name.split(".")
-    if parts[0] == "data_prep":
-        return "data_prep"
     return parts[1] if len(parts) > 1 else ""
 
 
@@ -90,7 +86,7 @@ def test_imports_point_upwards(path: Path) -> None:
         return
     wrong = []
     for name, line in imports(path):
-        if name.split(".")[0] not in ("megatron_lion", "data_prep"):
+        if name.split(".")[0] != "megatron_lion":
             continue
         other = room_of_name(name)
         if other and other != room and LEVEL[other] > LEVEL[room]:
@@ -119,7 +115,7 @@ def test_lion_stands_alone() -> None:
     ours = [
         name
         for name, _ in imports(PACKAGE / "optim" / "lion.py", at_import=True)
-        if name.split(".")[0] in ("megatron_lion", "data_prep", "megatron")
+        if name.split(".")[0] in ("megatron_lion", "megatron")
     ]
     assert set(ours) <= {"megatron_lion.errors"}
 

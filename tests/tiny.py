@@ -23,7 +23,7 @@ from megatron_lion.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_lion.data.indexed import IndexedWriter
+from megatron_lion.data.indexed_writer import IndexedWriter
 
 VOCAB = 120
 

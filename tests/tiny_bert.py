@@ -9,9 +9,9 @@ from typing import Any
 
 from tiny import tiny_config
 
-from data_prep.options import PrepareOptions
-from data_prep.prepare import prepare
 from megatron_lion.config import RunConfig
+from megatron_lion.prepare.options import PrepareOptions
+from megatron_lion.prepare.pipeline import prepare
 
 LETTERS = "abcdefghij"
 WORDS = ["".join(pair) for pair in itertools.product("bdfg", "aeio", "cdhj")]

@@ -8,10 +8,10 @@ from typing import Any
 
 from tiny import tiny_config
 
-from data_prep.options import PrepareOptions
-from data_prep.prepare import prepare
-from data_prep.vocabularies import train_bpe
 from megatron_lion.config import RunConfig
+from megatron_lion.prepare.options import PrepareOptions
+from megatron_lion.prepare.pipeline import prepare
+from megatron_lion.prepare.vocabularies import train_bpe
 
 WORDS = "the a of on in optimizer sign gradient step batch weight moves falls rises slowly fast never again".split()  # noqa: SIM905
 VOCAB = 300

@@ -28,7 +28,7 @@ def run(stage: Stage) -> None:
 
 def compiler(stage: Stage) -> None:
     """A kernel of one element; its launcher is built by the C compiler, which a slim image may lack."""
-    from megatron_lion.optim.compile_check import why_no_triton
+    from megatron_lion.optim.triton_check import why_no_triton
 
     reason = why_no_triton()
     stage.row("compiler", passed=reason is None, reason=reason)

@@ -17,7 +17,7 @@ from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config
 from megatron_lion.data.manifest import read_manifest
 from megatron_lion.device import Device, select_device
-from megatron_lion.gradient.probe import probe_run
+from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.model.sizes import model_size
 from megatron_lion.parallel import Ranks, process_groups
 

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config
 from megatron_lion.device import Device, select_device
-from megatron_lion.gradient.probe import probe_run
+from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.parallel import Ranks, process_groups
 from megatron_lion.train.checkpoint import find_latest
 from megatron_lion.train.run import restore_run, save_run

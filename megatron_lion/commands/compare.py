@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from megatron_lion.compare.runs import RunRecord
     from megatron_lion.compare.table import Table
+    from megatron_lion.runs.record import RunRecord
 
 HELP = (
     "Compare runs by their folders alone: perplexity by step, losses, norm ratio, cost, settings; figures and a report"
@@ -48,10 +48,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Writes the output folder and prints the tables on stdout."""
     from megatron_lion.compare.best import run_folders
-    from megatron_lion.compare.report import write_report
-    from megatron_lion.compare.runs import read_runs
-    from megatron_lion.compare.tables import build_tables
-    from megatron_lion.data.files import storage_errors
+    from megatron_lion.compare.html_report import write_report
+    from megatron_lion.compare.run_tables import build_tables
+    from megatron_lion.files import storage_errors
+    from megatron_lion.runs.record import read_runs
     from megatron_lion.sweep.summary import sweep_tables
 
     tried = runs = read_runs(run_folders(args.runs))
@@ -67,7 +67,7 @@ def run(args: Any) -> None:
     report = write_report(runs, tables, folder / "report.html", args.x_axis, tried)
     figures: list[Path] = []
     if not args.no_figures:
-        from megatron_lion.compare.figures import write_figures
+        from megatron_lion.compare.png_figures import write_figures
 
         figures = write_figures(runs, folder, args.x_axis, tried)
     print_tables(tables, args.format)
@@ -80,8 +80,8 @@ def run(args: Any) -> None:
 def _best(tried: list[RunRecord]) -> tuple[list[RunRecord], Table]:
     """The runs of each optimizer's best setting, labelled anew, and the table that tells how they were chosen."""
     from megatron_lion.compare.best import best_table, choose_best
-    from megatron_lion.compare.runs import read_runs
     from megatron_lion.errors import CheckpointError
+    from megatron_lion.runs.record import read_runs
 
     choices = choose_best(tried)
     folders = [run.folder for choice in choices for run in choice.runs]
@@ -117,7 +117,7 @@ def print_tables(tables: list[Table], form: str) -> None:
 def _write_tables(tables: list[Table], folder: Path) -> None:
     """Markdown and LaTeX with all tables, and a CSV file for each."""
     from megatron_lion.compare.table import to_csv, to_latex, to_markdown
-    from megatron_lion.data.files import write_whole
+    from megatron_lion.files import write_whole
 
     write_whole(folder / "tables.md", "\n".join(map(to_markdown, tables)).encode())
     write_whole(folder / "tables.tex", "\n".join(map(to_latex, tables)).encode())

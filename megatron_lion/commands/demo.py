@@ -80,8 +80,8 @@ class _Demo:
         self.compare(runs)
 
     def prepare(self) -> tuple[Path, Path]:
-        from data_prep.demo_corpus import build_demo_corpus
-        from data_prep.vocabularies import train_bpe
+        from megatron_lion.prepare.demo_corpus import build_demo_corpus
+        from megatron_lion.prepare.vocabularies import train_bpe
 
         self.say("a corpus from this machine's Python documentation, and a tokenizer for it")
         corpus = build_demo_corpus(self.output / "text")

@@ -15,10 +15,10 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> None:
     from megatron_lion.device import select_device
-    from megatron_lion.model.settings import choose_attention
-    from megatron_lion.optim.compile_check import triton_kernel
+    from megatron_lion.model.mcore_settings import choose_attention
+    from megatron_lion.optim.triton_check import triton_kernel
     from megatron_lion.parallel_env import world_size_from_env
-    from megatron_lion.train.runfolder import environment_facts
+    from megatron_lion.runs.folder import environment_facts
 
     device = select_device(args.device)
     facts = environment_facts(device.name(), world_size_from_env())

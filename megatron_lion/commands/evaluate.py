@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from megatron_lion.evaluate.session import Outcome
+    from megatron_lion.evaluate.evaluate_steps import Outcome
     from megatron_lion.evaluate.tasks import Task
 
 HELP = "Zero-shot perplexity of a run's checkpoints, or of a Hugging Face GPT-2, on WikiText-103, LAMBADA or any text"
@@ -95,7 +95,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Evaluates, writes TARGET/eval/*.json, prints one line a result."""
     from megatron_lion.errors import ConfigError
-    from megatron_lion.evaluate.targets import open_model, split_target
+    from megatron_lion.evaluate.open_target import open_model, split_target
     from megatron_lion.jobs import told_to_stop
 
     folder, steps = split_target(Path(args.target), args.steps)
@@ -126,9 +126,9 @@ def _spot_checks(folder: Path, steps: str, args: Any) -> None:
     """--fill-mask and --sentence-order: prints what a BERT answers at each chosen step."""
     from megatron_lion.configfile import load_config
     from megatron_lion.errors import CheckpointError, ConfigError
-    from megatron_lion.evaluate.cloze import fill_mask, order_probability
-    from megatron_lion.evaluate.restore import open_run
-    from megatron_lion.evaluate.session import choose_steps
+    from megatron_lion.evaluate.bert_cloze import fill_mask, order_probability
+    from megatron_lion.evaluate.evaluate_steps import choose_steps
+    from megatron_lion.evaluate.open_run import open_run
 
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder}: holds no run (config.yaml); give the run_dir of a `megatron-lion pretrain`")
@@ -219,7 +219,7 @@ def _chosen_steps(model: Any, folder: Path, asked: str, *, watch: bool) -> Itera
     """The checkpoints to evaluate; with --watch, as training makes them."""
     from megatron_lion.configfile import load_config
     from megatron_lion.errors import ConfigError
-    from megatron_lion.evaluate.session import choose_steps, follow
+    from megatron_lion.evaluate.evaluate_steps import choose_steps, follow
 
     if not watch:
         return choose_steps(asked, model.steps)
@@ -234,7 +234,7 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
     """Measures every task on every step, with a progress bar on the first rank."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from megatron_lion.evaluate.session import evaluate_step
+    from megatron_lion.evaluate.evaluate_steps import evaluate_step
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
@@ -309,7 +309,7 @@ def _explain(value: float, folder: Path) -> str:
     """The text of --explain over all results of the folder."""
     import json
 
-    from megatron_lion.evaluate.published import explain
+    from megatron_lion.evaluate.published_results import explain
 
     results = []
     for path in sorted(folder.glob("*.json")):

@@ -50,7 +50,7 @@ def run(args: Any) -> None:
     """Writes the folder and says what was checked."""
     from megatron_lion.configfile import load_config
     from megatron_lion.errors import CheckpointError, ConfigError
-    from megatron_lion.evaluate.targets import split_target
+    from megatron_lion.evaluate.open_target import split_target
     from megatron_lion.interop.architectures import check_architecture
     from megatron_lion.parallel_env import world_size_from_env
 
@@ -60,9 +60,9 @@ def run(args: Any) -> None:
     if not (folder / "config.yaml").is_file():
         raise CheckpointError(f"{folder}: holds no run (config.yaml); give the run_dir of a `megatron-lion pretrain`")
     check_architecture(args.architecture, load_config(folder / "config.yaml").model.kind)
-    from megatron_lion.evaluate.restore import open_run
-    from megatron_lion.evaluate.session import choose_steps
-    from megatron_lion.interop.export import export_checkpoint
+    from megatron_lion.evaluate.evaluate_steps import choose_steps
+    from megatron_lion.evaluate.open_run import open_run
+    from megatron_lion.interop.hf_export import export_checkpoint
 
     with open_run(folder, device=args.device, precision="fp32", tokenizer=args.tokenizer) as model:
         (step,) = choose_steps(step_word, model.steps)[-1:]

@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Prints prompt and continuation, one paragraph each."""
     from megatron_lion.errors import ConfigError
-    from megatron_lion.evaluate.targets import open_model, split_target
+    from megatron_lion.evaluate.open_target import open_model, split_target
 
     rules = (
         ("--count", args.count, args.count >= 1, "at least 1"),
@@ -63,8 +63,8 @@ def run(args: Any) -> None:
         if not ok:
             raise ConfigError(f"{flag} {given}: is not possible; expected {expected}")
     folder, step = split_target(Path(args.target), args.step)
-    from megatron_lion.evaluate.sampling import SamplingSettings, sample
-    from megatron_lion.evaluate.session import choose_steps
+    from megatron_lion.evaluate.evaluate_steps import choose_steps
+    from megatron_lion.evaluate.text_sampling import SamplingSettings, sample
 
     with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
         model.load(choose_steps(step, model.steps)[-1])

@@ -47,7 +47,7 @@ def run(args: Any) -> None:
         raise CheckpointError(f"{source}: no such folder; give a Hugging Face model folder")
     config = run_config_from_namespace(args.parser, args)
     check_config(replace(config, parallel=ParallelConfig()), 1)  # the layout is that of the job that trains it
-    from megatron_lion.interop.imports import import_folder
+    from megatron_lion.interop.hf_import import import_folder
 
     done = import_folder(source, config, tokenizer=args.tokenizer)
     model = done.model

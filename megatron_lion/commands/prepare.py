@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from data_prep.prepare import Manifest
+    from megatron_lion.prepare.pipeline import Manifest
 
 HELP = "turn text (jsonl, txt, parquet; plain or compressed) into a dataset folder of Megatron .bin/.idx files"
 
@@ -80,10 +80,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Prepares, and shows on stdout what was made."""
-    from data_prep.prepare import PrepareOptions, prepare
-    from data_prep.progress import ConsoleProgress
     from megatron_lion import lastresort
     from megatron_lion.errors import StoppedOnRequest
+    from megatron_lion.prepare.pipeline import PrepareOptions, prepare
+    from megatron_lion.prepare.progress import ConsoleProgress
 
     if lastresort.alone():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)

@@ -66,9 +66,9 @@ def run(args: Any) -> None:
     from pathlib import Path
 
     from megatron_lion.config import ParallelConfig
-    from megatron_lion.evaluate.checkpoint_probe import choose_steps, probe_checkpoints, probe_config
     from megatron_lion.jobs import told_to_stop
     from megatron_lion.parallel_env import rank_from_env
+    from megatron_lion.train.probe_checkpoints import choose_steps, probe_checkpoints, probe_config
 
     wanted = parse_steps(args.steps)
     run_dir, is_main = Path(args.run_dir), rank_from_env() == 0
@@ -88,7 +88,7 @@ def run(args: Any) -> None:
     if is_main:
         sys.stdout.write(table(probed))
         if args.figures:
-            from megatron_lion.gradient.figures import draw_runs
+            from megatron_lion.gradient.probe_figures import draw_runs
 
             for path in draw_runs([run_dir, *args.beside]):
                 sys.stdout.write(f"{path}\n")

@@ -87,7 +87,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Runs the plans, writes OUTPUT/reproduction.md and .json, prints the tables."""
     from megatron_lion.errors import ConfigError
-    from megatron_lion.reproduce.plan import build_plan
+    from megatron_lion.reproduce.artefacts import build_plan
     from megatron_lion.reproduce.sources import Sources, check_sources
 
     if args.processes < 1 or 8 % args.processes:
@@ -114,7 +114,7 @@ def run(args: Any) -> None:
 
 def _run_plans(plans: list[Any], sources: Any, processes: int) -> None:
     from megatron_lion.jobs import Jobs
-    from megatron_lion.reproduce.execute import need_gpus, run_plan, say
+    from megatron_lion.reproduce.run_verbs import need_gpus, run_plan, say
     from megatron_lion.reproduce.sources import make_missing
 
     if any(plan.scale == "full" and plan.needs for plan in plans):
@@ -154,7 +154,7 @@ def _report(plans: list[Any], sources: Any) -> None:
     import json
     from dataclasses import asdict
 
-    from megatron_lion.data.files import write_whole
+    from megatron_lion.files import write_whole
     from megatron_lion.reproduce.claims import as_markdown, claims_of
 
     output, quick = sources.output, " (quick)" if sources.quick else ""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_lion.config import RunConfig
     from megatron_lion.sweep.plan import PlannedRun
-    from megatron_lion.sweep.record import Sweep
+    from megatron_lion.sweep.sweep_file import Sweep
 
 HELP = (
     "Run a grid of settings, such as optimizers and learning rates, as runs in one folder, and pick the best of each optimizer by "
@@ -64,11 +64,11 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> None:
     """Plans, checks, and runs or prints what is missing; the table of the sweep goes to stdout."""
+    from megatron_lion.runs.folder import locked
     from megatron_lion.sweep.execute import missing
     from megatron_lion.sweep.grid import parse_grids
     from megatron_lion.sweep.plan import plan_runs
-    from megatron_lion.sweep.record import open_sweep, write_base
-    from megatron_lion.train.runfolder import locked
+    from megatron_lion.sweep.sweep_file import open_sweep, write_base
 
     _check_flags(args)
     folder, config_file = Path(args.output), str(args.config[-1])
@@ -120,7 +120,7 @@ def _describe(sweep: Sweep, runs: Sequence[PlannedRun], args: Any) -> str:
 
 
 def _write_script(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
-    from megatron_lion.data.files import write_whole
+    from megatron_lion.files import write_whole
     from megatron_lion.sweep.scripts import shell_script, slurm_script
 
     if not left:

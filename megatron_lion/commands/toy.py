@@ -38,9 +38,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Simulates, writes the folder, shows the tables on stdout."""
     from megatron_lion.errors import ConfigError, StorageError
-    from megatron_lion.theory.toy import EXPERIMENTS, ToySettings, run_toy
-    from megatron_lion.theory.toy_checks import theorem_points
-    from megatron_lion.theory.toy_report import curves_csv, has_reference, markdown, write_text
+    from megatron_lion.toy.experiment import EXPERIMENTS, ToySettings, run_toy
+    from megatron_lion.toy.toy_checks import theorem_points
+    from megatron_lion.toy.toy_report import curves_csv, has_reference, markdown, write_text
 
     beta1, beta2 = args.betas
     try:
@@ -67,7 +67,7 @@ def run(args: Any) -> None:
         write_text(folder / "toy.md", text)
         write_text(folder / "toy.csv", curves_csv(results))
         if not args.no_figures:
-            from megatron_lion.theory.toy_figures import plot_inequality, plot_paths, plot_theorem
+            from megatron_lion.toy.toy_figures import plot_inequality, plot_paths, plot_theorem
 
             plot_inequality(results, folder / "toy_inequality.png", with_reference=has_reference(settings))
             plot_paths(settings, folder / "toy_paths.png")

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, differing_settings, show
 from megatron_lion.compare.seeds import seed_groups
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.errors import CheckpointError
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, differing_settings, show
 
 SWEEP_FILE = "sweep.json"
 EDGE_SECTIONS = ("optimizer.", "schedule.")

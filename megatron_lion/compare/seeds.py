@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 
-from megatron_lion.compare.runs import RunRecord, evaluation_key, main_evaluation_key
 from megatron_lion.compare.table import Cell, Table
+from megatron_lion.runs.record import RunRecord, evaluation_key, main_evaluation_key
 
 RESAMPLES = 10_000
 LEVEL = 0.95

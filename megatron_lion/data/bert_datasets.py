@@ -16,9 +16,9 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
 
 from megatron_lion.config import DataConfig
+from megatron_lion.data.bert_vocab import special_ids
 from megatron_lion.data.indexed_check import HEADER, IndexedInfo
 from megatron_lion.data.tokenizers import Tokenizer
-from megatron_lion.data.wordpiece import special_ids
 from megatron_lion.errors import DataError
 
 LONGEST_SENTENCE = 512

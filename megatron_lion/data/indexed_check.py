@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lion.data.files import sha256_file
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.data.manifest import SplitInfo, read_manifest
 from megatron_lion.errors import DataError
+from megatron_lion.files import sha256_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.data.files import write_whole
 from megatron_lion.errors import DataError
+from megatron_lion.files import write_whole
 
 FORMAT = 1
 NAME = "manifest.json"

@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lion.data.wordpiece import is_cased, parse_wordpieces, wordpiece_definition
+from megatron_lion.data.bert_vocab import is_cased, parse_wordpieces, wordpiece_definition
 from megatron_lion.errors import DataError
 
 PAIRS = (("vocab.json", "merges.txt"), ("gpt2-vocab.json", "gpt2-merges.txt"), ("encoder.json", "vocab.bpe"))

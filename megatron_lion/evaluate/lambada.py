@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from megatron_lion.errors import DataError
-from megatron_lion.evaluate.scoring import Segment
+from megatron_lion.evaluate.token_scores import Segment
 
 KNOWN_SETS = {
     "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226": "LAMBADA test, as processed for GPT-2"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.errors import ConfigError, DataError
-from megatron_lion.evaluate.scoring import (
+from megatron_lion.evaluate.token_scores import (
     DetailedScorer,
     Progress,
     Scorer,

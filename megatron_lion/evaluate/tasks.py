@@ -15,13 +15,13 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_lion.data.files import storage_errors, write_whole
 from megatron_lion.errors import ConfigError
-from megatron_lion.evaluate.harness import page_segments, read_pages
 from megatron_lion.evaluate.lambada import Passages, passage_segment
 from megatron_lion.evaluate.perplexity import perplexity, plan_windows, stream_segments
-from megatron_lion.evaluate.scoring import Segment, SegmentScores
+from megatron_lion.evaluate.token_scores import Segment, SegmentScores
 from megatron_lion.evaluate.wikitext import EvaluationText
+from megatron_lion.evaluate.wikitext_pages import page_segments, read_pages
+from megatron_lion.files import storage_errors, write_whole
 
 FORMAT = 1
 DEFAULT_STRIDE = 32
@@ -170,7 +170,7 @@ def stream_task(reader: Reader, text: EvaluationText, stride: int) -> Task:
 
 
 def pages_task(reader: Reader, text: EvaluationText) -> Task:
-    """Word and byte perplexity page by page (lm-evaluation-harness; see `megatron_lion.evaluate.harness`)."""
+    """Word and byte perplexity page by page (lm-evaluation-harness; see `megatron_lion.evaluate.wikitext_pages`)."""
     pages, counts = read_pages(text.original)
     eod_id = reader.tokenizer.eod_id
     segments = [

@@ -22,10 +22,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.transformer_block import TransformerBlock
 
+from megatron_lion.gradient.coordinate_sample import CoordinateSample
 from megatron_lion.gradient.norms import NormTable, norm_table, parameter_rows
-from megatron_lion.gradient.sample import CoordinateSample
-from megatron_lion.optim.megatron import TrainOptimizer
-from megatron_lion.optim.shards import Shard, local_shards
+from megatron_lion.optim.parameter_shards import Shard, local_shards
+from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import Ranks
 
 

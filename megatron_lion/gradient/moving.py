@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from megatron_lion.config import RunConfig
+from megatron_lion.gradient.full_gradient import layout_facts, standard_error, warn_of
 from megatron_lion.gradient.norms import norm_table, parameter_rows
-from megatron_lion.gradient.probe import layout_facts, standard_error, warn_of
-from megatron_lion.gradient.result import ProbeResult
-from megatron_lion.optim.megatron import TrainOptimizer
-from megatron_lion.optim.shards import Shard, local_shards
+from megatron_lion.gradient.probe_result import ProbeResult
+from megatron_lion.optim.parameter_shards import Shard, local_shards
+from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import Ranks, all_reduce_sum
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_lion.gradient.coordinate_sample import Group
 from megatron_lion.gradient.norms import GradientNorms
-from megatron_lion.gradient.sample import Group
 
 _ENOUGH_PAIRS = 4
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lion.gradient.names import PADDING, is_vocabulary
-from megatron_lion.optim.shards import Shard, counts_here, named_global_parameters
+from megatron_lion.gradient.parameter_kinds import PADDING, is_vocabulary
+from megatron_lion.optim.parameter_shards import Shard, counts_here, named_global_parameters
 from megatron_lion.parallel import Ranks
 
 GAUSSIAN_RATIO = math.sqrt(2.0 / math.pi)

@@ -39,8 +39,8 @@ from torch.nn import functional as F
 
 from megatron_lion.config import ModelConfig
 from megatron_lion.model.attention import SdpaAttention
+from megatron_lion.model.mcore_settings import GELUS
 from megatron_lion.model.objective import Batch, Objective
-from megatron_lion.model.settings import GELUS
 from megatron_lion.parallel import all_reduce_sum
 
 NUM_TOKEN_TYPES = 2

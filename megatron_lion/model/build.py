@@ -11,8 +11,8 @@ from megatron_lion.device import Device
 from megatron_lion.model.bert import MaskedAndOrder, build_bert
 from megatron_lion.model.gpt import NextToken, build_gpt
 from megatron_lion.model.initialize import initialize_weights
+from megatron_lion.model.mcore_settings import build_transformer_config, choose_attention
 from megatron_lion.model.objective import Objective
-from megatron_lion.model.settings import build_transformer_config, choose_attention
 
 
 def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[DistributedDataParallel]:

@@ -11,7 +11,7 @@ import math
 import torch
 from megatron.core import parallel_state
 
-from megatron_lion.optim.shards import named_global_parameters
+from megatron_lion.optim.parameter_shards import named_global_parameters
 from megatron_lion.parallel import derive_seed
 
 

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import torch
 
-from .build import BuildError, build_library
 from .cautious import count_agreement as count_in_torch
+from .cpp_compiler import BuildError, build_library
 from .foreach import foreach_step
 from .precision import PackedLayout
-from .tables import Row, hyper_parameters, master_form, row_of
+from .tensor_tables import Row, hyper_parameters, master_form, row_of
 from .update import PlainLayout, Slot, reference_step
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 The kernel finds its work in tables in device memory instead of in its arguments: `rows` holds one line of
 pointers for each tensor, `chunks` one (row, chunk) pair for each program, `groups` the hyper-parameters of each
 parameter group, and the rate is read through a pointer. So one launch covers all tensors of a kind, each with
-its own group's rate and decay. `megatron_lion.optim.launch` makes the tables.
+its own group's rate and decay. `megatron_lion.optim.kernel_launch` makes the tables.
 
 A program updates BLOCK neighbouring elements. Whole chunks load and store without masks, so that the compiler
 can move 16 bytes an instruction; a tensor's last chunk is masked. There is no autotuning: it would apply the
@@ -45,7 +45,7 @@ ROUNDING = tl.constexpr(1.5 * 2**23)  # adding and taking it away rounds |x| < 2
 
 @triton.jit
 def add_one_kernel(source: tl.tensor, target: tl.tensor) -> None:
-    """target[0] = source[0] + 1: the smallest kernel, for `megatron_lion.optim.compile_check`."""
+    """target[0] = source[0] + 1: the smallest kernel, for `megatron_lion.optim.triton_check`."""
     tl.store(target, tl.load(source) + 1.0)
 
 

@@ -22,7 +22,7 @@ constexpr float SMALLEST_SCALE = 0x1p-126f;
 constexpr float ONE_127TH = static_cast<float>(1.0 / 127);
 constexpr float ROUNDING = 0x1.8p23f;    // adding and taking it away rounds |x| < 2^22 to the nearest even integer
 
-// Forms of tensors, and the columns of the tables: as in cpp.py and tables.py.
+// Forms of tensors, and the columns of the tables: as in cpp.py and tensor_tables.py.
 enum Form { NONE, FLOAT32, BFLOAT16, INT8, SPLIT32, SPLIT24 };
 struct Row {
   std::int64_t param, grad, exp_avg, master, numel, group, slot;

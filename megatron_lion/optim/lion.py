@@ -217,7 +217,7 @@ class Lion(torch.optim.Optimizer):
         slots = self._slots()
         implementation = self._choose(slots)
         if implementation == "triton":
-            from .launch import Fleet
+            from .kernel_launch import Fleet
 
             self._fleet = Fleet(self, slots, self._fleet)
             self._fleet.step(begin, grad_multiplier, found_inf)
@@ -326,7 +326,7 @@ class Lion(torch.optim.Optimizer):
 
     def _choose(self, slots: Sequence[Slot]) -> str:
         if self.implementation == "triton" and slots:
-            from .compile_check import why_no_triton
+            from .triton_check import why_no_triton
 
             if (reason := why_no_triton()) is not None:
                 raise RuntimeError(f"implementation = 'triton': {reason}; or use implementation = 'foreach'")
@@ -345,7 +345,7 @@ class Lion(torch.optim.Optimizer):
         fits = slots and all(slot.param.is_cuda and slot.param.dtype != torch.float64 for slot in slots)
         if not fits:
             return "foreach"
-        from .compile_check import warn_once, why_no_triton
+        from .triton_check import warn_once, why_no_triton
 
         if (reason := why_no_triton()) is not None:
             warn_once(reason)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_lion.reproduce.plan import Plan
+    from megatron_lion.reproduce.artefacts import Plan
 
 ARXIV = "arXiv 2411.07724"
 JOURNAL = "Chinese Journal of Computers 2025, 10.11897/SP.J.1016.2025.02008"

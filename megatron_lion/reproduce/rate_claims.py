@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from megatron_lion.compare.runs import RunRecord, read_run
+from megatron_lion.reproduce.artefacts import Plan
 from megatron_lion.reproduce.claims import JOURNAL, Claim
-from megatron_lion.reproduce.plan import Plan
+from megatron_lion.runs.record import RunRecord, read_run
 from megatron_lion.theory.rates import SeedRates, rates_over_seeds
 
 SOURCE = f"{JOURNAL}, A.1.2"

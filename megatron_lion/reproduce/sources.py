@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lion.data.files import sha256_file, write_whole
 from megatron_lion.errors import ConfigError, DataError
+from megatron_lion.files import sha256_file, write_whole
 from megatron_lion.reproduce.recipes import VOCAB_SIZE
 
 
@@ -63,8 +63,8 @@ def make_missing(sources: Sources, kind: str, say: Callable[[str], None]) -> Non
     Raises:
         ConfigError: the folder holds what was made from other text.
     """
-    from data_prep.demo_corpus import build_demo_corpus
-    from data_prep.vocabularies import train_bpe, train_wordpiece
+    from megatron_lion.prepare.demo_corpus import build_demo_corpus
+    from megatron_lion.prepare.vocabularies import train_bpe, train_wordpiece
 
     text = sources.output / "text"
     if not (text / "train.jsonl").is_file() or not (text / "held_out.txt").is_file():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_lion.reproduce.claims import JOURNAL, Claim, joined
-from megatron_lion.theory.toy import EXPERIMENTS, Experiment, ToySettings, run_toy
-from megatron_lion.theory.toy_checks import REFERENCE, REFERENCE_STEPS, match_reference
-from megatron_lion.theory.toy_problem import minimum
+from megatron_lion.toy.experiment import EXPERIMENTS, Experiment, ToySettings, run_toy
+from megatron_lion.toy.problem import minimum
+from megatron_lion.toy.toy_checks import REFERENCE, REFERENCE_STEPS, match_reference
 
 MOST_DEVIATIONS = 3.0
 """Standard deviations that a reference value may lie from runs whose starts are as lucky."""

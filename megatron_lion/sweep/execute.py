@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_lion.errors import DataError, EnvironmentFault, MegatronLionError, StoppedOnRequest, StorageError
 from megatron_lion.jobs import STOPPED, Jobs
 from megatron_lion.sweep.plan import PlannedRun
-from megatron_lion.sweep.record import Entry, Sweep, write_exit
+from megatron_lion.sweep.sweep_file import Entry, Sweep, write_exit
 
 # What ends one run so would end the next ones too: the data, the disk, the installation.
 ENDS_ALL = (DataError.exit_code, StorageError.exit_code, EnvironmentFault.exit_code)

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 from megatron_lion.config import OptimizerConfig, RunConfig
 from megatron_lion.configfile import UserParser, add_run_config, known_keys, run_config_from_namespace, suggestion
 from megatron_lion.errors import ConfigError
-from megatron_lion.train.runfolder import changeable
+from megatron_lion.runs.folder import changeable
 
 PAPER_RATES = ("3e-3", "1e-3", "3e-4", "1e-4", "3e-5", "1e-5", "3e-6", "1e-6")
 """The learning rates that the paper searches, for its CIFAR runs. Source: Dong, Li, Lin, arXiv 2411.07724."""

@@ -16,8 +16,8 @@ from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import known_keys
 from megatron_lion.errors import ConfigError, DataError
+from megatron_lion.runs.folder import changeable, flatten
 from megatron_lion.sweep.grid import Axis, get_setting, settings_of_runs, with_setting
-from megatron_lion.train.runfolder import changeable, flatten
 
 # A single run may be given these anew when it is resumed; the runs of a sweep must agree in them to be comparable.
 FIXED = ("name", "data.path", "data.tokenizer", "train.stop_after")

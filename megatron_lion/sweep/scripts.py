@@ -12,7 +12,7 @@ from megatron_lion.errors import EnvironmentFault
 from megatron_lion.jobs import job_words
 from megatron_lion.sweep.execute import job_arguments
 from megatron_lion.sweep.plan import PlannedRun, as_typed
-from megatron_lion.sweep.record import Sweep
+from megatron_lion.sweep.sweep_file import Sweep
 
 _SHELL = """#!/bin/sh
 # {count} of the sweep in {folder} ({config}), one after another.

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.compare.best import Choice, choose_best
-from megatron_lion.compare.runs import OPTIMIZER_NAMES, RunRecord, read_run, show
 from megatron_lion.compare.table import Cell, Table, to_csv, to_markdown
 from megatron_lion.configfile import load_config
-from megatron_lion.data.files import write_whole
+from megatron_lion.files import write_whole
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, read_run, show
 from megatron_lion.sweep.grid import get_setting
 from megatron_lion.sweep.plan import short_key
-from megatron_lion.sweep.record import Entry, Sweep, read_sweep
+from megatron_lion.sweep.sweep_file import Entry, Sweep, read_sweep
 
 
 def read_records(sweep: Sweep) -> dict[str, RunRecord]:

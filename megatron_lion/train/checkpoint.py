@@ -5,7 +5,7 @@
                                     state fingerprint)
     RUN/checkpoints/latest          name of the newest one, for people and scripts
 
-Only tensors and JSON are stored; tensorfiles.py does the tensors.
+Only tensors and JSON are stored; checkpoint_tensors.py does the tensors.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lion.data.files import sha256_file, storage_errors, sync_folder, write_whole
 from megatron_lion.errors import CheckpointError
+from megatron_lion.files import sha256_file, storage_errors, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
-from megatron_lion.train.tensorfiles import check_metadata, read_tensors, write_tensors
+from megatron_lion.train.checkpoint_tensors import check_metadata, read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint", "find_latest", "layout_facts", "list_steps", "open_checkpoint", "read_rng", "read_tensors", "remove_old",

@@ -70,7 +70,7 @@ def _kernel_lines(config: RunConfig) -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    from megatron_lion.optim.compile_check import triton_kernel
+    from megatron_lion.optim.triton_check import triton_kernel
 
     found = triton_kernel()
     slower = "; LION takes its slower foreach path" if found.startswith("not available") else ""

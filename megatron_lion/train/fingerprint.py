@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_lion.optim.megatron import TrainOptimizer
-from megatron_lion.optim.shards import counts_here, local_shards, named_global_parameters
+from megatron_lion.optim.parameter_shards import counts_here, local_shards, named_global_parameters
+from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import all_reduce_sum
 
 _CHUNK = 1 << 22

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_lion.data.files import storage_errors
+from megatron_lion.files import storage_errors
 
 
 @contextmanager

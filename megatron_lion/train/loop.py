@@ -19,20 +19,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_lion.config import RunConfig
-from megatron_lion.data.files import storage_errors
 from megatron_lion.determinism import deterministic
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import NumericsError, StoppedOnRequest
+from megatron_lion.files import storage_errors
+from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.moving import MovingWindow
-from megatron_lion.gradient.probe import probe_run
-from megatron_lion.gradient.result import ProbeResult, probe_file
+from megatron_lion.gradient.probe_result import ProbeResult, probe_file
 from megatron_lion.model.sizes import flops_per_token, model_size
-from megatron_lion.optim.shards import nonfinite_gradients
+from megatron_lion.optim.parameter_shards import nonfinite_gradients
 from megatron_lion.parallel import Ranks, agree, broadcast_object, process_groups
+from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
+from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.console import TrainProgress, announce
 from megatron_lion.train.logs import log_file
-from megatron_lion.train.metrics import MetricsWriter
-from megatron_lion.train.progress import TrainProgress, announce
 from megatron_lion.train.run import (
     Run,
     build_run,
@@ -42,7 +43,6 @@ from megatron_lion.train.run import (
     save_run,
     sync_parameters,
 )
-from megatron_lion.train.runfolder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.train.schedule import lr_at
 from megatron_lion.train.step import TrainStep, mean_losses, train_step
 

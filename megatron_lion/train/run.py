@@ -24,8 +24,8 @@ from megatron_lion.device import Device
 from megatron_lion.errors import CheckpointError
 from megatron_lion.model.build import build_model, build_objective
 from megatron_lion.model.objective import Objective
-from megatron_lion.optim.megatron import TrainOptimizer, build_optimizer
-from megatron_lion.optim.sharded import StatefulDistributedOptimizer
+from megatron_lion.optim.distributed_optimizer import StatefulDistributedOptimizer
+from megatron_lion.optim.train_optimizer import TrainOptimizer, build_optimizer
 from megatron_lion.parallel import Ranks, agree, derive_seed, seed_everything
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint

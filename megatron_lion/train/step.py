@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lion.config import RunConfig
 from megatron_lion.model.objective import Objective
-from megatron_lion.optim.megatron import TrainOptimizer
+from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import Ranks, reduce_sums
 
 ForwardStep = Callable[[Iterator[dict[str, torch.Tensor]], torch.nn.Module], tuple[torch.Tensor, Any]]

@@ -153,7 +153,7 @@ def test_run_folders(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[
 def test_two_writers(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(tmp_path, corpus)
     holder = (
-        "import sys, time\nfrom pathlib import Path\nfrom megatron_lion.train.runfolder import locked\n"
+        "import sys, time\nfrom pathlib import Path\nfrom megatron_lion.runs.folder import locked\n"
         "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
     )
     process = subprocess.Popen(
@@ -205,7 +205,7 @@ def test_dry_run_reports_the_kernel_where_it_would_be_used(
 ) -> None:
     import torch
 
-    from megatron_lion.optim import compile_check
+    from megatron_lion.optim import triton_check
     from megatron_lion.train import dryrun
 
     def kernel_lines(*words: str) -> list[str]:
@@ -215,9 +215,9 @@ def test_dry_run_reports_the_kernel_where_it_would_be_used(
 
     monkeypatch.setattr(dryrun, "DRIVER_FILES", ("/no/such/file", __file__))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(compile_check, "why_no_triton", lambda: None)
+    monkeypatch.setattr(triton_check, "why_no_triton", lambda: None)
     assert kernel_lines() in (["kernel       Triton: interpreted"], ["kernel       Triton: compiled"])
-    monkeypatch.setattr(compile_check, "why_no_triton", lambda: "no C compiler")
+    monkeypatch.setattr(triton_check, "why_no_triton", lambda: "no C compiler")
     assert kernel_lines() == ["kernel       Triton: not available: no C compiler; LION takes its slower foreach path"]
     assert kernel_lines("--optimizer.name", "adamw") == []
     assert kernel_lines("--device", "cpu") == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lion.cli import main
-from megatron_lion.optim import compile_check
+from megatron_lion.optim import triton_check
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -30,6 +30,6 @@ def test_it_reports_whether_triton_compiles(
 ) -> None:
     assert main(["env", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["triton_kernel"] in ("interpreted", "not needed without a CUDA device")
-    monkeypatch.setattr(compile_check, "why_no_triton", lambda: "no C compiler")
+    monkeypatch.setattr(triton_check, "why_no_triton", lambda: "no C compiler")
     assert main(["env", "--device", "cpu"]) == 0
     assert json.loads(capsys.readouterr().out)["triton_kernel"] == "not available: no C compiler"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_runs import write_run
 
-from megatron_lion.compare.runs import Series, differing_settings, read_metrics, read_run, read_runs
 from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.runs.record import Series, differing_settings, read_metrics, read_run, read_runs
 
 
 def test_a_run_folder_is_read_whole(tmp_path: Path) -> None:

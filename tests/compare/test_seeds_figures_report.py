@@ -20,14 +20,14 @@ from hypothesis import strategies as st
 from synthetic_runs import write_run
 
 from megatron_lion.cli import main
-from megatron_lion.compare.curves import NOISE_RATIO, lines_of, panels
-from megatron_lion.compare.figures import write_figures
-from megatron_lion.compare.report import render_report
-from megatron_lion.compare.runs import RunRecord, read_runs
+from megatron_lion.compare.axis_ticks import spread, ticks
+from megatron_lion.compare.html_report import render_report
+from megatron_lion.compare.panels import NOISE_RATIO, lines_of, panels
+from megatron_lion.compare.png_figures import write_figures
+from megatron_lion.compare.run_tables import build_tables
 from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence, verdicts
-from megatron_lion.compare.svg import HEIGHT, WIDTH, chart
-from megatron_lion.compare.tables import build_tables
-from megatron_lion.compare.ticks import spread, ticks
+from megatron_lion.compare.svg_charts import HEIGHT, WIDTH, chart
+from megatron_lion.runs.record import RunRecord, read_runs
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 from synthetic_runs import write_run
 
-from megatron_lion.compare.runs import RunRecord, read_runs
+from megatron_lion.compare.run_tables import build_tables
 from megatron_lion.compare.table import Table, to_csv, to_html, to_latex, to_markdown, to_rich
-from megatron_lion.compare.tables import build_tables
+from megatron_lion.runs.record import RunRecord, read_runs
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import torch
 from megatron_lion.cli import main
 from megatron_lion.data.tokenizers import load_tokenizer
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.evaluate.harness import page_segments
-from megatron_lion.evaluate.published import PUBLISHED, explain, find_published
-from megatron_lion.evaluate.session import choose_steps, evaluate_step, follow
+from megatron_lion.evaluate.evaluate_steps import choose_steps, evaluate_step, follow
+from megatron_lion.evaluate.published_results import PUBLISHED, explain, find_published
 from megatron_lion.evaluate.tasks import Reader, stream_task
 from megatron_lion.evaluate.wikitext import read_text
+from megatron_lion.evaluate.wikitext_pages import page_segments
 
 SEQ_LENGTH = 24
 WIKI = (

@@ -33,7 +33,7 @@ def train_and_evaluate(rank: int, config: RunConfig, text: str) -> dict[str, Any
     """Work of one process: a short run, its checkpoints evaluated by the verb, and the last one by a plain loop."""
     import torch
 
-    from megatron_lion.evaluate.restore import open_run
+    from megatron_lion.evaluate.open_run import open_run
 
     train(config)
     run_dir = Path(config.run_dir)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from megatron_lion.data.tokenizers import load_tokenizer
 from megatron_lion.errors import DataError
-from megatron_lion.evaluate.harness import page_segments, read_pages
 from megatron_lion.evaluate.lambada import passage_segment, read_passages
-from megatron_lion.evaluate.scoring import LogitsScorer, Segment, score_segments
+from megatron_lion.evaluate.token_scores import LogitsScorer, Segment, score_segments
+from megatron_lion.evaluate.wikitext_pages import page_segments, read_pages
 
 PAGES = " \n = One = \n \n Some words , and more . \n = Two = \n \n = = Part = = \n The rest . \n"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_lion.errors import ConfigError, DataError, NumericsError
 from megatron_lion.evaluate.perplexity import perplexity, plan_windows, score_stream
-from megatron_lion.evaluate.scoring import LogitsScorer
+from megatron_lion.evaluate.token_scores import LogitsScorer
 
 VOCAB = 7
 

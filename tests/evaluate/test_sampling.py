@@ -10,7 +10,7 @@ import torch
 from tiny_gpt2 import tiny_gpt2, write_text_corpus
 
 from megatron_lion.cli import main
-from megatron_lion.evaluate.sampling import SamplingSettings, sample
+from megatron_lion.evaluate.text_sampling import SamplingSettings, sample
 
 
 def fixed(logits_V: list[float]):

@@ -43,7 +43,7 @@ def make_config(folder, corpus, **changes):
 
 def probe_each(rank, configs):
     """Work of one process: the result of a probe at each layout, and whether the weights changed."""
-    from megatron_lion.gradient.probe import probe_run
+    from megatron_lion.gradient.full_gradient import probe_run
 
     results = {}
     for name, config in configs.items():
@@ -59,7 +59,7 @@ def probe_each(rank, configs):
 
 def reference_gradients(rank, config):
     """Names, weights and the summed gradient of each batch, in float64, from the samples that the probe reads."""
-    from megatron_lion.optim.shards import named_global_parameters
+    from megatron_lion.optim.parameter_shards import named_global_parameters
 
     with opened_run(config) as run:
         weights = {

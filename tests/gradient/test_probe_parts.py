@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tiny import error_of, opened_run, tiny_config, write_corpus
 
 from megatron_lion.errors import DataError
+from megatron_lion.gradient.coordinate_sample import CoordinateSample, Group
 from megatron_lion.gradient.noise import estimate_noise, make_rung, mccandlish, rungs_of
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO, GradientNorms
-from megatron_lion.gradient.result import longest_ladder, read_probe, read_probes
-from megatron_lion.gradient.sample import CoordinateSample, Group
+from megatron_lion.gradient.probe_result import longest_ladder, read_probe, read_probes
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_counts_beyond_int32_and_flat_memory(tmp_path, corpus):
 
 
 def results_of(rank, configs):
-    from megatron_lion.gradient.probe import probe_run
+    from megatron_lion.gradient.full_gradient import probe_run
 
     found = {}
     for name, config in configs.items():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import same_bits
 
-from megatron_lion.interop.names import Shape, from_huggingface, to_huggingface
+from megatron_lion.interop.weight_names import Shape, from_huggingface, to_huggingface
 
 
 def their_tensors(shape: Shape, hidden: int, positions: int) -> dict[str, torch.Tensor]:

@@ -67,7 +67,7 @@ def test_export_never_replaces_what_it_did_not_make(
 def test_export_that_transformers_reads_otherwise_is_not_kept(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_lion.interop.folder.WRITTEN_GELU", {"tanh": "relu"})
+    monkeypatch.setattr("megatron_lion.interop.hf_folder.WRITTEN_GELU", {"tanh": "relu"})
     command = ["export", str(folder / "run"), "--output", str(tmp_path / "hf"), "--device", "cpu"]
     assert "other logits" in refused(command, 4, capsys)
     assert list(tmp_path.iterdir()) == []

@@ -80,7 +80,7 @@ def test_exported_weights_are_the_checkpoints(folder: Path) -> None:
 def test_gpt2_logits_are_transformers(folder: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_lion.evaluate.restore import open_run
+    from megatron_lion.evaluate.open_run import open_run
 
     model = AutoModelForCausalLM.from_pretrained(folder / f"{name}-hf").eval()
     ids = AutoTokenizer.from_pretrained(folder / f"{name}-hf")("the sign of a gradient falls", return_tensors="pt")[
@@ -114,7 +114,7 @@ def test_the_flavours_of_gelu_differ(folder: Path) -> None:
 def test_bert_logits_are_transformers(folder: Path) -> None:
     from transformers import AutoTokenizer, MegatronBertForPreTraining
 
-    from megatron_lion.evaluate.restore import open_run
+    from megatron_lion.evaluate.open_run import open_run
 
     model = MegatronBertForPreTraining.from_pretrained(folder / "bert-hf").eval()
     batch = AutoTokenizer.from_pretrained(folder / "bert-hf")("baid fiog.", "geac dodh abc.", return_tensors="pt")

@@ -101,7 +101,7 @@ def test_attention_and_recomputation_are_a_matter_of_speed(folder: Path, corpus:
 def shapes_and_numbers(rank: int, config: Any) -> dict[str, Any]:
     import torch
 
-    from megatron_lion.optim.shards import named_global_parameters
+    from megatron_lion.optim.parameter_shards import named_global_parameters
 
     with tiny.opened_run(config) as run:
         found = {

@@ -8,11 +8,11 @@ import struct
 import torch
 from hypothesis import strategies as st
 
-from megatron_lion.optim import build
+from megatron_lion.optim import cpp_compiler
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The C++ loop is for tensors on a CPU, and needs a compiler.
-HAS_COMPILER = any(shutil.which(name) for name in build.COMPILERS)
+HAS_COMPILER = any(shutil.which(name) for name in cpp_compiler.COMPILERS)
 FAST = ("foreach", "cpp", "triton") if DEVICE.type == "cpu" and HAS_COMPILER else ("foreach", "triton")
 IMPLEMENTATIONS = ("reference", *FAST)
 MASTERS = ("none", "fp32", "split32", "split24")

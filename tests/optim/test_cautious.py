@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lion_cases import DEVICE, FAST, IMPLEMENTATIONS, MOMENTA, floats, same_bits, same_state, tensor
 from reference import cautious_lion_float64
 
-from megatron_lion.optim import launch
+from megatron_lion.optim import kernel_launch
 from megatron_lion.optim.lion import Lion
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
@@ -137,8 +137,10 @@ def test_when_nothing_agrees_nothing_moves_but_for_decay():
 def test_one_launch_more(monkeypatch):
     launches = []
     for name in ("launch", "count_agreement"):
-        start = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *arguments, start=start: launches.append(1) or start(*arguments))
+        start = getattr(kernel_launch, name)
+        monkeypatch.setattr(
+            kernel_launch, name, lambda *arguments, start=start: launches.append(1) or start(*arguments)
+        )
     params = [torch.nn.Parameter(torch.ones(size, device=DEVICE)) for size in (70, 3)]
     train(params, Lion(params, cautious=True, implementation="triton"), some_gradients([(70,), (3,)], 1))
     assert len(launches) == 2

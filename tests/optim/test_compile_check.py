@@ -10,14 +10,14 @@ import pytest
 import torch
 from lion_cases import DEVICE
 
-from megatron_lion.optim import compile_check
+from megatron_lion.optim import triton_check
 from megatron_lion.optim.lion import Lion
 
 
 @pytest.fixture(autouse=True)
 def nothing_known():
     """Each test asks as a new process would."""
-    caches = (compile_check._check, compile_check.warn_once)
+    caches = (triton_check._check, triton_check.warn_once)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -33,7 +33,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[int]:
         launches.append(1)
         raise error
 
-    monkeypatch.setattr(compile_check, "_add_one", launch)
+    monkeypatch.setattr(triton_check, "_add_one", launch)
     return launches
 
 
@@ -52,26 +52,26 @@ def lion(implementation: str = "auto") -> tuple[Lion, torch.nn.Parameter]:
 
 
 def test_a_kernel_runs_here() -> None:
-    assert compile_check.why_no_triton() is None
-    assert compile_check.triton_kernel() == ("interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled")
+    assert triton_check.why_no_triton() is None
+    assert triton_check.triton_kernel() == ("interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled")
 
 
 def test_it_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = broken(monkeypatch, RuntimeError("no"))
-    assert {compile_check.why_no_triton() for _ in range(3)} == {"RuntimeError: no"}
+    assert {triton_check.why_no_triton() for _ in range(3)} == {"RuntimeError: no"}
     assert len(launches) == 1
 
 
 def test_a_wrong_result_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_check, "_add_one", lambda value: value)
-    assert compile_check.why_no_triton() == "the compiled kernel computed 2 + 1 = 2"
+    monkeypatch.setattr(triton_check, "_add_one", lambda value: value)
+    assert triton_check.why_no_triton() == "the compiled kernel computed 2 + 1 = 2"
 
 
 def test_without_a_device_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = broken(monkeypatch, RuntimeError("no"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(compile_check, "_is_interpreted", lambda: False)
-    assert compile_check.triton_kernel() == "not needed without a CUDA device"
+    monkeypatch.setattr(triton_check, "_is_interpreted", lambda: False)
+    assert triton_check.triton_kernel() == "not needed without a CUDA device"
     assert launches == []
     with pytest.raises(RuntimeError, match=r"'triton': no CUDA device is visible.*; or use implementation = 'foreach'"):
         lion("triton")[0].step()
@@ -79,13 +79,13 @@ def test_without_a_device_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_capture_of_a_graph_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = broken(monkeypatch, RuntimeError("no"))
-    monkeypatch.setattr(compile_check, "_is_capturing", lambda: True)
-    assert compile_check.why_no_triton() is None
+    monkeypatch.setattr(triton_check, "_is_capturing", lambda: True)
+    assert triton_check.why_no_triton() is None
     assert launches == []
-    monkeypatch.setattr(compile_check, "_is_capturing", lambda: False)
-    assert compile_check.why_no_triton() == "RuntimeError: no"
-    monkeypatch.setattr(compile_check, "_is_capturing", lambda: True)
-    assert compile_check.why_no_triton() == "RuntimeError: no"
+    monkeypatch.setattr(triton_check, "_is_capturing", lambda: False)
+    assert triton_check.why_no_triton() == "RuntimeError: no"
+    monkeypatch.setattr(triton_check, "_is_capturing", lambda: True)
+    assert triton_check.why_no_triton() == "RuntimeError: no"
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_triton_without_a_compiler(compiler, has_header, message, tmp_path, monk
     include.mkdir()
     if has_header:
         (include / "Python.h").write_text("")
-    monkeypatch.setattr(compile_check.sysconfig, "get_paths", lambda scheme=None: {"include": str(include)})
-    monkeypatch.setattr(compile_check, "_add_one", lambda value: compile_module_from_src("int x;", "launcher"))
-    reason = compile_check.why_no_triton()
+    monkeypatch.setattr(triton_check.sysconfig, "get_paths", lambda scheme=None: {"include": str(include)})
+    monkeypatch.setattr(triton_check, "_add_one", lambda value: compile_module_from_src("int x;", "launcher"))
+    reason = triton_check.why_no_triton()
     assert reason is not None
     assert message in reason
     assert "\n" not in reason
-    assert compile_check.triton_kernel() == f"not available: {reason}"
+    assert triton_check.triton_kernel() == f"not available: {reason}"
 
 
 @pytest.mark.parametrize(
@@ -139,12 +139,12 @@ def test_triton_without_a_compiler(compiler, has_header, message, tmp_path, monk
 )  # fmt: skip
 def test_other_reasons(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, error)
-    assert compile_check.why_no_triton() == reason
+    assert triton_check.why_no_triton() == reason
 
 
 def test_auto_goes_on_with_foreach_and_logs_one_line(monkeypatch, caplog) -> None:
     assert lion()[0]._choose(on_cuda(torch.float32)) == "triton"
-    compile_check._check.cache_clear()
+    triton_check._check.cache_clear()
     launches = broken(monkeypatch, RuntimeError("Failed to find C compiler."))
     with caplog.at_level(logging.WARNING):
         assert {lion()[0]._choose(on_cuda(torch.float32)) for _ in range(3)} == {"foreach"}
@@ -182,5 +182,5 @@ def test_a_first_step_may_be_one_that_must_not_wait() -> None:
         assert torch.cuda.get_sync_debug_mode() == 2
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert compile_check._check.cache_info().currsize == 1
+    assert triton_check._check.cache_info().currsize == 1
     assert param.tolist() == [0.5] * 3

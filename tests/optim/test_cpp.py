@@ -11,12 +11,12 @@ import pytest
 import torch
 from lion_cases import HAS_COMPILER, MASTERS, MOMENTA, same_bits, same_state
 
-from megatron_lion.optim import build, cpp
+from megatron_lion.optim import cpp, cpp_compiler
 from megatron_lion.optim import lion as lion_module
 from megatron_lion.optim.lion import Lion
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
-SOURCE = Path(build.__file__).with_name("lion.cpp")
+SOURCE = Path(cpp_compiler.__file__).with_name("lion.cpp")
 CHUNK = 1 << 16
 
 
@@ -182,7 +182,7 @@ def test_a_cache_that_cannot_be_written_costs_a_build_and_nothing_more(tmp_path,
 
 def test_a_damaged_library_is_built_anew(tmp_path, monkeypatch, no_memory_of_builds):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    target = tmp_path / "megatron-lion" / f"lion-{build._fingerprint(SOURCE, build._compiler())}.so"
+    target = tmp_path / "megatron-lion" / f"lion-{cpp_compiler._fingerprint(SOURCE, cpp_compiler._compiler())}.so"
     target.parent.mkdir()
     target.write_bytes(b"\x7fELF, or so")
     assert cpp.why_not() is None
@@ -202,7 +202,7 @@ def test_processes_that_build_at_once_wait_for_one_of_them(tmp_path):
 def test_no_offset_is_cut_to_32_bits(tmp_path):
     """The compiler names every implicit narrowing, so that 2^31 elements and more have 64-bit offsets throughout."""
     strict = ["-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Wno-float-conversion", "-Werror"]
-    command = [*build._compiler(), *build.FLAGS, *strict, str(SOURCE), "-o", str(tmp_path / "strict.so")]
+    command = [*cpp_compiler._compiler(), *cpp_compiler.FLAGS, *strict, str(SOURCE), "-o", str(tmp_path / "strict.so")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert result.returncode == 0, result.stderr
 

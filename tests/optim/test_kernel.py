@@ -6,7 +6,7 @@ import pytest
 import torch
 from lion_cases import DEVICE, MASTERS, MOMENTA, same_bits, same_state
 
-from megatron_lion.optim import launch
+from megatron_lion.optim import kernel_launch
 from megatron_lion.optim.lion import Lion
 from megatron_lion.optim.precision import PackedLayout, int8_bytes
 
@@ -26,7 +26,7 @@ def shards_of(buffer, lengths, first):
 @pytest.mark.parametrize("mode", [("split32", "fp32"), ("split24", "int8"), ("fp32", "bf16")])
 def test_views_at_any_offset_are_updated_and_their_neighbours_left_alone(first, mode):
     """Shards begin where a rank's share begins: lengths around a program's, odd starts, an empty one."""
-    lengths = (launch.BLOCK - 1, launch.BLOCK, 0, launch.BLOCK + 1, 1, 31, 33)
+    lengths = (kernel_launch.BLOCK - 1, kernel_launch.BLOCK, 0, kernel_launch.BLOCK + 1, 1, 31, 33)
     generator = torch.Generator().manual_seed(first)
     values = torch.randn(first + sum(lengths) + 5, generator=generator).to(DEVICE, torch.bfloat16)
     grads = torch.randn(values.shape, generator=generator).to(DEVICE)
@@ -60,8 +60,8 @@ def test_elements_beyond_two_to_the_31(master_weights, momentum):
     A packed int8 momentum has its scales behind all its elements: there 2 GiB of address space are taken, of which
     only the touched pages become memory.
     """
-    first = (2**31 + 16) // launch.BLOCK + 3
-    beyond, length = first * launch.BLOCK, launch.BLOCK + 77
+    first = (2**31 + 16) // kernel_launch.BLOCK + 3
+    beyond, length = first * kernel_launch.BLOCK, kernel_launch.BLOCK + 77
     generator = torch.Generator().manual_seed(0)
     plain = torch.nn.Parameter(torch.randn(length, generator=generator).to(DEVICE, torch.bfloat16))
     plain.decoupled_grad = torch.randn(length, generator=generator).to(DEVICE)
@@ -74,14 +74,14 @@ def test_elements_beyond_two_to_the_31(master_weights, momentum):
     tail = state["exp_avg"]
     if momentum == "int8":
         state["exp_avg"], tail = far_away(tail, beyond, length)
-    slot = launch.Slot(param, plain.decoupled_grad, state, expected.param_groups[0])
-    kind, row = launch._describe(slot, PackedLayout(master_weights, momentum), 0, 0)
+    slot = kernel_launch.Slot(param, plain.decoupled_grad, state, expected.param_groups[0])
+    kind, row = kernel_launch._describe(slot, PackedLayout(master_weights, momentum), 0, 0)
     sizes = [2, 4, 0 if momentum == "int8" else tail.element_size()]
     sizes.append(state["master_param"].element_size() if "master_param" in state else 0)
     addresses = [address - beyond * size for address, size in zip(row[:4], sizes, strict=True)]
-    plan = launch.update_plan(None, ((*addresses, beyond + length, 0, 0),), expected.param_groups, DEVICE)
+    plan = kernel_launch.update_plan(None, ((*addresses, beyond + length, 0, 0),), expected.param_groups, DEVICE)
     plan.chunks_table = torch.tensor([[0, first], [0, first + 1]], dtype=torch.int32, device=DEVICE)
-    launch.launch(plan, kind, momentum, False, None, None)
+    kernel_launch.launch(plan, kind, momentum, False, None, None)
 
     assert same_bits(param, plain.detach())
     if momentum == "int8":
@@ -110,8 +110,8 @@ def tiny(implementation="triton", **settings):
 
 def test_all_groups_and_tensors_go_in_one_launch(monkeypatch):
     launches = []
-    start = launch.launch
-    monkeypatch.setattr(launch, "launch", lambda *arguments: launches.append(1) or start(*arguments))
+    start = kernel_launch.launch
+    monkeypatch.setattr(kernel_launch, "launch", lambda *arguments: launches.append(1) or start(*arguments))
     optimizer, params = tiny()
     optimizer.step()
     assert len(launches) == 1
@@ -123,8 +123,8 @@ def test_all_groups_and_tensors_go_in_one_launch(monkeypatch):
 
 def test_tables_are_sent_again_only_when_something_changed(monkeypatch):
     uploads = []
-    pinned = launch._pinned
-    monkeypatch.setattr(launch, "_pinned", lambda *arguments: uploads.append(1) or pinned(*arguments))
+    pinned = kernel_launch._pinned
+    monkeypatch.setattr(kernel_launch, "_pinned", lambda *arguments: uploads.append(1) or pinned(*arguments))
     optimizer, params = tiny()
     optimizer.step()
     first = len(uploads)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_lion.optim.agreement import agreement_kernel
 from megatron_lion.optim.kernels import lion_kernel
-from megatron_lion.optim.launch import BLOCK, NUM_WARPS
+from megatron_lion.optim.kernel_launch import BLOCK, NUM_WARPS
 
 pointers = {"rows": "*i64", "chunks": "*i32", "groups": "*fp32", "lr_addresses": "*i64", "multiplier": "*fp32",
             "found_inf": "*fp32", "cautions": "*fp32"}

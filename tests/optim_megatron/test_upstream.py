@@ -86,12 +86,12 @@ def test_state_keys_come_from_the_optimizers_name() -> None:
 
 
 def test_torch_norm_refuses_sequence_parallelism() -> None:
-    """Why model/settings.py has a norm of its own."""
+    """Why model/mcore_settings.py has a norm of its own."""
     assert "sequence parallel not supported by torch LayerNorm" in inspect.getsource(torch_norm)
 
 
 def test_a_save_would_spawn_a_manager() -> None:
-    """Why train/tensorfiles.py gives the writer a queue."""
+    """Why train/checkpoint_tensors.py gives the writer a queue."""
     assert "Manager()" in inspect.getsource(filesystem_async.get_write_results_queue)
     assert hasattr(filesystem_async, "_results_queue")
 

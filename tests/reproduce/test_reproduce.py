@@ -12,11 +12,11 @@ from synthetic_runs import write_run
 
 from megatron_lion.cli import build_parser, main, parse, verb_module
 from megatron_lion.errors import MegatronLionError, StoppedOnRequest
-from megatron_lion.reproduce import plan as plans
+from megatron_lion.reproduce import artefacts as plans
+from megatron_lion.reproduce.artefacts import ARTEFACTS, Plan, build_plan
 from megatron_lion.reproduce.claims import as_markdown, claims_of
-from megatron_lion.reproduce.execute import launch_words, run_plan
-from megatron_lion.reproduce.plan import ARTEFACTS, Plan, build_plan
 from megatron_lion.reproduce.recipes import Recipe
+from megatron_lion.reproduce.run_verbs import launch_words, run_plan
 from megatron_lion.reproduce.sources import Sources
 from megatron_lion.reproduce.toy_claims import toy_claims
 
@@ -123,7 +123,7 @@ def test_several_nodes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
 def full_plan(folder: Path, shift: float = 0.0) -> Plan:
     """Runs with the numbers of Table B.1, LION's shifted."""
     plan = build_plan("table-b1", "full", Sources(**FULL, output=folder))  # type: ignore[arg-type]
-    from megatron_lion.evaluate.published import TABLE_B1
+    from megatron_lion.evaluate.published_results import TABLE_B1
 
     for name, run_dir in plan.paper_runs.items():
         model, optimizer = name.split("/")

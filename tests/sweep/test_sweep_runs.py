@@ -20,7 +20,7 @@ from tiny import outcome, tiny_config, write_corpus
 from megatron_lion.cli import main
 from megatron_lion.configfile import dump_config, load_config
 from megatron_lion.jobs import Jobs
-from megatron_lion.sweep.record import read_sweep
+from megatron_lion.sweep.sweep_file import read_sweep
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -354,7 +354,7 @@ def test_a_damaged_list_is_named(tmp_path: Path, corpus: str, capsys: pytest.Cap
 def test_two_sweeps_in_one_folder(
     tmp_path: Path, corpus: str, pretended: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_lion.train.runfolder import locked
+    from megatron_lion.runs.folder import locked
 
     words = ["sweep", str(config_file(tmp_path, corpus)), "--grid", "optimizer.lr=1", "--output", str(tmp_path / "s")]
     with locked(tmp_path / "s"):

@@ -11,7 +11,7 @@ from tiny import tiny_config, write_corpus
 
 from megatron_lion.cli import main
 from megatron_lion.configfile import dump_config
-from megatron_lion.sweep.record import read_sweep
+from megatron_lion.sweep.sweep_file import read_sweep
 
 
 @pytest.fixture

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_lion.optim.lion import Lion
-from megatron_lion.theory import toy, toy_problem
-from megatron_lion.theory.toy import ToySettings, draw_noise, draw_starts, run_toy
-from megatron_lion.theory.toy_checks import REFERENCE, REFERENCE_STEPS, match_reference, theorem_points
-from megatron_lion.theory.toy_figures import optimizer_paths
+from megatron_lion.toy import problem
+from megatron_lion.toy.experiment import EXPERIMENTS, ToySettings, draw_noise, draw_starts, run_toy
+from megatron_lion.toy.toy_checks import REFERENCE, REFERENCE_STEPS, match_reference, theorem_points
+from megatron_lion.toy.toy_figures import optimizer_paths
 
 few = settings(max_examples=25, derandomize=True, deadline=None)
 
 
 @pytest.fixture(scope="module")
 def results():
-    return {experiment: run_toy(experiment) for experiment in toy.EXPERIMENTS}
+    return {experiment: run_toy(experiment) for experiment in EXPERIMENTS}
 
 
 def torch_path(make_optimizer, theta, noise):
@@ -30,7 +30,7 @@ def torch_path(make_optimizer, theta, noise):
     optimizer = make_optimizer([parameter])
     path = [theta.copy()]
     for noise_k in noise:
-        parameter.grad = torch.tensor(toy_problem.gradient(parameter.detach().numpy()) + noise_k)
+        parameter.grad = torch.tensor(problem.gradient(parameter.detach().numpy()) + noise_k)
         optimizer.step()
         path.append(parameter.detach().numpy().copy())
     return np.stack(path)
@@ -43,7 +43,7 @@ def test_simulation_is_the_optimizer_bit_for_bit(implementation, init, betas, we
     spec = ToySettings(steps=300, starts=3, repeats=2, betas=betas, weight_decay=weight_decay, init_exp_avg=init)
     theta = np.repeat(draw_starts("unconstrained", spec), 2, axis=0)
     noise = draw_noise("unconstrained", spec)
-    ours = toy_problem.simulate_lion(theta, noise, lr=0.01, betas=betas, weight_decay=weight_decay, init_exp_avg=init)
+    ours = problem.simulate_lion(theta, noise, lr=0.01, betas=betas, weight_decay=weight_decay, init_exp_avg=init)
     theirs = torch_path(
         lambda p: Lion(
             p, lr=0.01, betas=betas, weight_decay=weight_decay, init_exp_avg=init, implementation=implementation
@@ -57,11 +57,11 @@ def test_simulation_is_the_optimizer_bit_for_bit(implementation, init, betas, we
 def test_comparison_optimizers_agree_with_torch():
     spec = ToySettings(steps=200, starts=4, repeats=1)
     theta, noise = draw_starts("unconstrained", spec), draw_noise("unconstrained", spec)
-    sgd = toy_problem.simulate_sgd(theta, noise, lr=0.01)
+    sgd = problem.simulate_sgd(theta, noise, lr=0.01)
     np.testing.assert_allclose(
         sgd, torch_path(lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9), theta, noise), rtol=1e-9
     )
-    adamw = toy_problem.simulate_adamw(theta, noise, lr=0.01, weight_decay=0.1)
+    adamw = problem.simulate_adamw(theta, noise, lr=0.01, weight_decay=0.1)
     np.testing.assert_allclose(
         adamw, torch_path(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1), theta, noise), rtol=1e-9
     )
@@ -84,7 +84,7 @@ def test_box_is_never_left(weight_decay, product, betas, noise_std, seed):
         lr=product / weight_decay, weight_decay=weight_decay, betas=betas, noise_std=noise_std,
         steps=60, starts=4, repeats=2, seed=seed,
     )  # fmt: skip
-    for experiment in toy.EXPERIMENTS:
+    for experiment in EXPERIMENTS:
         result = run_toy(experiment, spec)
         assert np.abs(result.path).max() <= spec.box * (1 + 1e-12)
         assert result.kkt.min() >= -1e-9 * np.abs(result.half_l1).max()  # Theorem 2 (i): R ≥ 0
@@ -92,7 +92,7 @@ def test_box_is_never_left(weight_decay, product, betas, noise_std, seed):
 
 def test_a_start_outside_the_box_comes_closer_every_step():
     theta = np.array([[25.0, -40.0]])
-    path = toy_problem.simulate_lion(
+    path = problem.simulate_lion(
         theta, np.random.default_rng(0).standard_normal((400, 1, 2)), lr=0.05, betas=(0.9, 0.99), weight_decay=0.1
     )
     excess = np.abs(path).max(axis=(1, 2)) - 10
@@ -104,26 +104,26 @@ def test_a_start_outside_the_box_comes_closer_every_step():
 def test_gradient_and_smoothness(x, y):
     x, y = np.array(x), np.array(y)
     step = 1e-5
-    numeric = [(toy_problem.loss(x + step * e) - toy_problem.loss(x - step * e)) / (2 * step) for e in np.eye(2)]
-    np.testing.assert_allclose(toy_problem.gradient(x), numeric, atol=1e-6)
-    change = np.linalg.norm(toy_problem.gradient(x) - toy_problem.gradient(y))
-    assert change <= toy_problem.SMOOTHNESS * np.linalg.norm(x - y) + 1e-12
+    numeric = [(problem.loss(x + step * e) - problem.loss(x - step * e)) / (2 * step) for e in np.eye(2)]
+    np.testing.assert_allclose(problem.gradient(x), numeric, atol=1e-6)
+    change = np.linalg.norm(problem.gradient(x) - problem.gradient(y))
+    assert change <= problem.SMOOTHNESS * np.linalg.norm(x - y) + 1e-12
 
 
 def test_smoothness_is_attained():
     x = np.array([np.pi / 2, np.pi / 2])
     along = np.array([1e-6, 1e-6])
-    change = toy_problem.gradient(x + along) - toy_problem.gradient(x)
+    change = problem.gradient(x + along) - problem.gradient(x)
     assert np.linalg.norm(change) / np.linalg.norm(along) == pytest.approx(7.0, rel=1e-6)
 
 
 def test_minimum_of_the_box():
-    assert toy_problem.minimum(10.0) == pytest.approx(1.8843, abs=1e-4)
+    assert problem.minimum(10.0) == pytest.approx(1.8843, abs=1e-4)
     for point in ((0, 2.1253), (0, -2.1253), (2.1253, 0), (-2.1253, 0)):
-        assert toy_problem.loss(np.array(point)) == pytest.approx(toy_problem.minimum(10.0), abs=1e-7)
+        assert problem.loss(np.array(point)) == pytest.approx(problem.minimum(10.0), abs=1e-7)
     grid = np.stack(np.meshgrid(*[np.linspace(-1.5, 1.5, 1201)] * 2), -1)
-    assert toy_problem.minimum(1.5) == pytest.approx(toy_problem.loss(grid).min(), abs=1e-5)
-    assert toy_problem.minimum(1.5) <= toy_problem.loss(grid).min() + 1e-9
+    assert problem.minimum(1.5) == pytest.approx(problem.loss(grid).min(), abs=1e-5)
+    assert problem.minimum(1.5) <= problem.loss(grid).min() + 1e-9
 
 
 def test_results_are_reproducible_and_seeded(results):
@@ -135,7 +135,7 @@ def test_results_are_reproducible_and_seeded(results):
 
 
 def test_starts_are_where_the_experiments_want_them(results):
-    constrained, unconstrained = (results[e].path[0] for e in toy.EXPERIMENTS)
+    constrained, unconstrained = (results[e].path[0] for e in EXPERIMENTS)
     assert constrained.shape == (25, 2)
     assert np.all(constrained[:, 0] == 10.0)
     assert np.abs(unconstrained).max() <= 10.0
@@ -147,7 +147,7 @@ def test_starts_are_where_the_experiments_want_them(results):
 def test_running_means_are_plain_means(results):
     result = results["constrained"]
     theta = result.path[:7, 3]
-    grad = toy_problem.gradient(theta)
+    grad = problem.gradient(theta)
     residual = 0.1 * (grad * theta).sum(1) + np.abs(grad).sum(1)
     assert result.kkt[6, 3] == pytest.approx(residual.mean())
     assert result.half_l1[6, 3] == pytest.approx(np.abs(grad).sum(1).mean() / 2)
@@ -177,7 +177,7 @@ def test_condition_of_theorem_4_is_reported(results):
 
 
 def test_corollaries_hold_at_their_own_settings_with_the_rate():
-    for experiment in toy.EXPERIMENTS:
+    for experiment in EXPERIMENTS:
         points = theorem_points(experiment, ToySettings(), steps=(200, 1000, 4000))
         assert [p.K for p in points] == [1000, 4000]  # 200 is below K_min
         for point in points:
@@ -188,7 +188,7 @@ def test_corollaries_hold_at_their_own_settings_with_the_rate():
     assert theorem_points("constrained", ToySettings(), steps=(100,)) == []
 
 
-@pytest.mark.parametrize("experiment", toy.EXPERIMENTS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_reference_values_fit_once_the_starts_are_matched(experiment, results):
     match = match_reference(experiment)
     assert match.groups > 500

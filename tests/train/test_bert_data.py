@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from tiny_bert import SEQ_LENGTH, VOCAB, documents, tiny_bert, write_bert_corpus, write_vocab
 
-from data_prep.options import PrepareOptions
-from data_prep.prepare import prepare
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.data.bert_datasets import most_masked
@@ -20,6 +18,8 @@ from megatron_lion.data.datasets import build_datasets, micro_batches
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.parallel import Ranks, process_groups
+from megatron_lion.prepare.options import PrepareOptions
+from megatron_lion.prepare.pipeline import prepare
 
 SAMPLES = 3000
 SPECIAL = [VOCAB.index(token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")]

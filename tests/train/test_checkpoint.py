@@ -18,7 +18,7 @@ from distributed import run_distributed
 
 from megatron_lion.errors import CheckpointError
 from megatron_lion.train import checkpoint as ckpt
-from megatron_lion.train.tensorfiles import check_metadata
+from megatron_lion.train.checkpoint_tensors import check_metadata
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> 
 
 
 def restate(folder: Path, name: str) -> None:
-    from megatron_lion.data.files import sha256_file
+    from megatron_lion.files import sha256_file
 
     path = folder / name
     stated = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.corpora import open_corpora
 from megatron_lion.data.datasets import build_datasets, micro_batches, sample_ids
-from megatron_lion.data.indexed import IndexedWriter
+from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.parallel import Ranks

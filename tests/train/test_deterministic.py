@@ -16,7 +16,7 @@ from distributed import run_distributed
 from megatron_lion import determinism
 from megatron_lion.configfile import dump_config, load_config
 from megatron_lion.determinism import deterministic
-from megatron_lion.train.runfolder import changeable
+from megatron_lion.runs.folder import changeable
 
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1, "optimizer__weight_decay": 0.1}
@@ -121,9 +121,8 @@ def watched_runs(rank: int, config: Any, probe_dir: str) -> dict[str, Any]:
     from torch.nn import functional as F
 
     from megatron_lion.config import ParallelConfig
-    from megatron_lion.evaluate import checkpoint_probe
     from megatron_lion.model import attention
-    from megatron_lion.train import loop
+    from megatron_lion.train import loop, probe_checkpoints
 
     for name in VARIABLES:
         os.environ.pop(name, None)
@@ -155,10 +154,10 @@ def watched_runs(rank: int, config: Any, probe_dir: str) -> dict[str, Any]:
     tiny.train(config)
     seen["after"] = switches()
 
-    watch(checkpoint_probe, "process_groups", "probe's process groups")
-    watch(checkpoint_probe, "probe_run", "probe")
-    settings = checkpoint_probe.probe_config(Path(config.run_dir), probe={"num_batches": 1}, parallel=ParallelConfig())
-    list(checkpoint_probe.probe_checkpoints(dataclasses.replace(settings, device="cpu"), [2]))
+    watch(probe_checkpoints, "process_groups", "probe's process groups")
+    watch(probe_checkpoints, "probe_run", "probe")
+    settings = probe_checkpoints.probe_config(Path(config.run_dir), probe={"num_batches": 1}, parallel=ParallelConfig())
+    list(probe_checkpoints.probe_checkpoints(dataclasses.replace(settings, device="cpu"), [2]))
     seen["after the probe"] = switches()
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -202,7 +201,7 @@ def test_attention_kernels() -> None:
 
 def test_the_setting_reaches_megatron_core(tmp_path: Path, corpus: str) -> None:
     from megatron_lion.device import Device
-    from megatron_lion.model.settings import build_transformer_config
+    from megatron_lion.model.mcore_settings import build_transformer_config
 
     device = Device("cpu", 0, "gloo")
     on, off = (tiny.tiny_config(tmp_path, corpus, train__deterministic=wanted) for wanted in (True, False))

@@ -42,7 +42,7 @@ class Poison:
         return self.inner.forward_step(batches, model)
 
     def install(self, run: Any) -> None:
-        from megatron_lion.optim.shards import named_global_parameters
+        from megatron_lion.optim.parameter_shards import named_global_parameters
 
         def poison(grad: Any) -> Any:
             if self.armed:
@@ -82,7 +82,7 @@ def poisoned_steps(rank: int, jobs: dict[str, Any]) -> dict[str, Any]:
             bad = tiny.step_once(run, batches)
             poison.armed = False
             after = everything(run)
-            from megatron_lion.optim.shards import nonfinite_gradients
+            from megatron_lion.optim.parameter_shards import nonfinite_gradients
 
             named = nonfinite_gradients(run.model)
             again = tiny.step_once(run, batches)

@@ -14,7 +14,7 @@ from tiny import tiny_config
 
 from megatron_lion.config import LogConfig, RunConfig
 from megatron_lion.errors import EnvironmentFault
-from megatron_lion.train.metrics import MetricsWriter
+from megatron_lion.runs.metrics import MetricsWriter
 
 
 def config_with(tmp_path: Path, **log: Any) -> RunConfig:

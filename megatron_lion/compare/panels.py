@@ -1,0 +1,303 @@
+"""What a comparison draws: panels of curves with reference lines, the same for PNG figures and the HTML report."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+from megatron_lion.compare.axis_ticks import spread
+from megatron_lion.compare.budgets import tokens_at
+from megatron_lion.compare.seeds import group_label, seed_groups
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, evaluation_key, loss_unit, main_evaluation_key
+from megatron_lion.runs.series import Series
+from megatron_lion.style import OPTIMIZER_COLOURS
+
+NOISE_RATIO = math.sqrt(2 / math.pi)
+"""r/√d of a gradient that is pure Gaussian noise: E|z| / sqrt(E z²) = 0.798 for each coordinate."""
+
+# The other colours of the palette.
+SPARE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6C757D")
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
+AXES = ("step", "tokens", "time")
+"""What the horizontal axis may be."""
+MAX_NAMED = 12
+"""So many curves of a model get a name; there is no room for more beside a chart."""
+MIN_RATES = 3
+"""Fewer learning rates than this are no curve."""
+LOG_RANGE = 30
+"""A quantity that falls by more than this factor is drawn on a logarithmic axis, where it may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One line.
+
+    Attributes:
+        label: written beside its end; "" for a line without a name, drawn thinly.
+        x, y: its points.
+        colour: as #rrggbb.
+        dash: on and off lengths; () is solid.
+        markers: whether the points are marked (few measurements).
+        behind: lines drawn faintly behind it: single batches behind their mean, seeds behind theirs.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    dash: tuple[float, ...] = ()
+    markers: bool = False
+    behind: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A horizontal line to read curves against."""
+
+    y: float
+    label: str
+    dotted: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One set of axes.
+
+    Attributes:
+        slug: name of its file.
+        title: what is drawn.
+        x_label, y_label: axes with units.
+        curves: what is compared.
+        references: lines that are always shown.
+        from_zero: whether a linear vertical axis starts at zero.
+        log_x, log_y: whether an axis is logarithmic.
+    """
+
+    slug: str
+    title: str
+    y_label: str
+    curves: list[Curve]
+    x_label: str = "optimizer step"
+    references: list[Reference] = field(default_factory=list)
+    from_zero: bool = False
+    log_x: bool = False
+    log_y: bool = False
+
+    @property
+    def named(self) -> list[Curve]:
+        """The curves that have a name."""
+        return [curve for curve in self.curves if curve.label]
+
+    def along(self, value: float) -> float:
+        """A value in the units of the horizontal axis: itself or its logarithm."""
+        return math.log10(value) if self.log_x else value
+
+    def height(self, value: float) -> float:
+        """A value in the units of the vertical axis: itself or its logarithm."""
+        return math.log10(value) if self.log_y else value
+
+    def y_limits(self) -> tuple[float, float]:
+        """Limits that hold all curves and references, in the units of the axis."""
+        values = [self.height(v) for curve in self.curves for v in curve.y] + [
+            self.height(r.y) for r in self.references
+        ]
+        low, high = min(values), max(values)
+        pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+        return (0.0, high * 1.08) if self.from_zero and not self.log_y else (low - pad, high + pad)
+
+    def x_limits(self) -> tuple[float, float]:
+        """From zero, or the first point of a logarithmic axis, to the last point, in the units of the axis."""
+        values = [self.along(x) for curve in self.curves for x in curve.x]
+        return (min(values) - 0.05, max(values) + 0.05) if self.log_x else (0.0, max(values) or 1.0)
+
+    def label_places(self, gap: float) -> list[float]:
+        """Where the names of `named` stand beside the axis, at least `gap` apart, in its units."""
+        low, high = self.y_limits()
+        return spread([self.height(curve.y[-1]) for curve in self.named], gap, low, high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """Runs that one curve stands for: the seeds of a setting."""
+
+    label: str
+    runs: tuple[RunRecord, ...]
+    colour: str
+    dash: tuple[float, ...]
+
+
+def lines_of(runs: list[RunRecord]) -> list[Line]:
+    """The settings of one model's runs: colour says optimizer, dash tells its settings apart, a name is for the best.
+
+    Where there are more than `MAX_NAMED`, those with the lowest validation loss of each optimizer have one.
+    """
+    spare = iter(SPARE_COLOURS * len(runs))
+    colours = {o: OPTIMIZER_COLOURS.get(o) or next(spare) for o in dict.fromkeys(run.optimizer for run in runs)}
+    groups = seed_groups(runs)
+    used = dict.fromkeys(colours, 0)
+    named = set(_ranked(groups)[:MAX_NAMED])
+    lines = []
+    for key, group in groups.items():
+        optimizer = group[0].optimizer
+        label = group[0].label if len(group) == 1 else f"{group_label(groups, key)}, n={len(group)}"
+        dash = DASHES[used[optimizer] % len(DASHES)]
+        used[optimizer] += 1
+        lines.append(Line(label=label if key in named else "", runs=tuple(group), colour=colours[optimizer], dash=dash))
+    return lines
+
+
+def _ranked(groups: dict[tuple[str, ...], list[RunRecord]]) -> list[tuple[str, ...]]:
+    """The best setting of each optimizer by validation loss, then the second best of each, and so on."""
+
+    def loss(key: tuple[str, ...]) -> float:
+        return min(run.valid_loss if run.valid_loss is not None else math.inf for run in groups[key])
+
+    places: dict[tuple[str, ...], int] = {}
+    seen: Counter[str] = Counter()
+    for key in sorted(groups, key=loss):
+        optimizer = groups[key][0].optimizer
+        places[key] = seen[optimizer]
+        seen[optimizer] += 1
+    return sorted(groups, key=lambda key: (places[key], loss(key)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A horizontal axis: what it says and where a run's steps lie on it (None where the run does not tell)."""
+
+    label: str
+    place: Callable[[RunRecord, Sequence[int]], Sequence[float] | None]
+
+
+def scale_of(axis: str, runs: Sequence[RunRecord]) -> Scale:
+    """The scale of an axis of `AXES` for the runs of one model."""
+    if axis == "step":
+        return Scale(label="optimizer step", place=lambda run, steps: steps)
+    if axis == "tokens":
+        return Scale(label="training tokens", place=tokens_at)
+    longest = max((run.training_seconds(run.last_step) or 0.0 for run in runs), default=0.0)
+    unit, name = next(((u, n) for u, n in ((3600.0, "hours"), (60.0, "minutes")) if longest >= 2 * u), (1.0, "seconds"))
+
+    def time(run: RunRecord, steps: Sequence[int]) -> Sequence[float] | None:
+        seconds = run.seconds_at(steps)
+        return [s / unit for s in seconds] if seconds else None
+
+    return Scale(label=f"training {name}", place=time)
+
+
+def _curve(
+    line: Line, series: Callable[[RunRecord], Series], scale: Scale, *, window: int = 1, markers: bool = False
+) -> Curve | None:
+    """The mean over a line's runs at the steps that all of them have; None where there is nothing to draw."""
+    found = [(run, values) for run in line.runs if (values := series(run))]
+    if not found:
+        return None
+    common = sorted(set.intersection(*(set(values.steps) for _, values in found)))
+    columns, places, behind = [], [], []
+    for run, values in found:
+        at = scale.place(run, values.steps)
+        if at is None:
+            return None
+        smooth = values.smoothed(window)
+        if window > 1 and len(found) == 1:
+            behind.append((at, values.values))
+        elif len(found) > 1:
+            behind.append((at, smooth.values))
+        by_step = dict(zip(values.steps, zip(at, smooth.values, strict=True), strict=True))
+        places.append([by_step[step][0] for step in common])
+        columns.append([by_step[step][1] for step in common])
+    if not common:
+        return None
+    return Curve(
+        label=line.label, x=[fmean(x) for x in zip(*places, strict=True)], y=[fmean(y) for y in zip(*columns, strict=True)],
+        colour=line.colour, dash=line.dash, markers=markers and len(common) <= 25, behind=behind if line.label else (),
+    )  # fmt: skip
+
+
+def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord] = ()) -> list[Panel]:
+    """The panels of the paper's Figures 2 and 3 for the runs of one model, and others; empty ones left out.
+
+    Training loss, test loss, norm ratio against √d and 0.798 √d, zero-shot log perplexity, KKT residual, and the
+    validation loss over the learning rates tried.
+
+    Args:
+        runs: of one model.
+        axis: what they are drawn over: "step", "tokens" or "time" (training time, without measurements and pauses).
+        tried: the runs that these were chosen from; by default themselves.
+    """
+    scale, lines, unit = scale_of(axis, runs), lines_of(runs), loss_unit(runs)
+
+    def curves(series: Callable[[RunRecord], Series], *, window: int = 1, markers: bool = True) -> list[Curve]:
+        made = (_curve(line, series, scale, window=window, markers=markers) for line in lines)
+        return [curve for curve in made if curve is not None]
+
+    longest = max((len(run.series("train/loss").steps) for run in runs), default=0)
+    window = max(1, longest // 50)
+    smoothing = f", mean of {window} logged values" if window > 1 else ""
+    training = curves(lambda run: run.series("train/loss"), window=window, markers=False)
+    residual = curves(lambda run: run.series("probe/kkt_residual"))
+    key = main_evaluation_key(runs)
+    made = [
+        Panel(slug="training-loss", title="Training loss", y_label=f"{unit}{smoothing}", curves=training,
+              x_label=scale.label),
+        Panel(slug="test-loss", title="Test loss", y_label=unit, x_label=scale.label,
+              curves=curves(lambda run: run.series("test/loss"))),
+        Panel(
+            slug="norm-ratio", title="Norm ratio of the full gradient", y_label="r = ‖∇f‖₁ / ‖∇f‖₂", x_label=scale.label,
+            curves=curves(lambda run: run.series("probe/norm_ratio")), references=_ratio_references(runs), from_zero=True,
+        ),
+        Panel(slug="perplexity", title="Zero-shot log perplexity", y_label="ln perplexity per token", x_label=scale.label,
+              curves=curves(lambda run: _perplexities(run, key))),
+        Panel(slug="kkt-residual", title="KKT residual", y_label="λ⟨∇f, θ⟩ + ‖∇f‖₁", x_label=scale.label, curves=residual,
+              from_zero=True, log_y=_wants_log(residual)),
+        Panel(slug="learning-rate", title="Tuning: validation loss at the end", y_label=f"{unit}; the lowest of each rate",
+              x_label="learning rate", log_x=True,
+              curves=_rate_curves([run for run in tried or runs if run.model == runs[0].model], lines)),
+    ]  # fmt: skip
+    return [panel for panel in made if panel.curves]
+
+
+def _rate_curves(tried: Sequence[RunRecord], lines: list[Line]) -> list[Curve]:
+    """Validation loss at the end over the learning rate, a curve an optimizer; none unless one was given three rates."""
+    colours = {line.runs[0].optimizer: line.colour for line in lines}
+    found: dict[str, dict[float, float]] = {optimizer: {} for optimizer in colours}
+    for run in tried:
+        rate, loss = run.settings.get("optimizer.lr"), run.valid_loss
+        if run.optimizer in found and isinstance(rate, int | float) and rate > 0 and loss is not None:
+            known = found[run.optimizer]
+            known[float(rate)] = min(loss, known.get(float(rate), math.inf))
+    if max(map(len, found.values()), default=0) < MIN_RATES:
+        return []
+    return [
+        Curve(label=OPTIMIZER_NAMES.get(optimizer, optimizer), x=sorted(losses), y=[losses[rate] for rate in sorted(losses)],
+              colour=colours[optimizer], markers=True)
+        for optimizer, losses in found.items() if losses
+    ]  # fmt: skip
+
+
+def _wants_log(curves: list[Curve]) -> bool:
+    values = [y for curve in curves for y in curve.y]
+    return bool(values) and min(values) > 0 and max(values) > LOG_RANGE * min(values)
+
+
+def _ratio_references(runs: list[RunRecord]) -> list[Reference]:
+    """√d and what pure noise gives, for each d among the runs."""
+    lines = []
+    for d in sorted(
+        {run.num_parameters for run in runs if run.num_parameters is not None and run.series("probe/norm_ratio")}
+    ):
+        root = math.sqrt(d)
+        lines += [
+            Reference(y=root, label=f"√d = {root:,.0f}"),
+            Reference(y=NOISE_RATIO * root, label="0.798 √d: pure noise", dotted=True),
+        ]
+    return lines
+
+
+def _perplexities(run: RunRecord, key: tuple[object, ...] | None) -> Series:
+    """Log perplexity by step, by one convention."""
+    points = {int(r["step"]): float(r["log_token_ppl"]) for r in run.evaluations if key and evaluation_key(r) == key}
+    return Series(tuple(points), tuple(points.values()))

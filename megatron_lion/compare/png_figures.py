@@ -1,0 +1,122 @@
+"""PNG figures of a comparison, drawn without a display: each panel by itself and the paper's three side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.compare.axis_ticks import short
+from megatron_lion.compare.panels import Curve, Panel, panels
+from megatron_lion.files import write_whole
+from megatron_lion.runs.record import RunRecord, by_model
+
+OVERVIEW = ("training-loss", "test-loss", "norm-ratio")
+GREY = "#5F6368"
+FAINT = {"linewidth": 0.9, "alpha": 0.4}
+
+
+def write_figures(
+    runs: list[RunRecord], folder: Path, axis: str = "step", tried: Sequence[RunRecord] = ()
+) -> list[Path]:
+    """Draws the panels of every model; Figures 2 and 3 of the paper are `<model>-overview.png`.
+
+    Args:
+        runs: from `read_runs`.
+        folder: an existing folder.
+        axis: what the curves are drawn over: "step", "tokens" or "time".
+        tried: the runs that these were chosen from.
+
+    Returns:
+        The files written.
+    """
+    written = []
+    for model, group in by_model(runs).items():
+        drawn = panels(group, axis, tried)
+        name = "".join(c if c.isalnum() or c in "-_." else "-" for c in model)
+        overview = [panel for panel in drawn if panel.slug in OVERVIEW]
+        if len(overview) > 1:
+            written.append(_write(overview, model, folder / f"{name}-overview.png"))
+        written += [_write([panel], model, folder / f"{name}-{panel.slug}.png") for panel in drawn]
+    return written
+
+
+def _write(drawn: list[Panel], model: str, path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(drawn), 3.8), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, panel in enumerate(drawn):
+        _draw(figure.add_subplot(1, len(drawn), place + 1), panel)
+    figure.suptitle(model, fontsize=11, fontweight="bold", x=0.01, ha="left")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", facecolor="white", metadata={"Software": None})
+    write_whole(path, content.getvalue())
+    return path
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    """One panel: curves labelled at their ends, references labelled on their lines, no box, faint grid."""
+    low, high = panel.y_limits()
+    left, right = panel.x_limits()
+    for line in panel.references:
+        axes.axhline(line.y, color=GREY, linewidth=1.0, linestyle=(0, (1, 2) if line.dotted else (6, 2)))
+        axes.annotate(line.label, (left, line.y), xytext=(4, 3), textcoords="offset points", color=GREY, fontsize=8)
+    for curve in panel.curves:
+        for x, y in curve.behind:
+            axes.plot(x, y, color=curve.colour, alpha=0.2, linewidth=0.7)
+        axes.plot(
+            curve.x, curve.y, color=curve.colour, linestyle=_style(curve), clip_on=False, markersize=3.5,
+            marker="o" if curve.markers and curve.label else None, **({"linewidth": 1.8} if curve.label else FAINT),
+        )  # fmt: skip
+    if panel.log_y:
+        axes.set_yscale("log")
+        low, high = 10**low, 10**high
+    if panel.log_x:
+        axes.set_xscale("log")
+        left, right = 10**left, 10**right
+    axes.set_ylim(low, high)
+    axes.set_xlim(left, right)
+    _name_curves(axes, panel)
+    axes.set_title(panel.title, loc="left", fontsize=10)
+    axes.set_xlabel(panel.x_label, fontsize=9)
+    axes.set_ylabel(panel.y_label, fontsize=9)
+    axes.grid(axis="y", color="#E3E5E8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9AA0A6")
+    axes.tick_params(colors="#3C4043", labelsize=8)
+    if not panel.log_x:
+        axes.xaxis.set_major_locator(_few_ticks())
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1000 <= right < 1e6 else short(value))
+    if high >= 1000:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+
+
+def _name_curves(axes: Any, panel: Panel) -> None:
+    """The names beside the right edge, at the height of their curve's end but clear of each other."""
+    low, high = panel.y_limits()
+    dashed = any(curve.dash for curve in panel.named)
+    for curve, place in zip(panel.named, panel.label_places(0.06 * (high - low)), strict=True):
+        y = (place - low) / (high - low)  # as a share of the axes, like x
+        if dashed:  # a sample of the line, since colour alone does not tell these apart
+            axes.plot(
+                (1.02, 1.09), (y, y), transform=axes.transAxes, clip_on=False, color=curve.colour, linewidth=1.8,
+                linestyle=_style(curve),
+            )  # fmt: skip
+        axes.annotate(
+            curve.label, (1.1 if dashed else 1.0, y), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
+            color=curve.colour, fontsize=9, va="center", fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _style(curve: Curve) -> Any:
+    return (0, curve.dash) if curve.dash else "-"
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=5, steps=[1, 2, 5, 10])

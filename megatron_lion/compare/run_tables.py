@@ -1,0 +1,289 @@
+"""The tables of a comparison: Table B.1, losses, norm ratios, cost, settings, environment."""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import Any
+
+from megatron_lion.compare.budgets import equal_budget_table, loss_tables, target_table
+from megatron_lion.compare.seeds import seeds_table
+from megatron_lion.compare.table import Cell, Table
+from megatron_lion.runs.record import (
+    LAST_LINES,
+    RunRecord,
+    by_model,
+    differing_settings,
+    evaluation_key,
+    evaluation_keys,
+    flatten,
+    loss_unit,
+    show,
+)
+from megatron_lion.runs.series import Series
+
+MOST_COLUMNS = 6
+"""More runs than this are rows, not columns."""
+
+
+def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> list[Table]:
+    """All tables for which the runs have numbers.
+
+    Args:
+        runs: from `read_runs`.
+        target_loss: test loss (nats/token) for the table of steps to a target; by default the best test
+            loss of the run that gets least far, so that every run of a model reaches it.
+    """
+    tables = [
+        *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), bert_table(runs), *loss_tables(runs),
+        equal_budget_table(runs), target_table(runs, target_loss), ratio_table(runs), cost_table(runs), settings_table(runs),
+        environment_table(runs),
+    ]  # fmt: skip
+    return [table for table in tables if table is not None and table.rows]
+
+
+def perplexity_tables(runs: list[RunRecord]) -> list[Table]:
+    """The paper's Table B.1, optimizer × step → natural log of perplexity, one a text and convention.
+
+    Source: Dong, Li, Lin, arXiv 2411.07724, Table B.1.
+    """
+    tables = []
+    for number, key in enumerate(evaluation_keys(runs)):
+        first = next(r for run in runs for r in run.evaluations if evaluation_key(r) == key)
+        tables += [
+            _perplexity_table(runs, key, first, number, field) for field in ("log_token_ppl", "log_adjusted_ppl")
+        ]
+    return tables
+
+
+def _perplexity_table(
+    runs: list[RunRecord], key: tuple[Any, ...], first: dict[str, Any], number: int, field: str
+) -> Table:
+    values = {
+        id(run): {int(r["step"]): r.get(field) for r in run.evaluations if evaluation_key(r) == key} for run in runs
+    }
+    steps = sorted({step for found in values.values() for step in found})
+    rows: list[list[Cell]] = [
+        [run.model, run.label, *(values[id(run)].get(step) for step in steps)] for run in runs if values[id(run)]
+    ]
+    columns = ["model", "optimizer", *(_short_step(step) for step in steps)]
+    level = "token" if field == "log_token_ppl" else "word (adjusted)"
+    vocabularies = {r.get("tokenizer_sha256") for run in runs for r in run.evaluations if evaluation_key(r) == key}
+    notes = [_convention(first)]
+    if len(vocabularies) > 1 and field == "log_token_ppl":
+        notes.append(
+            "the runs have different vocabularies: their token perplexities are not comparable, see the adjusted ones"
+        )
+    short = "log-perplexity" if field == "log_token_ppl" else "log-adjusted-perplexity"
+    return Table(
+        slug=short if number == 0 else f"{short}-{number + 1}",
+        title=f"Zero-shot {_text_name(first)}: natural log of the {level} perplexity by step",
+        columns=columns,
+        rows=rows,
+        formats=dict.fromkeys(columns[2:], ".3f"),
+        notes=notes,
+        best=columns[2:],
+    )
+
+
+def _short_step(step: int) -> str:
+    """10k for 10,000; the step itself where hundreds do not say it.
+
+    >>> _short_step(10_000), _short_step(1200), _short_step(250), _short_step(1234)
+    ('10k', '1.2k', '250', '1234')
+    """
+    return f"{step / 1000:g}k" if step >= 1000 and step % 100 == 0 else str(step)
+
+
+def _text_name(result: dict[str, Any]) -> str:
+    if result.get("kind") == "wikitext103" and result.get("text_version") != "unknown":
+        return "WikiText-103"
+    return f"{result.get('text_path', 'text')}".rpartition("/")[2]
+
+
+def _known_text(result: dict[str, Any]) -> str:
+    """The published name of a text, or its file's."""
+    version = result.get("text_version", "unknown")
+    return str(version) if version != "unknown" else str(result.get("text_path", "–")).rpartition("/")[2]
+
+
+def _convention(result: dict[str, Any]) -> str:
+    """What a perplexity was measured on and how, in one sentence."""
+    version = result.get("text_version")
+    known = f"{version}, " if version not in (None, "unknown") else ""
+    stride, length = result.get("stride"), result.get("seq_length")
+    overlap = "no overlap" if stride == length else f"stride {stride}"
+    partial = f", first {result['max_tokens']} tokens only" if result.get("max_tokens") else ""
+    return (
+        f"{known}text {str(result.get('text_sha256'))[:8]}, windows of {length} tokens, {overlap}, "
+        f"{result.get('precision')}, n_orig {result.get('n_orig', 0):,}, n_tok {result.get('n_tok', 0):,}{partial}"
+    )
+
+
+def word_tables(runs: list[RunRecord]) -> list[Table]:
+    """Page-wise word and byte perplexity, and LAMBADA, of each run's latest result."""
+    wanted: dict[str, tuple[str, list[str]]] = {
+        "wikitext103_pages": (
+            "WikiText page by page (as lm-evaluation-harness)",
+            ["word_ppl", "byte_ppl", "bits_per_byte"],
+        ),
+        "lambada": ("LAMBADA, last word", ["accuracy", "word_ppl", "log_word_ppl"]),
+    }
+    tables = []
+    for kind, (title, fields) in wanted.items():
+        rows: list[list[Cell]] = []
+        for run in runs:
+            latest: dict[tuple[Any, ...], dict[str, Any]] = {
+                evaluation_key(r): r for r in run.evaluations if r["kind"] == kind
+            }
+            rows += [
+                [run.model, run.label, _known_text(r), r["step"], *(r.get(name) for name in fields)]
+                for r in latest.values()
+            ]
+        formats = {
+            "accuracy": ".2%",
+            "bits_per_byte": ".4f",
+            "byte_ppl": ".4f",
+            "word_ppl": ",.2f",
+            "log_word_ppl": ".3f",
+        }
+        columns = ["model", "optimizer", "text", "step", *fields]
+        tables.append(Table(slug=kind.replace("_", "-"), title=title, columns=columns, rows=rows, formats=formats))
+    return tables
+
+
+def loss_table(runs: list[RunRecord]) -> Table:
+    """Final and best losses."""
+    columns = ["model", "optimizer", "steps", "train loss", "valid loss", "test loss", "best test loss", "at step"]
+    rows: list[list[Cell]] = []
+    notes = []
+    for run in runs:
+        test = run.series("test/loss")
+        best = test.best()
+        if test.steps and run.last_step is not None and test.steps[-1] < run.last_step:
+            notes.append(
+                f"{run.label} ended at step {run.last_step:,}, its valid and test losses are of step {test.steps[-1]:,}"
+            )
+        rows.append([run.model, run.label, run.last_step, run.end_train_loss, run.series("valid/loss").last, test.last,
+                     best[1] if best else None, best[0] if best else None])  # fmt: skip
+    return Table(
+        slug="losses",
+        title=f"Losses at the end ({loss_unit(runs)})",
+        columns=columns,
+        rows=rows,
+        formats=dict.fromkeys(columns[3:7], ".4f"),
+        notes=[
+            f"train loss: mean of the last {LAST_LINES} logged values, dropout included; valid and test loss: without dropout",
+            *notes,
+        ],
+        best=columns[3:7],
+    )
+
+
+def bert_table(runs: list[RunRecord]) -> Table:
+    """The two parts of BERT's test loss, and how often each was right."""
+    keys = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
+    rows: list[list[Cell]] = [
+        [run.model, run.label, *(run.series(f"test/{key}").last for key in keys)]
+        for run in runs
+        if run.series("test/mlm_loss")
+    ]
+    columns = ["model", "optimizer", "masked-token loss", "sentence-order loss", "masked tokens", "sentence order"]
+    formats = dict.fromkeys(columns[2:4], ".4f") | dict.fromkeys(columns[4:], ".1%")
+    title = "BERT on the test split: losses (nats) and share of right answers, last measurement"
+    return Table(slug="bert", title=title, columns=columns, rows=rows, formats=formats, best=columns[2:4])
+
+
+def ratio_table(runs: list[RunRecord]) -> Table:
+    """r = ‖∇f‖₁/‖∇f‖₂ against √d, and the KKT residual, over a run's probes."""
+    columns = ["model", "optimizer", "d", "√d", "probes", "batches", "r first", "r last", "min r/√d", "max r/√d",
+               "KKT first", "KKT last"]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for run in runs:
+        ratio, kkt = run.series("probe/norm_ratio"), run.series("probe/kkt_residual")
+        if not ratio or run.num_parameters is None:
+            continue
+        root = math.sqrt(run.num_parameters)
+        batches = sorted({int(count) for count in run.series("probe/num_batches").values})
+        rows.append([
+            run.model, run.label, run.num_parameters, root, len(ratio.steps), " or ".join(map(str, batches)) or None,
+            ratio.values[0], ratio.values[-1], min(ratio.values) / root, max(ratio.values) / root,
+            kkt.values[0] if kkt else None, kkt.last,
+        ])  # fmt: skip
+    return Table(
+        slug="norm-ratio",
+        title="Norm ratio r = ‖∇f‖₁/‖∇f‖₂ and KKT residual",
+        columns=columns,
+        rows=rows,
+        formats={"√d": ",.1f", "r first": ",.1f", "r last": ",.1f", "min r/√d": ".3f", "max r/√d": ".3f"},
+        notes=[
+            "a gradient that is nothing but Gaussian noise has r = 0.798 √d: read r with the number of batches averaged"
+        ],
+    )
+
+
+def cost_table(runs: list[RunRecord]) -> Table:
+    """Throughput, memory and training time."""
+    rows: list[list[Cell]] = []
+    for run in runs:
+        seconds = run.training_seconds(run.last_step)
+        rows.append([
+            run.model, run.label, run.num_parameters, run.facts.get("world_size"),
+            str(run.facts.get("device") or run.environment.get("device", "–")), run.tokens_per_s, _median(run.series("perf/mfu")),
+            run.max_memory_gib, seconds / 3600 if seconds else None,
+        ])  # fmt: skip
+    return Table(
+        slug="cost",
+        title="Cost",
+        columns=["model", "optimizer", "d", "processes", "device", "tokens/s", "MFU", "memory (GiB)", "training hours"],
+        rows=rows,
+        formats={"tokens/s": ",.0f", "MFU": ".1%", "memory (GiB)": ".2f", "training hours": ",.2f"},
+        notes=[
+            "tokens/s and MFU: median of the logged values, all processes together; memory: largest on the first process"
+        ],
+    )
+
+
+def _median(series: Series) -> float | None:
+    return median(series.values) if series else None
+
+
+def settings_table(runs: list[RunRecord]) -> Table:
+    """The settings in which the runs differ: a column a run, or a row where there are many."""
+    keys = differing_settings(runs)
+    if len(runs) > MOST_COLUMNS:
+        columns = ["model", "optimizer", *keys]
+        rows: list[list[Cell]] = [
+            [run.model, run.label, *(show(run.settings.get(key)) for key in keys)] for run in runs if keys
+        ]
+    else:
+        names = [run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}" for run in runs]
+        columns = ["setting", *names]
+        rows = [[key, *(show(run.settings.get(key)) for run in runs)] for key in keys]
+    return Table(slug="settings", title="Settings that differ", columns=columns, rows=rows)
+
+
+# What environment.json and run.json say that may explain a difference between runs.
+_ENVIRONMENT = {
+    "megatron_lion": "megatron-lion", "git": "git", "python": "Python", "packages.torch": "torch",
+    "packages.megatron-core": "megatron-core", "packages.triton": "triton", "packages.transformer-engine": "transformer-engine",
+    "device": "device", "world_size": "processes", "system": "system", "data_digest": "data", "tokenizer_sha256": "tokenizer",
+}  # fmt: skip
+
+
+def environment_table(runs: list[RunRecord]) -> Table:
+    """Versions, hardware and data: each value with the runs that had it."""
+    rows: list[list[Cell]] = []
+    for key, name in _ENVIRONMENT.items():
+        having: dict[str, list[str]] = {}
+        for run in runs:
+            value = {**flatten(run.environment), **run.facts}.get(key)
+            if value is not None:
+                text = str(value)[:12] if key in ("data_digest", "tokenizer_sha256") else str(value)
+                having.setdefault(text, []).append(
+                    run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}"
+                )
+        rows += [
+            [name, text, "all" if len(labels) == len(runs) else ", ".join(labels)] for text, labels in having.items()
+        ]
+    return Table(slug="environment", title="Environment and data", columns=["what", "value", "runs"], rows=rows)

@@ -1,0 +1,128 @@
+"""Line charts as inline SVG that follow the page's light or dark colours and stay readable on a phone."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_lion.compare.axis_ticks import log_ticks, short, ticks
+from megatron_lion.compare.panels import Curve, Panel
+
+# Drawn this small so that at a phone's width nothing shrinks below a readable size.
+WIDTH, HEIGHT = 460, 330
+LEFT, TOP, BOTTOM = 56, 50, 44
+LABEL_HEIGHT = 15
+LABEL_ADVANCE = 9.2  # pixels a character takes at most on average, in the widest of the fonts the page asks for
+MAX_LABEL = 20
+MAX_POINTS = 300
+MARKED_SIZE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The plotting area of a panel and how data units map to it; the limits are in units of the axes."""
+
+    panel: Panel
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    edge: float
+
+    def x(self, value: float) -> float:
+        """Horizontal place of a value."""
+        return LEFT + (self.panel.along(value) - self.x_low) / (self.x_high - self.x_low) * (self.edge - LEFT)
+
+    def y(self, value: float) -> float:
+        """Vertical place of a value."""
+        return self.at(self.panel.height(value))
+
+    def at(self, height: float) -> float:
+        """Vertical place of a point of the axis, kept inside it: single values behind a mean may lie beyond."""
+        inside = min(max(height, self.y_low), self.y_high)
+        return TOP + (self.y_high - inside) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
+
+
+def chart(panel: Panel) -> str:
+    """One panel as an `<svg>` element; its classes are styled by `report.STYLE`, its values are tooltips."""
+    names = [_fitted(curve.label) for curve in panel.named]
+    dashed = any(curve.dash for curve in panel.named)
+    beside = max(map(len, names), default=0) * LABEL_ADVANCE + (42 if dashed else 20)
+    (x_low, x_high), (y_low, y_high) = panel.x_limits(), panel.y_limits()
+    frame = Frame(panel=panel, x_low=x_low, x_high=x_high, y_low=y_low, y_high=y_high, edge=WIDTH - beside)
+    ends = panel.label_places(LABEL_HEIGHT / (HEIGHT - TOP - BOTTOM) * (y_high - y_low))
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(panel.title)}">',
+        *_axes(panel, frame),
+        *(_curve(curve, frame) for curve in panel.curves),
+        *(_label(curve, frame.at(end), frame, dashed) for curve, end in zip(panel.named, ends, strict=True)),
+        "</svg>",
+    ]
+    return "\n".join(parts)
+
+
+def _text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(words)}</text>'
+
+
+def _axes(panel: Panel, frame: Frame) -> list[str]:
+    """Title, grid, ticks, axis names and reference lines."""
+    parts = [_text("title", 4, 15, panel.title), _text("axis", 4, 32, panel.y_label)]
+    parts.append(_text("axis", (LEFT + frame.edge) / 2, HEIGHT - 8, panel.x_label, "middle"))
+    for value in (log_ticks if panel.log_y else ticks)(frame.y_low, frame.y_high, 5):
+        y = frame.y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{frame.edge:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text("tick", LEFT - 6, y + 4, short(value), "end"))
+    below = HEIGHT - BOTTOM + 17
+    parts += [
+        _text("tick", frame.x(v), below, short(v), "middle")
+        for v in (log_ticks if panel.log_x else ticks)(frame.x_low, frame.x_high, 4)
+    ]
+    for line in panel.references:
+        y, kind = frame.y(line.y), "reference dotted" if line.dotted else "reference"
+        parts.append(f'<line class="{kind}" x1="{LEFT}" x2="{frame.edge:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text("tick", LEFT + 4, y - 4, line.label))
+    return parts
+
+
+def _curve(curve: Curve, frame: Frame) -> str:
+    """The line, its marks with tooltips, and the single values behind a mean."""
+    dash = f' stroke-dasharray="{" ".join(map(str, curve.dash))}"' if curve.dash else ""
+    kind = "curve" if curve.label else "curve nameless"
+    parts = [f'<g class="{kind}" style="--c:{curve.colour}">']
+    parts += [f'<polyline class="faint" points="{_points(x, y, frame)}"/>' for x, y in curve.behind]
+    parts.append(f'<polyline{dash} points="{_points(curve.x, curve.y, frame)}"/>')
+    if curve.markers and curve.label:
+        parts += [
+            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{MARKED_SIZE}">'
+            f"<title>{html.escape(curve.label)}, {html.escape(frame.panel.x_label)} {x:,.6g}: {y:,.5g}</title></circle>"
+            for x, y in zip(curve.x, curve.y, strict=True)
+        ]
+    return "".join([*parts, "</g>"])
+
+
+def _points(x: Sequence[float], y: Sequence[float], frame: Frame) -> str:
+    """Corner points of a line, thinned to what can be seen; the first and the last always stay."""
+    pairs = list(zip(x, y, strict=True))
+    stride = -(-len(pairs) // MAX_POINTS)
+    kept = pairs[::stride]
+    if kept[-1] != pairs[-1]:
+        kept.append(pairs[-1])
+    right = frame.x_high  # a seed may have gone on where the others, and their mean, end
+    return " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in kept if frame.panel.along(a) <= right)
+
+
+def _label(curve: Curve, y: float, frame: Frame, dashed: bool) -> str:
+    """The curve's name at its end, with a sample of its line where dashes tell curves apart."""
+    sample, x = "", frame.edge + 8
+    if dashed:
+        dash = f' stroke-dasharray="{" ".join(map(str, curve.dash))}"' if curve.dash else ""
+        sample = f'<line{dash} x1="{x:.1f}" x2="{x + 18:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        x += 22
+    return f'<g class="curve" style="--c:{curve.colour}">{sample}{_text("label", x, y + 4, _fitted(curve.label))}</g>'
+
+
+def _fitted(label: str) -> str:
+    """A label short enough to leave room for the curves; the report's tables have the whole of it."""
+    return label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…"

@@ -1,0 +1,87 @@
+"""Spot checks of a BERT: what it puts in the place of [MASK], and which of two passages it thinks comes first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_lion.data.bert_vocab import special_ids
+from megatron_lion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_lion.evaluate.open_run import RestoredRun
+
+MASK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A token for a masked place and its probability in [0, 1]."""
+
+    token: str
+    probability: float
+
+
+def fill_mask(run: RestoredRun, text: str, top: int = 5) -> list[list[Guess]]:
+    """The likeliest tokens of every [MASK] in a text.
+
+    Args:
+        run: a BERT run with a step loaded.
+        text: UTF-8 text with one or more [MASK]; the model sees all of it at once.
+        top: guesses a place.
+
+    Returns:
+        A list a [MASK], in order, likeliest first.
+
+    Raises:
+        ConfigError: no [MASK] in the text, or more tokens than the model reads.
+    """
+    special = special_ids(run.tokenizer)
+    parts = [run.tokenizer.encode(part) for part in text.split(MASK)]
+    if len(parts) < 2:
+        raise ConfigError(f"--fill-mask {text!r}: no {MASK} in it; put {MASK} where the model is to guess")
+    ids = [special["[CLS]"], *parts[0]]
+    places = []
+    for part in parts[1:]:
+        places.append(len(ids))
+        ids += [special[MASK], *part]
+    ids.append(special["[SEP]"])
+    _check_length("--fill-mask", text, ids, run.seq_length)
+    logits_MV, _ = run.bert_logits(torch.tensor([ids]), torch.zeros(1, len(ids), dtype=torch.long), places)
+    best = logits_MV.double().softmax(dim=-1).topk(min(top, logits_MV.shape[-1]), dim=-1)
+    backend = run.tokenizer.backend
+    return [
+        [Guess(backend.id_to_token(index) or "", probability) for probability, index in zip(*place, strict=True)]
+        for place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def order_probability(run: RestoredRun, first: str, second: str) -> float:
+    """The model's probability that `first` comes before `second` in their document, from the 2-way head.
+
+    Args:
+        run: a BERT run with a step loaded.
+        first, second: consecutive passages of one text, read as [CLS] first [SEP] second [SEP].
+
+    Raises:
+        ConfigError: a passage without a token, or more tokens than the model reads.
+    """
+    special = special_ids(run.tokenizer)
+    segments = [run.tokenizer.encode(passage) for passage in (first, second)]
+    for passage, segment in zip((first, second), segments, strict=True):
+        if not segment:
+            raise ConfigError(f"--sentence-order: {passage!r} has no token; give two passages of text")
+    one = [special["[CLS]"], *segments[0], special["[SEP]"]]
+    ids = [*one, *segments[1], special["[SEP]"]]
+    _check_length("--sentence-order", f"{first} {second}", ids, run.seq_length)
+    types = torch.tensor([[0] * len(one) + [1] * (len(ids) - len(one))])
+    _, order_logits_2 = run.bert_logits(torch.tensor([ids]), types, [0])
+    return float(order_logits_2.double().softmax(dim=-1)[0])
+
+
+def _check_length(flag: str, text: str, ids: list[int], seq_length: int) -> None:
+    if len(ids) > seq_length:
+        shown = text if len(text) <= 40 else text[:40] + "…"
+        raise ConfigError(f"{flag} {shown!r}: {len(ids)} tokens, but the model reads {seq_length}; give a shorter text")

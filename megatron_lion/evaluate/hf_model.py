@@ -1,0 +1,101 @@
+"""A Hugging Face GPT-2 folder as something to evaluate: published weights, or an export of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.errors import CheckpointError
+from megatron_lion.evaluate.token_scores import LogitsScorer
+from megatron_lion.files import sha256_file
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+class HuggingFaceModel:
+    """A folder with one set of weights, on one process; stands where a run stands for evaluation.
+
+    Attributes:
+        tokenizer: of the folder.
+        seq_length: the model's context length.
+        steps: [0], for the one set of weights.
+        rank, world_size: 0 and 1.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, folder: Path, model: Any, tokenizer: Tokenizer, device: torch.device) -> None:
+        self.folder, self.model, self.tokenizer, self.device = folder, model, tokenizer, device
+        self.seq_length = int(model.config.n_positions)
+        self.steps = [0]
+
+    def load(self, step: int) -> None:
+        """Nothing: the weights are loaded when the folder is opened."""
+
+    def state_sha256(self, step: int) -> str:
+        """Hash of the weights' file, or of the index that names its shards with their sizes."""
+        return sha256_file(next(self.folder / name for name in WEIGHTS if (self.folder / name).is_file()))
+
+    def scorer(self) -> LogitsScorer:
+        """Scores batches of tokens."""
+        return LogitsScorer(self.logits, self.device)
+
+    def logits(self, tokens_BS: Tensor, last: int) -> Tensor:
+        """Logits after the last `last` tokens; the output layer runs for those alone."""
+        return self.model(tokens_BS, logits_to_keep=last, use_cache=False).logits
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Nothing to add on one process."""
+        return values
+
+
+@contextmanager
+def open_huggingface(
+    folder: str | Path, *, device: str = "auto", precision: str = "fp32", tokenizer: str | None = None
+) -> Iterator[HuggingFaceModel]:
+    """Opens a folder that `GPT2LMHeadModel.from_pretrained` reads; never downloads.
+
+    Args:
+        folder: with config.json and model.safetensors, and vocab.json + merges.txt or tokenizer.json.
+        device: "auto", "cuda" or "cpu".
+        precision: "fp32" or "bf16".
+        tokenizer: instead of the folder's own.
+
+    Raises:
+        CheckpointError: no such model there, or it cannot be loaded whole.
+        DataError: no tokenizer there.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging as transformers_logging
+
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise CheckpointError(f"{folder}: no {WEIGHTS[0]}; convert the weights to safetensors first")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        config = GPT2Config.from_pretrained(folder, local_files_only=True)
+        model, notes = GPT2LMHeadModel.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # the library raises many unrelated classes for files it does not take
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder}: not a GPT-2 model that transformers can load: {reason}") from None
+    if config.model_type != "gpt2" or notes["missing_keys"] or notes["mismatched_keys"]:
+        missing = ", ".join(sorted(map(str, notes["missing_keys"]))[:3]) or config.model_type
+        raise CheckpointError(f"{folder}: not a whole GPT-2 language model (see {missing})")
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = load_tokenizer(tokenizer or folder)
+    if loaded.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {loaded.vocab_size} ids, the model {config.vocab_size}; give --tokenizer"
+        )
+    yield HuggingFaceModel(folder, model.eval().to(kind), loaded, torch.device(kind))

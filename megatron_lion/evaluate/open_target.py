@@ -1,0 +1,75 @@
+"""What a command line calls a model: a run, one of its checkpoints, or a Hugging Face folder; torch only when it is opened."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.errors import CheckpointError, ConfigError
+
+
+def split_target(target: Path, steps: str) -> tuple[Path, str]:
+    """The run or model folder, and the steps; a checkpoint's folder names its own step.
+
+    Args:
+        target: as given.
+        steps: what was asked for beside it.
+
+    Raises:
+        ConfigError: a checkpoint's folder, and another step beside it.
+
+    >>> split_target(Path("run/checkpoints/step_0000100"), "latest")
+    (PosixPath('run'), '100')
+    """
+    if target.parent.name == "checkpoints" and target.name.startswith("step_") and target.name[5:].isdigit():
+        own = str(int(target.name[5:]))
+        if steps not in ("latest", "all", own):
+            raise ConfigError(
+                f"{target}: is step {own}, and {steps} was asked for; give {target.parent.parent} for other steps"
+            )
+        return target.parent.parent, own
+    return target, steps
+
+
+def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | None) -> AbstractContextManager[Any]:
+    """Opens something that predicts next tokens: a GPT-2 run or a Hugging Face GPT-2 folder, by what lies in it.
+
+    Args:
+        folder: run or model folder.
+        device: "auto", "cuda" or "cpu".
+        precision: "fp32" or "bf16".
+        tokenizer: instead of the folder's own.
+
+    Raises:
+        CheckpointError: it is neither.
+        ConfigError: a BERT run.
+    """
+    options: dict[str, Any] = {"device": device, "precision": precision, "tokenizer": tokenizer}
+    if (folder / "config.yaml").is_file():
+        _need_next_token_model(folder)
+        from megatron_lion.evaluate.open_run import open_run
+
+        return open_run(folder, **options)
+    if (folder / "config.json").is_file():
+        from megatron_lion.evaluate.hf_model import open_huggingface
+
+        return open_huggingface(folder, **options)
+    what = (
+        "holds neither a run (config.yaml) nor a Hugging Face model (config.json)"
+        if folder.is_dir()
+        else "no such folder"
+    )
+    raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
+
+
+def _need_next_token_model(folder: Path) -> None:
+    """Refuses a BERT run: it predicts masked tokens from both sides, so that a next-token perplexity means nothing."""
+    from megatron_lion.configfile import load_config
+
+    kind = load_config(folder / "config.yaml").model.kind
+    if kind != "gpt2":
+        raise ConfigError(
+            f"{folder}: a {kind} run predicts masked tokens, not next ones; its losses are in metrics.jsonl (megatron-lion compare "
+            f"{folder} shows them); for a look at what it knows: megatron-lion evaluate {folder} --fill-mask TEXT or --sentence-order A B"
+        )

@@ -1,0 +1,150 @@
+"""The full-gradient probe of a run: accumulate, read the ladder on the way, and put the result together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+
+from megatron_lion.config import RunConfig
+from megatron_lion.gradient.accumulate import FullGradient
+from megatron_lion.gradient.coordinate_sample import CoordinateSample
+from megatron_lion.gradient.noise import NoiseEstimate, Rung, estimate_noise, make_rung, rungs_of
+from megatron_lion.gradient.norms import GradientNorms
+from megatron_lion.gradient.probe_result import ProbeResult
+from megatron_lion.optim.train_optimizer import TrainOptimizer
+from megatron_lion.parallel import Ranks, derive_seed
+
+_log = logging.getLogger(__name__)
+
+
+class ProbedRun(Protocol):
+    """What a probe needs of a run."""
+
+    config: RunConfig
+    ranks: Ranks
+    model: list[Any]
+    optimizer: TrainOptimizer
+    corpora: Any
+    step: int
+
+    @property
+    def forward_step(self) -> Any: ...
+
+    def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]: ...
+
+
+def probe_run(
+    run: ProbedRun,
+    *,
+    on_batch: Callable[[int], None] = lambda done: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    master_weights: bool = True,
+) -> ProbeResult | None:
+    """Averages loss and gradient over `probe.num_batches` global batches and measures the mean gradient.
+
+    Parameters, optimizer state and the data position of training are not touched; with `probe.dropout` the caller
+    puts random states back. A collective call.
+
+    Args:
+        run: the run, between two steps.
+        on_batch: told how many batches are done.
+        should_stop: asked on every process after each batch.
+        master_weights: take θ from the optimizer's fp32 master weights, else from the model's own.
+
+    Returns:
+        The result, or None where any process was asked to stop: the run is then as if the probe had never begun.
+    """
+    config = run.config
+    started = time.perf_counter()
+    rungs = rungs_of(config.probe.num_batches) if config.probe.ladder else [config.probe.num_batches]
+    dropout_seed = derive_seed(config.seed, f"probe dropout at {run.step}") if config.probe.dropout else None
+    sample = CoordinateSample(run.model) if config.probe.ladder else None
+    batches = run.probe_batches()
+    read: list[tuple[int, GradientNorms]] = []
+    with FullGradient(
+        run.model, run.optimizer, run.forward_step, run.ranks,
+        num_microbatches=config.num_microbatches(run.ranks.world_size),
+        micro_batch_size=config.train.micro_batch_size, seq_length=config.model.seq_length,
+        vocab_size=run.corpora.vocab_size, dropout_seed=dropout_seed, sample=sample,
+        master_weights=master_weights,
+    ) as full:  # fmt: skip
+        while full.num_batches < config.probe.num_batches:
+            if full.add(batches, stop=should_stop()):
+                return None
+            if full.num_batches in rungs:
+                table = full.read()
+                read.append((full.num_batches, table.norms()))
+            on_batch(full.num_batches)
+        ladder, noise = _ladder(read, sample, config.train.global_batch_size)
+        num_samples = full.num_batches * config.train.global_batch_size
+        result = ProbeResult(
+            step=run.step, mode="frozen", data=config.probe.data, dropout=config.probe.dropout,
+            num_batches=full.num_batches, num_samples=num_samples, num_tokens=num_samples * config.model.seq_length,
+            loss=full.loss, loss_standard_error=standard_error(full.losses),
+            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise,
+            facts={
+                "theta": "master weights" if master_weights else "the model's own weights",
+                **layout_facts(config, run.ranks),
+            },
+        )  # fmt: skip
+    warn_of(result, run.ranks)
+    return result
+
+
+def _ladder(
+    read: list[tuple[int, GradientNorms]], sample: CoordinateSample | None, batch_samples: int
+) -> tuple[tuple[Rung, ...], NoiseEstimate | None]:
+    if sample is None:
+        return (), None
+    groups, whole = sample.groups()
+    ladder = tuple(make_rung(count, norms, groups) for count, norms in read)
+    noise = estimate_noise(groups, whole, read[-1][1], batch_samples=batch_samples, sampled_fraction=sample.fraction)
+    return ladder, noise
+
+
+def standard_error(losses: list[tuple[float, int]]) -> float | None:
+    """Standard error of a mean loss from (loss sum, count) of independent batches; None for a single one.
+
+    Example:
+        >>> standard_error([(2.0, 1), (4.0, 1)])
+        1.0
+    """
+    if len(losses) < 2:
+        return None
+    means = [loss / max(1, tokens) for loss, tokens in losses]
+    center = math.fsum(means) / len(means)
+    return math.sqrt(math.fsum((mean - center) ** 2 for mean in means) / (len(means) - 1) / len(means))
+
+
+def layout_facts(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    return {
+        "global_batch_size": config.train.global_batch_size, "seq_length": config.model.seq_length,
+        "precision": config.train.precision, "weight_decay": config.optimizer.weight_decay, "optimizer": config.optimizer.name,
+        "dp_size": ranks.dp_size, "tp_size": ranks.tp_size, "pp_size": ranks.pp_size,
+    }  # fmt: skip
+
+
+def warn_of(result: ProbeResult, ranks: Ranks) -> None:
+    """Says what a reader of the numbers must know and could miss."""
+    if not ranks.is_main:
+        return
+    norms = result.table.norms()
+    if not math.isfinite(norms.grad_l2):
+        bad = [
+            name for name, part in result.table.grouped(lambda name: name).items() if not math.isfinite(part.grad_l2)
+        ]
+        _log.warning(
+            "probe at step %d: the gradient is not finite, first in %s",
+            result.step,
+            bad[0] if bad else "its total norm",
+        )
+    if norms.kkt_residual is None:
+        _log.warning(
+            "probe at step %d: no parameter has a weight decay: there is no box, and the KKT residual is not defined",
+            result.step,
+        )

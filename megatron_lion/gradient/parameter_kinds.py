@@ -1,0 +1,65 @@
+"""What a parameter's name says: its kind, its place in the network, whether it is padding of the vocabulary."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_lion.optim.parameter_shards import TIED_OUTPUT, TOKEN_EMBEDDING
+
+PADDING = "#padding"
+"""Ends the row name of a vocabulary tensor's padded rows."""
+
+KINDS = ("embedding", "attention", "MLP", "norm", "bias", "other")
+
+
+def is_padding(name: str) -> bool:
+    return name.endswith(PADDING)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether the first dimension of the tensor is the padded vocabulary."""
+    return name in (TOKEN_EMBEDDING, TIED_OUTPUT, "output_layer.bias")
+
+
+def kind_of(name: str) -> str:
+    """Kind of a parameter.
+
+    Gains and shifts of norms are "norm", other one-dimensional shifts "bias", also those of attention and MLP.
+
+    Example:
+        >>> kind_of("decoder.layers.3.mlp.linear_fc1.weight"), kind_of("decoder.layers.3.mlp.linear_fc1.bias")
+        ('MLP', 'bias')
+        >>> kind_of("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight")
+        'norm'
+        >>> kind_of("embedding.word_embeddings.weight#padding")
+        'embedding'
+    """
+    name = name.removesuffix(PADDING)
+    if re.search(r"layer_?norm", name):
+        return "norm"
+    if name.endswith("bias"):
+        return "bias"
+    for part, kind in (
+        ("embedding", "embedding"),
+        ("output_layer", "embedding"),
+        ("attention", "attention"),
+        ("mlp", "MLP"),
+    ):
+        if part in name:
+            return kind
+    return "other"
+
+
+def layer_of(name: str) -> str:
+    """Place of a parameter in the network: "layer 0", "layer 1", …, else the first part of its name.
+
+    Example:
+        >>> layer_of("decoder.layers.3.mlp.linear_fc1.weight"), layer_of("decoder.final_layernorm.bias")
+        ('layer 3', 'final norm')
+        >>> layer_of("embedding.position_embeddings.weight")
+        'embedding'
+    """
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    if found:
+        return f"layer {found[1]}"
+    return "final norm" if "final_layernorm" in name else name.removesuffix(PADDING).split(".")[0]

@@ -1,0 +1,211 @@
+"""Figures of the probes of a run: the ratio over training, the ladder, and the ratio layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.errors import DataError
+from megatron_lion.files import storage_errors
+from megatron_lion.gradient.norms import GAUSSIAN_RATIO
+from megatron_lion.gradient.parameter_kinds import KINDS, kind_of, layer_of
+from megatron_lion.gradient.probe_result import longest_ladder, read_probes
+from megatron_lion.style import OPTIMIZER_COLOURS
+
+_GREY = "#666666"
+
+
+def draw_runs(run_dirs: Sequence[str | Path]) -> list[Path]:
+    """Draws all figures of a run, others of its size beside it, into the first run's folder figures/; returns their paths.
+
+    Raises:
+        DataError: a run has no probe results, or the models differ in size.
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(run_dirs[0]) / "figures"
+    found = [read_probes(run_dir) for run_dir in run_dirs]
+    sizes = {int(probe["all"]["num_parameters"]) for probes in found for probe in probes}
+    if len(sizes) > 1:
+        raise DataError(
+            f"{', '.join(map(str, run_dirs))}: models of {', '.join(map(str, sorted(sizes)))} parameters; one figure shows one size"
+        )
+    names = [str(probes[-1]["optimizer"]).upper() for probes in found]
+    labels = [
+        name if names.count(name) == 1 else f"{name} ({Path(run_dir).name})"
+        for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
+    runs = dict(zip(labels, found, strict=True))
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    paths = [plot_ratio(runs, folder / "probe_ratio.png")]
+    for place, (label, run_dir) in enumerate(zip(labels, run_dirs, strict=True)):
+        name = "probe_layers.png" if place == 0 else f"probe_layers_{Path(run_dir).name}.png"
+        paths.append(plot_layers(runs[label], folder / name, label))
+    with_ladder = {
+        label: [longest_ladder(run_dir, probe) for probe in (runs[label][0], runs[label][-1])]
+        for label, run_dir in zip(labels, run_dirs, strict=True)
+        if runs[label][-1]["ladder"]
+    }
+    if with_ladder:
+        paths.append(plot_ladder(with_ladder, folder / "probe_ladder.png"))
+    return paths
+
+
+def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """r = ‖∇f‖₁/‖∇f‖₂ over the steps of runs, with √d and 0.798 √d; beside it r/√d with and without embeddings."""
+    figure, (left, right) = _figure(2)
+    d = _same_d(runs)
+    for label, probes in runs.items():
+        steps = [probe["step"] for probe in probes]
+        color = _color(probes, label)
+        left.plot(steps, [_nan(probe["all"]["norm_ratio"]) for probe in probes], "o-", color=color, label=label)
+        singles = [
+            (probe["step"], _nan(probe["ladder"][0]["norm_ratio"])) for probe in probes if len(probe["ladder"]) > 1
+        ]
+        if singles:
+            style = ":" if len(singles) > 1 else "x"
+            left.plot(*zip(*singles, strict=True), style, color=color, label=f"{label}, one batch only")
+        for part, style, text in (("all", "o-", "all parameters"), ("without_embeddings", "s--", "without embeddings")):
+            values = [_nan(probe[part]["norm_ratio_over_sqrt_d"]) for probe in probes]
+            right.plot(steps, values, style, color=color, markersize=4, label=f"{label}, {text}")
+    _reference_lines(left, d)
+    batches = sorted({probe["num_batches"] for probes in runs.values() for probe in probes})
+    left.set(xlabel="step", ylabel="r = ‖∇f‖₁ / ‖∇f‖₂", ylim=(0, 1.08 * math.sqrt(d)))
+    left.set_title(f"Norm ratio, mean of {' or '.join(map(str, batches))} batches, d = {d:,}", fontsize=10)
+    right.axhline(GAUSSIAN_RATIO, color=_GREY, linewidth=1, linestyle="-.")
+    right.text(
+        0.01,
+        GAUSSIAN_RATIO,
+        "0.798: pure Gaussian noise",
+        color=_GREY,
+        fontsize=8,
+        va="bottom",
+        transform=right.get_yaxis_transform(),
+    )
+    right.set(xlabel="step", ylabel="r / √d, each with its own d", ylim=(0, 1.08))
+    right.set_title("The same as a share of its upper bound", fontsize=10)
+    for axes in (left, right):
+        axes.legend(fontsize=8, loc="best")
+    return _save(figure, path)
+
+
+def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
+    """r against the number of averaged batches, first and last probe of each run, with the spread between groups."""
+    figure, axes = _figure(1)
+    for label, probes in runs.items():
+        color = _color(probes, label)
+        shown = [probe for probe in (probes[0], probes[-1]) if probe["ladder"]]
+        for probe, style in zip(shown, ("--", "-"), strict=False):
+            rungs = probe["ladder"]
+            axes.errorbar(
+                [rung["num_batches"] for rung in rungs],
+                [rung["norm_ratio"] for rung in rungs],
+                yerr=[rung["norm_ratio_std"] or 0.0 for rung in rungs],
+                fmt="o" + style, color=color, capsize=3, markersize=4, label=f"{label}, step {probe['step']:,}",
+            )  # fmt: skip
+    _reference_lines(axes, _same_d(runs))
+    axes.set(xscale="log", xlabel="averaged global batches k", ylabel="r(k)", ylim=(0, 1.08 * math.sqrt(_same_d(runs))))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_title("Norm ratio of the mean of k batches; bars: spread between disjoint groups", fontsize=10)
+    axes.legend(fontsize=8, loc="best")
+    return _save(figure, path)
+
+
+def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> Path:
+    """r/√d of each layer over the steps, and of each layer and kind of parameter at the last probe."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    layers = list(probes[-1]["layers"])
+    over_time = np.array(
+        [[_nan(probe["layers"][layer]["norm_ratio_over_sqrt_d"]) for probe in probes] for layer in layers]
+    )
+    grid, kinds = _layer_by_kind(probes[-1], layers)
+    figure = Figure(figsize=(9.5, 0.32 * len(layers) + 1.9), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[max(4, len(probes)), len(kinds) + 1])
+    for axes, values, names, title in (
+        (left, over_time, [f"{probe['step']:,}" for probe in probes], "over training (step)"),
+        (right, grid, kinds, f"by kind, step {probes[-1]['step']:,}"),
+    ):
+        image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
+        axes.set_xticks(range(len(names)), names, fontsize=7, rotation=45 if len(names) > 6 else 0)
+        axes.set_yticks(range(len(layers)), layers, fontsize=7)
+        axes.set_title(title, fontsize=9)
+        if values.size <= 150:
+            for (row, column), value in np.ndenumerate(values):
+                if not np.isnan(value):
+                    shade = "white" if value < 0.55 else "black"
+                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=shade)
+    bar = figure.colorbar(image, ax=[left, right], shrink=0.9)
+    bar.ax.axhline(GAUSSIAN_RATIO, color="white", linewidth=1.5)
+    bar.ax.set_ylabel("r/√d of the part (white: 0.798, Gaussian noise)", fontsize=7)
+    figure.suptitle(f"{label}: norm ratio by part of the network, each with its own d", fontsize=10)
+    return _save(figure, path)
+
+
+def _layer_by_kind(probe: Mapping[str, Any], layers: list[str]) -> tuple[Any, list[str]]:
+    import numpy as np
+
+    sums: dict[tuple[str, str], list[float]] = {}
+    for name, norms in probe["parameters"].items():
+        if norms["grad_l1"] is None or norms["grad_l2"] is None:
+            continue
+        cell = sums.setdefault((layer_of(name), kind_of(name)), [0.0, 0.0, 0.0])
+        for index, value in enumerate((norms["grad_l1"], norms["grad_l2"] ** 2, norms["num_parameters"])):
+            cell[index] += value
+    kinds = [kind for kind in KINDS if any(kind == found for _, found in sums)]
+    grid = np.full((len(layers), len(kinds)), np.nan)
+    for (layer, kind), (l1, squares, count) in sums.items():
+        if squares > 0:
+            grid[layers.index(layer), kinds.index(kind)] = l1 / math.sqrt(squares * count)
+    return grid, kinds
+
+
+def _figure(columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # draws with Agg, whatever the machine's display
+
+    figure = Figure(figsize=(5.6 * columns + 0.8, 4.0), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for part in axes if columns > 1 else [axes]:
+        part.grid(alpha=0.25)
+    return figure, axes
+
+
+def _reference_lines(axes: Any, d: int) -> None:
+    for factor, text in ((1.0, "√d"), (GAUSSIAN_RATIO, "0.798 √d: pure Gaussian noise")):
+        height = factor * math.sqrt(d)
+        axes.axhline(height, color=_GREY, linewidth=1, linestyle="-" if factor == 1.0 else "-.")
+        axes.text(
+            0.01,
+            height,
+            f"{text} = {height:,.0f}",
+            color=_GREY,
+            fontsize=8,
+            va="bottom",
+            transform=axes.get_yaxis_transform(),
+        )
+
+
+def _same_d(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
+    found = {int(probe["all"]["num_parameters"]) for probes in runs.values() for probe in probes}
+    assert len(found) == 1, "one figure shows models of one size"
+    return found.pop()
+
+
+def _color(probes: Sequence[Mapping[str, Any]], label: str) -> str:
+    return OPTIMIZER_COLOURS.get(str(probes[-1]["optimizer"]), _GREY)
+
+
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _save(figure: Any, path: Path) -> Path:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with storage_errors(path):
+        figure.savefig(temporary, format="png", dpi=110)
+        temporary.replace(path)
+    return path

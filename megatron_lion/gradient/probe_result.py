@@ -1,0 +1,166 @@
+"""What a probe found: the line for metrics.jsonl, and RUN/probe/step_0001000.json with layers, kinds and the ladder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.errors import DataError
+from megatron_lion.gradient.noise import NoiseEstimate, Rung, as_dict
+from megatron_lion.gradient.norms import GAUSSIAN_RATIO, NormTable
+from megatron_lion.gradient.parameter_kinds import is_padding, kind_of, layer_of
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """A probe of one step.
+
+    Attributes:
+        step: optimizer steps that made the parameters.
+        mode: "frozen" (the gradient of one point) or "moving" (mean of the last training steps' gradients).
+        data: "fixed", "fresh" or "test" samples; "training" for a moving window.
+        dropout: whether it was on.
+        num_batches, num_samples, num_tokens: averaged over.
+        loss, loss_standard_error: mean over them (nats per token); the error from the spread between batches.
+        table: norms of each parameter.
+        seconds: wall time.
+        rungs: the ladder, empty where it was not asked for.
+        noise: None where there is nothing to tell it from.
+        facts: what else a reader wants to know (layout, master weights or not).
+    """
+
+    step: int
+    mode: str
+    data: str
+    dropout: bool
+    num_batches: int
+    num_samples: int
+    num_tokens: int
+    loss: float
+    loss_standard_error: float | None
+    table: NormTable
+    seconds: float
+    rungs: tuple[Rung, ...] = ()
+    noise: NoiseEstimate | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, Any]:
+        """Values for metrics.jsonl, each under probe/…; what is not defined is None."""
+        norms = self.table.norms()
+        unpadded = self.table.norms(lambda name: not is_padding(name))
+        inner = self.table.norms(lambda name: kind_of(name) != "embedding")
+        noise = self.noise
+        return {
+            "probe/loss": self.loss,
+            "probe/loss_standard_error": self.loss_standard_error,
+            "probe/grad_l1": norms.grad_l1,
+            "probe/grad_l2": norms.grad_l2,
+            "probe/grad_linf": norms.grad_linf,
+            "probe/grad_dot_theta": norms.grad_dot_theta,
+            "probe/norm_ratio": norms.norm_ratio,
+            "probe/norm_ratio_over_sqrt_d": norms.norm_ratio_over_sqrt_d,
+            "probe/norm_ratio_one_batch": self.rungs[0].norm_ratio if self.rungs else None,
+            "probe/norm_ratio_gaussian": GAUSSIAN_RATIO * math.sqrt(norms.num_parameters),
+            "probe/kkt_residual": norms.kkt_residual,
+            "probe/theta_linf": norms.theta_linf,
+            "probe/box_fraction": norms.box_fraction,
+            "probe/num_parameters": norms.num_parameters,
+            "probe/sqrt_d": math.sqrt(norms.num_parameters),
+            "probe/num_parameters_unpadded": unpadded.num_parameters,
+            "probe/norm_ratio_unpadded_over_sqrt_d": unpadded.norm_ratio_over_sqrt_d,
+            "probe/num_parameters_without_embeddings": inner.num_parameters,
+            "probe/norm_ratio_without_embeddings_over_sqrt_d": inner.norm_ratio_over_sqrt_d,
+            "probe/grad_l2_corrected": noise.grad_l2_corrected if noise else None,
+            "probe/noise_share": noise.noise_share if noise else None,
+            "probe/noise_variance": noise.noise_variance if noise else None,
+            "probe/noise_scale_samples": noise.noise_scale_samples if noise else None,
+            "probe/num_batches": self.num_batches,
+            "probe/is_moving": int(self.mode == "moving"),
+            "probe/seconds": round(self.seconds, 3),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        table = self.table
+        content = {
+            "format": FORMAT, "step": self.step, "mode": self.mode, "data": self.data, "dropout": self.dropout,
+            "num_batches": self.num_batches, "num_samples": self.num_samples, "num_tokens": self.num_tokens,
+            "loss": self.loss, "loss_standard_error": self.loss_standard_error, "seconds": round(self.seconds, 3), **self.facts,
+            "kkt": "defined" if table.norms().kkt_residual is not None else "undefined: no parameter has a weight decay λ",
+            "all": table.norms().as_dict(),
+            "without_padding": table.norms(lambda name: not is_padding(name)).as_dict(),
+            "without_embeddings": table.norms(lambda name: kind_of(name) != "embedding").as_dict(),
+            "ladder": [as_dict(rung) for rung in self.rungs],
+            "noise": as_dict(self.noise) if self.noise else None,
+            "layers": {name: norms.as_dict() for name, norms in table.grouped(layer_of).items()},
+            "kinds": {name: norms.as_dict() for name, norms in table.grouped(kind_of).items()},
+            "parameters": {name: norms.as_dict() for name, norms in table.grouped(lambda name: name).items()},
+        }  # fmt: skip
+        return {key: _finite(value) for key, value in content.items()}
+
+
+def probe_file(run_dir: str | Path, step: int) -> Path:
+    """Where the result of a step lies."""
+    return Path(run_dir) / "probe" / f"step_{step:07d}.json"
+
+
+def read_probe(path: str | Path) -> dict[str, Any]:
+    """Reads a result.
+
+    Raises:
+        DataError: the file is missing, damaged or of another format.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `megatron-lion probe RUN`") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and probe again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: not a probe result of format {FORMAT}")
+    return content
+
+
+def read_probes(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The results of a run, by step.
+
+    Raises:
+        DataError: there are none, or one is damaged.
+    """
+    paths = [
+        path
+        for path in sorted((Path(run_dir) / "probe").glob("step_*.json"))
+        if re.fullmatch(r"step_\d+\.json", path.name)
+    ]
+    if not paths:
+        raise DataError(
+            f"{run_dir}: no probe results; train with --probe.every, or run `megatron-lion probe {run_dir}`"
+        )
+    return [read_probe(path) for path in paths]
+
+
+def longest_ladder(run_dir: str | Path, probe: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's results at the step of `probe`, on the same data and with the same dropout, the one over most batches.
+
+    Raises:
+        DataError: a result is damaged.
+    """
+    alike = ("mode", "data", "dropout", "global_batch_size")
+    others = (read_probe(path) for path in (Path(run_dir) / "probe").glob(f"step_{probe['step']:07d}-*.json"))
+    found = [other for other in others if other["ladder"] and all(other[key] == probe[key] for key in alike)]
+    return max([probe, *found], key=lambda result: int(result["num_batches"]))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,173 @@
+"""A checkpoint as a Hugging Face folder: weights, config, tokenizer, generation config and a model card.
+
+The folder is made beside its place and renamed when it is whole. Before that transformers itself loads it and must
+give the logits that this project's network gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lion.data.tokenizers import Tokenizer
+from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.evaluate.open_run import RestoredRun
+from megatron_lion.files import storage_errors, sync_folder
+from megatron_lion.interop.hf_folder import SINGLE, shape_of, write_model_config
+from megatron_lion.interop.model_card import model_card
+from megatron_lion.interop.weight_names import to_huggingface
+
+LOGIT_TOLERANCE = 1e-5
+"""Largest difference of two fp32 logits over the largest logit: the two networks add the same products in another order."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        folder: the model folder.
+        step: the checkpoint it came from.
+        num_parameters: in model.safetensors, each tied tensor once.
+        dtype: of the weights.
+        logit_difference: largest difference to transformers' logits over the largest logit; None where it was not checked.
+    """
+
+    folder: Path
+    step: int
+    num_parameters: int
+    dtype: str
+    logit_difference: float | None
+
+
+def export_checkpoint(
+    run: RestoredRun, step: int, output: Path, *, dtype: str | None = None, overwrite: bool = False, check: bool = True
+) -> Export:
+    """Writes one checkpoint as a folder that `from_pretrained` loads.
+
+    Args:
+        run: opened in fp32, on one process.
+        step: of the checkpoint.
+        output: the folder to make.
+        dtype: "fp32" or "bf16"; default that of the checkpoint, which makes the export exact.
+        overwrite: replace an earlier export there.
+        check: compare logits with transformers before the folder gets its name.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or transformers gives other logits.
+        ConfigError: something else lies at `output`.
+        StorageError: the disk refused.
+    """
+    if output.exists() and not (overwrite and (output / "config.json").is_file() and (output / SINGLE).is_file()):
+        remedy = "give --overwrite to replace it" if (output / SINGLE).is_file() else "choose another folder"
+        raise ConfigError(f"--output {output}: is there already; {remedy}")
+    run.load(step)
+    manifest = run.manifest(step)
+    stored = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype or manifest["precision"], torch.float16)
+    shape = shape_of(run.config.model, run.vocab_size)
+    weights = {name: tensor.to(stored) for name, tensor in to_huggingface(run.named_weights(), shape).items()}
+    num_parameters = sum(tensor.numel() for tensor in weights.values())
+    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    with storage_errors(output):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        with storage_errors(output):
+            _write(run, step, manifest, weights, str(stored).removeprefix("torch."), temporary)
+        difference = _compare_logits(run, temporary, stored) if check else None
+        with storage_errors(output):
+            earlier = output.with_name(f".{output.name}.old-{os.getpid()}")
+            if output.exists():
+                os.replace(output, earlier)
+            os.replace(temporary, output)
+            sync_folder(output.parent)
+            shutil.rmtree(earlier, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Export(output, step, num_parameters, str(stored).removeprefix("torch."), difference)
+
+
+def _write(
+    run: RestoredRun, step: int, manifest: dict[str, Any], weights: dict[str, torch.Tensor], dtype: str, folder: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    special = special_ids(run.tokenizer, run.config.model.kind)
+    config = write_model_config(run.config.model, run.vocab_size, special, dtype)
+    facts = {
+        "step": str(step),
+        "weights_fingerprint": manifest["weights_fingerprint"],
+        "tokenizer_sha256": run.tokenizer.sha256,
+    }
+    save_file(
+        weights,
+        folder / SINGLE,
+        metadata={"format": "pt", **{f"megatron_lion.{key}": value for key, value in facts.items()}},
+    )
+    _write_json(folder / "config.json", config)
+    if run.config.model.kind == "gpt2":
+        ids = {f"{name}_token_id": index for name, index in special.items() if index is not None}
+        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    run.tokenizer.save(folder)
+    (folder / "README.md").write_text(
+        model_card(run.run_dir, run.config, manifest, run.vocab_size, dtype), encoding="utf-8"
+    )
+
+
+def special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
+    """bos, eos and pad tokens as Hugging Face means them; GPT-2's one end marker is both bos and eos."""
+    if kind == "bert":
+        return {"pad": tokenizer.backend.token_to_id("[PAD]")}
+    end = tokenizer.backend.token_to_id(tokenizer.eod_token) if tokenizer.eod_token is not None else None
+    return {"bos": end, "eos": end}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _compare_logits(run: RestoredRun, folder: Path, stored: torch.dtype) -> float:
+    """The largest difference between this network's logits and transformers', over the largest logit.
+
+    Raises:
+        CheckpointError: it is not rounding.
+    """
+    import transformers
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    run.round_weights(stored)  # both sides in fp32 arithmetic, on the weights that were written
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    other = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    generator = torch.Generator().manual_seed(0)
+    length = min(run.seq_length, 64)
+    tokens_BS = torch.randint(run.vocab_size, (2, length), generator=generator)
+    if run.config.model.kind == "gpt2":
+        pairs = [(run.logits(tokens_BS.to(run.device.torch_device), length), other(tokens_BS).logits)]
+    else:
+        types_BS = (torch.arange(length) >= length // 2).long().repeat(2, 1)
+        theirs = other(tokens_BS, token_type_ids=types_BS, attention_mask=torch.ones_like(tokens_BS))
+        rows = [
+            run.bert_logits(tokens_BS[row : row + 1], types_BS[row : row + 1], list(range(length))) for row in range(2)
+        ]
+        pairs = [
+            (torch.stack([logits for logits, _ in rows]), theirs.prediction_logits),
+            (torch.stack([order for _, order in rows]), theirs.seq_relationship_logits),
+        ]
+    worst = max(
+        float((ours.cpu().float() - given).abs().max() / given.abs().max().clamp(min=1.0)) for ours, given in pairs
+    )
+    if not worst <= LOGIT_TOLERANCE:
+        raise CheckpointError(
+            f"{folder.name}: transformers gives other logits for these weights (relative difference {worst:.2g}); nothing was written; "
+            "please report this"
+        )
+    return worst

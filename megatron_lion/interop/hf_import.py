@@ -1,0 +1,124 @@
+"""A Hugging Face folder as the beginning of a run: a run folder whose checkpoint of step 0 holds the imported weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lion.config import ModelConfig, RunConfig, padded_vocab_size
+from megatron_lion.configfile import save_config
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.device import DTYPES, select_device
+from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.files import storage_errors, sync_folder
+from megatron_lion.interop.hf_folder import read_model_config, read_weights, shape_of
+from megatron_lion.interop.weight_names import from_huggingface
+from megatron_lion.model.build import build_model
+from megatron_lion.optim.parameter_shards import named_global_parameters
+from megatron_lion.parallel import process_groups
+from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.fingerprint import weights_fingerprint
+from megatron_lion.train.run import model_facts, model_sharded_state, unwrap
+
+
+def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = None) -> RunConfig:
+    """Makes a run folder from a Hugging Face one; on one process. The checkpoint then loads at any layout.
+
+    The rows that pad the embedding are the mean of the others. Their logit is then the mean logit, and because
+    exp(mean) ≤ mean(exp) they get at most padded/vocabulary of the probability: 47/50257 for GPT-2, 0.0009 nats.
+
+    Args:
+        folder: with config.json, model.safetensors (or its index), and a tokenizer.
+        config: settings of the run to be; its `model` section is replaced by what config.json says.
+        tokenizer: instead of the folder's own.
+
+    Returns:
+        The settings that were saved.
+
+    Raises:
+        CheckpointError: the folder holds no GPT-2 or MegatronBert with all its heads.
+        ConfigError: the run folder is not empty.
+        DataError: no tokenizer, or one of another vocabulary.
+    """
+    model, name = read_model_config(folder)
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"run_dir: {run_dir} is not empty; choose another folder for the imported run")
+    read = read_weights(folder, model.kind)
+    loaded = load_tokenizer(tokenizer or folder)
+    vocab_size = int(model.vocab_size or 0)
+    if loaded.vocab_size > vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {loaded.vocab_size} ids, the model {vocab_size}; give the model's own with --tokenizer"
+        )
+    if (loaded.kind == "WordPiece") != (model.kind == "bert"):
+        raise CheckpointError(
+            f"{folder}: a {model.kind} model, and a {loaded.kind} tokenizer; give the model's own with --tokenizer"
+        )
+    kept = config.model  # how to compute, which no file tells
+    model = replace(model, make_vocab_size_divisible_by=kept.make_vocab_size_divisible_by, attention=kept.attention,
+                    recompute=kept.recompute)  # fmt: skip
+    config = replace(config, model=model, name=config.name or folder.resolve().name)
+    try:
+        weights = dict(from_huggingface(read, shape_of(model, vocab_size)))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the weights do not have the shapes that config.json says: {error}") from None
+    _save(folder, name, config, loaded, weights, vocab_size)
+    return config
+
+
+def _save(
+    folder: Path, name: str, config: RunConfig, tokenizer: Tokenizer, weights: dict[str, torch.Tensor], vocab_size: int
+) -> None:
+    """Writes the run folder with its one checkpoint, in the dtype of the weights (fp16, which training widens, as fp32).
+
+    It is made beside its place and renamed when it is whole.
+    """
+    run_dir = Path(config.run_dir)
+    temporary = run_dir.with_name(f".{run_dir.name}.tmp-{os.getpid()}")
+    precision = "bf16" if all(tensor.dtype == torch.bfloat16 for tensor in weights.values()) else "fp32"
+    device = select_device(config.device)
+    with process_groups(device) as ranks:
+        one = replace(config, train=replace(config.train, precision=precision), parallel=type(config.parallel)())  # type: ignore[arg-type]
+        chunks = build_model(one, device, vocab_size)
+        _fill(chunks, weights, config.model, vocab_size, folder)
+        facts: dict[str, Any] = {
+            "consumed_samples": 0, "seed": config.seed, "layout": ckpt.layout_facts(ranks), "state_layout": None, "optimizer": None,
+            "optimizer_state": None, "precision": precision, "model": model_facts(config, vocab_size), "buckets": None,
+            "data_digest": None, "tokenizer_sha256": tokenizer.sha256, "weights_fingerprint": weights_fingerprint(chunks),
+            "source": f"{folder.resolve().name} ({name})",
+        }  # fmt: skip
+        try:
+            tokenizer.save(temporary / "tokenizer")
+            ckpt.save_checkpoint(temporary, 0, {"model": model_sharded_state(chunks)}, {}, facts, ranks)
+            with storage_errors(run_dir):
+                save_config(config, temporary / "config.yaml")
+                os.replace(temporary, run_dir)  # an empty folder of that name may be there
+                sync_folder(run_dir.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def _fill(
+    chunks: list[Any], weights: dict[str, torch.Tensor], model: ModelConfig, vocab_size: int, folder: Path
+) -> None:
+    rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
+    dtype = DTYPES["fp32"]
+    for name, parameter in named_global_parameters(unwrap(chunks[0])):
+        tensor = weights.pop(name)
+        if len(tensor) == vocab_size != rows and parameter.shape[0] == rows:
+            padding = tensor.to(dtype).mean(0, keepdim=True).to(tensor.dtype)
+            tensor = torch.cat([tensor, padding.expand(rows - vocab_size, *tensor.shape[1:])])
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json wants {tuple(parameter.shape)}; "
+                "the files do not belong together"
+            )
+        parameter.copy_(tensor)
+    assert not weights, "the name table has tensors that the network lacks"

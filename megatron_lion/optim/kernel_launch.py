@@ -1,0 +1,267 @@
+"""Tables and launches for the Triton kernel: the host's side of a fused step, which never waits for the device.
+
+A step makes one launch for each kind of tensor: device, dtypes of parameter and gradient, form of the master
+weight, and whether all addresses are multiples of 16. In a model there is one kind, seldom two. The tables stay on
+the device between steps and are sent again only when an address or a hyper-parameter changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from .agreement import agreement_kernel
+from .cautious import factors
+from .kernels import lion_kernel
+from .lion import Lion
+from .tensor_tables import Row, hyper_parameters, master_form, row_of
+from .update import PlainLayout, Slot
+
+# Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones, and since every array is laid
+# out alike over the threads, nothing is exchanged between them. Compiled for sm_80 and sm_90 this takes 32 to 40
+# registers, so that an SM is full of threads (tests/optim/test_kernel_compiled.py reads it from the compiler).
+BLOCK = 1024
+NUM_WARPS = 8
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+Kind = tuple[torch.device, torch.dtype, torch.dtype, str, bool]
+
+
+@dataclass
+class Plan:
+    """The tables of one launch, and what they were made from.
+
+    Attributes:
+        rows: (addresses of parameter, gradient, momentum and master weight; elements; group; tensor) of every tensor.
+        hyper: (decay, β1, 1-β1, β2, 1-β2, rate or 0) of every group.
+        lrs: (address of the rate or 0) of every group.
+        rows_table: `rows` on the device, int64.
+        chunks_table: (row, chunk) of every program, int32.
+        groups_table: `hyper` on the device, float32.
+        lrs_table: address of every group's rate, int64: the tensor's own, or that of a column of `groups_table`.
+    """
+
+    rows: tuple[Row, ...]
+    hyper: tuple[tuple[float, ...], ...]
+    lrs: tuple[int, ...]
+    rows_table: torch.Tensor
+    chunks_table: torch.Tensor
+    groups_table: torch.Tensor
+    lrs_table: torch.Tensor
+
+
+class Fleet:
+    """Everything the kernel is launched on, kept as long as no tensor moves.
+
+    Describing a tensor anew costs the host ten times what it costs to see that it is where it was.
+    """
+
+    def __init__(self, optimizer: Lion, slots: Sequence[Slot], old: Fleet | None) -> None:
+        """Describes the slots; tables of the `old` fleet that still hold are kept.
+
+        Raises:
+            ValueError: a dtype that the kernel does not do.
+        """
+        self.layout = optimizer.layout
+        self.cautious, self.sum_agreement = optimizer.cautious, optimizer.sum_agreement
+        self.params = [slot.param for slot in slots]
+        if self.cautious and slots:
+            self.numels = _upload(torch.tensor([param.numel() for param in self.params]), self.params[0].device)
+        self.groups = list({id(slot.group): slot.group for slot in slots}.values())
+        self.steps = [slot.state["step"] for slot in slots if "step" in slot.state]
+        self.plans: dict[Kind, Plan] = {}
+        index = {id(group): number for number, group in enumerate(self.groups)}
+        kinds: dict[Kind, list[Row]] = {}
+        for number, slot in enumerate(slots):
+            kind, row = _describe(slot, self.layout, index[id(slot.group)], number)
+            kinds.setdefault(kind, []).append(row)
+        for kind, rows in kinds.items():
+            before = old.plans.get(kind) if old is not None else None
+            self.plans[kind] = update_plan(before, tuple(rows), self.groups, kind[0])
+        self.signature = _signature(optimizer)
+
+    def still_holds(self, optimizer: Lion) -> bool:
+        """Whether groups, parameters, gradients and state are all where they were."""
+        return self.signature is not None and self.signature == _signature(optimizer)
+
+    def step(self, begin: bool, multiplier: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
+        """Takes one LION step.
+
+        Args:
+            begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
+            multiplier: one element that every gradient is multiplied by, or None.
+            found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
+        """
+        for kind, plan in self.plans.items():
+            update_plan(plan, plan.rows, self.groups, kind[0])
+        cautions = self._cautions(begin, multiplier) if self.cautious else None
+        for kind, plan in self.plans.items():
+            if len(plan.chunks_table):
+                scalars = (_scalar(multiplier, kind[0]), _scalar(found_inf, kind[0]), cautions)
+                launch(plan, kind, self.layout.momentum, begin, *scalars)
+        if self.steps:
+            found = _scalar(found_inf, self.steps[0].device)
+            taken = 1.0 if found is None else torch.eq(found, 0).to(torch.float32)
+            torch._foreach_add_(self.steps, taken)
+
+    def _cautions(self, begin: bool, multiplier: torch.Tensor | None) -> torch.Tensor:
+        """How far the moving elements of each tensor go: one launch of its own for each kind."""
+        device = self.params[0].device
+        counts = torch.zeros(len(self.params), dtype=torch.int64, device=device)
+        for kind, plan in self.plans.items():
+            if len(plan.chunks_table):
+                count_agreement(plan, kind, self.layout.momentum, begin, _scalar(multiplier, kind[0]), counts)
+        return factors(self.params, counts, self.numels, self.sum_agreement)
+
+
+def _scalar(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if value is None else value.view(()).to(device, torch.float32, non_blocking=True)
+
+
+def _signature(optimizer: Lion) -> list[Any] | None:
+    """Where everything lies that a step reads or writes; None where that cannot be told without work."""
+    found: list[Any] = []
+    state = optimizer.state
+    try:
+        for group in optimizer.param_groups:
+            found.append(id(group))
+            for param in group["params"]:
+                grad = getattr(param, "decoupled_grad", None)
+                grad = param.grad if grad is None else grad
+                if grad is None:
+                    found.append(None)
+                    continue
+                if not param.is_contiguous() or not grad.is_contiguous() or hasattr(param, "to_local"):
+                    return None
+                own = state[param]
+                places = [value.data_ptr() for value in own.values()]
+                found.append((param.data_ptr(), param.numel(), grad.data_ptr(), grad.dtype, grad.numel(), *places))
+    except RuntimeError:  # a sparse gradient has no address
+        return None
+    return found
+
+
+def _describe(slot: Slot, layout: PlainLayout, group: int, number: int) -> tuple[Kind, Row]:
+    param, grad = slot.param, slot.grad
+    if param.dtype not in TYPES or grad.dtype not in TYPES:
+        raise ValueError(
+            f"implementation = 'triton' with a parameter of {param.dtype} and a gradient of {grad.dtype}: needs "
+            "float32, bfloat16 or float16; use implementation = 'foreach'"
+        )
+    row = row_of(slot, layout, group, number)
+    aligned = not any(address % 16 for address in row[:4])
+    return (param.device, param.dtype, grad.dtype, master_form(slot, layout), aligned), row
+
+
+def launch(
+    plan: Plan,
+    kind: Kind,
+    momentum: str,
+    begin: bool,
+    multiplier: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+    cautions: torch.Tensor | None = None,
+) -> None:
+    """Starts the kernel on what the plan names."""
+    device, param_dtype, grad_dtype, form, aligned = kind
+    # Triton launches on the current device, which need not be the parameters'.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        lion_kernel[(len(plan.chunks_table),)](
+            plan.rows_table,
+            plan.chunks_table,
+            plan.groups_table,
+            plan.lrs_table,
+            multiplier,
+            found_inf,
+            cautions,
+            PARAM_TYPE=TYPES[param_dtype],
+            GRAD_TYPE=TYPES[grad_dtype],
+            MASTER_WEIGHTS=form,
+            MOMENTUM=momentum,
+            BEGIN=begin,
+            CAUTIOUS=cautions is not None,
+            HAS_MULTIPLIER=multiplier is not None,
+            HAS_FOUND_INF=found_inf is not None,
+            ALIGNED=aligned,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def count_agreement(
+    plan: Plan, kind: Kind, momentum: str, begin: bool, multiplier: torch.Tensor | None, counts: torch.Tensor
+) -> None:
+    """Adds to `counts` what the plan's tensors have to move with their gradients."""
+    device, _, grad_dtype, _, aligned = kind
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        agreement_kernel[(len(plan.chunks_table),)](
+            plan.rows_table,
+            plan.chunks_table,
+            plan.groups_table,
+            multiplier,
+            counts,
+            GRAD_TYPE=TYPES[grad_dtype],
+            MOMENTUM=momentum,
+            BEGIN=begin,
+            HAS_MULTIPLIER=multiplier is not None,
+            ALIGNED=aligned,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def update_plan(
+    plan: Plan | None, rows: tuple[Row, ...], groups: Sequence[dict[str, Any]], device: torch.device
+) -> Plan:
+    """The tables for these tensors and groups; parts of the old plan that still hold are kept."""
+    hyper = tuple(_hyper_parameters(group, device) for group in groups)
+    lrs = tuple(_lr_address(group["lr"], device) for group in groups)
+    if plan is None or plan.rows != rows or plan.lrs != lrs:
+        groups_table = torch.empty(len(groups), len(hyper[0]), dtype=torch.float32, device=device)
+        columns = [groups_table.data_ptr() + 4 * (6 * index + 5) for index in range(len(groups))]
+        plan = Plan(
+            rows,
+            (),
+            lrs,
+            _upload(torch.tensor(rows, dtype=torch.int64), device),
+            _upload(_chunks([row[4] for row in rows]), device),
+            groups_table,
+            _upload(torch.tensor([lr or column for lr, column in zip(lrs, columns, strict=True)]), device),
+        )
+    if plan.hyper != hyper:
+        plan.groups_table.copy_(_pinned(torch.tensor(hyper, dtype=torch.float32), device), non_blocking=True)
+        plan.hyper = hyper
+    return plan
+
+
+def _chunks(numels: Sequence[int]) -> torch.Tensor:
+    """(row, chunk) of every program, int32 [programs, 2], for rows of these many elements."""
+    counts = torch.tensor([-(-numel // BLOCK) for numel in numels])
+    rows = torch.repeat_interleave(counts)
+    first = torch.cumsum(counts, 0) - counts
+    return torch.stack([rows, torch.arange(len(rows)) - first[rows]], dim=1).to(torch.int32)
+
+
+def _lr_address(lr: float | torch.Tensor, device: torch.device) -> int:
+    return lr.data_ptr() if isinstance(lr, torch.Tensor) and lr.device == device else 0
+
+
+def _hyper_parameters(group: dict[str, Any], device: torch.device) -> tuple[float, ...]:
+    # A rate on the device is read there; one in host memory is a number like any other.
+    return hyper_parameters(group, 0.0 if _lr_address(group["lr"], device) else float(group["lr"]))
+
+
+def _pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Memory that a copy to the device can leave from on its own; torch holds it back until the copy is done."""
+    return table if device.type == "cpu" else table.pin_memory()
+
+
+def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return _pinned(table, device).to(device, non_blocking=True)

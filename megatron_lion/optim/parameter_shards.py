@@ -1,0 +1,106 @@
+"""This rank's slices of parameters, gradients and state, each coordinate of the model on exactly one rank.
+
+Norms, the KKT residual and the state fingerprint are sums over these slices. Replicas count once: tensor-parallel
+duplicates on the first rank of the group, the tied output embedding of the last pipeline stage not at all, and the
+padding of gradient buckets is no part of any slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import param_is_not_shared
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_lion.optim.distributed_optimizer import STATE_KEYS, StatefulDistributedOptimizer
+from megatron_lion.optim.train_optimizer import TrainOptimizer
+
+TIED_OUTPUT = "output_layer.weight"
+TOKEN_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A slice of one parameter that this rank alone accounts for.
+
+    Attributes:
+        name: of the parameter over the whole model.
+        parameter: the model's tensor (this tensor-parallel rank's part of it).
+        start: flat index of the slice's first element in `parameter`.
+        main: master weights of the slice, fp32 [N].
+        grad: gradient buffer of the slice [N] (after the reduction: of the whole batch), or None before DDP made one.
+        state: optimizer state of the slice by key, fp32 [N] each.
+        weight_decay: λ of the parameter's group.
+    """
+
+    name: str
+    parameter: torch.nn.Parameter
+    start: int
+    main: torch.Tensor
+    grad: torch.Tensor | None
+    state: dict[str, torch.Tensor]
+    weight_decay: float
+
+
+def named_global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yields (name over the whole model, local parameter): pipeline stages count layers on, a tied copy has its source's name."""
+    numbers: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TransformerLayer):
+            numbers[name + "."] = f"{name.rsplit('.', 1)[0]}.{module.layer_number - 1}."
+    for name, parameter in model.named_parameters():
+        for prefix, whole in numbers.items():
+            if name.startswith(prefix):
+                name = whole + name[len(prefix) :]
+                break
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        yield (TOKEN_EMBEDDING if name == TIED_OUTPUT else name), parameter
+
+
+def counts_here(parameter: torch.nn.Parameter) -> bool:
+    """Whether this tensor- and pipeline-parallel rank accounts for the parameter."""
+    split = getattr(parameter, "tensor_model_parallel", False)
+    return param_is_not_shared(parameter) and (split or parallel_state.get_tensor_model_parallel_rank() == 0)
+
+
+def local_shards(model: list[Any], optimizer: TrainOptimizer) -> Iterator[Shard]:
+    """Yields all slices that this rank accounts for; over all ranks they cover the model exactly once."""
+    wrapper = optimizer.megatron
+    decays = optimizer.weight_decays()
+    sharded = isinstance(wrapper, StatefulDistributedOptimizer)
+    mains = {} if sharded else dict(optimizer.model_and_main_params())
+    for chunk in model:
+        for name, parameter in named_global_parameters(chunk):
+            if not counts_here(parameter):
+                continue
+            grad = getattr(parameter, "main_grad", None)
+            if isinstance(wrapper, StatefulDistributedOptimizer):
+                if parameter not in wrapper.model_param_group_index_map:
+                    continue
+                span = wrapper._get_model_param_range_map(parameter)["param"]
+                tensors = wrapper._get_main_param_and_optimizer_states(parameter)
+                state = {key: tensors[key].view(-1) for key in wrapper.state_keys}
+                piece = grad.view(-1)[span.start : span.end] if grad is not None else None
+                yield Shard(name, parameter, span.start, tensors["param"].view(-1), piece, state, decays[parameter])
+            elif parallel_state.get_data_parallel_rank() == 0:
+                main = mains[parameter]
+                state = {key: optimizer.inner.state[main][key].view(-1) for key in STATE_KEYS[optimizer.name]}
+                piece = grad.view(-1) if grad is not None else None
+                yield Shard(name, parameter, 0, main.data.view(-1), piece, state, decays[parameter])
+
+
+def nonfinite_gradients(model: list[Any]) -> list[str]:
+    """Names, with the first flat index in this rank's part, of parameters whose gradient buffer here is not finite."""
+    found = []
+    for chunk in model:
+        for name, parameter in named_global_parameters(chunk):
+            grad = getattr(parameter, "main_grad", None)
+            if grad is not None and not bool(torch.isfinite(grad).all()):
+                index = int((~torch.isfinite(grad.view(-1))).nonzero()[0])
+                found.append(f"{name}[{index}]")
+    return found

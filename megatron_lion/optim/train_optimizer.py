@@ -1,0 +1,347 @@
+"""LION, SGD and AdamW inside megatron-core's DistributedOptimizer (ZeRO-1), behind one small interface.
+
+Upstream's `--optimizer lion` is another thing: it updates only matrices, leaves the rest to Adam and is not sharded;
+its DistributedOptimizer refuses SGD. Here all three run on the same fp32 master shards, with Megatron's decay
+exemptions, clipping and loss scaling, and with a gate that no NaN or infinity passes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer import _get_param_groups_and_buffers, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_lion.config import OptimizerConfig
+from megatron_lion.optim.distributed_optimizer import (
+    STATE_KEYS,
+    FusedDistributedOptimizer,
+    StatefulDistributedOptimizer,
+    let_optimizer_own_master_weights,
+)
+from megatron_lion.optim.lion import Lion
+from megatron_lion.optim.sgd import Sgd
+
+__all__ = ["StepResult", "TrainOptimizer", "build_optimizer"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        grad_l2: norm of the whole gradient before clipping; NaN or infinite where the step was skipped for that.
+        skipped: True where nothing was changed because a gradient was not finite.
+    """
+
+    grad_l2: float
+    skipped: bool
+
+
+class TrainOptimizer:
+    """The optimizer as the loop sees it: set a rate, step, save, load.
+
+    Built by `build_optimizer`. `inner` is the torch optimizer, `megatron` megatron-core's wrapper around it.
+    """
+
+    def __init__(self, megatron: MegatronOptimizer, inner: torch.optim.Optimizer, name: str, clip_grad: float) -> None:
+        self.megatron = megatron
+        self.inner = inner
+        self.name = name
+        self.clip_grad = clip_grad
+        self.num_steps = 0
+        self.num_skipped = 0
+
+    def zero_grad(self) -> None:
+        self.megatron.zero_grad()
+
+    def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Loss times the fp16 loss scale (1 in bf16 and fp32): megatron-core's grad_scale_func."""
+        return self.megatron.scale_loss(loss)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.megatron.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+
+    @torch.no_grad()
+    def step(self) -> StepResult:
+        """Measures the gradient, and either updates or, on every rank alike, changes nothing.
+
+        The norm is the gate: it is reduced over all ranks, and it is finite only if every gradient is. sign() would
+        turn a NaN into a zero and an infinity into a unit step, and no loss curve would show it.
+        """
+        if isinstance(self.megatron, FusedDistributedOptimizer):
+            grad_l2 = float(self.megatron.fused_step(self.clip_grad))
+            skipped = not math.isfinite(grad_l2)
+            self.num_skipped += skipped
+            self.num_steps += not skipped
+            return StepResult(grad_l2, skipped)
+        found_inf = self.megatron.prepare_grads()
+        grad_l2 = float("nan") if found_inf else float(self.megatron.get_grad_norm())
+        skipped = found_inf or not math.isfinite(grad_l2)
+        if not skipped:
+            if self.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.clip_grad, grad_l2)
+            self.megatron.step_with_ready_grads()
+        # Where nothing is sharded, `.grad` is the gradient buffer itself: left there, whatever accumulates next in the
+        # buffer (a probe, say) would be added to it twice.
+        self.zero_grad()
+        self.num_skipped += skipped
+        self.num_steps += not skipped
+        return StepResult(grad_l2, skipped)
+
+    def weight_decays(self) -> dict[torch.nn.Parameter, float]:
+        """Decay of each model parameter of this rank (the λ of its group; 0 where exempt)."""
+        groups = self.megatron.param_groups
+        if isinstance(self.megatron, StatefulDistributedOptimizer):
+            return {
+                parameter: float(groups[group]["weight_decay"])
+                for parameter, (group, _) in self.megatron.model_param_group_index_map.items()
+            }
+        models = {main: model for model, main in self.model_and_main_params()}
+        return {models[main]: float(group["weight_decay"]) for group in groups for main in group["params"]}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Plain numbers that belong to the optimizer: step counters and the loss scale."""
+        scaler = getattr(self.megatron, "grad_scaler", None)
+        extra: dict[str, Any] = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
+        if scaler is not None:
+            extra["grad_scaler"] = {
+                "scale": float(scaler.scale),
+                "growth_tracker": int(scaler._growth_tracker),
+                "hysteresis_tracker": int(scaler._hysteresis_tracker),
+            }
+        return extra
+
+    def load_extra_state(self, extra: dict[str, Any]) -> None:
+        self.num_steps, self.num_skipped = int(extra["num_steps"]), int(extra["num_skipped"])
+        scaler = getattr(self.megatron, "grad_scaler", None)
+        if scaler is not None and "grad_scaler" in extra:
+            saved = extra["grad_scaler"]
+            scaler.load_state_dict(
+                {
+                    "scale": torch.tensor([saved["scale"]]),
+                    "growth_tracker": saved["growth_tracker"],
+                    "hysteresis_tracker": saved["hysteresis_tracker"],
+                }
+            )
+        for state in self.inner.state.values():
+            if "step" in state:
+                state["step"].fill_(float(self.num_steps))
+
+    def state_form(self) -> dict[str, str]:
+        """How master weights and momentum are kept; a checkpoint holds the values themselves, in fp32."""
+        if isinstance(self.megatron, FusedDistributedOptimizer) and isinstance(self.inner, Lion):
+            return {"master_weights": self.inner.layout.master_weights, "momentum": self.inner.layout.momentum}
+        return {"master_weights": "shards", "momentum": "fp32"}
+
+    def rounds_state_of(self, form: dict[str, str], *, same_shards: bool) -> bool:
+        """Whether state that was kept in another form, or in other shards, is rounded when it is loaded.
+
+        Args:
+            form: the other's `state_form`.
+            same_shards: whether this rank's shards begin and end where they did; an int8 momentum is packed by 32
+                neighbours of a shard.
+        """
+        own = self.state_form()
+        master_kept = own["master_weights"] in ("shards", "fp32", "split32", form["master_weights"])
+        momentum_kept = own["momentum"] in ("fp32", form["momentum"]) and (own["momentum"] != "int8" or same_shards)
+        return not (master_kept and momentum_kept)
+
+    def sharded_state(self, model_state: dict[str, Any], *, is_loading: bool, layout: str) -> dict[Any, Any]:
+        """Master weights and optimizer state as megatron-core ShardedTensors, tensors only.
+
+        Args:
+            model_state: the model's sharded_state_dict(keep_vars=True), which names and places every parameter.
+            is_loading: whether the tensors are destinations.
+            layout: "fully_reshardable" or "dp_reshardable".
+        """
+        if isinstance(self.megatron, StatefulDistributedOptimizer):
+            return self.megatron.sharded_tensors(model_state, is_loading=is_loading, layout=layout)
+        places = {item.data: item for item in model_state.values() if isinstance(item, ShardedTensor)}
+        state: dict[Any, Any] = {}
+        for number, (model_param, main_param) in enumerate(self.model_and_main_params()):
+            place = places[model_param]
+            tensors = {
+                "param": main_param,
+                **{key: self.inner.state[main_param][key] for key in STATE_KEYS[self.name]},
+            }
+            state[number] = {
+                key: replace(place, key=f"optimizer.state.{key}.{place.key}", data=tensor.data, dtype=tensor.dtype)
+                for key, tensor in tensors.items()
+            }
+        return state
+
+    def load_sharded_state(self, state: dict[Any, Any], *, layout: str) -> None:
+        """Puts loaded tensors in place."""
+        if isinstance(self.megatron, StatefulDistributedOptimizer):
+            self.megatron.load_sharded_tensors(state, layout=layout)
+            return
+        for number, (_, main_param) in enumerate(self.model_and_main_params()):
+            for key, loaded in state[number].items():
+                target = main_param.data if key == "param" else self.inner.state[main_param][key]
+                target.copy_(loaded)
+
+    def model_and_main_params(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        """(model parameter, whole master copy) pairs, where nothing is sharded."""
+        optimizer = self.megatron
+        if isinstance(optimizer, Float16OptimizerWithFloat16Params):
+            pairs = [
+                pair
+                for models, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True)
+                for pair in zip(models, mains, strict=True)
+            ]
+            return pairs + [(p, p) for group in optimizer.fp32_from_fp32_groups for p in group]
+        return [(p, p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The torch optimizer for a name, over Megatron's parameter groups."""
+    common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    betas = config.resolved_betas()
+    if config.name == "lion":
+        master = "none" if config.master_weights == "shards" else config.master_weights
+        return Lion(
+            groups,
+            betas=betas,
+            init_exp_avg=config.init_exp_avg,
+            master_weights=master,
+            momentum=config.momentum_dtype,
+            **common,
+        )
+    if config.name == "sgd":
+        return Sgd(groups, momentum=config.momentum, coupled_weight_decay=config.coupled_weight_decay, **common)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, foreach=True, **common)
+
+
+def initialize_state(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Makes every state tensor at once, so that a checkpoint can be loaded into an optimizer that never stepped."""
+    if isinstance(optimizer, Lion):
+        optimizer.init_state()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for key in STATE_KEYS[name]:
+                if key not in state:
+                    state[key] = torch.zeros_like(parameter, dtype=torch.float32)
+            if name == "adamw" and "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+
+
+def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
+    """Makes the norm NaN where a gradient is not finite that the norm does not count, so that the gate sees it too.
+
+    Biases and norms lie whole on every tensor-parallel rank, a tied embedding on two pipeline stages, and upstream's
+    norm reads one copy of each. To the others it now adds 0 · ‖g‖: zero, or NaN.
+    """
+    counted = optimizer.get_grads_for_grad_norm
+
+    def with_replicas(grad_norm_group: str | None = None) -> list[torch.Tensor]:
+        grads = counted(grad_norm_group)
+        known = {id(grad) for grad in grads}
+        name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
+        own = (getattr(parameter, name, None) for parameter in optimizer.get_parameters())
+        replicas = [grad for grad in own if grad is not None and id(grad) not in known]
+        return [*grads, (torch.stack(torch._foreach_norm(replicas)) * 0.0).sum()] if replicas else grads
+
+    optimizer.get_grads_for_grad_norm = with_replicas
+
+
+def build_optimizer(
+    config: OptimizerConfig,
+    model_chunks: list[DistributedDataParallel],
+    *,
+    precision: str = "bf16",
+) -> TrainOptimizer:
+    """Builds the optimizer for DDP-wrapped model chunks.
+
+    With the chunks' `use_distributed_optimizer`, master weights (fp32) and state live in shards, one slice of each
+    bucket a data-parallel rank; else every rank holds all of them. Biases and one-dimensional parameters are exempt
+    from weight decay unless `config.decay_all`.
+
+    Args:
+        config: name, rate, decay and the rest.
+        model_chunks: from `build_model`.
+        precision: "bf16", "fp32" or "fp16" (which gets a dynamic loss scale, 2^16 at first).
+    """
+    sharded = model_chunks[0].ddp_config.use_distributed_optimizer
+    settings = McoreOptimizerConfig(
+        optimizer={"lion": "lion", "sgd": "sgd", "adamw": "adam"}[config.name],
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        params_dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision],
+        use_distributed_optimizer=sharded,
+        clip_grad=config.clip_grad,
+        overlap_param_gather=model_chunks[0].ddp_config.overlap_param_gather,
+    )
+    overrides = {} if config.decay_all else get_standard_config_overrides(settings)
+    groups, buffers = _get_param_groups_and_buffers(
+        model_chunks, 0, settings, overrides, filter_fn=lambda group: True, buffer_name="buffers"
+    )
+    for group in groups:
+        group["weight_decay"] = config.weight_decay * group.get("wd_mult", 1.0)
+    scaler = None
+    if precision == "fp16":
+        scaler = DynamicGradScaler(
+            initial_scale=2.0**16,
+            min_scale=1.0,
+            growth_factor=2.0,
+            backoff_factor=0.5,
+            growth_interval=1000,
+            hysteresis=2,
+        )
+    inner = build_inner_optimizer(config, groups)
+
+    def state_is_made_here(*_: Any) -> None:
+        initialize_state(inner, config.name)
+
+    megatron: MegatronOptimizer
+    if sharded:
+        # False: `megatron_lion.parallel.process_groups` builds no gloo groups.
+        process_groups = ProcessGroupCollection.setup_process_groups_for_optimizer(None, model_chunks, False)
+        kind = StatefulDistributedOptimizer
+        if config.master_weights != "shards":
+            kind = FusedDistributedOptimizer
+            let_optimizer_own_master_weights(settings)
+        megatron = kind(
+            inner,
+            settings,
+            scaler,
+            state_is_made_here,
+            model_chunks=model_chunks,
+            per_model_buffers=buffers,
+            data_parallel_group=process_groups["intra_dp_cp_group"],
+            data_parallel_group_gloo=process_groups["intra_dp_cp_group_gloo"],
+            data_parallel_group_idx=process_groups["mp_group"].rank(),
+            distributed_optimizer_instance_id=0,
+        )
+        megatron.state_keys = STATE_KEYS[config.name]
+        megatron.grad_stats_parallel_group = process_groups["intra_dist_opt_group"]
+    elif precision == "fp32":
+        megatron = FP32Optimizer(inner, settings, state_is_made_here)
+        megatron.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
+    else:
+        megatron = Float16OptimizerWithFloat16Params(inner, settings, scaler, state_is_made_here)
+        megatron.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
+    megatron.tp_group = megatron.expert_tp_group = parallel_state.get_tensor_model_parallel_group()
+    let_replicas_reach_the_norm(megatron)
+    initialize_state(inner, config.name)
+    return TrainOptimizer(megatron, inner, config.name, config.clip_grad)

@@ -1,0 +1,97 @@
+"""Puts the shards of a corpus together into one pair of token files a split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lion.data.indexed_writer import IndexedWriter, token_dtype
+from megatron_lion.data.manifest import SPLITS, SplitInfo
+from megatron_lion.prepare.encode_piece import Shard, shard_documents, shard_sentences, shard_tokens
+from megatron_lion.prepare.progress import Progress
+from megatron_lion.prepare.splits import assign_splits, split_names
+
+logger = logging.getLogger(__name__)
+
+
+def write_splits(
+    shards: Sequence[Shard],
+    shards_folder: Path,
+    split: tuple[float, float, float],
+    vocab_size: int,
+    result: Path,
+    progress: Progress,
+) -> tuple[dict[str, SplitInfo], int]:
+    """Writes NAME_text_document.bin/.idx, or NAME_text_sentence, for every split with documents, in the corpus's order.
+
+    Args:
+        shards: in the corpus's order, with at least one document among them.
+        shards_folder: where they lie.
+        split: shares in percent.
+        vocab_size: decides the dtype.
+        result: folder to write into.
+        progress: is told the bytes written.
+
+    Returns:
+        (splits by name, number of documents whose text came before).
+    """
+    hashes = np.concatenate([shard_documents(shards_folder, shard)[1] for shard in shards])
+    distinct = np.unique(hashes).size
+    members = assign_splits(hashes, split)
+    progress.stage("writing the splits", sum(shard.tokens for shard in shards) * token_dtype(vocab_size).itemsize)
+    splits = {}
+    for index, name in enumerate(SPLITS):
+        if np.any(members == index):
+            prefix = result / f"{name}_text_{'sentence' if any(shard.sentences for shard in shards) else 'document'}"
+            splits[name] = _write_split(shards, shards_folder, members == index, vocab_size, prefix, progress)
+    for name in split_names(split):
+        if name not in splits:
+            logger.warning("too few different documents (%d) for a %s split: it is left out", distinct, name)
+    return splits, int(hashes.size - distinct)
+
+
+def _write_split(
+    shards: Sequence[Shard],
+    shards_folder: Path,
+    chosen: npt.NDArray[Any],
+    vocab_size: int,
+    prefix: Path,
+    progress: Progress,
+) -> SplitInfo:
+    """Copies the chosen documents, run by run of neighbours."""
+    first = 0
+    with IndexedWriter(prefix, vocab_size) as writer:
+        for shard in shards:
+            mine = chosen[first : first + shard.documents]
+            first += shard.documents
+            if not mine.any():
+                continue
+            lengths, _ = shard_documents(shards_folder, shard)
+            tokens = shard_tokens(shards_folder, shard, vocab_size)
+            sentences = shard_sentences(shards_folder, shard)
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+            edges = np.flatnonzero(np.diff(mine, prepend=False, append=False))
+            for begin, end in edges.reshape(-1, 2):
+                run = tokens[offsets[begin] : offsets[end]]
+                if sentences is None:
+                    writer.add_documents(run, lengths[begin:end])
+                else:
+                    counts, sentence_lengths = sentences
+                    first_sentence, end_sentence = counts[:begin].sum(), counts[:end].sum()
+                    writer.add_documents(run, sentence_lengths[first_sentence:end_sentence], counts[begin:end])
+                progress.advance(run.nbytes)
+        info = writer.finalize()
+    return SplitInfo(
+        prefix=prefix.name,
+        documents=info.num_documents,
+        tokens=info.num_tokens,
+        bin_bytes=info.bin_bytes,
+        idx_bytes=info.idx_bytes,
+        bin_sha256=info.bin_sha256,
+        idx_sha256=info.idx_sha256,
+    )

@@ -1,0 +1,301 @@
+"""Cuts input files into pieces of work and reads the documents of a piece.
+
+Pieces are cut by the content and size of the files, never by the number of workers. Lines end at LF
+alone: a carriage return, U+2028 or U+0085 inside a text divides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Literal
+
+from megatron_lion.errors import DataError
+from megatron_lion.prepare.inputs import InputFile, find_inputs, opened, optional_package, reading
+from megatron_lion.prepare.lines import BOM, BadLine, Skip, checked_text, decode_utf8, text_of_line
+
+MAX_LINE_BYTES = 1 << 29
+KEPT_PROBLEMS = 5
+OnError = Literal["stop", "skip"]
+TxtDocuments = Literal["file", "blank-line"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an input file that one worker encodes.
+
+    Attributes:
+        file: where it is from.
+        number: counts the pieces of that file from 0.
+        start, end: the lines that begin in this range of (decompressed) bytes; for Parquet, row groups.
+        data: the bytes themselves where the file can only be read from its beginning, else None.
+        stored_bytes: how much of the file as stored it stands for (for progress).
+    """
+
+    file: InputFile
+    number: int
+    start: int
+    end: int
+    data: bytes | None
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are taken from files.
+
+    Attributes:
+        json_key: key of JSON lines, column of Parquet, that holds the text.
+        txt_documents: whether a text file is one document, or blank lines divide it.
+        on_error: whether the first bad line ends the reading or is passed over and counted.
+    """
+
+    json_key: str = "text"
+    txt_documents: TxtDocuments = "file"
+    on_error: OnError = "stop"
+
+
+@dataclass
+class ReadCount:
+    """What reading met.
+
+    Attributes:
+        lines: lines (Parquet: rows) read.
+        skipped, rejected: how many were passed over, by kind.
+        problems: [line within the piece from 1, kind, what] of the first few rejected.
+    """
+
+    lines: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, int] = field(default_factory=dict)
+    problems: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def skip(self, kind: str) -> None:
+        """Counts one that is passed over without being an error."""
+        self.skipped[kind] = self.skipped.get(kind, 0) + 1
+
+    def reject(self, line: int, bad: BadLine) -> None:
+        """Counts one that is wrong and keeps the first few for messages."""
+        self.rejected[bad.kind] = self.rejected.get(bad.kind, 0) + 1
+        if len(self.problems) < KEPT_PROBLEMS:
+            self.problems.append((line, bad.kind, bad.what))
+
+
+def cut_pieces(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
+    """The pieces of one file, in order.
+
+    Plain JSON lines are cut at byte offsets and read by the workers; compressed ones are decompressed
+    here, once, and handed over as bytes; a text file is one piece; Parquet is cut at its row groups.
+
+    Args:
+        file: the file.
+        piece_bytes: about how much text a piece holds.
+
+    Raises:
+        DataError: the file is damaged or cannot be read.
+    """
+    with reading(file.path):
+        if file.format == "parquet":
+            table = optional_package("pyarrow.parquet", file.path).ParquetFile(file.path)
+            groups = table.num_row_groups
+            for number in range(groups):
+                yield Piece(file, number, number, number + 1, None, file.bytes // groups)
+        elif file.format == "txt":
+            yield Piece(file, 0, 0, file.bytes, None, file.bytes)
+        elif not file.compression:
+            for number, start in enumerate(range(0, file.bytes, piece_bytes)):
+                end = min(start + piece_bytes, file.bytes)
+                yield Piece(file, number, start, end, None, end - start)
+        else:
+            yield from _cut_stream(file, piece_bytes)
+
+
+def _cut_stream(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
+    start = number = told = 0
+    with opened(file) as (stream, stored):
+        carry = b""
+        while True:
+            block = stream.read(piece_bytes)
+            data = carry + block
+            cut = data.rfind(b"\n") + 1 if block else len(data)
+            if len(data) - cut > MAX_LINE_BYTES:
+                raise _too_long(file, start + cut)
+            carry = data[cut:]
+            if cut:
+                read = stored.tell() if block else file.bytes
+                yield Piece(file, number, start, start + cut, data[:cut], read - told)
+                start, number, told = start + cut, number + 1, read
+            if not block:
+                return
+
+
+def _too_long(file: InputFile, offset: int) -> DataError:
+    return DataError(
+        f"{file.path}: the line that begins at byte {offset} is longer than {MAX_LINE_BYTES >> 20} MiB; "
+        "JSON lines with one document a line are needed"
+    )
+
+
+def read_piece(piece: Piece, options: ReadOptions, count: ReadCount) -> Iterator[str]:
+    """The documents of a piece, in order.
+
+    With `options.on_error` "stop" the first bad line ends the piece; it is then in `count.problems`.
+
+    Args:
+        piece: from `cut_pieces`.
+        options: how to read.
+        count: is filled while reading.
+    """
+    if piece.file.format == "parquet":
+        candidates = _parquet_texts(piece, options)
+    elif piece.file.format == "txt":
+        candidates = _txt_texts(piece, options)
+    else:
+        candidates = _jsonl_texts(piece, options)
+    for line, result in candidates:
+        count.lines = line
+        if isinstance(result, str):
+            yield result
+        elif isinstance(result, Skip):
+            count.skip(result.kind)
+        else:
+            count.reject(line, result)
+            if options.on_error == "stop":
+                return
+
+
+Candidate = tuple[int, str | Skip | BadLine]
+
+
+def _jsonl_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
+    for number, line in enumerate(_lines_of(piece), start=1):
+        try:
+            yield number, text_of_line(line, options.json_key)
+        except (BadLine, Skip) as reason:
+            yield number, reason
+
+
+def _lines_of(piece: Piece) -> Iterator[bytes]:
+    """Lines that begin within the piece, the last one read to its end beyond it."""
+    first_of_file = piece.start == 0
+    if piece.data is not None:
+        lines: Iterator[bytes] = (line + b"\n" for line in piece.data.removesuffix(b"\n").split(b"\n"))
+    else:
+        lines = _lines_of_range(piece)
+    for line in lines:
+        yield line.removeprefix(BOM) if first_of_file else line
+        first_of_file = False
+
+
+def _lines_of_range(piece: Piece) -> Iterator[bytes]:
+    with reading(piece.file.path), open(piece.file.path, "rb", buffering=1 << 20) as stream:
+        position = max(piece.start - 1, 0)
+        stream.seek(position)
+        if piece.start > 0:
+            position += _skip_line(stream)
+        while position < piece.end:
+            line = stream.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_LINE_BYTES:
+                raise _too_long(piece.file, position)
+            position += len(line)
+            yield line
+
+
+def _skip_line(stream: IO[bytes]) -> int:
+    skipped = 0
+    while part := stream.readline(1 << 20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _txt_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
+    with reading(piece.file.path), opened(piece.file) as (stream, _):
+        if options.txt_documents == "file":
+            data = stream.read()
+            try:
+                yield 1, checked_text(decode_utf8(data.removeprefix(BOM)), "the file")
+            except (BadLine, Skip) as reason:
+                yield 1, reason
+            return
+        paragraph: list[bytes] = []
+        begin = number = 0
+        for number, line in enumerate(stream, start=1):
+            content = line.removeprefix(BOM) if number == 1 else line
+            if content.strip():
+                begin = begin if paragraph else number
+                paragraph.append(content)
+            elif paragraph:
+                yield begin, _paragraph_text(paragraph)
+                paragraph = []
+        if paragraph:
+            yield begin, _paragraph_text(paragraph)
+
+
+def _paragraph_text(lines: list[bytes]) -> str | Skip | BadLine:
+    try:
+        return checked_text(decode_utf8(b"".join(lines).rstrip(b"\r\n")), "the paragraph")
+    except (BadLine, Skip) as reason:
+        return reason
+
+
+def _parquet_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
+    path, key = piece.file.path, options.json_key
+    pyarrow = optional_package("pyarrow", path)
+    with reading(path):
+        table = optional_package("pyarrow.parquet", path).ParquetFile(path)
+        schema = table.schema_arrow
+        if key not in schema.names:
+            raise DataError(f"{path}: no column {key!r} (its columns: {', '.join(schema.names)}); give --json-key")
+        kind = schema.field(key).type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise DataError(f"{path}: column {key!r} holds {kind}, strings are needed; give another --json-key")
+        # As bytes: the library does not check that strings are UTF-8.
+        column = table.read_row_group(piece.start, columns=[key]).column(key).cast(pyarrow.large_binary())
+    for number, data in enumerate((value for chunk in column.chunks for value in chunk.to_pylist()), start=1):
+        try:
+            yield number, checked_text(None if data is None else decode_utf8(data), key)
+        except (BadLine, Skip) as reason:
+            yield number, reason
+
+
+def problem_message(path: Path, line: int, what: str, *, row: bool = False) -> str:
+    """FILE:LINE: what is wrong, and what to type."""
+    where = f"{path}: row {line}" if row else f"{path}:{line}"
+    return f"{where}: {what}; mend it, or pass over such {'rows' if row else 'lines'} with --on-error skip"
+
+
+def read_documents(
+    inputs: Sequence[str | Path], options: ReadOptions | None = None, count: ReadCount | None = None
+) -> Iterator[str]:
+    """All documents of a corpus, one after another, in this process.
+
+    Args:
+        inputs: files, folders and patterns, as for `find_inputs`.
+        options: how to read; the default stops at the first bad line.
+        count: is filled with the totals, where given; problem lines then count from the file's beginning.
+
+    Raises:
+        DataError: a bad line (FILE:LINE: what) unless they are to be passed over; a damaged file.
+    """
+    options, count = options or ReadOptions(), count or ReadCount()
+    for file in find_inputs(inputs):
+        lines_before = 0
+        for piece in cut_pieces(file, 1 << 24):
+            part = ReadCount()
+            yield from read_piece(piece, options, part)
+            for line, kind, what in part.problems:
+                if options.on_error == "stop":
+                    row = file.format == "parquet"
+                    raise DataError(problem_message(file.path, lines_before + line, what, row=row))
+                if len(count.problems) < KEPT_PROBLEMS:
+                    count.problems.append((lines_before + line, kind, what))
+            lines_before += part.lines
+            count.lines += part.lines
+            for total, new in ((count.skipped, part.skipped), (count.rejected, part.rejected)):
+                for kind, number in new.items():
+                    total[kind] = total.get(kind, 0) + number

@@ -1,0 +1,298 @@
+"""Text files to a dataset folder: train, valid and test token files, a manifest and the tokenizer.
+
+The result depends on the input files' content, the tokenizer and the settings alone: not on the number of
+workers, on interruptions, or on where anything lies. It is made in a hidden folder beside the output and
+gets its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_lion.data.bert_vocab import special_ids
+from megatron_lion.data.indexed_writer import check_indexed
+from megatron_lion.data.manifest import (
+    NAME,
+    Manifest,
+    SourceInfo,
+    SplitInfo,
+    read_manifest,
+    write_manifest,
+)
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.errors import ConfigError, DataError
+from megatron_lion.files import sha256_file, storage_errors
+from megatron_lion.prepare.encode_piece import EncodeSettings, Shard
+from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
+from megatron_lion.prepare.inputs import InputFile, find_inputs, input_file, reading
+from megatron_lion.prepare.merge_shards import write_splits
+from megatron_lion.prepare.options import PrepareOptions, plan_manifest
+from megatron_lion.prepare.pieces import Piece, ReadOptions, cut_pieces
+from megatron_lion.prepare.pool import Collector, encode_pieces, usable_cores
+from megatron_lion.prepare.progress import NoProgress, Progress
+from megatron_lion.prepare.size_estimate import estimate_work
+from megatron_lion.prepare.workfolder import check_free_space, check_output, locked_work_folder, publish
+
+__all__ = ["Manifest", "PrepareOptions", "prepare", "read_manifest"]
+
+logger = logging.getLogger(__name__)
+
+_MIN_PIECE_BYTES, _MAX_PIECE_BYTES, _PIECES = 1 << 18, 1 << 24, 64
+_SHARDS_FORMAT = 1
+
+
+def prepare(
+    options: PrepareOptions, documents: Iterable[str] | None = None, progress: Progress | None = None
+) -> Manifest:
+    """Makes a dataset folder, or finds that it is already there.
+
+    Args:
+        options: see there. With more than one worker, scripts that call this need the usual
+            `if __name__ == "__main__":`, as worker processes are spawned.
+        documents: texts to prepare in place of `options.inputs`.
+        progress: where to report bytes done.
+
+    Returns:
+        The manifest of the dataset folder.
+
+    Raises:
+        ConfigError: impossible options, or an output that is another dataset or no dataset.
+        DataError: bad lines, damaged files, no documents.
+        StorageError: not enough room, or the disk refused.
+        BusyError: another prepare is writing the same output.
+        PeerError: a worker was killed.
+    """
+    progress = progress or NoProgress()
+    output = options.output_folder
+    tokenizer = options.tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = load_tokenizer(tokenizer, eod_token=options.eod_token)
+    if options.task == "bert":
+        special_ids(tokenizer)  # before an hour is spent on reading
+    check_output(output, options.overwrite)
+    planned = plan_manifest(options, tokenizer)
+    with locked_work_folder(output) as work:
+        files = [_spool(documents, work, options.json_key)] if documents is not None else []
+        files += find_inputs(options.inputs, options.format) if options.inputs or documents is None else []
+        sources = _hash_sources(files, work, progress)
+        planned = dataclasses.replace(planned, sources=tuple(sources))
+        existing = _existing(output, planned, options.overwrite)
+        if existing is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            return existing
+        return _Preparation(options, tokenizer, planned, files, work, progress).run(output)
+
+
+def _spool(documents: Iterable[str], work: Path, key: str) -> InputFile:
+    """Writes documents that came as objects into a file of the work folder, so that they are read like any."""
+    path = work / "documents.jsonl"
+    with storage_errors(path), open(path, "w", encoding="ascii") as stream:
+        for text in documents:
+            stream.write(json.dumps({key: text}) + "\n")
+    return input_file(path, "jsonl")
+
+
+def _hash_sources(files: Sequence[InputFile], work: Path, progress: Progress) -> list[SourceInfo]:
+    progress.stage("hashing the input", sum(file.bytes for file in files))
+    sources = []
+    for file in files:
+        with reading(file.path):
+            digest = sha256_file(file.path, progress.advance)
+        path = file.path.name if file.path.parent == work else str(file.path)  # the work folder will be gone
+        sources.append(SourceInfo(path=path, bytes=file.bytes, sha256=digest, documents=0))
+    return sources
+
+
+def _existing(output: Path, planned: Manifest, overwrite: bool) -> Manifest | None:
+    """The dataset that is already at `output` if it is the one asked for; None if one is to be made.
+
+    Raises:
+        ConfigError: another dataset is there and is not to be replaced.
+        DataError: the one there is damaged.
+    """
+    if not (output / NAME).exists():
+        return None
+    try:
+        found = read_manifest(output)
+        different = found.differences(planned)
+        if not different:
+            for split in found.splits.values():
+                check_indexed(output / split.prefix).verify_content()
+            logger.info("%s is complete already, made from the same input with the same settings", output)
+            return found
+    except DataError:
+        if overwrite:
+            return None
+        raise
+    if overwrite:
+        return None
+    raise ConfigError(
+        f"{output}: holds another dataset ({'; '.join(different)}); choose another --output, or replace it: --overwrite"
+    )
+
+
+class _Preparation:
+    """One run of `prepare`: encodes into shards, then puts the splits together."""
+
+    def __init__(
+        self,
+        options: PrepareOptions,
+        tokenizer: Tokenizer,
+        planned: Manifest,
+        files: Sequence[InputFile],
+        work: Path,
+        progress: Progress,
+    ) -> None:
+        self.options = options
+        self.tokenizer = tokenizer
+        self.planned = planned
+        self.files = files
+        self.work = work
+        self.progress = progress
+        self.settings = EncodeSettings(
+            read=ReadOptions(options.json_key, options.txt_documents, options.on_error),
+            eod_id=tokenizer.eod_id if options.ends_documents else None,
+            splitter=options.splitter if options.task == "bert" else None,
+            seed=options.seed,
+            vocab_size=tokenizer.vocab_size,
+        )
+        self.encoder: Encoder = build_encoder(options.encoder, tokenizer, self.settings.splitter)
+        total = sum(file.bytes for file in files)
+        # A power of two, so that a small change of the corpus leaves the cuts of the other files where they are.
+        self.piece_bytes = min(max(1 << (total // _PIECES).bit_length(), _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
+        self.shards_folder = work / f"shards-{self._shards_key()[:16]}"
+
+    def _shards_key(self) -> str:
+        """What the shards depend on; shards of another key are never taken."""
+        parts = (
+            _SHARDS_FORMAT,
+            self.planned.tokenizer.sha256,
+            dataclasses.asdict(self.settings),
+            self.piece_bytes,
+            self.encoder.name,
+        )
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def run(self, output: Path) -> Manifest:
+        """Encodes, splits, merges and publishes."""
+        began = time.monotonic()
+        for old in self.work.glob("shards-*"):
+            if old != self.shards_folder:
+                shutil.rmtree(old)
+        with storage_errors(self.shards_folder, "made"):
+            self.shards_folder.mkdir(exist_ok=True)
+        self._check_space()
+        collector = self._encode()
+        seconds = time.monotonic() - began
+        shards = [shard for _, (_, shard) in sorted(collector.shards.items())]
+        text_bytes = sum(shard.text_bytes for shard in shards)
+        reused = f", {collector.reused} of {len(shards)} pieces from an earlier run" if collector.reused else ""
+        logger.info(
+            "%.1f MB of text encoded in %.1f s (%.1f MB/s) by %s%s",
+            text_bytes / 1e6, seconds, text_bytes / 1e6 / max(seconds, 1e-9), self.encoder.name, reused,
+        )  # fmt: skip
+        self._check_unchanged()
+        manifest = self._merge(collector, shards, self.work / "result")
+        publish(self.work / "result", output, self.work)
+        return manifest
+
+    def _named_pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Shards are named by the content of their file: one that was mended is encoded again, the others stay."""
+        times: Counter[str] = Counter()
+        for source, file in zip(self.planned.sources, self.files, strict=True):
+            content = f"{source.sha256[:24]}-{file.format}{file.compression}"
+            times[content] += 1
+            for piece in cut_pieces(file, self.piece_bytes):
+                yield f"{content}-{times[content]}-{piece.number:06d}", piece
+
+    def _check_space(self) -> None:
+        estimate = estimate_work(self.files, self.settings, self.encoder)
+        workers = self.options.workers or usable_cores()
+        logger.info(
+            "about %s tokens, %s MB of disk while working, %.0f s on %d processes",
+            f"{estimate.tokens:,.0f}", f"{estimate.disk_bytes / 1e6:,.0f}", estimate.core_seconds / workers, workers,
+        )  # fmt: skip
+        there = sum(path.stat().st_size for path in self.shards_folder.iterdir())
+        check_free_space(self.work, estimate.disk_bytes - there)
+
+    def _encode(self) -> Collector:
+        self.progress.stage("encoding", sum(file.bytes for file in self.files))
+
+        def on_shard(piece: Piece, _: Shard) -> None:
+            self.progress.advance(piece.stored_bytes)
+
+        encoder: EncoderName = "gigatoken" if self.encoder.name.startswith("gigatoken") else "tokenizers"
+        workers = self.options.workers or usable_cores()
+        if sum(file.bytes for file in self.files) < 2 * _MIN_PIECE_BYTES:
+            workers = 1  # starting processes would take longer than the work
+        return encode_pieces(
+            self._named_pieces(), self.shards_folder, self.settings, self.tokenizer, encoder, workers, on_shard
+        )
+
+    def _check_unchanged(self) -> None:
+        for file, source in zip(self.files, self.planned.sources, strict=True):
+            with reading(file.path):
+                now = file.path.stat()
+            if (now.st_size, now.st_mtime_ns) != (source.bytes, file.modified_ns):
+                raise DataError(f"{file.path}: changed while it was read; give the same command again")
+
+    def _merge(self, collector: Collector, shards: Sequence[Shard], result: Path) -> Manifest:
+        """Writes the splits' token files, the tokenizer and the manifest into `result`."""
+        shutil.rmtree(result, ignore_errors=True)
+        with storage_errors(result, "made"):
+            result.mkdir()
+        if not any(shard.documents for shard in shards):
+            raise DataError(_no_documents(self.files, shards))
+        splits, duplicates = write_splits(
+            shards, self.shards_folder, self.planned.split, self.tokenizer.vocab_size, result, self.progress
+        )
+        self.tokenizer.save(result / "tokenizer")
+        manifest = self._manifest(collector, shards, splits, duplicates)
+        write_manifest(result, manifest)
+        return manifest
+
+    def _manifest(
+        self, collector: Collector, shards: Sequence[Shard], splits: dict[str, SplitInfo], duplicates: int
+    ) -> Manifest:
+        per_file: Counter[Path] = Counter()
+        for piece, shard in collector.shards.values():
+            per_file[piece.file.path] += shard.documents
+        sources = (
+            dataclasses.replace(source, documents=per_file[file.path])
+            for source, file in zip(self.planned.sources, self.files, strict=True)
+        )
+        return dataclasses.replace(
+            self.planned,
+            encoder=self.encoder.name,
+            sources=tuple(sources),
+            documents=sum(shard.documents for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            text_bytes=sum(shard.text_bytes for shard in shards),
+            duplicate_documents=duplicates,
+            sentences=_total([shard.sentence_counts() for shard in shards]),
+            skipped=_total([shard.read.skipped for shard in shards]),
+            rejected=_total([shard.read.rejected for shard in shards]),
+            splits=splits,
+        )
+
+
+def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))
+
+
+def _no_documents(files: Sequence[InputFile], shards: Sequence[Shard]) -> str:
+    names = str(files[0].path) if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
+    passed = {**_total([s.read.skipped for s in shards]), **_total([s.read.rejected for s in shards])}
+    met = ", ".join(f"{count} × {kind}" for kind, count in passed.items()) or "no lines at all"
+    return f"{names}: no documents in it ({met}); is this the right file, and --json-key the right key?"

@@ -1,0 +1,144 @@
+"""Documents to sentences to WordPiece ids, fast: every distinct word is tokenized once.
+
+BERT's tokenization of a text is that of its blank-separated words one after another, so a table from words to their ids
+gives the ids of most text without tokenizing it. Words that are not in the table yet, and
+documents with control characters (which BERT drops, so that they join what they part), go to `tokenizers`, whose ids
+are the reference; a sample of the documents is encoded by both all along.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_lion.data.bert_vocab import special_ids
+from megatron_lion.data.indexed_writer import token_dtype
+from megatron_lion.data.tokenizers import Tokenizer
+from megatron_lion.errors import DataError
+from megatron_lion.prepare.encoders import EncodedDocument
+from megatron_lion.prepare.splitters import SplitterName, load_splitter
+
+LONGEST_SENTENCE = 512
+"""Megatron's dataset passes over every document with a longer sentence (LONG_SENTENCE_LEN), so longer ones are divided."""
+
+# A word and its ids take some 150 bytes: a quarter of a gigabyte a worker at most.
+_TABLE_WORDS = 1 << 21
+_SAMPLE_EVERY = 512
+_ASCII_PARTS = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9]")
+# White space to str.split, but control characters to BERT.
+_DROPPED = frozenset("\x0b\x0c\x1c\x1d\x1e\x1f\x85")
+
+
+class _WordTable(dict[str, bytes]):
+    """Word -> its ids as the bytes they are stored as; learns what it is asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
+        self._encode = tokenizer.backend.encode
+        self._lowercase = bool((tokenizer.definition.get("normalizer") or {}).get("lowercase"))
+        self._dtype = dtype
+
+    def __missing__(self, word: str) -> bytes:
+        ids = self._learn(word)
+        if len(self) >= _TABLE_WORDS:
+            self.clear()
+        self[word] = ids
+        return ids
+
+    def _learn(self, word: str) -> bytes:
+        """In printable ASCII each mark of punctuation is a word of its own, and small letters are one operation."""
+        if word.isascii() and word.isprintable():
+            parts = _ASCII_PARTS.findall(word)
+            if len(parts) > 1:
+                return b"".join(map(self.__getitem__, parts))
+            if self._lowercase and not word.islower() and word.isalpha():
+                return self[word.lower()]
+        return np.array(self._encode(word, add_special_tokens=False).ids, dtype=self._dtype).tobytes()
+
+
+class SentenceEncoder:
+    """Splits documents into sentences and encodes these with BERT's WordPiece.
+
+    Args:
+        tokenizer: a WordPiece with BERT's special tokens.
+        splitter: "rules" or "punkt".
+        sample_every: every such document is encoded by the reference too.
+
+    Raises:
+        DataError: another kind of tokenizer, or special tokens are missing.
+        EnvironmentFault: punkt is not installed.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, splitter: SplitterName = "rules", sample_every: int = _SAMPLE_EVERY
+    ) -> None:
+        special_ids(tokenizer)
+        self.name = f"tokenizers {importlib.metadata.version('tokenizers')} by words, sentences by {splitter}"
+        self.split = load_splitter(splitter)
+        self._tokenizer = tokenizer
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._continues = _continuation_ids(tokenizer)
+        self._table = _WordTable(tokenizer, self._dtype)
+        self._sample_every = sample_every
+        self._seen = 0
+
+    def encode_documents(self, texts: Sequence[str]) -> list[EncodedDocument]:
+        """Each text as the ids of its sentences; one without any token has no sentence."""
+        documents = []
+        for text in texts:
+            sentences = self.split(text)
+            plain = _DROPPED.isdisjoint(text)
+            encoded = self._by_words(sentences) if plain else self._by_reference(sentences)
+            if plain and self._seen % self._sample_every == 0:
+                self._compare(text, encoded, self._by_reference(sentences))
+            self._seen += 1
+            documents.append(self._document(encoded))
+        return documents
+
+    def _by_words(self, sentences: Sequence[str]) -> list[bytes]:
+        lookup = self._table.__getitem__
+        return [b"".join(map(lookup, sentence.split())) for sentence in sentences]
+
+    def _by_reference(self, sentences: Sequence[str]) -> list[bytes]:
+        return [np.array(ids, dtype=self._dtype).tobytes() for ids in self._tokenizer.encode_batch(sentences)]
+
+    def _compare(self, text: str, found: list[bytes], expected: list[bytes]) -> None:
+        if found != expected:
+            raise DataError(
+                f"{self._tokenizer.source}: encoding by words gives other ids than the tokenizer for the text that begins "
+                f"{text[:40]!r}; please report this tokenizer"
+            )
+
+    def _document(self, sentences: list[bytes]) -> EncodedDocument:
+        lengths = np.array([len(ids) for ids in sentences], dtype=np.int32) // self._dtype.itemsize
+        ids = np.frombuffer(b"".join(sentences), dtype=self._dtype)
+        long = int((lengths > LONGEST_SENTENCE).sum())
+        if long:
+            lengths = self._divide(ids, lengths)
+        return EncodedDocument(ids, lengths[lengths > 0], long)
+
+    def _divide(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Lengths with long sentences cut into pieces of at most `LONGEST_SENTENCE`, at words' beginnings."""
+        divided: list[int] = []
+        start = 0
+        for length in lengths.tolist():
+            end = start + length
+            while end - start > LONGEST_SENTENCE:
+                begins = np.flatnonzero(~self._continues[ids[start + 1 : start + LONGEST_SENTENCE + 1]])
+                cut = int(begins[-1]) + 1 if begins.size else LONGEST_SENTENCE
+                divided.append(cut)
+                start += cut
+            divided.append(end - start)
+            start = end
+        return np.array(divided, dtype=np.int32)
+
+
+def _continuation_ids(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
+    """(V,) whether an id goes on a word (##…)."""
+    continues = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
+    continues[[index for token, index in tokenizer.backend.get_vocab().items() if token.startswith("##")]] = True
+    return continues

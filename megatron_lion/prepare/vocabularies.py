@@ -1,0 +1,158 @@
+"""Trains small vocabularies on a corpus: byte-level BPE for GPT-2 and WordPiece for BERT, with `tokenizers`.
+
+The same files give the same vocabulary, byte for byte, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_lion.data.bert_vocab import SPECIAL_TOKENS
+from megatron_lion.data.tokenizers import DEFAULT_EOD, Tokenizer, load_tokenizer
+from megatron_lion.errors import ConfigError
+from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.prepare.pieces import read_documents
+
+ALPHABET = 60
+"""Single characters in a WordPiece vocabulary: the commonest; words keep only these in training."""
+
+_CONTINUING = 0xF0000  # private-use plane: one code point for each "##c"
+
+
+def train_bpe(files: Sequence[str | Path], vocab_size: int, folder: str | Path) -> Tokenizer:
+    """Trains a byte-level BPE vocabulary on a corpus and saves it as vocab.json + merges.txt.
+
+    <|endoftext|> is the last id, as in GPT-2. The same files give the same vocabulary.
+
+    Args:
+        files: as for `find_inputs`.
+        vocab_size: number of ids, 257 (the bytes and the end marker) or more; fewer come out where the corpus
+            is too small for as many merges.
+        folder: where to save.
+
+    Returns:
+        The tokenizer, loaded from `folder`.
+
+    Raises:
+        ConfigError: vocab_size is below 257.
+    """
+    if vocab_size < 257:
+        raise ConfigError(f"vocab_size {vocab_size}: at least 257 are needed, the 256 bytes and {DEFAULT_EOD}")
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = byte_level
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(read_documents(files), trainer=trainer)
+    model = json.loads(backend.to_str())["model"]
+    vocab = {**model["vocab"], DEFAULT_EOD: len(model["vocab"])}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    folder = Path(folder)
+    with storage_errors(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode("utf-8"))
+    write_whole(folder / "merges.txt", ("#version: 0.2\n" + "\n".join(merges) + "\n").encode("utf-8"))
+    return load_tokenizer(folder)
+
+
+def train_wordpiece(files: Sequence[str | Path], vocab_size: int, folder: str | Path) -> Tokenizer:
+    """Trains an uncased WordPiece vocabulary with BERT's special tokens on a corpus and saves it as vocab.txt.
+
+    Special tokens come first, then the pieces by alphabet. The pieces are those that `tokenizers`'
+    WordPieceTrainer chooses, pair by pair the commonest; among equally common pairs, where that trainer
+    follows the order of a hash table, the first by alphabet is taken.
+
+    Args:
+        files: as for `find_inputs`.
+        vocab_size: number of ids, special tokens and single characters among them.
+        folder: where to save.
+
+    Returns:
+        The tokenizer, loaded from `folder`.
+
+    Raises:
+        ConfigError: vocab_size has no room for pieces beside the characters.
+    """
+    if vocab_size < 200:
+        raise ConfigError(
+            f"vocab_size {vocab_size}: at least 200 are needed, special tokens and characters with and without ##"
+        )
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    words = _count_words(read_documents(files))
+    alphabet = _commonest_characters(words)
+    spelled: Counter[str] = Counter()
+    for word, count in words.items():
+        spelled[_spell(word, alphabet)] += count
+    letters = sorted({letter for word in spelled for letter in word} | set(alphabet))
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_repeated(spelled), trainer=trainer)
+    pieces = sorted(_read_back(piece, alphabet) for piece in backend.get_vocab())
+    folder = Path(folder)
+    with storage_errors(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "vocab.txt", ("\n".join([*SPECIAL_TOKENS, *pieces]) + "\n").encode("utf-8"))
+    return load_tokenizer(folder)
+
+
+def _count_words(documents: Iterable[str]) -> Counter[str]:
+    """Words as BERT's basic tokenizer splits them, lower case without accents, and how often each occurs."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    split = pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for document in documents:
+        words.update(word for word, _ in split.pre_tokenize_str(normalizer.normalize_str(document)))
+    return words
+
+
+def _commonest_characters(words: Counter[str]) -> str:
+    """The `ALPHABET` commonest characters of a corpus in their order; of equally common ones the first."""
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+    return "".join(sorted(sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET]))
+
+
+def _spell(word: str, alphabet: str) -> str:
+    """A word with a code point of its own for each character after the first: the trainer then needs no "##".
+
+    With its "##" the trainer numbers these characters in the order of a hash table, and ties follow the numbers.
+    Characters outside the alphabet are left out, as the trainer does.
+    """
+    places = ((index, alphabet.find(character)) for index, character in enumerate(word))
+    return "".join(chr(_CONTINUING + place) if index else alphabet[place] for index, place in places if place >= 0)
+
+
+def _read_back(piece: str, alphabet: str) -> str:
+    """A piece of spelled words as WordPiece writes it.
+
+    >>> _read_back(_spell("aba", "ab"), "ab"), _read_back(_spell("aba", "ab")[1:], "ab")
+    ('aba', '##ba')
+    """
+    plain = "".join(alphabet[ord(letter) - _CONTINUING] if ord(letter) >= _CONTINUING else letter for letter in piece)
+    return f"##{plain}" if ord(piece[0]) >= _CONTINUING else plain
+
+
+def _repeated(words: Counter[str]) -> Iterator[str]:
+    """Every word as often as it occurs, a thousand at a time: the trainer counts what it is given."""
+    for word, count in words.items():
+        for start in range(0, count, 1000):
+            yield f"{word} " * min(1000, count - start)

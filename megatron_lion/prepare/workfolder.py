@@ -1,0 +1,98 @@
+"""The hidden folder beside the output in which a dataset is made, and the step that gives it its name."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_lion.data.manifest import NAME
+from megatron_lion.errors import BusyError, ConfigError, StorageError
+from megatron_lion.files import storage_errors, sync_folder
+
+logger = logging.getLogger(__name__)
+
+
+def work_folder(output: Path) -> Path:
+    """OUTPUT's neighbour `.NAME.preparing`, on the same disk, so that renaming is one step."""
+    output = output.absolute()
+    return output.parent / f".{output.name}.preparing"
+
+
+@contextmanager
+def locked_work_folder(output: Path) -> Iterator[Path]:
+    """Makes the work folder and holds it; kept when the block fails, so that the next run can go on.
+
+    Raises:
+        BusyError: another prepare is writing the same output.
+        StorageError: it cannot be made.
+    """
+    folder = work_folder(output)
+    with storage_errors(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115 - held to the end of the block
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BusyError(
+                f"{output}: another prepare is writing it; wait for it or choose another --output"
+            ) from None
+        try:
+            yield folder
+        except BaseException:
+            if any(folder.glob("shards-*/*.json")):
+                logger.info("what is encoded is kept in %s; the same command goes on from there", folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuses an output that is not ours to replace.
+
+    Raises:
+        ConfigError: a file, or a folder with other things in it.
+    """
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise ConfigError(f"{output}: exists and is not a folder; choose another --output")
+    if not output.exists() or (output / NAME).exists() or not any(output.iterdir()):
+        return
+    aside = " (not even with --overwrite)" if overwrite else ""
+    raise ConfigError(f"{output}: has files but no {NAME}, so it is not replaced{aside}; choose another --output")
+
+
+def publish(result: Path, output: Path, work: Path) -> None:
+    """Gives the finished folder its name, in place of an older dataset or nothing, and removes the work folder.
+
+    Raises:
+        StorageError: a rename failed; the finished folder stays where it is.
+    """
+    replaced = work / "replaced"
+    with storage_errors(output):
+        shutil.rmtree(replaced, ignore_errors=True)
+        if output.exists():
+            os.rename(output, replaced)
+        try:
+            os.rename(result, output)
+        except OSError:
+            if replaced.exists():
+                os.rename(replaced, output)
+            raise
+    sync_folder(output.absolute().parent)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def check_free_space(folder: Path, needed_bytes: int) -> None:
+    """Raises StorageError if the disk of `folder` has less than `needed_bytes` left."""
+    with storage_errors(folder, "read"):
+        free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise StorageError(
+            f"{folder}: {free / 1e9:.1f} GB free, about {needed_bytes / 1e9:.1f} GB needed (the tokens, "
+            "twice while they are put together); make room or choose an --output on another disk"
+        )

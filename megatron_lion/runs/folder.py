@@ -1,0 +1,182 @@
+"""The run folder: who may write it, what it says of itself, and which settings may change when it is resumed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import RunConfig
+from megatron_lion.configfile import load_config, save_config
+from megatron_lion.errors import BusyError, CheckpointError, ConfigError
+from megatron_lion.files import storage_errors, write_whole
+
+# What may differ between the start of a run and its continuation; everything else decides what is computed.
+CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "data.num_workers", "data.cache", "data.path",
+              "train.micro_batch_size", "train.deterministic", "train.test_every", "train.log_every", "train.stop_after", "probe",
+              "optimizer.max_skipped_steps", "optimizer.master_weights", "optimizer.momentum_dtype", "name",
+              "data.tokenizer")  # fmt: skip
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds the run folder against a second writer; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        BusyError: another process holds it; names host and pid.
+    """
+    path = run_dir / "lock"
+    with storage_errors(path):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the block ends
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            stream.seek(0)
+            raise BusyError(
+                f"{run_dir}: in use by {stream.read().strip() or 'another process'}; wait for it or choose another run_dir"
+            ) from error
+        stream.truncate(0)
+        stream.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+        yield
+
+
+def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
+    """Makes the folder of a new run, or checks that this command may go on in an old one.
+
+    Args:
+        config: the resolved settings.
+        fresh: move an old run aside (to RUN.old-1, …) and start over, from the imported weights where it began with such.
+
+    Raises:
+        ConfigError: the folder holds something that is no run.
+        CheckpointError: the folder holds a run with other settings; lists them.
+    """
+    run_dir = Path(config.run_dir)
+    saved = run_dir / "config.yaml"
+    if fresh and saved.is_file():
+        number = 1
+        while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+            number += 1
+        with storage_errors(run_dir):
+            aside.mkdir()
+            for entry in run_dir.iterdir():
+                if entry.name != "lock":  # it is held, and must keep others out of the folder that stays
+                    os.replace(entry, aside / entry.name)
+            _bring_back_imported(aside, run_dir)
+    checkpoints = {entry.name for entry in (run_dir / "checkpoints").glob("*")}
+    # Imported weights alone (step 0) decide nothing but the model, which the checkpoint itself is held against.
+    begun = (run_dir / "metrics.jsonl").is_file() or bool(checkpoints - {"latest", "step_0000000"})
+    if saved.is_file() and begun:
+        different = differences(load_config(saved), config)
+        blocked = [text for key, text in different if not changeable(key)]
+        if blocked:
+            raise CheckpointError(
+                f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
+            )
+    elif not saved.is_file() and run_dir.is_dir() and any(entry.name != "lock" for entry in run_dir.iterdir()):
+        raise ConfigError(f"run_dir: {run_dir} is not empty and holds no run (no config.yaml); choose another folder")
+    with storage_errors(run_dir):
+        (run_dir / "log").mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+
+
+def _bring_back_imported(aside: Path, run_dir: Path) -> None:
+    """Lets a run that starts over begin where it began: with the imported weights of step 0, if there were any."""
+    weights = aside / "checkpoints" / "step_0000000"
+    if not weights.is_dir():
+        return
+    (run_dir / "checkpoints").mkdir()
+    os.replace(weights, run_dir / "checkpoints" / weights.name)
+    shutil.copytree(aside / "tokenizer", run_dir / "tokenizer")
+    shutil.copyfile(aside / "config.yaml", run_dir / "config.yaml")
+
+
+def changeable(key: str) -> bool:
+    return any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, str]]:
+    """Dotted keys whose values differ, with 'key: old, now new'."""
+    before, after = flatten(asdict(old)), flatten(asdict(new))
+    return [(key, f"{key}: {before.get(key)}, now {after[key]}") for key in after if before.get(key) != after[key]]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionary to dotted keys.
+
+    Example:
+        >>> flatten({"a": {"b": 1}, "c": 2})
+        {'a.b': 1, 'c': 2}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def environment_facts(device_name: str, world_size: int) -> dict[str, Any]:
+    """Versions, hardware and git state, for environment.json and bug reports; nothing from environment variables."""
+    packages = (
+        "torch",
+        "megatron-core",
+        "triton",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "transformer-engine",
+        "apex",
+        "deepspeed",
+    )
+    versions: dict[str, str | None] = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    from megatron_lion import __version__
+
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "megatron_lion": __version__, "python": platform.python_version(),
+        "packages": versions, "system": platform.platform(), "device": device_name, "world_size": world_size,
+        "cpu_count": os.cpu_count(), "git": _git_state(),
+    }  # fmt: skip
+
+
+def _git_state() -> str | None:
+    git = shutil.which("git")
+    folder = Path(__file__).resolve().parents[2]
+    if git is None or not (folder / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            [git, "describe", "--always", "--dirty"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

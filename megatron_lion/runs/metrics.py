@@ -1,0 +1,97 @@
+"""Where numbers go: metrics.jsonl always; TensorBoard, Weights & Biases and a progress line if asked."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import RunConfig, to_dict
+from megatron_lion.errors import EnvironmentFault
+from megatron_lion.files import storage_errors
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to RUN/metrics.jsonl and forwards it to the sinks that were asked for.
+
+    Only the first rank writes; on the others every call does nothing.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, *, is_main: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.is_main = is_main
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not is_main:
+            return
+        _drop_torn_line(self.path)
+        if config.log.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise EnvironmentFault(
+                    "log.tensorboard: install it with `pip install megatron-lion[tensorboard]`"
+                ) from error
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        if config.log.wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise EnvironmentFault(
+                    "log.wandb_project: install it with `pip install megatron-lion[wandb]`"
+                ) from error
+            self._wandb = wandb.init(
+                project=config.log.wandb_project,
+                id=_wandb_id(run_dir),
+                dir=str(run_dir),
+                config=to_dict(config),
+                resume="allow",
+            )
+
+    def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
+        """Writes values of one step; numbers that are not finite are written as null, which JSON can hold."""
+        if not self.is_main:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **{key: _jsonable(value) for key, value in values.items()}}
+        with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for key, value in numbers.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """The id that a resumed run goes on under, kept in the run folder."""
+    path = run_dir / "wandb_id"
+    with storage_errors(path):
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="ascii")
+        return path.read_text(encoding="ascii").strip()
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    return value
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Removes a last line that a kill cut short."""
+    with storage_errors(path):
+        if not path.exists():
+            return
+        with open(path, "rb+") as stream:
+            content = stream.read()
+            stream.truncate(content.rfind(b"\n") + 1)

@@ -1,0 +1,152 @@
+"""Tensors of a checkpoint folder: megatron-core's torch_dist format, written and read in this process.
+
+Upstream writes through a manager process that it spawns at the first save, which costs seconds, outlives a killed
+rank and turns "disk full" into a nameless failure. Its planner and its writer are used here without that process.
+
+Upstream's `.metadata` is a pickle: before megatron-core opens it, its opcodes are replayed by an unpickler that knows
+the sixteen classes such a file may hold.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import queue
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistLoadShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_lion.errors import CheckpointError, StorageError
+from megatron_lion.files import storage_errors
+from megatron_lion.parallel import agree
+
+_METADATA_CLASSES = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "Metadata"),
+    ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+    ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.planner", "SavePlan"),
+    ("torch.distributed.checkpoint.planner", "TensorWriteData"),
+    ("torch.distributed.checkpoint.planner", "WriteItem"),
+    ("torch.distributed.checkpoint.planner", "WriteItemType"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Refuses every class but those that torch's checkpoint metadata is made of."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain_torch_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _METADATA_CLASSES or plain_torch_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_metadata(path: Path, files: Collection[str]) -> None:
+    """Replays a `.metadata` pickle with the allow-list; nothing else in it can run.
+
+    Args:
+        path: the file.
+        files: names of the checkpoint's files; it may point to no other.
+
+    Raises:
+        CheckpointError: it holds anything but checkpoint metadata.
+    """
+    try:
+        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        kinds = [type(item).__name__ for item in found.state_dict_metadata.values()]
+        places = {item.relative_path for item in found.storage_data.values()}
+    except Exception as error:  # a pickle can fail in any way; nothing of it was kept
+        raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
+    if pickled := kinds.count("BytesStorageMetadata"):
+        raise CheckpointError(
+            f"{path}: holds {pickled} pickled objects; a checkpoint of this project holds tensors only"
+        )
+    if strange := sorted(places - set(files)):
+        raise CheckpointError(f"{path}: points to {strange[0]}, which is no file of this checkpoint; it was not loaded")
+
+
+def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
+    """Writes ShardedTensors in megatron-core's torch_dist format; a collective call.
+
+    Raises:
+        StorageError: the disk refused on some rank; on all ranks.
+    """
+    tensors, plain = save_preprocess(sharded, validate_access_integrity=True)
+    assert not any(True for _ in nested_values(plain)), "plain values belong into the manifest"
+    # mcore 0.19.2: where this is None, a manager process is spawned to hand results from one thread to itself.
+    filesystem_async._results_queue = queue.SimpleQueue()
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+    planner = MCoreSavePlanner(
+        dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+    )  # fmt: skip
+    writer = FileSystemWriterAsync(folder, thread_count=1)
+    (_, metadata, group), *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, planner=planner)
+    written: list[Any] = []
+    with agree("writing the checkpoint"), storage_errors(folder):
+        written = _write_files(writer, folder)
+    written_by_all = group.gather_object(written)
+    with agree("writing the checkpoint's metadata"), storage_errors(folder):
+        if group.is_coordinator:
+            writer.finish(metadata, written_by_all)
+
+
+def _write_files(writer: Any, folder: Path) -> list[Any]:
+    """Writes this rank's file, made durable, and returns what was written where."""
+    written: list[Any] = []
+    for number, bucket in enumerate(writer.write_buckets):
+        on_cpu = writer.preload_tensors([bucket])[0]
+        _, results = writer.write_preloaded_data([writer.transforms], number, on_cpu, None, None, use_fsync=True)
+        if isinstance(results, OSError):
+            raise results
+        if isinstance(results, Exception):  # torch's writer passes the system's refusal on, or stumbles over it
+            raise StorageError(
+                f"{folder}: cannot be written ({' '.join(str(results).split())[:120]}), as happens on a full disk; make room there or "
+                "choose a folder on another disk, then give the same command again"
+            ) from results
+        written += results
+    return written
+
+
+def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Reads the tensors that `sharded` describes, at whatever layout it describes them; a collective call.
+
+    Raises:
+        CheckpointError: a tensor is not in the checkpoint or has another shape; on all ranks.
+    """
+    loaded: dict[str, Any] = {}
+    with agree("reading the checkpoint"):
+        try:
+            tensors, local, factories = load_preprocess(sharded)
+            assert not factories, "no model here has tensors that are split on loading"
+            loaded = TorchDistLoadShardedStrategy().load(tensors, folder)
+            merge(loaded, local)
+        except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+            causes = (
+                [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+            )
+            text = " ".join(str(causes[0] if causes else error).split())[:300]
+            raise CheckpointError(f"{folder}: does not fit this model: {text}") from error
+    return loaded

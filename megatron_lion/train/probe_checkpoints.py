@@ -1,0 +1,208 @@
+"""The full-gradient probe after the fact: a run's checkpoints, at any layout, with or without their optimizer state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.config import ParallelConfig, ProbeConfig, RunConfig
+from megatron_lion.config_checks import check_config
+from megatron_lion.configfile import load_config
+from megatron_lion.determinism import deterministic
+from megatron_lion.device import select_device
+from megatron_lion.errors import BusyError, CheckpointError, StoppedOnRequest
+from megatron_lion.files import storage_errors
+from megatron_lion.gradient.full_gradient import probe_run
+from megatron_lion.gradient.probe_result import ProbeResult, probe_file, read_probe
+from megatron_lion.parallel import agree, broadcast_object, process_groups
+from megatron_lion.parallel_env import world_size_from_env
+from megatron_lion.runs.folder import locked, write_json
+from megatron_lion.runs.metrics import MetricsWriter
+from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.loop import stop_signals
+from megatron_lion.train.run import Run, build_run, restore_run, restore_weights, why_no_state
+
+_log = logging.getLogger(__name__)
+_SETTINGS = ("num_batches", "data", "dropout")
+
+
+@dataclass(frozen=True)
+class ProbedStep:
+    """One step's outcome.
+
+    Attributes:
+        step: optimizer steps.
+        path: the file that holds the result.
+        content: of that file.
+        is_new: computed now; False where the file was there.
+    """
+
+    step: int
+    path: Path
+    content: dict[str, Any]
+    is_new: bool
+
+
+def probe_config(
+    run_dir: Path,
+    *,
+    probe: dict[str, Any],
+    parallel: ParallelConfig,
+    micro_batch_size: int | None = None,
+    device: str = "auto",
+) -> RunConfig:
+    """A run's settings with other ones for probing it.
+
+    Args:
+        run_dir: made by `pretrain`.
+        probe: fields of `ProbeConfig` that differ from the run's; None values are left out.
+        parallel: the layout of this job.
+        micro_batch_size: default the run's.
+        device: "auto", "cuda" or "cpu".
+
+    Raises:
+        CheckpointError: no run there.
+        ConfigError: settings that do not fit this number of processes.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{run_dir}: no run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
+        )
+    config = load_config(run_dir / "config.yaml")
+    given = {key: value for key, value in probe.items() if value is not None}
+    config = replace(
+        config,
+        run_dir=str(run_dir),
+        device=device,  # type: ignore[arg-type]
+        parallel=replace(parallel, timeout_s=config.parallel.timeout_s),
+        train=replace(config.train, micro_batch_size=micro_batch_size or config.train.micro_batch_size),
+        probe=replace(config.probe, mode="frozen", **given),
+    )
+    check_config(config, world_size_from_env())
+    return config
+
+
+def choose_steps(run_dir: Path, wanted: list[int] | None) -> list[int]:
+    """The steps to probe: those given, or all complete checkpoints.
+
+    Raises:
+        CheckpointError: one of them has no complete checkpoint; says which there are.
+    """
+    there = ckpt.list_steps(run_dir)
+    missing = [step for step in wanted or [] if step not in there]
+    if missing or not there:
+        known = ", ".join(map(str, there)) or "none"
+        what = f"no complete checkpoint of step {missing[0]}" if missing else "no complete checkpoint to probe"
+        raise CheckpointError(f"{run_dir}: {what} (there are: {known})")
+    return sorted(set(wanted)) if wanted else there
+
+
+def probe_checkpoints(
+    config: RunConfig,
+    steps: list[int],
+    *,
+    again: bool = False,
+    on_batch: Callable[[int, int], None] = lambda step, done: None,
+) -> Iterator[ProbedStep]:
+    """Probes checkpoints one after another; on every process of the job.
+
+    A step whose result with the same settings is there is not computed again. Each result is written when it is
+    whole: an interrupted probe leaves nothing and starts over, finished steps stay. Where the run itself has no
+    result for a step, this one is put into metrics.jsonl too; otherwise it gets a file with its settings in the name.
+
+    Args:
+        config: from `probe_config`.
+        steps: from `choose_steps`.
+        again: compute even what is there.
+        on_batch: told (step, batches done).
+
+    Raises:
+        CheckpointError, ConfigError, DataError: what is wrong with the run, the settings or the data.
+        StoppedOnRequest: a signal came.
+    """
+    run_dir = Path(config.run_dir)
+    device = select_device(config.device)
+    parallel = config.parallel
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_signals())
+        stack.enter_context(deterministic(config.train.deterministic))
+        ranks = stack.enter_context(
+            process_groups(
+                device,
+                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+                timeout_s=parallel.timeout_s,
+            )
+        )
+        run: Run | None = None
+        for step in steps:
+            path = _result_path(run_dir, step, config.probe)
+            found = broadcast_object(_usable(path, config.probe) if ranks.is_main else None)
+            if found is not None and not again:
+                yield ProbedStep(step, path, found, is_new=False)
+                continue
+            if run is None:
+                run = build_run(config, device, ranks, for_training=False)
+            masters = _restore(run, step)
+            result = probe_run(
+                run,
+                on_batch=lambda done, step=step: on_batch(step, done),  # type: ignore[misc]
+                should_stop=lambda: stop["now"],
+                master_weights=masters,
+            )
+            if result is None:
+                raise StoppedOnRequest(f"stopped in the probe of step {step}; the same command starts that step over")
+            with agree("writing the probe"):
+                if ranks.is_main:
+                    _write(run_dir, path, result, config)
+            yield ProbedStep(step, path, result.as_dict(), is_new=True)
+
+
+def _restore(run: Run, step: int) -> bool:
+    """Loads a step; returns whether the master weights came with it."""
+    checkpoint = ckpt.open_checkpoint(ckpt.step_folder(run.run_dir, step))
+    reason = why_no_state(run, checkpoint)
+    if reason is None:
+        restore_run(run, checkpoint)
+        return True
+    if run.ranks.is_main:
+        _log.warning("step %d: θ is taken from the model's own weights: %s", step, reason)
+    restore_weights(run, checkpoint)
+    return False
+
+
+def _result_path(run_dir: Path, step: int, probe: ProbeConfig) -> Path:
+    """The step's own file, unless it holds a result of other settings."""
+    own = probe_file(run_dir, step)
+    if not own.exists() or _usable(own, probe) is not None:
+        return own
+    return own.with_name(f"{own.stem}-{probe.num_batches}-{probe.data}{'-dropout' if probe.dropout else ''}.json")
+
+
+def _usable(path: Path, probe: ProbeConfig) -> dict[str, Any] | None:
+    """The content of a result that was made with these settings, else None."""
+    if not path.exists():
+        return None
+    content = read_probe(path)
+    same = content["mode"] == "frozen" and all(content[key] == getattr(probe, key) for key in _SETTINGS)
+    return content if same and (content["ladder"] or not probe.ladder) else None
+
+
+def _write(run_dir: Path, path: Path, result: ProbeResult, config: RunConfig) -> None:
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if path == probe_file(run_dir, result.step):
+        try:
+            with locked(run_dir):
+                MetricsWriter(run_dir, replace(config, log=type(config.log)()), is_main=True).write(
+                    result.step, result.metrics()
+                )
+        except BusyError:
+            _log.warning(
+                "%s is training now: step %d goes into %s only, not into metrics.jsonl", run_dir, result.step, path
+            )
+    write_json(path, result.as_dict())

@@ -1,0 +1,128 @@
+"""Encoders: the fast one gives the reference's ids, and a difference ends the preparation."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_lion.data.tokenizer_files import byte_letters
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.errors import ConfigError, DataError, EnvironmentFault
+from megatron_lion.prepare.encoders import HARD_TEXTS, GigatokenEncoder, ReferenceEncoder, build_encoder
+from megatron_lion.prepare.pipeline import PrepareOptions, prepare
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    tokens = [*byte_letters(), "th", "the", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (tmp_path / "merges.txt").write_text("t h\nth e\n", "utf-8")
+    return load_tokenizer(tmp_path)
+
+
+def test_reference_gives_the_tokenizers_ids(tokenizer: Tokenizer) -> None:
+    found = ReferenceEncoder(tokenizer).encode(HARD_TEXTS)
+    assert [ids.tolist() for ids in found] == tokenizer.encode_batch(HARD_TEXTS)
+    assert {ids.dtype for ids in found} == {np.dtype(np.uint16)}
+
+
+def test_gigatoken_is_token_identical_on_real_and_hard_text(shared_data: Path) -> None:
+    pytest.importorskip("gigatoken", reason="gigatoken is optional and not installed")
+    gpt2 = load_tokenizer(shared_data / "gpt2")
+    lines = (shared_data / "corpus/sample.jsonl").read_bytes().split(b"\n")
+    texts = [json.loads(line)["text"] for line in (*lines[:100], *lines[1000:1020])]
+    # Every character of the basic plane in four surroundings.
+    characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code <= 0xDFFF]
+    texts += ["".join(f"{c}a {c}1{c}!{c}" for c in characters[i : i + 500]) for i in range(0, len(characters), 500)]
+    found, expected = GigatokenEncoder(gpt2).encode(texts), ReferenceEncoder(gpt2).encode(texts)
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
+class Backend:
+    """Stands in for gigatoken's: right ids until `wrong_after` texts were encoded."""
+
+    def __init__(self, tokenizer: Tokenizer, wrong_after: int) -> None:
+        self.tokenizer, self.left = tokenizer, wrong_after
+
+    def encode(self, text: str) -> np.ndarray:
+        self.left -= 1
+        ids = np.array(self.tokenizer.encode(text), dtype=np.uint32)
+        return ids if self.left >= 0 else ids[::-1]
+
+
+def install(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, wrong_after: int) -> list[str]:
+    """Puts a module gigatoken in place; returns the definitions it is given."""
+    given: list[str] = []
+
+    def load(definition: str) -> Backend:
+        given.append(definition)
+        return Backend(tokenizer, wrong_after)
+
+    module = types.ModuleType("gigatoken.gigatoken_rs")
+    module.load_hf_json = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gigatoken", types.ModuleType("gigatoken"))
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", module)
+    monkeypatch.setattr("megatron_lion.prepare.encoders._gigatoken_version", lambda: "0")
+    return given
+
+
+def test_a_wrong_library_is_found_at_once_or_by_the_sample(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, tokenizer, wrong_after=0)
+    with pytest.raises(DataError, match=r"different ids .* --encoder tokenizers"):
+        build_encoder("gigatoken", tokenizer)
+    assert build_encoder("auto", tokenizer).name.startswith("tokenizers")
+    install(monkeypatch, tokenizer, wrong_after=len(HARD_TEXTS) + 20)
+    encoder = GigatokenEncoder(tokenizer, sample_every=10)
+    texts = [f"the text {i}" for i in range(15)]
+    assert [ids.tolist() for ids in encoder.encode(texts)] == tokenizer.encode_batch(texts)
+    with pytest.raises(DataError, match="begins 'the text 5'"):
+        encoder.encode(texts[:10])  # the 16th to 25th: the 21st is compared
+    install(monkeypatch, tokenizer, wrong_after=len(HARD_TEXTS))
+    options = PrepareOptions(tokenizer=tokenizer, output=tmp_path / "out", encoder="gigatoken")
+    with pytest.raises(DataError, match="different ids"):
+        prepare(options, documents=texts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_special_tokens_are_kept_from_the_fast_encoder(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition = tokenizer.definition
+    definition["added_tokens"] = [
+        {"id": 258, "content": "<|endoftext|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False},
+    ]  # fmt: skip
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(definition), "utf-8")
+    loaded = load_tokenizer(tmp_path / "b")
+    given = install(monkeypatch, loaded, wrong_after=1000)
+    GigatokenEncoder(loaded)
+    assert json.loads(given[0])["added_tokens"] == []
+
+
+def test_memory_is_bounded_by_starting_afresh(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = install(monkeypatch, tokenizer, wrong_after=1000)
+    monkeypatch.setattr("megatron_lion.prepare.encoders._RENEW_BYTES", 50)
+    encoder = GigatokenEncoder(tokenizer)
+    for _ in range(6):
+        encoder.encode(["x" * 30])
+    assert len(given) == 1 + 3
+
+
+def test_asking_for_what_is_not_there(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> str:
+        raise EnvironmentFault("not installed")
+
+    monkeypatch.setattr("megatron_lion.prepare.encoders._gigatoken_version", absent)
+    with pytest.raises(EnvironmentFault):
+        build_encoder("gigatoken", tokenizer)
+    assert build_encoder("auto", tokenizer).name.startswith("tokenizers")
+    with pytest.raises(ConfigError, match="encoder 'fast'"):
+        PrepareOptions(tokenizer=tokenizer, output="x", encoder="fast")  # type: ignore[arg-type]

@@ -1,0 +1,195 @@
+"""prepare under faults: killed processes, a full disk, an interrupt. What remains is whole or resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_lion.data.manifest import read_manifest
+from megatron_lion.data.tokenizer_files import byte_letters
+from megatron_lion.prepare.workfolder import work_folder
+
+DOCUMENTS = 1500
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tokenizer and a corpus of several pieces; some seconds of encoding on one core."""
+    folder = tmp_path_factory.mktemp("corpus")
+    tokens = [*byte_letters(), "wo", "rd", "word", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nw o\nr d\nwo rd\n", "utf-8")
+    with open(folder / "a.jsonl", "w", encoding="ascii") as stream:
+        for i in range(DOCUMENTS):
+            text = " ".join(f"word{(i * j) % 9973}x{j}" for j in range(200))
+            stream.write(json.dumps({"text": f"{i} {text}"}) + "\n")
+    return folder
+
+
+def command(corpus: Path, output: Path, *more: str) -> list[str]:
+    words = [
+        "--input",
+        str(corpus / "a.jsonl"),
+        "--tokenizer",
+        str(corpus),
+        "--output",
+        str(output),
+        "--split",
+        "8,1,1",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "megatron_lion",
+        "prepare",
+        *words,
+        "--encoder",
+        "tokenizers",
+        "--workers",
+        "2",
+        *more,
+    ]
+
+
+def finish(corpus: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(corpus, output, *more), capture_output=True, text=True, check=False, timeout=120)
+
+
+def hashes(output: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.glob("*_text_document.*")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("twin") / "out"
+    made = finish(corpus, output)
+    assert made.returncode == 0, made.stderr
+    assert "documents" in made.stdout
+    assert "MB/s" in made.stderr
+    return hashes(output)
+
+
+def start_and_wait_for_shards(corpus: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    """Starts prepare and returns when its first shards are on the disk, long before its last.
+
+    It runs at the lowest priority: on a busy machine it could otherwise end before this process looks again.
+    """
+    process = subprocess.Popen(
+        ["nice", "-n", "19", *command(corpus, output, *more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(work_folder(output).glob("shards-*/*.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_killed_worker_is_named_and_the_rerun_is_byte_identical(
+    corpus: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    process = start_and_wait_for_shards(corpus, tmp_path / "out")
+    workers_of(process)[0].kill()
+    began = time.monotonic()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 8
+    assert time.monotonic() - began < 10
+    assert "a worker process of prepare was killed" in said.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    again = finish(corpus, tmp_path / "out")
+    assert "from an earlier run" in again.stderr
+    assert hashes(tmp_path / "out") == undisturbed
+    assert not work_folder(tmp_path / "out").exists()
+
+
+def test_killed_parent_leaves_no_workers_and_resumes(corpus: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    process = start_and_wait_for_shards(corpus, tmp_path / "out")
+    workers = workers_of(process)
+    assert workers
+    process.kill()
+    process.communicate(timeout=30)
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+    assert finish(corpus, tmp_path / "out").returncode == 0
+    assert hashes(tmp_path / "out") == undisturbed
+
+
+def test_interrupt_stops_at_once_and_resumes(corpus: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    process = start_and_wait_for_shards(corpus, tmp_path / "out")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "Traceback" not in said
+    assert "the same command goes on" in said.splitlines()[-1]
+    assert finish(corpus, tmp_path / "out").returncode == 0
+    assert hashes(tmp_path / "out") == undisturbed
+
+
+def test_workers_are_deaf_to_interrupts_from_their_first_moment(
+    corpus: Path, tmp_path: Path, undisturbed: dict[str, str]
+) -> None:
+    """A terminal's interrupt reaches them too; one that still imports would die of it with a traceback."""
+    process = subprocess.Popen(command(corpus, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (workers := workers_of(process)):  # they are importing for some tenths of a second from here
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    for worker in workers:
+        worker.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert hashes(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("limit_bytes", [20_000, 1_000_000])
+def test_full_disk_leaves_nothing_that_looks_whole(
+    corpus: Path, tmp_path: Path, undisturbed: dict[str, str], limit_bytes: int
+) -> None:
+    # No file may grow beyond the limit: the smaller one stops a worker's shard, the larger one the merged file.
+    limited = ["prlimit", f"--fsize={limit_bytes}", *command(corpus, tmp_path / "out")]
+    stopped = subprocess.run(limited, capture_output=True, text=True, check=False, timeout=120)
+    assert stopped.returncode == 5, stopped.stderr
+    assert "File too large; make room" in stopped.stderr.splitlines()[-1]
+    assert "Traceback" not in stopped.stderr
+    assert not (tmp_path / "out").exists()
+    assert finish(corpus, tmp_path / "out").returncode == 0
+    assert hashes(tmp_path / "out") == undisturbed
+    assert read_manifest(tmp_path / "out").documents == DOCUMENTS
+
+
+def test_command_refuses_on_one_line_with_the_tables_code(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"txt": "no"}\n')
+    cases = (
+        (["--input", str(tmp_path / "bad.jsonl")], 3, "bad.jsonl:2: no key 'text' (its keys: 'txt')"),
+        (["--input", str(tmp_path / "none.jsonl")], 3, "no such file or folder"),
+        (["--tokenizer", str(tmp_path)], 3, "holds no tokenizer"),
+        (["--split", "a,b"], 2, "split 'a,b'"),
+        (["--output", str(tmp_path / "bad.jsonl")], 2, "is not a folder"),
+        (["--output", "/proc/none/out"], 5, "cannot be made"),
+    )
+    for more, code, said in cases:
+        ended = finish(corpus, tmp_path / "out", *more)
+        assert (ended.returncode, ended.stdout) == (code, ""), ended.stderr
+        assert said in ended.stderr.splitlines()[-1]
+        assert "Traceback" not in ended.stderr
+    skipped = finish(corpus, tmp_path / "out", "--input", str(tmp_path / "bad.jsonl"), "--on-error", "skip")
+    assert "rejected: 1 missing_key" in skipped.stdout
