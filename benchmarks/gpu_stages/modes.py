@@ -10,7 +10,8 @@ import torch
 
 from megatron_lion.device import select_device
 from megatron_lion.optim.distributed_optimizer import FusedDistributedOptimizer
-from megatron_lion.optim.precision import PackedLayout, split_master
+from megatron_lion.optim.layouts import PackedLayout
+from megatron_lion.optim.precision import split_master
 from megatron_lion.parallel import process_groups
 from megatron_lion.train.run import Run
 

@@ -137,7 +137,7 @@ def _earlier(output: Path) -> dict[str, Any]:
     import json
 
     from megatron_lion.errors import DataError
-    from megatron_lion.reproduce.claims import Claim
+    from megatron_lion.reproduce.claim import Claim
 
     path = output / "reproduction.json"
     if not path.is_file():

@@ -16,7 +16,6 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
 
 from megatron_lion.config import DataConfig
-from megatron_lion.data.bert_vocab import special_ids
 from megatron_lion.data.indexed_check import HEADER, IndexedInfo
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError
@@ -38,7 +37,7 @@ class WordPieceIds:
     pad = -1
 
     def __init__(self, tokenizer: Tokenizer, digest: str) -> None:
-        special = special_ids(tokenizer)
+        special = tokenizer.bert_special_ids()
         self.cls, self.sep, self.mask = special["[CLS]"], special["[SEP]"], special["[MASK]"]
         self.padding = special["[PAD]"]
         self.inv_vocab = {index: token for token, index in tokenizer.backend.get_vocab().items()}

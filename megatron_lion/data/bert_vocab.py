@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_lion.errors import DataError
-
-if TYPE_CHECKING:
-    from megatron_lion.data.tokenizers import Tokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 MAX_WORD_CHARACTERS = 100
@@ -84,23 +81,3 @@ def wordpiece_definition(vocab: dict[str, int], *, lowercase: bool) -> dict[str,
             "vocab": vocab,
         },
     }
-
-
-def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK], all of which BERT needs.
-
-    Raises:
-        DataError: the tokenizer is no WordPiece, or lacks some of them; names them.
-    """
-    if tokenizer.kind != "WordPiece":
-        raise DataError(
-            f"{tokenizer.source}: a {tokenizer.kind} tokenizer; BERT needs a WordPiece vocabulary (vocab.txt, one token a line)"
-        )
-    ids = {token: tokenizer.backend.token_to_id(token) for token in SPECIAL_TOKENS}
-    absent = [token for token, index in ids.items() if index is None]
-    if absent:
-        raise DataError(
-            f"{tokenizer.source}: {' and '.join(absent)} {'are' if len(absent) > 1 else 'is'} not in the vocabulary of "
-            f"{tokenizer.vocab_size} tokens; BERT needs {', '.join(SPECIAL_TOKENS)}"
-        )
-    return {token: int(index) for token, index in ids.items() if index is not None}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.data.bert_vocab import SPECIAL_TOKENS
 from megatron_lion.data.tokenizer_files import (
     CONFIG,
     SINGLE,
@@ -105,6 +106,25 @@ class Tokenizer:
         index = self._backend.token_to_id(self.eod_token)
         assert index is not None, "eod_token was found in the vocabulary when the tokenizer was built"
         return index
+
+    def bert_special_ids(self) -> dict[str, int]:
+        """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK], all of which BERT needs.
+
+        Raises:
+            DataError: the tokenizer is no WordPiece, or lacks some of them; names them.
+        """
+        if self.kind != "WordPiece":
+            raise DataError(
+                f"{self.source}: a {self.kind} tokenizer; BERT needs a WordPiece vocabulary (vocab.txt, one token a line)"
+            )
+        ids = {token: self._backend.token_to_id(token) for token in SPECIAL_TOKENS}
+        absent = [token for token, index in ids.items() if index is None]
+        if absent:
+            raise DataError(
+                f"{self.source}: {' and '.join(absent)} {'are' if len(absent) > 1 else 'is'} not in the vocabulary of "
+                f"{self.vocab_size} tokens; BERT needs {', '.join(SPECIAL_TOKENS)}"
+            )
+        return {token: int(index) for token, index in ids.items() if index is not None}
 
     @property
     def backend(self) -> tokenizers.Tokenizer:

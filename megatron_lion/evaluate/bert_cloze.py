@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megatron_lion.data.bert_vocab import special_ids
 from megatron_lion.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def fill_mask(run: RestoredRun, text: str, top: int = 5) -> list[list[Guess]]:
     Raises:
         ConfigError: no [MASK] in the text, or more tokens than the model reads.
     """
-    special = special_ids(run.tokenizer)
+    special = run.tokenizer.bert_special_ids()
     parts = [run.tokenizer.encode(part) for part in text.split(MASK)]
     if len(parts) < 2:
         raise ConfigError(f"--fill-mask {text!r}: no {MASK} in it; put {MASK} where the model is to guess")
@@ -68,7 +67,7 @@ def order_probability(run: RestoredRun, first: str, second: str) -> float:
     Raises:
         ConfigError: a passage without a token, or more tokens than the model reads.
     """
-    special = special_ids(run.tokenizer)
+    special = run.tokenizer.bert_special_ids()
     segments = [run.tokenizer.encode(passage) for passage in (first, second)]
     for passage, segment in zip((first, second), segments, strict=True):
         if not segment:

@@ -98,7 +98,7 @@ def _write(
 ) -> None:
     from safetensors.torch import save_file
 
-    special = special_ids(run.tokenizer, run.config.model.kind)
+    special = huggingface_special_ids(run.tokenizer, run.config.model.kind)
     config = write_model_config(run.config.model, run.vocab_size, special, dtype)
     facts = {
         "step": str(step),
@@ -120,7 +120,7 @@ def _write(
     )
 
 
-def special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
+def huggingface_special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
     """bos, eos and pad tokens as Hugging Face means them; GPT-2's one end marker is both bos and eos."""
     if kind == "bert":
         return {"pad": tokenizer.backend.token_to_id("[PAD]")}

@@ -18,7 +18,7 @@ import torch
 from .cautious import count_agreement as count_in_torch
 from .cpp_compiler import BuildError, build_library
 from .foreach import foreach_step
-from .precision import PackedLayout
+from .layouts import PackedLayout
 from .tensor_tables import Row, hyper_parameters, master_form, row_of
 from .update import PlainLayout, Slot, reference_step
 

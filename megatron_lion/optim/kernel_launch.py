@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton.language as tl
@@ -18,9 +18,11 @@ import triton.language as tl
 from .agreement import agreement_kernel
 from .cautious import factors
 from .kernels import lion_kernel
-from .lion import Lion
 from .tensor_tables import Row, hyper_parameters, master_form, row_of
 from .update import PlainLayout, Slot
+
+if TYPE_CHECKING:
+    from .lion import Lion
 
 # Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones, and since every array is laid
 # out alike over the threads, nothing is exchanged between them. Compiled for sm_80 and sm_90 this takes 32 to 40

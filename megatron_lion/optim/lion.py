@@ -158,7 +158,7 @@ class Lion(torch.optim.Optimizer):
         self.sum_agreement = sum_agreement
         self.layout = PlainLayout()
         if (master_weights, momentum) != ("none", "fp32"):
-            from .precision import PackedLayout
+            from .layouts import PackedLayout
 
             self.layout = PackedLayout(master_weights, momentum)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -250,6 +250,10 @@ class Lion(torch.optim.Optimizer):
                     f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}: load the state of "
                     "the same model and layout"
                 )
+            if self.layout.is_plain and (not value.is_floating_point() or value.numel() != param.numel()):
+                from .precision import decode_state  # the value comes from an optimizer that packs its state
+
+                value = decode_state(param, value)
             self.layout.encode(param, state, name, value)
         elif name in state:
             state[name].copy_(value)

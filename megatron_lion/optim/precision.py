@@ -24,18 +24,13 @@ in one uint8 tensor, all q first, then all s: ceil(N/32) · 34 bytes for N eleme
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-
-from .update import PlainLayout, Slot
 
 INT8_BLOCK = 32
 INT8_BLOCK_BYTES = INT8_BLOCK + 2
 SMALLEST_SCALE = 2.0**-126
 NAN_BITS = 0x7FC00000
 REMAINDER_DTYPES = {"split32": torch.int16, "split24": torch.int8}
-MAX_PACKED_BETA2 = 1 - 2**-8
 
 
 def split_master(master_N: torch.Tensor, master_weights: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,103 +121,3 @@ def decode_state(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     elif not value.is_floating_point():
         value = join_master(param.detach().to(torch.bfloat16), value.view(param.shape))
     return value.to(torch.float32).view(param.shape)
-
-
-class PackedLayout(PlainLayout):
-    """State with `master_param` and `exp_avg` in the chosen forms.
-
-    A float32 parameter is its own master: its `master_param` is the parameter itself. Every tensor of the state is
-    flat-addressable like the parameter, but for the packed int8 momentum, which is uint8.
-    """
-
-    def __init__(self, master_weights: str, momentum: str) -> None:
-        self.master_weights = master_weights
-        self.momentum = momentum
-
-    def check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where a parameter's dtype or β2 does not suit the chosen forms."""
-        for param in group["params"]:
-            allowed = [torch.float32, torch.bfloat16]
-            if self.master_weights in ("none", "fp32"):
-                allowed.append(torch.float16)
-            if param.dtype not in allowed:
-                raise ValueError(
-                    f"master_weights = {self.master_weights!r}, momentum = {self.momentum!r} with a parameter of "
-                    f"{param.dtype}: needs one of {', '.join(map(str, allowed))}"
-                )
-            if self.momentum == "int8" and hasattr(param, "to_local"):
-                raise ValueError("momentum = 'int8' with DTensor parameters: needs momentum = 'fp32' or 'bf16'")
-        if self.momentum != "fp32" and group["betas"][1] > MAX_PACKED_BETA2:
-            raise ValueError(
-                f"momentum = {self.momentum!r} with betas = {group['betas']}: needs the second at most "
-                f"{MAX_PACKED_BETA2}, else rounding keeps the momentum from shrinking; or momentum = 'fp32'"
-            )
-
-    def new_state(self, param: torch.Tensor, start: float) -> dict[str, torch.Tensor]:
-        """Momentum of `start` everywhere, and a master weight equal to the parameter."""
-        state = {}
-        if self.momentum == "int8":
-            state["exp_avg"] = pack_int8(torch.full((param.numel(),), start, device=param.device))
-        else:
-            dtype = torch.float32 if self.momentum == "fp32" else torch.bfloat16
-            state["exp_avg"] = torch.full_like(param, start, dtype=dtype, requires_grad=False)
-        if self.master_weights != "none":
-            state["master_param"] = self._new_master(param.detach())
-        return state
-
-    def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        """As the plain layout's; the blocks of int8 momentum are neighbours in memory, whose order cannot change."""
-        if self.momentum == "int8" and not param.is_contiguous():
-            raise ValueError(
-                f"momentum = 'int8' with a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs contiguous "
-                "ones; keep the model from channels_last, or take momentum = 'bf16'"
-            )
-        super().fit(param, state)
-
-    def _new_master(self, param: torch.Tensor) -> torch.Tensor:
-        if param.dtype == torch.float32:
-            return param
-        if self.master_weights == "fp32":
-            return param.to(torch.float32)
-        return torch.zeros_like(param, dtype=REMAINDER_DTYPES[self.master_weights])
-
-    def read(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        """Master weight and momentum in float32."""
-        param, state = slot.param, slot.state
-        master = state.get("master_param")
-        if master is None or param.dtype == torch.float32:
-            param_N = param.to(torch.float32)
-        else:
-            param_N = decode_state(param, master)
-        return param_N, decode_state(param, state["exp_avg"])
-
-    def write(self, slot: Slot, param_N: torch.Tensor, exp_avg_N: torch.Tensor) -> None:
-        """Stores both in their forms, and the 16-bit parameter that belongs to the master weight."""
-        if "master_param" in slot.state and slot.param.dtype != torch.float32:
-            self.encode(slot.param, slot.state, "master_param", param_N)
-        elif slot.param is not param_N:
-            slot.param.copy_(param_N)
-        if slot.state["exp_avg"] is not exp_avg_N:
-            self.encode(slot.param, slot.state, "exp_avg", exp_avg_N)
-
-    def encode(self, param: torch.Tensor, state: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
-        """Stores a state given in any form; a master weight also sets the parameter."""
-        if name not in state:
-            super().encode(param, state, name, value)
-            return
-        stored = state[name]
-        if value.dtype == stored.dtype and value.numel() == stored.numel():
-            if stored is not value:
-                stored.copy_(value.view(stored.shape))
-        else:
-            value = decode_state(param, value)
-            if stored.dtype == torch.uint8:
-                stored.copy_(pack_int8(value))
-            elif stored.is_floating_point():
-                stored.copy_(value)
-            else:
-                hi, lo = split_master(value, self.master_weights)
-                param.copy_(hi)
-                stored.copy_(lo)
-        if name == "master_param" and stored.dtype == torch.float32 and param.dtype != torch.float32:
-            param.copy_(stored)

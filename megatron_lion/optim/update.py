@@ -25,6 +25,7 @@ class Slot(NamedTuple):
 class PlainLayout:
     """How state is kept when nothing is packed: the parameter is its own master, `exp_avg` full precision."""
 
+    is_plain = True
     master_weights = "none"
     momentum = "fp32"
 
@@ -52,11 +53,7 @@ class PlainLayout:
                 stored.copy_(updated)
 
     def encode(self, param: torch.Tensor, state: dict[str, torch.Tensor], name: str, value: torch.Tensor) -> None:
-        """Stores a state given in any form; a master weight goes into the parameter."""
-        if not value.is_floating_point() or value.numel() != param.numel():
-            from .precision import decode_state
-
-            value = decode_state(param, value)
+        """Stores a floating-point value of the parameter's size; a master weight goes into the parameter."""
         (param if name == "master_param" else state[name]).copy_(value.view(param.shape))
 
 

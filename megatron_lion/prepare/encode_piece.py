@@ -23,8 +23,8 @@ from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.files import sha256_file, storage_errors, write_whole
 from megatron_lion.prepare.encoders import Encoder
 from megatron_lion.prepare.pieces import Piece, ReadCount, ReadOptions, read_piece
+from megatron_lion.prepare.sentences import SplitterName
 from megatron_lion.prepare.splits import document_hash
-from megatron_lion.prepare.splitters import SplitterName
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024

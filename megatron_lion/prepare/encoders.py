@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,7 +19,9 @@ import numpy.typing as npt
 from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError, EnvironmentFault
-from megatron_lion.prepare.splitters import SplitterName
+from megatron_lion.prepare.encoded import EncodedDocument
+from megatron_lion.prepare.sentence_encoder import SentenceEncoder
+from megatron_lion.prepare.sentences import SplitterName
 
 EncoderName = Literal["auto", "tokenizers", "gigatoken"]
 
@@ -39,21 +40,6 @@ HARD_TEXTS = (
     "a" * 3000 + " " * 3000 + "!?" * 500 + "\n" * 500,
     "def f(x):\n\treturn {'a': [1, 2.0e-3], **x}  # ~!@#$%^&*()_+`-=[]\\{}|;':\",./<>?",
 )
-
-
-@dataclass(frozen=True)
-class EncodedDocument:
-    """A document as ids.
-
-    Attributes:
-        ids: (N,) in the dtype they are stored in.
-        lengths: (S,) tokens of each sentence, none 0; empty where documents are not divided into sentences.
-        divided: sentences that were divided because they were too long.
-    """
-
-    ids: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    divided: int = 0
 
 
 class Encoder(Protocol):
@@ -164,8 +150,6 @@ def build_encoder(name: EncoderName, tokenizer: Tokenizer, splitter: SplitterNam
         DataError: the tokenizer is not fit for BERT.
     """
     if splitter is not None:
-        from megatron_lion.prepare.sentence_encoder import SentenceEncoder
-
         return SentenceEncoder(tokenizer, splitter)
     if name == "tokenizers":
         return ReferenceEncoder(tokenizer)

@@ -14,8 +14,8 @@ from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import ConfigError
 from megatron_lion.prepare.encoders import EncoderName
 from megatron_lion.prepare.pieces import OnError, TxtDocuments
+from megatron_lion.prepare.sentences import SplitterName
 from megatron_lion.prepare.splits import parse_split
-from megatron_lion.prepare.splitters import SplitterName
 
 
 @dataclass(frozen=True, kw_only=True)

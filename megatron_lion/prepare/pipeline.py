@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_lion.data.bert_vocab import special_ids
 from megatron_lion.data.indexed_writer import check_indexed
 from megatron_lion.data.manifest import (
     NAME,
@@ -76,7 +75,7 @@ def prepare(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, eod_token=options.eod_token)
     if options.task == "bert":
-        special_ids(tokenizer)  # before an hour is spent on reading
+        tokenizer.bert_special_ids()  # before an hour is spent on reading
     check_output(output, options.overwrite)
     planned = plan_manifest(options, tokenizer)
     with locked_work_folder(output) as work:

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_lion.data.bert_vocab import special_ids
 from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError
-from megatron_lion.prepare.encoders import EncodedDocument
-from megatron_lion.prepare.splitters import SplitterName, load_splitter
+from megatron_lion.prepare.encoded import EncodedDocument
+from megatron_lion.prepare.sentences import SplitterName, load_splitter
 
 LONGEST_SENTENCE = 512
 """Megatron's dataset passes over every document with a longer sentence (LONG_SENTENCE_LEN), so longer ones are divided."""
@@ -76,7 +75,7 @@ class SentenceEncoder:
     def __init__(
         self, tokenizer: Tokenizer, splitter: SplitterName = "rules", sample_every: int = _SAMPLE_EVERY
     ) -> None:
-        special_ids(tokenizer)
+        tokenizer.bert_special_ids()  # raises DataError unless it is fit for BERT
         self.name = f"tokenizers {importlib.metadata.version('tokenizers')} by words, sentences by {splitter}"
         self.split = load_splitter(splitter)
         self._tokenizer = tokenizer

@@ -1,4 +1,6 @@
-"""Divides English text into sentences by rules, fast; the boundaries that sentence-order tasks need.
+"""Divides English text into sentences: by our rules, fast, or by NLTK's Punkt if it is installed.
+
+Sentence-order tasks need the boundaries. The rules:
 
 A sentence may end where `.`, `!`, `?` or `…`, with closing quotes, brackets and note numbers ([7]) after it, is followed
 by white space, and at a blank line. Whether a full stop does end it is decided by the word before and the word after:
@@ -16,6 +18,13 @@ Nothing but the white space between sentences is lost.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from megatron_lion.errors import EnvironmentFault
+
+SplitterName = Literal["rules", "punkt"]
+Splitter = Callable[[str], Sequence[str]]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -56,9 +65,37 @@ _STARTERS = _words(
 _CANDIDATE = re.compile(
     r"""(?<![.!?…])[.!?…]++(?:["'”’»)\]}]|\[\d++\])*+(?=(\s++|\Z))|(?<!\s)(?=([^\S\n]*+\n[^\S\n]*+\n\s*+))"""
 )
+_BLANK_LINE = re.compile(r"\n[^\S\n]*+\n\s*+")
 _OPENING = "\"'“‘«([{¿¡*_—–-"
 _CLOSING = "\"'”’.,;:!?)]}"
 _LOOK_BACK, _LOOK_AHEAD = 30, 24
+
+
+def load_splitter(name: SplitterName) -> Splitter:
+    """The splitter of that name; its sentences are not empty and have no white space around them.
+
+    With Punkt too a blank line ends a sentence, as it does in every document that a person laid out.
+
+    Raises:
+        EnvironmentFault: Punkt was asked for and NLTK or its English model is not installed.
+    """
+    if name == "rules":
+        return split_sentences
+    try:
+        from nltk.tokenize.punkt import PunktTokenizer
+
+        punkt = PunktTokenizer("english")
+    except (ImportError, LookupError):
+        raise EnvironmentFault(
+            "--splitter punkt: needs NLTK and its English model (pip install nltk; python -m nltk.downloader punkt_tab, "
+            "or a folder that holds tokenizers/punkt_tab in NLTK_DATA); or use --splitter rules"
+        ) from None
+
+    def split(text: str) -> list[str]:
+        parts = (part for sentence in punkt.tokenize(text) for part in _BLANK_LINE.split(sentence))
+        return [part for part in map(str.strip, parts) if part]
+
+    return split
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_lion.reproduce.artefacts import Plan
-from megatron_lion.reproduce.claims import JOURNAL, Claim
+from megatron_lion.reproduce.claim import JOURNAL, Claim
 from megatron_lion.runs.record import RunRecord, read_run
 from megatron_lion.theory.rates import SeedRates, rates_over_seeds
 

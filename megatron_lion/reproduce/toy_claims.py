@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_lion.reproduce.claims import JOURNAL, Claim, joined
+from megatron_lion.reproduce.claim import JOURNAL, Claim, joined
 from megatron_lion.toy.experiment import EXPERIMENTS, Experiment, ToySettings, run_toy
 from megatron_lion.toy.problem import minimum
 from megatron_lion.toy.toy_checks import REFERENCE, REFERENCE_STEPS, match_reference

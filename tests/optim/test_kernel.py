@@ -7,8 +7,9 @@ import torch
 from lion_cases import DEVICE, MASTERS, MOMENTA, same_bits, same_state
 
 from megatron_lion.optim import kernel_launch
+from megatron_lion.optim.layouts import PackedLayout
 from megatron_lion.optim.lion import Lion
-from megatron_lion.optim.precision import PackedLayout, int8_bytes
+from megatron_lion.optim.precision import int8_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 

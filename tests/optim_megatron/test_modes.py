@@ -45,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_with_copies_rounded_half_up(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
     """`tiny.train_each` in a process whose fp32 masters write their bf16 copies as split masters do."""
-    from megatron_lion.optim.precision import PackedLayout, split_master
+    from megatron_lion.optim.layouts import PackedLayout
+    from megatron_lion.optim.precision import split_master
 
     encode = PackedLayout.encode
 
