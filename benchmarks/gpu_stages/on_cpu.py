@@ -19,7 +19,8 @@ from megatron_lion.device import Device, select_device
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.parallel import Ranks, process_groups
 from megatron_lion.train.checkpoint import find_latest
-from megatron_lion.train.run import restore_run, save_run
+from megatron_lion.train.restore import restore_run
+from megatron_lion.train.run import save_run
 
 from .runs import built, fingerprints, take_step
 

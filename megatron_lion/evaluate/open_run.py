@@ -20,7 +20,7 @@ from megatron_lion.model.build import build_model
 from megatron_lion.optim.parameter_shards import named_global_parameters
 from megatron_lion.parallel import Ranks, agree, all_reduce_sum, process_groups
 from megatron_lion.train import checkpoint as ckpt
-from megatron_lion.train.run import load_model_tensors, model_sharded_state, unwrap
+from megatron_lion.train.model_state import load_model_tensors, model_sharded_state, unwrap
 
 
 class RestoredRun:

@@ -23,7 +23,7 @@ from megatron_lion.optim.parameter_shards import named_global_parameters
 from megatron_lion.parallel import process_groups
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import weights_fingerprint
-from megatron_lion.train.run import model_facts, model_sharded_state, unwrap
+from megatron_lion.train.model_state import model_facts, model_sharded_state, unwrap
 
 
 def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = None) -> RunConfig:

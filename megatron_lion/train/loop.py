@@ -34,15 +34,9 @@ from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.console import TrainProgress, announce
 from megatron_lion.train.logs import log_file
-from megatron_lion.train.run import (
-    Run,
-    build_run,
-    is_import,
-    random_state_kept,
-    restore_run,
-    save_run,
-    sync_parameters,
-)
+from megatron_lion.train.random_state import random_state_kept
+from megatron_lion.train.restore import is_import, restore_run
+from megatron_lion.train.run import Run, build_run, save_run, sync_parameters
 from megatron_lion.train.schedule import lr_at
 from megatron_lion.train.step import TrainStep, mean_losses, train_step
 

@@ -24,7 +24,8 @@ from megatron_lion.runs.folder import locked, write_json
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.loop import stop_signals
-from megatron_lion.train.run import Run, build_run, restore_run, restore_weights, why_no_state
+from megatron_lion.train.restore import restore_run, restore_weights, why_no_state
+from megatron_lion.train.run import Run, build_run
 
 _log = logging.getLogger(__name__)
 _SETTINGS = ("num_batches", "data", "dropout")

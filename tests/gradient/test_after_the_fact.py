@@ -156,7 +156,8 @@ def strip_and_probe(rank, config):
     from tiny import opened_run
 
     from megatron_lion.train import checkpoint as ckpt
-    from megatron_lion.train.run import model_sharded_state, restore_run
+    from megatron_lion.train.model_state import model_sharded_state
+    from megatron_lion.train.restore import restore_run
 
     run_dir = Path(config.run_dir)
     with opened_run(config) as run:

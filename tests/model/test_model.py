@@ -163,7 +163,7 @@ def test_memory_follows_the_layout() -> None:
 
 
 def streams(rank: int, config: Any) -> dict[str, Any]:
-    from megatron_lion.train.run import rng_state
+    from megatron_lion.train.random_state import rng_state
 
     with tiny.opened_run(config) as run:
         states = {name: state.numpy(force=True).tobytes() for name, state in rng_state().items()}

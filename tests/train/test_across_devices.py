@@ -16,7 +16,9 @@ TRACKER = "tracker.model-parallel-rng"
 def resume_from_a_gpu(rank: int, config: Any) -> dict[str, Any]:
     """Saves a run, restores it with random states as CUDA saves them, and takes a step; (the streams after restoring)."""
     from megatron_lion.train import checkpoint as ckpt
-    from megatron_lion.train.run import restore_run, rng_state, save_run
+    from megatron_lion.train.random_state import rng_state
+    from megatron_lion.train.restore import restore_run
+    from megatron_lion.train.run import save_run
 
     with tiny.opened_run(config) as run:
         tiny.step_once(run, run.train_batches())

@@ -275,7 +275,7 @@ def test_another_model_optimizer_or_data_is_refused(trained: Any, on_device: Pat
 
 
 def refusals(rank: int, jobs: dict[str, tuple[Any, Path]]) -> dict[str, tuple[str, str]]:
-    from megatron_lion.train.run import restore_run
+    from megatron_lion.train.restore import restore_run
 
     found = {}
     for name, (config, checkpoints) in jobs.items():

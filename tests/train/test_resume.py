@@ -125,7 +125,8 @@ def train_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, int]:
 def load_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, bool]:
     """Loads a checkpoint of another layout and saves it again elsewhere, untouched."""
     from megatron_lion.train.checkpoint import open_checkpoint, step_folder
-    from megatron_lion.train.run import restore_run, save_run
+    from megatron_lion.train.restore import restore_run
+    from megatron_lion.train.run import save_run
 
     for source, config in jobs.values():
         with tiny.opened_run(config) as run:

@@ -1,0 +1,91 @@
+"""The model's weights as megatron-core ShardedTensors, and loading them from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import Float16Module
+
+from megatron_lion.config import RunConfig
+from megatron_lion.data.corpora import Corpora
+from megatron_lion.errors import CheckpointError
+from megatron_lion.parallel import Ranks, agree
+from megatron_lion.train import checkpoint as ckpt
+
+
+def unwrap(chunk: Any) -> Any:
+    """The megatron-core network inside DDP and the half-precision wrapper."""
+    core = chunk.module
+    return core.module if isinstance(core, Float16Module) else core
+
+
+def model_sharded_state(model: list[Any], prefix: str = "model.") -> dict[str, Any]:
+    """The model's parameters as megatron-core ShardedTensors whose data are the Parameter objects; no pickled extras."""
+    items = {key: item for chunk in model for key, item in unwrap(chunk).sharded_state_dict(prefix=prefix).items()}
+    return {key: item for key, item in items.items() if isinstance(item, ShardedTensor)}
+
+
+def load_model_tensors(model: list[Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Copies loaded weights into the parameters."""
+    with torch.no_grad():
+        for key, target in model_sharded_state(model).items():
+            target.data.copy_(tensors[key].view_as(target.data))
+
+
+def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
+    """What must be equal for a checkpoint to fit a model."""
+    model = config.model
+    return {
+        "kind": model.kind,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "ffn_hidden_size": model.ffn_hidden_size or 4 * model.hidden_size,
+        "seq_length": model.seq_length,
+        "gelu": model.gelu,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "vocab_size": vocab_size,
+    }
+
+
+def check_model(config: RunConfig, corpora: Corpora, checkpoint: ckpt.Checkpoint) -> None:
+    """Raises CheckpointError unless the checkpoint is of this model and this data."""
+    manifest, where = checkpoint.manifest, checkpoint.folder
+    ours = model_facts(config, corpora.vocab_size)
+    different = [
+        f"{key} {manifest['model'].get(key)} (now {value})"
+        for key, value in ours.items()
+        if manifest["model"].get(key) != value
+    ]
+    if different:
+        raise CheckpointError(
+            f"{where}: is of another model: {', '.join(different)}; use its settings or another run_dir"
+        )
+    if manifest["data_digest"] is None:  # imported: the vocabulary is what must fit
+        theirs, now = manifest["tokenizer_sha256"], corpora.tokenizer.sha256 if corpora.tokenizer else None
+        if now is not None and theirs != now:
+            raise CheckpointError(
+                f"{where}: has another tokenizer ({theirs[:12]}) than the data ({now[:12]}); prepare the data with the one in "
+                f"{where.parent.parent / 'tokenizer'}"
+            )
+    elif manifest["data_digest"] != corpora.digest:
+        raise CheckpointError(
+            f"{where}: was trained on other data ({manifest['data_digest'][:12]}, now {corpora.digest[:12]}); use another run_dir"
+        )
+
+
+def load_weights(
+    config: RunConfig, corpora: Corpora, model: list[Any], checkpoint: ckpt.Checkpoint, ranks: Ranks
+) -> None:
+    """Verifies a checkpoint and loads its weights into the model, at any layout; a collective call.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model or data.
+    """
+    with agree("checking the checkpoint"):
+        check_model(config, corpora, checkpoint)
+    ckpt.verify_checkpoint(checkpoint, ranks)
+    loaded = ckpt.read_tensors({"model": model_sharded_state(model)}, checkpoint.folder)
+    load_model_tensors(model, loaded["model"])

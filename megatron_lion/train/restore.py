@@ -1,0 +1,110 @@
+"""Puts a checkpoint back into a run: model, optimizer, counters and random states, verified by the state's fingerprint."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from megatron_lion.errors import CheckpointError
+from megatron_lion.parallel import agree, derive_seed, seed_everything
+from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.fingerprint import state_fingerprint
+from megatron_lion.train.model_state import check_model, load_model_tensors, load_weights, model_sharded_state
+from megatron_lion.train.random_state import set_rng_state
+from megatron_lion.train.run import Run, bucket_sizes
+
+logger = logging.getLogger(__name__)
+
+
+def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+    """Verifies a checkpoint and puts model, optimizer, counters and random states back; a collective call.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model, optimizer or data; nothing was changed on disk.
+    """
+    manifest = checkpoint.manifest
+    with agree("checking the checkpoint"):
+        check_model(run.config, run.corpora, checkpoint)
+        _check_state(run, checkpoint)
+    ckpt.verify_checkpoint(checkpoint, run.ranks)
+    layout = manifest["state_layout"]
+    model_state = model_sharded_state(run.model)
+    sharded = {
+        "model": model_state,
+        "optimizer": run.optimizer.sharded_state(model_sharded_state(run.model, ""), is_loading=True, layout=layout),
+    }
+    loaded = ckpt.read_tensors(sharded, checkpoint.folder)
+    load_model_tensors(run.model, loaded["model"])
+    run.optimizer.load_sharded_state(loaded["optimizer"], layout=layout)
+    run.optimizer.load_extra_state(manifest["optimizer_state"])
+    run.step = int(manifest["step"])
+    run.consumed_samples = int(manifest["consumed_samples"])
+    rng = ckpt.read_rng(checkpoint, run.ranks)
+    # A CUDA generator's state is 16 bytes, a CPU generator's 5,056: neither can be set on the other kind of device.
+    if rng is not None and ("cuda" in rng) == torch.cuda.is_available():
+        set_rng_state(rng)
+    else:  # another layout or kind of device has other dropout streams: start fresh ones that depend on the step
+        seed_everything(derive_seed(run.config.seed, f"resume at {run.step}"), run.ranks)
+    _compare_fingerprints(run, checkpoint)
+
+
+def restore_weights(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+    """Verifies a checkpoint and loads the model's weights alone, at any layout; a collective call.
+
+    Master weights and optimizer state stay as they were: for reading, not for training.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model or data.
+    """
+    load_weights(run.config, run.corpora, run.model, checkpoint, run.ranks)
+    run.step = int(checkpoint.manifest["step"])
+
+
+def is_import(checkpoint: ckpt.Checkpoint) -> bool:
+    """Whether it holds weights from elsewhere, to begin a run with: no optimizer state, no steps."""
+    return checkpoint.step == 0 and checkpoint.manifest.get("state_layout") is None
+
+
+def why_no_state(run: Run, checkpoint: ckpt.Checkpoint) -> str | None:
+    """Why a checkpoint's optimizer state, master weights included, cannot be loaded at this layout; None where it can."""
+    if checkpoint.manifest.get("state_layout") is None:
+        return "it holds no optimizer state"
+    try:
+        _check_state(run, checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _check_state(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+    manifest, where = checkpoint.manifest, checkpoint.folder
+    if manifest["optimizer"] != run.optimizer.name:
+        raise CheckpointError(
+            f"{where}: was written by {manifest['optimizer']}, optimizer.name is {run.optimizer.name}; use another run_dir"
+        )
+    saved, ranks = manifest["layout"], run.ranks
+    if manifest["state_layout"] == "dp_reshardable":
+        same_model_parallel = (saved["tp_size"], saved["pp_size"]) == (ranks.tp_size, ranks.pp_size)
+        same_buckets = ranks.dp_size == saved["dp_size"] or manifest["buckets"] == bucket_sizes(run)
+        if not (same_model_parallel and same_buckets):
+            raise CheckpointError(
+                f"{where}: a dp_reshardable checkpoint of TP {saved['tp_size']} x PP {saved['pp_size']}; resume at that layout, "
+                "or save with checkpoint.layout fully_reshardable"
+            )
+
+
+def _compare_fingerprints(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+    """Raises CheckpointError unless the restored state is the saved one, or had to be rounded to a shorter form."""
+    manifest, optimizer = checkpoint.manifest, run.optimizer
+    found, saved = state_fingerprint(run.model, optimizer), manifest["state_fingerprint"]
+    if found == saved:
+        return
+    form = manifest.get("state_form", optimizer.state_form())
+    same_shards = manifest["layout"] == ckpt.layout_facts(run.ranks) and manifest["buckets"] == bucket_sizes(run)
+    if not optimizer.rounds_state_of(form, same_shards=same_shards):
+        raise CheckpointError(
+            f"{checkpoint.folder}: the restored state has fingerprint {found[:12]}, saved was {saved[:12]}; "
+            "please report this, and resume from another step"
+        )
+    logger.info("%s: its state is rounded to %s, from %s", checkpoint.folder, optimizer.state_form(), form)
