@@ -1,11 +1,12 @@
 """LION, the evolved sign momentum optimizer: the algorithm, its plain reference and `torch.optim` form.
 
-With update.py, which holds the equations, this file stands alone: it needs torch, and reaches for its other neighbours
-only when a faster implementation or a reduced-precision state is asked for.
+This file and update.py, which holds the equations, work without the rest of the package: they need torch alone.
+Faster implementations and packed state are imported when they are needed; "auto" is "reference" if they are missing.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -21,6 +22,8 @@ MOMENTUM_CHOICES = ("fp32", "bf16", "int8")
 # Compiling the C++ loop takes a second or two, once a machine; it saves 5 ms (float32) to 45 ms (int8) a step for each
 # 2^20 elements. Smaller models, and tests, do without.
 CPP_PAYS = 2**20
+# Whether only lion.py and update.py were copied into another project.
+IS_ALONE = importlib.util.find_spec(".foreach", __package__) is None
 STATE_NAMES = {"exp_avg", "master_param", "step"}
 
 
@@ -336,6 +339,8 @@ class Lion(torch.optim.Optimizer):
                 raise RuntimeError(f"implementation = 'triton': {reason}; or use implementation = 'foreach'")
         if self.implementation not in ("auto", "cpp"):
             return self.implementation
+        if self.implementation == "auto" and IS_ALONE:
+            return "reference"
         on_cpu = all(slot.param.device.type == "cpu" for slot in slots)
         if self.implementation == "cpp" and not on_cpu:
             raise ValueError("implementation = 'cpp' with parameters that are not on the CPU: use 'auto'")
@@ -360,15 +365,16 @@ class Lion(torch.optim.Optimizer):
         self, implementation: str, slots: Sequence[Slot], begin: bool, multiplier: torch.Tensor | None
     ) -> None:
         """The step of the implementations that keep nothing from one to the next."""
-        from .cautious import count_agreement, with_caution
-
         take_step = reference_step
         if implementation == "foreach":
             from .foreach import foreach_step as take_step
         elif implementation == "cpp":
-            from .cpp import count_agreement
             from .cpp import cpp_step as take_step
         if self.cautious:
+            from .cautious import count_agreement, with_caution
+
+            if implementation == "cpp":
+                from .cpp import count_agreement
             slots = with_caution(slots, count_agreement(slots, self.layout, begin, multiplier), self.sum_agreement)
         take_step(slots, self.layout, begin, multiplier)
         if self.count_steps and slots:
