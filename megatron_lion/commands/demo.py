@@ -14,9 +14,9 @@ from megatron_lion.reproduce.recipes import (
     TUNED,
     VOCAB_SIZE,
     Recipe,
-    configs_folder,
     quick_words,
 )
+from megatron_lion.shipped import shipped_folder
 
 if TYPE_CHECKING:
     from megatron_lion.jobs import Jobs
@@ -66,7 +66,7 @@ class _Demo:
 
     def __init__(self, output: Path, processes: int, quick: bool, paper_rates: bool, jobs: Jobs) -> None:
         self.output, self.processes, self.quick, self.jobs = output, processes, quick, jobs
-        self.config = configs_folder() / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
+        self.config = shipped_folder("configs") / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
         self.paper_rates = paper_rates
         self.started = time.monotonic()
         self.step_number = 0

@@ -185,9 +185,9 @@ def _tasks(model: Any, args: Any) -> list[Task]:
 
 def _note_wikitext(tasks: list[Task], args: Any) -> None:
     """What one would not see from the table: another text than WikiText, page-wise results left out."""
-    from megatron_lion.evaluate.wikitext import UNKNOWN_TEXT
+    from megatron_lion.evaluate.known_texts import UNKNOWN
 
-    if tasks[0].conditions["text_version"] == UNKNOWN_TEXT:
+    if tasks[0].conditions["text_version"] == UNKNOWN:
         sys.stderr.write(
             f"{args.wikitext103}: none of the published WikiText files (by its hash); the result is no WikiText-103 perplexity\n"
         )

@@ -19,11 +19,8 @@ from pathlib import Path
 import torch
 
 from megatron_lion.errors import DataError
+from megatron_lion.evaluate.known_texts import LAMBADA, UNKNOWN
 from megatron_lion.evaluate.token_scores import Segment
-
-KNOWN_SETS = {
-    "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226": "LAMBADA test, as processed for GPT-2"
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ def read_passages(path: str | Path) -> Passages:
     if not texts:
         raise DataError(f"{path}: no passage in it; needed: JSONL with a passage under 'text' in each line")
     sha256 = hashlib.sha256(content).hexdigest()
-    return Passages(path=str(path), sha256=sha256, version=KNOWN_SETS.get(sha256, "unknown"), texts=texts)
+    return Passages(path=str(path), sha256=sha256, version=LAMBADA.get(sha256, UNKNOWN), texts=texts)
 
 
 def passage_segment(text: str, encode: Callable[[str], list[int]], seq_length: int) -> Segment:

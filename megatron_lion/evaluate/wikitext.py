@@ -13,17 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lion.errors import DataError
-
-# sha256 of the files as their publisher distributes them. The raw test file of WikiText-2 and WikiText-103 is
-# one and the same; the tokenised ones differ in which words are `<unk>`.
-KNOWN_TEXTS: dict[str, str] = {
-    "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9": "WikiText-103 tokens test",
-    "9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b": "WikiText-103 tokens valid",
-    "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08": "WikiText raw test",
-    "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0": "WikiText-2 tokens test",
-    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8": "WikiText-2 tokens valid",
-}
-UNKNOWN_TEXT = "unknown"
+from megatron_lion.evaluate.known_texts import UNKNOWN, WIKITEXT
 
 
 def _inside(opening: str, closing: str) -> tuple[re.Pattern[str], str]:
@@ -164,7 +154,7 @@ def read_text(path: str | Path, kind: str) -> EvaluationText:
         kind=kind,
         path=str(path),
         sha256=sha256,
-        version=KNOWN_TEXTS.get(sha256, UNKNOWN_TEXT),
+        version=WIKITEXT.get(sha256, UNKNOWN),
         original=text,
         encoded=detokenize(text) if kind == "wikitext103" else text,
         n_orig=n_orig,

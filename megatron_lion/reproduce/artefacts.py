@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_lion.errors import ConfigError
-from megatron_lion.reproduce.recipes import PAPER, SPLIT, TUNED, Recipe, configs_folder, quick_words
+from megatron_lion.reproduce.recipes import PAPER, SPLIT, TUNED, Recipe, quick_words
 from megatron_lion.reproduce.sources import Sources
+from megatron_lion.shipped import shipped_folder
 
 Scale = Literal["tiny", "full"]
 ARTEFACTS = {
@@ -42,7 +43,7 @@ class Step:
 
     def shown(self, processes: int) -> str:
         """As one would type it in the repository."""
-        words = [word.replace(f"{configs_folder()}/", "configs/") for word in self.words]
+        words = [word.replace(f"{shipped_folder('configs')}/", "configs/") for word in self.words]
         if self.launched:
             place = words.index("--config")
             return shlex.join(["launch/torchrun.sh", words[place + 1], *words[:place], *words[place + 2 :]])
@@ -136,7 +137,7 @@ def _compare(runs: list[Path], folder: Path) -> Step:
 def _tiny(artefact: str, sources: Sources) -> Plan:
     """One small model at the paper's rates and at tuned ones; table-b1 and figure-3 share their runs."""
     kind = "bert" if artefact == "figure-2" else "gpt2"
-    config = configs_folder() / ("bert_demo.yaml" if kind == "bert" else "demo.yaml")
+    config = shipped_folder("configs") / ("bert_demo.yaml" if kind == "bert" else "demo.yaml")
     steps = [_prepare(kind, sources)]
     paper: dict[str, Path] = {}
     tuned: dict[str, Path] = {}
@@ -160,7 +161,7 @@ def _tiny_rates(sources: Sources) -> Plan:
     seeds: dict[str, list[Path]] = {}
     often = ("--train.steps", "160", "--checkpoint.at_steps", "[]", "--probe.every", "8", "--probe.num_batches", "4",
              "--train.test_every", "0")  # fmt: skip
-    config = configs_folder() / "demo.yaml"
+    config = shipped_folder("configs") / "demo.yaml"
     for recipe in TUNED["gpt2"][:2]:
         seeds[recipe.optimizer] = [
             sources.output / "runs" / f"rates-{recipe.optimizer}-seed{seed}" for seed in RATE_SEEDS
@@ -195,7 +196,7 @@ def _full(artefact: str, sources: Sources) -> Plan:
     seeds: dict[str, list[Path]] = {}
     for name in names:
         for recipe in PAPER:
-            config = configs_folder() / f"{name}.yaml"
+            config = shipped_folder("configs") / f"{name}.yaml"
             run_dir = sources.output / "runs" / f"{name.replace('_', '-')}-{recipe.optimizer}"
             paper[f"{name.replace('_', '-')}/{recipe.optimizer}"] = run_dir
             seeds.setdefault(recipe.optimizer, []).append(run_dir)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from megatron_lion.errors import EnvironmentFault
 
 VOCAB_SIZE = 2048
 SPLIT = "94,3,3"
@@ -46,17 +43,3 @@ def quick_words() -> list[str]:
     half = QUICK_STEPS // 2
     return ["--train.steps", str(QUICK_STEPS), "--checkpoint.at_steps", str([half, QUICK_STEPS]), "--train.test_every", str(half),
             "--probe.every", str(half), "--probe.num_batches", "2", "--train.test_batches", "1"]  # fmt: skip
-
-
-def configs_folder() -> Path:
-    """The repository's configs/.
-
-    Raises:
-        EnvironmentFault: this is an installed package without them.
-    """
-    folder = Path(__file__).resolve().parents[2] / "configs"
-    if not (folder / "demo.yaml").is_file():
-        raise EnvironmentFault(
-            "this runs in a checkout of the repository: its configs/ folder is not installed with the package"
-        )
-    return folder

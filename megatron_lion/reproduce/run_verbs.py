@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_lion.errors import EnvironmentFault, MegatronLionError, StoppedOnRequest
 from megatron_lion.jobs import Jobs
 from megatron_lion.reproduce.artefacts import Plan, Step
+from megatron_lion.shipped import shipped_folder
 
 
 def say(text: str) -> None:
@@ -60,7 +61,7 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
 
 def launch_words(step: Step) -> list[str]:
     """The script of launch/ and its arguments."""
-    script = Path(__file__).resolve().parents[2] / "launch" / "torchrun.sh"
+    script = shipped_folder("launch") / "torchrun.sh"
     place = step.words.index("--config")
     return [str(script), step.words[place + 1], *step.words[:place], *step.words[place + 2 :]]
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# OpenWebText as GPT-2 token files: data/openwebtext/{train,valid,test}_text_document.{bin,idx} and manifest.json.
+#
+#   data_prep/openwebtext.sh                                      # with the values below
+#   INPUT=downloads/owt OUTPUT=/scratch/owt data_prep/openwebtext.sh
+#
+# The same command continues an interrupted preparation. docs/data.md describes every option.
+set -euo pipefail
+
+INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by blanks: .jsonl (.zst, .gz, .xz), .txt, .parquet
+JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) that holds the text
+TOKENIZER=${TOKENIZER:-gpt2}             # folder with GPT-2's vocab.json and merges.txt
+OUTPUT=${OUTPUT:-data/openwebtext}       # dataset folder to make
+SPLIT=${SPLIT:-99.9,0.05,0.05}           # shares of documents: training, validation, test
+SEED=${SEED:-1234}                       # of the hashes that decide a document's split
+WORKERS=${WORKERS:-0}                    # processes; 0: one a core
+ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and name it, or skip and count it
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
+
+# INPUT is not quoted: each of its words is one input.
+# shellcheck disable=SC2086
+"$PYTHON" -m megatron_lion prepare --task gpt --input $INPUT --json-key "$JSON_KEY" --tokenizer "$TOKENIZER" --output "$OUTPUT" \
+    --split "$SPLIT" --seed "$SEED" --workers "$WORKERS" --on-error "$ON_ERROR"
+echo "next: launch/torchrun.sh configs/gpt2_small.yaml --data.path '[$OUTPUT]' --dry-run" >&2

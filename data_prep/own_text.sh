@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Your own text as token files for a small GPT-2.
+#
+#   INPUT=notes/ data_prep/own_text.sh
+#   INPUT="notes/ letters/*.jsonl.gz" TOKENIZER=my-vocabulary/ data_prep/own_text.sh
+#
+# The same command continues an interrupted preparation.
+set -euo pipefail
+
+INPUT=${INPUT:-text}                     # files, folders or patterns, separated by blanks: .txt, .jsonl, .parquet
+JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) that holds the text
+TXT_DOCUMENTS=${TXT_DOCUMENTS:-blank-line}  # blank lines divide a .txt file into documents; "file": it is one document
+OUTPUT=${OUTPUT:-data/own}               # dataset folder to make
+TOKENIZER=${TOKENIZER:-gpt2}             # folder with vocab.json and merges.txt, or tokenizer.json
+SPLIT=${SPLIT:-90,5,5}                   # shares of documents: training, validation, test
+SEED=${SEED:-1234}                       # of the hashes that decide a document's split
+WORKERS=${WORKERS:-0}                    # processes; 0: one a core
+
+here=$(cd "$(dirname "$0")/.." && pwd)
+PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
+
+# INPUT is not quoted: each of its words is one input.
+# shellcheck disable=SC2086
+"$PYTHON" -m megatron_lion prepare --task gpt --input $INPUT --json-key "$JSON_KEY" --txt-documents "$TXT_DOCUMENTS" \
+    --tokenizer "$TOKENIZER" --output "$OUTPUT" --split "$SPLIT" --seed "$SEED" --workers "$WORKERS"
+echo "next: megatron-lion pretrain --config configs/gpt2_tiny.yaml --data.path '[$OUTPUT]' --dry-run" >&2

@@ -1,0 +1,62 @@
+"""Published evaluation texts by the SHA-256 of their files.
+
+    python -m megatron_lion.evaluate.known_texts FILE...
+
+prints which text each file is; a file that is none of them ends it with the exit code of a DataError.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_lion.errors import DataError
+from megatron_lion.files import sha256_file
+
+# The raw test file of WikiText-2 and WikiText-103 is one and the same; the tokenised ones differ in which words are
+# `<unk>`.
+WIKITEXT: dict[str, str] = {
+    "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9": "WikiText-103 tokens test",
+    "9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b": "WikiText-103 tokens valid",
+    "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08": "WikiText raw test",
+    "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0": "WikiText-2 tokens test",
+    "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8": "WikiText-2 tokens valid",
+}
+LAMBADA: dict[str, str] = {
+    "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226": "LAMBADA test, as processed for GPT-2"
+}
+UNKNOWN = "unknown"
+
+
+def identify(path: str | Path) -> str:
+    """Name of a published text.
+
+    Raises:
+        DataError: the file cannot be read, or is not one of them.
+    """
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of the downloaded file") from None
+    name = (WIKITEXT | LAMBADA).get(found)
+    if name is None:
+        raise DataError(
+            f"{path}: not a published evaluation text (SHA-256 {found[:12]}); needed is wiki.test.tokens "
+            "or wiki.test.raw of WikiText-103, or lambada_test.jsonl, exactly as published; download it again"
+        )
+    return name
+
+
+def main(paths: list[str]) -> int:
+    """Prints the name of each file's text; returns the exit code."""
+    try:
+        for path in paths:
+            sys.stdout.write(f"{path}: {identify(path)}\n")
+    except DataError as error:
+        sys.stderr.write(f"megatron-lion: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,93 @@
+"""The recipes of data_prep/ run on small corpora and make what training and evaluation read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_bert
+from tiny_gpt2 import prose
+
+from megatron_lion.config import DataConfig, ModelConfig
+from megatron_lion.data.corpora import open_corpora
+from megatron_lion.prepare.vocabularies import train_bpe
+
+REPO = Path(__file__).resolve().parent.parent
+SAMPLES = REPO.parent / "shared" / "data"
+
+
+def recipe(name: str, folder: Path, **variables: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a recipe in a folder of its own, with only the variables that are given."""
+    environment = {**os.environ, "PYTHON": sys.executable, **{key: str(value) for key, value in variables.items()}}
+    return subprocess.run(
+        [str(REPO / "data_prep" / name)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["openwebtext.sh", "own_text.sh"])
+def test_gpt_recipe_makes_a_dataset_that_training_opens(tmp_path: Path, name: str) -> None:
+    texts = prose(120)
+    files = [write_jsonl(tmp_path / "text" / f"part-{part}.jsonl", texts[part::2]) for part in (0, 1)]
+    train_bpe(files, 300, tmp_path / "gpt2")
+    done = recipe(name, tmp_path, INPUT=" ".join(map(str, files)), OUTPUT="made", SPLIT="80,10,10", WORKERS="1")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 120
+    corpora = open_corpora(DataConfig(path=[str(tmp_path / "made")]), ModelConfig(seq_length=64))
+    assert (corpora.train_tokens or 0) > 1000
+    assert "--data.path '[made]'" in done.stderr  # the next command, ready to be copied
+
+
+def test_bert_recipe_makes_sentences(tmp_path: Path) -> None:
+    texts = tiny_bert.documents(80, 6)
+    write_jsonl(tmp_path / "openwebtext" / "a.jsonl", texts)
+    vocab = tiny_bert.write_vocab(tmp_path)
+    done = recipe("openwebtext_bert.sh", tmp_path, VOCAB=vocab, SPLIT="80,10,10", WORKERS="1")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "data" / "openwebtext-bert" / "manifest.json").read_text())
+    assert manifest["sentences"]["sentences"] > 2 * manifest["documents"]
+
+
+def test_recipe_ends_with_the_exit_code_of_prepare(tmp_path: Path) -> None:
+    done = recipe("openwebtext.sh", tmp_path, INPUT="nowhere")
+    assert done.returncode == 3, done.stderr
+    assert "gpt2: no such file or folder" in done.stderr
+    assert "next:" not in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_evaluation_recipe_refuses_a_changed_file(tmp_path: Path) -> None:
+    (tmp_path / "wiki.test.tokens").write_text(" = Robert <unk> = \n")
+    done = recipe("evaluation_texts.sh", tmp_path, LAMBADA="")
+    assert done.returncode == 3
+    assert "wiki.test.tokens: not a published evaluation text" in done.stderr
+    assert not list((tmp_path / "data" / "evaluation").iterdir())
+    assert (
+        recipe("evaluation_texts.sh", tmp_path, LAMBADA="", WIKITEXT="").returncode == 0
+    )  # an empty value leaves it out
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="needs the published evaluation files in ../shared/data")
+def test_evaluation_recipe_takes_the_published_files(tmp_path: Path) -> None:
+    wikitext, lambada = SAMPLES / "wikitext" / "wiki.test.tokens", SAMPLES / "lambada" / "lambada_test.jsonl"
+    done = recipe("evaluation_texts.sh", tmp_path, WIKITEXT=wikitext, LAMBADA=lambada, OUTPUT="texts")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "texts").iterdir()} == {wikitext.name, lambada.name}
+    assert (tmp_path / "texts" / wikitext.name).read_bytes() == wikitext.read_bytes()
+    assert "--wikitext103 texts/wiki.test.tokens --lambada texts/lambada_test.jsonl" in done.stderr
