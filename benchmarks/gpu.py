@@ -190,7 +190,7 @@ def run_stage(child: dict[str, Any]) -> int:
     paths = {key: child[key] and Path(child[key]) for key in ("data", "text")}
     stage = Stage(**{**child, **paths, "output": Path(child["output"])})
     try:
-        importlib.import_module(f"gpu_stages.{stage.name}").run(stage)
+        importlib.import_module(f"gpu_stages.stage_{stage.name}").run(stage)
     except Exception as error:
         stage.row("stage", error=describe(error))
         traceback.print_exc()

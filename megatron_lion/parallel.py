@@ -43,10 +43,6 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
-
 
 def _init_process_group(device: Device, timeout_s: float) -> None:
     timeout = timedelta(seconds=timeout_s)
@@ -162,12 +158,6 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values
-
-
-def reduce_losses(outputs: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[float, int]:
-    """Sums (loss sum, token count) over micro-batches and data ranks; see `reduce_sums`."""
-    sums = reduce_sums(outputs, ("loss_sum", "num_tokens"), device)
-    return sums["loss_sum"], int(sums["num_tokens"])
 
 
 def reduce_sums(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], device: torch.device) -> dict[str, float]:

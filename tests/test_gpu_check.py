@@ -322,7 +322,7 @@ def test_without_git_the_carried_commit_is_taken(tmp_path: Path, gpu: Any, monke
 
 def test_a_peer_is_divided_by_ours_alone(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """If ours fails, the next one of its class must not take its place."""
-    from gpu_stages import peers
+    from gpu_stages import stage_peers as peers
 
     times = {"torch AdamW fused + copy": 4.0, "ours split32": 2.0}
     keep = dict.fromkeys(("parameters", "tensors", "device_ms", "bytes_per_parameter", "state_bytes_per_parameter", "launches",

@@ -14,7 +14,8 @@ from megatron_lion.optim import update
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from gpu_stages import bitwise, modes, run
+from gpu_stages import bitwise, modes
+from gpu_stages import stage_run as run
 from gpu_stages.stage import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")

@@ -23,10 +23,10 @@ from megatron_lion.parallel import Ranks, process_groups
 
 from .children import Child, newest_manifest
 from .on_cpu import load_and_save, tiny_numbers
-from .run import evaluate, finished, run_settings, same_as_undisturbed
 from .runs import built, take_step
 from .settings import CONFIGS, check, tiny_config, tiny_settings, words
 from .stage import Stage
+from .stage_run import evaluate, finished, run_settings, same_as_undisturbed
 
 TOLERANCE = 1e-5
 PROBE_SAMPLES, PROBE_BATCHES = 16, 100

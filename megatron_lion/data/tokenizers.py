@@ -279,23 +279,3 @@ def _hub_files(name: str, *, download: bool) -> dict[str, bytes]:
             raise DataError(f"hf:{name}: that repository has no tokenizer.json and no vocab.json + merges.txt")
         return {}
     return files
-
-
-def padded_vocab_size(vocab_size: int, multiple: int = 128, tensor_parallel: int = 1) -> int:
-    """Vocabulary rounded up so that every tensor-parallel rank holds a multiple of `multiple` rows.
-
-    Args:
-        vocab_size: number of token ids.
-        multiple: rows per rank are a multiple of this; 128 suits the matrix units.
-        tensor_parallel: number of ranks that the embedding is divided over.
-
-    >>> padded_vocab_size(50257), padded_vocab_size(50257, tensor_parallel=8)
-    (50304, 51200)
-    """
-    if vocab_size < 1 or multiple < 1 or tensor_parallel < 1:
-        raise DataError(
-            f"cannot pad a vocabulary of {vocab_size} to multiples of {multiple} on {tensor_parallel} ranks: "
-            "all three must be ≥ 1"
-        )
-    step = multiple * tensor_parallel
-    return -(-vocab_size // step) * step

@@ -13,21 +13,13 @@ window is also the Hugging Face documentation's `stride`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.evaluate.token_scores import (
-    DetailedScorer,
-    Progress,
-    Scorer,
     Segment,
-    SegmentScores,
-    score_segments,
-    single_rank,
 )
 
 
@@ -121,36 +113,3 @@ def stream_segments(tokens: Tensor, plan: WindowPlan) -> list[Segment]:
     assert tokens.numel() == plan.n_tok, "the plan is for another stream"
     windows = map(plan.window, range(plan.num_windows))
     return [Segment(ids=tokens[w.start : w.stop + 1], num_scored=w.num_scored) for w in windows]
-
-
-def score_stream(
-    tokens: Sequence[int] | Tensor,
-    plan: WindowPlan,
-    scorer: Scorer | DetailedScorer,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_size: int = 8,
-    all_reduce_sum: Callable[[Tensor], Tensor] = single_rank,
-    progress: Progress | None = None,
-) -> SegmentScores:
-    """Scores a stream by a plan of windows; see `score_segments` for the arguments after `scorer`.
-
-    Args:
-        tokens: the token ids, `plan.n_tok` of them.
-        plan: from `plan_windows`.
-        scorer: the model; see `Scorer`.
-
-    Raises:
-        NumericsError: the model gave NaN or an infinite loss.
-    """
-    return score_segments(
-        stream_segments(torch.as_tensor(tokens, dtype=torch.int64), plan),
-        scorer,
-        seq_length=plan.seq_length,
-        rank=rank,
-        world_size=world_size,
-        batch_size=batch_size,
-        all_reduce_sum=all_reduce_sum,
-        progress=progress,
-    )

@@ -52,16 +52,6 @@ MEGATRON = Convention(
     stride=32,
     version="WikiText-103 tokens test",
 )
-TOKEN_LEVEL = Convention(
-    name="token level",
-    text="WikiText-103 test tokens, detokenised, one stream",
-    divides_by="tokens of the model's vocabulary",
-    windows="overlapping, each scores its last 32 targets",
-    kind="wikitext103",
-    field="token_ppl",
-    stride=32,
-    version="WikiText-103 tokens test",
-)
 HARNESS_WORD = Convention(
     name="lm-evaluation-harness word",
     text="raw test file page by page, detokenised, first token from end-of-document",

@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_lion.errors import ConfigError, DataError, NumericsError
-from megatron_lion.evaluate.perplexity import perplexity, plan_windows, score_stream
-from megatron_lion.evaluate.token_scores import LogitsScorer
+from megatron_lion.evaluate.perplexity import WindowPlan, perplexity, plan_windows, stream_segments
+from megatron_lion.evaluate.token_scores import LogitsScorer, SegmentScores, score_segments
 
 VOCAB = 7
+
+
+def score(tokens: list[int] | Tensor, plan: WindowPlan, scorer: object, **options: object) -> SegmentScores:
+    """A stream scored by a plan, as `evaluate` does it."""
+    segments = stream_segments(torch.as_tensor(tokens, dtype=torch.int64), plan)
+    return score_segments(segments, scorer, seq_length=plan.seq_length, **options)
 
 
 class Bigram:
@@ -64,7 +70,7 @@ def test_stream_score_equals_a_loop_over_tokens(
         return sums
 
     for rank in range(world_size):
-        score_stream(tokens, plan, model, rank=rank, world_size=world_size, batch_size=batch_size, all_reduce_sum=keep)
+        score(tokens, plan, model, rank=rank, world_size=world_size, batch_size=batch_size, all_reduce_sum=keep)
     loss_sum, count, _ = torch.stack(parts).sum(0).tolist()
     assert count == n_tok - 1
     assert loss_sum == pytest.approx(expected, rel=1e-12)  # float64 sums in another order
@@ -90,7 +96,7 @@ def test_a_transformer_is_scored_as_by_a_naive_loop(stride: int, detailed: bool)
     tokens = torch.randint(0, 50, (n_tok,), generator=torch.Generator().manual_seed(5))
     full = LogitsScorer(lambda ids, last: model(ids).logits[:, -last:])
     scorer = full if detailed else full.__call__
-    score = score_stream(tokens, plan_windows(n_tok, seq_length, stride), scorer, batch_size=3)
+    scores = score(tokens, plan_windows(n_tok, seq_length, stride), scorer, batch_size=3)
 
     expected = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
@@ -101,9 +107,9 @@ def test_a_transformer_is_scored_as_by_a_naive_loop(stride: int, detailed: bool)
                 start += stride
             logits = model(tokens[start:target][None]).logits[0, -1].double()
             expected -= logits.log_softmax(-1)[tokens[target]]
-    assert score.num_targets == n_tok - 1
+    assert scores.num_targets == n_tok - 1
     # fp32 logits of size ~10: 1e-6 relative each, averaged over 29 targets.
-    assert score.loss_sum == pytest.approx(float(expected), rel=1e-5)
+    assert scores.loss_sum == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_detailed_scores_tell_the_likeliest_token() -> None:
@@ -117,7 +123,7 @@ def test_detailed_scores_tell_the_likeliest_token() -> None:
 def test_progress_counts_this_ranks_windows() -> None:
     seen: list[tuple[int, int]] = []
     plan = plan_windows(50, 10, 4)
-    score_stream([1] * 50, plan, Bigram(), rank=1, world_size=2, batch_size=2, progress=lambda *at: seen.append(at))
+    score([1] * 50, plan, Bigram(), rank=1, world_size=2, batch_size=2, progress=lambda *at: seen.append(at))
     mine = len(range(1, plan.num_windows, 2))
     assert seen[-1] == (mine, mine)
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
@@ -125,13 +131,13 @@ def test_progress_counts_this_ranks_windows() -> None:
 
 def test_a_model_that_gives_nan_is_refused() -> None:
     with pytest.raises(NumericsError, match="NaN or infinite"):
-        score_stream([1, 2, 3], plan_windows(3, 2, 2), lambda t: torch.full((len(t), 2), math.nan))
+        score([1, 2, 3], plan_windows(3, 2, 2), lambda t: torch.full((len(t), 2), math.nan))
 
 
 def test_huge_losses_do_not_crash() -> None:
-    score = score_stream([1, 2, 3], plan_windows(3, 2, 2), lambda t: torch.full((len(t), 2), 5e4))
-    assert score.loss == 5e4
-    assert perplexity(score.loss) == math.inf
+    scores = score([1, 2, 3], plan_windows(3, 2, 2), lambda t: torch.full((len(t), 2), 5e4))
+    assert scores.loss == 5e4
+    assert perplexity(scores.loss) == math.inf
 
 
 @pytest.mark.parametrize("stride", [0, -1, 11])

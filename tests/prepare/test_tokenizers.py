@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_lion.data.tokenizer_files import byte_letters
-from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer, looks_like_hub_name, padded_vocab_size
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer, looks_like_hub_name
 from megatron_lion.errors import DataError, EnvironmentFault
 
 
@@ -213,13 +213,3 @@ def test_no_torch_and_no_transformers_are_imported() -> None:
     heavy = "{'torch', 'transformers', 'tokenizers'}"
     code = f"import sys, megatron_lion.data.tokenizers; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("vocab", "multiple", "tp", "padded"),
-    [(50257, 128, 1, 50304), (50257, 128, 8, 51200), (128, 128, 1, 128), (1, 64, 2, 128)],
-)
-def test_padded_vocab_size(vocab: int, multiple: int, tp: int, padded: int) -> None:
-    assert padded_vocab_size(vocab, multiple, tp) == padded
-    with pytest.raises(DataError, match="≥ 1"):
-        padded_vocab_size(0)

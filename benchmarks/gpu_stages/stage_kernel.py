@@ -9,8 +9,8 @@ import torch
 from contenders import Case, ours
 from optimizer_step import SIZES, Shapes, bandwidths, describe, time_once
 
-from .facts import REHEARSAL_NUMEL
 from .stage import Stage, release_memory
+from .stage_facts import REHEARSAL_NUMEL
 
 # (master weights, momentum): bytes read and written a parameter with fp32 gradients, counted from the kernel.
 MODES = {("split32", "fp32"): 20.0, ("split32", "bf16"): 16.0, ("split24", "int8"): 12.125}
