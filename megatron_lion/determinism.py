@@ -48,7 +48,8 @@ def _variables(environment: Mapping[str, str]) -> dict[str, str]:
         "CUBLAS_WORKSPACE_CONFIG": workspace if workspace in CUBLAS_WORKSPACES else CUBLAS_WORKSPACES[0],
         # NVLS reduces inside the switch, in the order in which the parts arrive.
         "NCCL_ALGO": environment.get("NCCL_ALGO", "^NVLS"),
-        # Read by Transformer Engine only; mcore 0.19.2 refuses deterministic_mode with its attention otherwise.
+        # Read by Transformer Engine only. mcore 0.19.2: deterministic_mode is refused with its attention otherwise; remove when
+        # it is not.
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
     }
 

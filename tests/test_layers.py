@@ -217,3 +217,39 @@ def test_no_unsafe_calls() -> None:
             assert keywords.get("shell") != "True", f"{where}: shell=True"
             assert keywords.get("allow_pickle") != "True", f"{where}: allow_pickle=True"
             assert keywords.get("trust_remote_code") != "True", f"{where}: trust_remote_code=True"
+
+
+def test_design_page_lists_every_file() -> None:
+    """One line a file, taken from its docstring: `python docs/update_design.py` writes them."""
+    done = subprocess.run(
+        [sys.executable, "docs/update_design.py", "--check"], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for path in modules():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no docstring"
+
+
+def test_no_two_modules_share_a_name() -> None:
+    """A file list alone says where a thing is: `build.py` or `figures.py` in three folders does not."""
+    found: dict[str, list[str]] = {}
+    for folder in ("megatron_lion", "benchmarks"):
+        for path in (REPO / folder).rglob("*.py"):
+            if path.name != "__init__.py":
+                found.setdefault(path.name, []).append(str(path.relative_to(REPO)))
+    assert not {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    names = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py", "*.cpp", "*.sh"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    long = {
+        name: lines
+        for name in names
+        if (REPO / name).is_file() and (lines := len((REPO / name).read_text().splitlines())) > 400
+    }
+    assert not long

@@ -63,6 +63,7 @@ class Bert(BertModel):
     left out counts for nothing in the loss.
     """
 
+    # mcore 0.19.2: the model asks this private method for the shape of its mask; remove when the mask is an argument.
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         """The mask is [B, 1, 1, S] for torch's attention: padding is no key, and no query is left without keys."""
         core = self.transformer_layer_spec.submodules.self_attention.submodules.core_attention

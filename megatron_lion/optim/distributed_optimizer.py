@@ -1,4 +1,4 @@
-"""The one place that reaches into DistributedOptimizer's private parts; tests/optim_megatron/test_upstream.py watches them.
+"""megatron-core's DistributedOptimizer for any inner optimizer: corrected saving and loading, and the fused step.
 
 Corrections, each in a fixed form:
 - mcore 0.19.2: `get_parameter_state_dp_zero` drops the padding at bucket ends while its caller slices by offsets that

@@ -82,6 +82,7 @@ def local_shards(model: list[Any], optimizer: TrainOptimizer) -> Iterator[Shard]
             if isinstance(wrapper, StatefulDistributedOptimizer):
                 if parameter not in wrapper.model_param_group_index_map:
                     continue
+                # mcore 0.19.2: no public method gives a parameter's slice and state; remove when one does.
                 span = wrapper._get_model_param_range_map(parameter)["param"]
                 tensors = wrapper._get_main_param_and_optimizer_states(parameter)
                 state = {key: tensors[key].view(-1) for key in wrapper.state_keys}

@@ -120,6 +120,7 @@ class TrainOptimizer:
         scaler = getattr(self.megatron, "grad_scaler", None)
         extra: dict[str, Any] = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
         if scaler is not None:
+            # mcore 0.19.2: the scaler's state_dict holds tensors, and a manifest holds plain numbers; remove when they are public.
             extra["grad_scaler"] = {
                 "scale": float(scaler.scale),
                 "growth_tracker": int(scaler._growth_tracker),
@@ -293,6 +294,8 @@ def build_optimizer(
         overlap_param_gather=model_chunks[0].ddp_config.overlap_param_gather,
     )
     overrides = {} if config.decay_all else get_standard_config_overrides(settings)
+    # mcore 0.19.2: the public get_megatron_optimizer builds Adam, SGD or its own LION on these groups; remove when it takes
+    # the inner optimizer as an argument.
     groups, buffers = _get_param_groups_and_buffers(
         model_chunks, 0, settings, overrides, filter_fn=lambda group: True, buffer_name="buffers"
     )

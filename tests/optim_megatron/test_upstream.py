@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import pytest
 import tiny
 import torch
 from distributed import run_distributed
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.optimizer import _get_param_groups_and_buffers
 from megatron.core.optimizer import optimizer as mcore_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -23,6 +27,8 @@ from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer import torch_norm
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_lion"
 
 
 def test_version() -> None:
@@ -50,6 +56,7 @@ def test_version() -> None:
         ),
         (filesystem_async.FileSystemWriterAsync.preload_tensors, "write_buckets, non_blocking"),
         (mcore_torch._replace_state_dict_keys_with_sharded_keys, "sharded_state_dict, keep_only_main_replica"),
+        (BertModel._sanity_check_attention_and_get_attn_mask_dimension, "self"),
     ],
     ids=lambda value: getattr(value, "__qualname__", None),
 )
@@ -76,6 +83,38 @@ def test_signatures(function: Any, parameters: str) -> None:
 def test_parameters_that_we_name(function: Any, needed: str) -> None:
     found = inspect.signature(inspect.unwrap(function)).parameters
     assert not set(needed.split()) - set(found)
+
+
+def test_groups_are_kept_in_a_list_that_can_be_emptied() -> None:
+    """Why parallel.py takes the groups from there when a run ends."""
+    assert isinstance(parallel_state._global_process_group_list, list | None)
+
+
+def private_uses(path: Path) -> set[str]:
+    """Names with a leading underscore that a file takes from megatron-core or reads from an object that is not its own."""
+    ours = {"_replace", "_exit", "_inductor", "_disable_dynamo", "_time"}  # of tuples, os, torch and our timer
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("megatron."):
+            found |= {alias.name for alias in node.names if alias.name.startswith("_")}
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.startswith(("__", "_foreach_"))
+        ):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            found |= set() if own or node.attr in ours else {node.attr}
+    return found
+
+
+def test_private_parts_are_marked_and_listed() -> None:
+    """A file that uses private parts says so, and docs/design.md lists exactly the files that say so."""
+    files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
+    marked = {name for name, path in files.items() if "mcore 0.19.2: " in path.read_text(encoding="utf-8")}
+    assert {name for name, path in files.items() if private_uses(path)} <= marked
+    page = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    section = page.split("## Private parts of megatron-core")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `(\S+\.py)` \|", section, re.MULTILINE)) == marked
 
 
 def test_state_keys_come_from_the_optimizers_name() -> None:
