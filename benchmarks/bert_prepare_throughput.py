@@ -109,15 +109,16 @@ def measure(files: list[Path], vocab: Path, model: Path) -> dict[str, object]:
 
 def as_markdown(result: dict[str, object]) -> str:
     """The table."""
+    from megatron_lion.compare.table import markdown_grid
+
     megabytes = int(str(result["text_bytes"])) / 1e6
     head = (
         f"{result['documents']:,} documents, {megabytes:.1f} MB of text; {result['machine']}, Python {result['python']}, "
         f"{result['date']}; load average {result['load_average_1min_at_end']} at the end. Processor time of one core.\n\n"
     )
-    lines = ["| | MB per core-second | times the first of its kind |", "|---|---:|---:|"]
     rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
-    lines += [f"| {row['what']} | {row['mb_per_core_s']} | {row['ratio']} |" for row in rows]
-    return head + "\n".join(lines) + "\n"
+    cells = [[str(row[key]) for key in ("what", "mb_per_core_s", "ratio")] for row in rows]
+    return head + markdown_grid(["", "MB per core-second", "times the first of its kind"], cells, "lrr") + "\n"
 
 
 def main() -> None:

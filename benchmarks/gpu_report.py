@@ -18,11 +18,17 @@ from typing import Any
 
 from gpu_stages.stage import SAME, read_rows
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout need not be installed
+
+from megatron_lion.compare.table import markdown_grid
+
 BENCHMARKS = Path(__file__).resolve().parent
 RESULTS = BENCHMARKS / "results"
 DOCUMENT = BENCHMARKS.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- begin: gpu_report.py --docs -->\n", "<!-- end: gpu_report.py --docs -->\n"
 NOT_MEASURED = "not measured"
+LIMITS = ("what", "goal", "stretch", "set for")
+"""Headings of the cells that `limits` returns."""
 
 Row = dict[str, Any]
 
@@ -155,20 +161,21 @@ def report(rows: list[Row]) -> str:
         "",
         "## Goals",
         "",
-        "| what | goal | stretch | set for | measured | verdict |",
-        "|---|---:|---:|---|---:|---|",
     ]
+    judged_goals = []
     for goal in goals():
         value, why = (None, "a rehearsal") if rehearsal else measured(goal, rows)
         judged = verdict(goal, value) + (f": {why}" if why else "")
-        lines.append(
-            _row(
-                goal["what"], limit(goal, "must"), limit(goal, "stretch"), goal.get("card", "any"), shown(value), judged
-            )
-        )
-    lines += ["", "## Rows", "", "| stage | part | outcome | figures |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(_row(row["stage"], row["part"], *outcome(row)))
+        judged_goals.append([*limits(goal), shown(value), judged])
+    lines += [
+        markdown_grid([*LIMITS, "measured", "verdict"], judged_goals, "lrrlrl"),
+        "",
+        "## Rows",
+        "",
+        markdown_grid(
+            ["stage", "part", "outcome", "figures"], [[row["stage"], row["part"], *outcome(row)] for row in rows]
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -203,24 +210,21 @@ def docs_table(results: Path) -> str:
     columns = [read(path) for path in files]
     heads = [f"[{rows[-1]['card']}, {rows[-1]['time'][:10]}](../benchmarks/results/{path.stem}.md)"
              for path, rows in zip(files, columns, strict=True)]  # fmt: skip
-    lines = [_row("what", "goal", "stretch", "set for", *(heads or ["measured"]))]
-    lines.append("|---|---:|---:|---|" + "---|" * max(1, len(files)))
+    cells_of_goals = []
     for goal in goals():
         cells = []
         for rows in columns:
             value, remark = measured(goal, rows)
             figure = "" if value is None or goal["must"] is True else f"{shown(value)}, "
             cells.append(figure + verdict(goal, value) + (f": {remark}" if remark else ""))
-        lines.append(
-            _row(
-                goal["what"],
-                limit(goal, "must"),
-                limit(goal, "stretch"),
-                goal.get("card", "any"),
-                *(cells or [NOT_MEASURED]),
-            )
-        )
-    return "\n".join(lines) + "\n"
+        cells_of_goals.append([*limits(goal), *(cells or [NOT_MEASURED])])
+    heads = heads or ["measured"]
+    return markdown_grid([*LIMITS, *heads], cells_of_goals, "lrrl" + "l" * len(heads)) + "\n"
+
+
+def limits(goal: dict[str, Any]) -> list[str]:
+    """The cells about the goal itself, under `LIMITS`."""
+    return [goal["what"], limit(goal, "must"), limit(goal, "stretch"), goal.get("card", "any")]
 
 
 def limit(goal: dict[str, Any], which: str) -> str:
@@ -239,11 +243,6 @@ def shown(value: Any) -> str:
     if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 10_000):
         return f"{value:,.0f}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _row(*cells: str) -> str:
-    """A Markdown row; a bar or a line break inside a cell would end it."""
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
 def slug(card: str) -> str:

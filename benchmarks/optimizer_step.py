@@ -32,6 +32,8 @@ from contenders import BETAS, CONTENDERS, FLOAT32, HYPER, MASTER, REDUCED, Case,
 from measuring import heading, shown, surroundings, write_results
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_lion.compare.table import markdown_grid
+
 Shapes = list[tuple[int, ...]]
 BASELINES = {FLOAT32: "ours", MASTER: "ours split32", REDUCED: "ours split24, int8 momentum"}
 
@@ -244,10 +246,11 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
     for size in dict.fromkeys(row["size"] for row in rows):
         mine = [row for row in rows if row["size"] == size]
         lines += [f"\n### {size}: {mine[0]['parameters']:,} parameters in {mine[0]['tensors']} tensors\n"]
-        head = ["wall / ours", "contender", "wall ms", "device ms", "of copy", "bytes/param moved", work, "waits"]
-        lines += [f"| {' | '.join([*head, 'temporaries MiB', 'state bytes/param'])} |", "|---:|---|" + "---:|" * 8]
+        head = ["wall / ours", "contender", "wall ms", "device ms", "of copy", "bytes/param moved", work, "waits",
+                "temporaries MiB", "state bytes/param"]  # fmt: skip
+        body: list[list[str]] = []
         for kind in dict.fromkeys(row["class"] for row in mine):
-            lines += [f"| | **{kind}** |" + " |" * 8]
+            body.append(["", f"**{kind}**", *[""] * 8])
             for row in sorted((r for r in mine if r["class"] == kind), key=lambda r: r["wall_ms"]):
                 mib = None if row["temporaries_bytes"] is None else row["temporaries_bytes"] / 2**20
                 cells = [
@@ -262,7 +265,8 @@ def table(rows: list[dict[str, Any]], device: str) -> str:
                     shown(row["launches"], "d"),
                 ]
                 cells += [shown(row["waits"], "d"), shown(mib, ".1f"), shown(row["state_bytes_per_parameter"], ".2f")]
-                lines += [f"| {' | '.join(cells)} |"]
+                body.append(cells)
+        lines.append(markdown_grid(head, body, "rl" + "r" * 8))
     return "\n".join(lines) + "\n"
 
 

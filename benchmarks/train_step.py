@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from measuring import heading, shown, surroundings, write_results
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import load_config
@@ -257,17 +258,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines += [
             f"\n### {model}: {first['parameters']:,} parameters, {first['processes']} process{'es' * (first['processes'] > 1)}, "
             f"{first['tokens_per_step']:,} tokens a step in micro-batches of {first['micro_batch_size']} a process\n",
-            "| section / first | step / first | optimizer | section's share | section ms | step ms | tokens/s | MFU "
-            "| TFLOP/s a process | memory GiB |",
-            "|---:|---:|---|" + "---:|" * 7,
         ]
-        for row in mine:
-            cells = [
+        head = ["section / first", "step / first", "optimizer", "section's share", "section ms", "step ms", "tokens/s", "MFU",
+                "TFLOP/s a process", "memory GiB"]  # fmt: skip
+        body = [
+            [
                 f"{row['section_ms'] / first['section_ms']:.2f}", f"{row['step_ms'] / first['step_ms']:.3f}", row["optimizer"],
                 f"{row['share']:.1%}", f"{row['section_ms']:.2f}", f"{row['step_ms']:.1f}", f"{row['tokens_per_s']:,.0f}",
                 shown(row["mfu"], ".1%"), f"{row['tflops_per_process']:.3g}", shown(row["max_memory_gib"], ".1f"),
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+            ]
+            for row in mine
+        ]  # fmt: skip
+        lines.append(markdown_grid(head, body, "rrl" + "r" * 7))
     return "\n".join(lines) + "\n"
 
 

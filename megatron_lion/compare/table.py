@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import html
 import io
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,21 +59,54 @@ class Table:
         return len(set(numbers)) > 1 and self.rows[row][column] == min(numbers)
 
 
+def _markdown_cell(text: str) -> str:
+    """A cell that ends neither its column nor its row; other Markdown in it keeps its meaning.
+
+    Renderers disagree on whether a backslash before an escaped bar escapes the bar, so such backslashes are doubled.
+    """
+    one_line = " ".join(text.splitlines())
+    return re.sub(r"(\\*)\|", r"\1\1\\|", one_line)
+
+
+def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[str]], alignment: str = "") -> str:
+    r"""GitHub's table form of cells that are text already; bars and line breaks in cells are escaped.
+
+    Args:
+        columns: headings.
+        rows: as many cells each as there are headings.
+        alignment: a letter for each column, "l" or "r"; all left by default.
+
+    Returns:
+        The lines, without a line break at the end.
+
+    Raises:
+        ValueError: a row or the alignment has another length than the headings.
+
+    Example:
+        >>> print(markdown_grid(["what", "value"], [["|z|", "1.5"]], "lr"))
+        | what | value |
+        |---|---:|
+        | \|z\| | 1.5 |
+    """
+    alignment = alignment or "l" * len(columns)
+    lines = [list(columns), *map(list, rows)]
+    if any(len(part) != len(columns) for part in (alignment, *lines)):
+        raise ValueError(f"a table of {len(columns)} columns has a row or an alignment of another length")
+    head, *body = ("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
+    return "\n".join([head, "|" + "|".join("---:" if side == "r" else "---" for side in alignment) + "|", *body])
+
+
 def to_markdown(table: Table) -> str:
     """GitHub's table form, title and notes included; the best value of a group is bold."""
 
     def cell(row: int, column: int) -> str:
-        text = table.shown(column, table.rows[row][column]).replace("|", "\\|")
+        text = table.shown(column, table.rows[row][column])
         return f"**{text}**" if table.is_best(row, column) else text
 
     columns = range(len(table.columns))
-    lines = [
-        f"### {table.title}",
-        "",
-        "| " + " | ".join(table.columns) + " |",
-        "|" + "|".join("---" if table.is_text(c) else "---:" for c in columns) + "|",
-        *("| " + " | ".join(cell(r, c) for c in columns) + " |" for r in range(len(table.rows))),
-    ]
+    rows = [[cell(r, c) for c in columns] for r in range(len(table.rows))]
+    alignment = "".join("l" if table.is_text(c) else "r" for c in columns)
+    lines = [f"### {table.title}", "", markdown_grid(table.columns, rows, alignment)]
     if table.notes:
         lines += ["", *(f"- {note}" for note in table.notes)]
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.config import RunConfig
 from megatron_lion.model.sizes import model_size
 
@@ -50,7 +51,7 @@ def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab
         f"- checkpoint: step {step}, fingerprint of the weights {manifest['weights_fingerprint']}", "",
         "## Evaluation", "",
     ]  # fmt: skip
-    lines += _table(results) if results else ["No result on a whole text is there for this step."]
+    lines += [_table(results) if results else "No result on a whole text is there for this step."]
     lines += [
         "", "## Licence and data", "",
         "The weights carry no licence of their own until their publisher sets one above. The text they were trained on belongs to "
@@ -78,9 +79,9 @@ def _results(folder: Path, step: int) -> list[dict[str, Any]]:
     return found
 
 
-def _table(results: list[dict[str, Any]]) -> list[str]:
+def _table(results: list[dict[str, Any]]) -> str:
     """One row a number, each with its convention."""
-    lines = ["| text | measured | value | convention |", "|---|---|---:|---|"]
+    rows = []
     for result in results:
         version = result["text_version"] if result["text_version"] != "unknown" else Path(result["text_path"]).name
         text = f"{version} ({result['text_sha256'][:8]})"
@@ -91,7 +92,5 @@ def _table(results: list[dict[str, Any]]) -> list[str]:
             ("bits_per_byte", "bits per byte"), ("accuracy", "accuracy of the last word"),
         ):  # fmt: skip
             if result.get(field) is not None:
-                lines.append(
-                    f"| {text} | {name} | {result[field]:.4f} | {result['kind']}, {windows}, {result['precision']} |"
-                )
-    return lines
+                rows.append([text, name, f"{result[field]:.4f}", f"{result['kind']}, {windows}, {result['precision']}"])
+    return markdown_grid(["text", "measured", "value", "convention"], rows, "llrl")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.reproduce.artefacts import Plan
 from megatron_lion.reproduce.claim import Claim
 
@@ -31,23 +32,9 @@ def as_markdown(key: str, claims: Sequence[Claim]) -> str:
     """The table of an artefact, and how many of its statements hold; `key` is "artefact/scale"."""
     artefact, _, scale = key.partition("/")
     name, _, quick = scale.partition(" ")
-    lines = [
-        f"## {artefact}, {name} scale{', quick: a few steps show that the path works, not how it ends' if quick else ''}",
-        "",
-        "| what | paper | ours | tolerance | verdict | convention | source |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for claim in claims:
-        cells = (
-            claim.what,
-            claim.paper,
-            claim.ours,
-            claim.tolerance or "–",
-            claim.verdict,
-            claim.convention or "–",
-            claim.source,
-        )
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    head = f"## {artefact}, {name} scale{', quick: a few steps show that the path works, not how it ends' if quick else ''}"
+    cells = [[c.what, c.paper, c.ours, c.tolerance or "–", c.verdict, c.convention or "–", c.source] for c in claims]
+    table = markdown_grid(["what", "paper", "ours", "tolerance", "verdict", "convention", "source"], cells)
     judged = [claim for claim in claims if claim.holds is not None]
     held, rest = sum(bool(claim.holds) for claim in judged), len(claims) - len(judged)
-    return "\n".join([*lines, "", f"{held} of {len(judged)} statements hold here; {rest} are not comparable."]) + "\n"
+    return f"{head}\n\n{table}\n\n{held} of {len(judged)} statements hold here; {rest} are not comparable.\n"

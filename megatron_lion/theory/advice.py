@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.theory.bounds import (
     corollary3,
     corollary3_constants,
@@ -147,15 +148,12 @@ def implied_smoothness(K: int, *, beta2: float, lr: float, noise_variance: float
 
 def advice_table(rows: Sequence[tuple[str, Advice]]) -> str:
     """Markdown: one line for each labelled scenario."""
-    lines = [
-        "| scenario | L | σ² | Δ | β₁ = β₂ | η | K_min | K ≥ K_min | bound on mean R | tight form |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for label, a in rows:
-        beta = "none" if a.beta is None else f"{a.beta:.5g}"
-        lines.append(
-            f"| {label} | {a.L:.3g} | {a.noise_variance:.3g} | {a.gap:.3g} | {beta} | {a.lr:.3g} | "
-            f"{a.k_min:.3g} "
-            f"| {'yes' if a.holds else 'no'} | {a.bound:.3g} | {a.tight_bound:.3g} |"
-        )
-    return "\n".join(lines)
+    columns = ["scenario", "L", "σ²", "Δ", "β₁ = β₂", "η", "K_min", "K ≥ K_min", "bound on mean R", "tight form"]
+    cells = [
+        [
+            label, f"{a.L:.3g}", f"{a.noise_variance:.3g}", f"{a.gap:.3g}", "none" if a.beta is None else f"{a.beta:.5g}",
+            f"{a.lr:.3g}", f"{a.k_min:.3g}", "yes" if a.holds else "no", f"{a.bound:.3g}", f"{a.tight_bound:.3g}",
+        ]
+        for label, a in rows
+    ]  # fmt: skip
+    return markdown_grid(columns, cells)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.errors import ConfigError
 from megatron_lion.theory.advice import Advice, advice_table, advise, implied_smoothness
 from megatron_lion.theory.estimate import estimate_gap, estimate_noise, estimate_smoothness
@@ -34,17 +35,17 @@ def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: f
         ]
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    lines = [
-        f"| constant | of the mean over {len(runs)} run{'s' if len(runs) > 1 else ''} | at K | at the last K "
-        f"| bootstrap {confidence:.0%} | mean of the runs' constants, t interval |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label, rates in rows:
-        lines.append(
-            f"| {label} | {rates.of_mean.value:.4g} | {rates.of_mean.at} of {rates.of_mean.steps} "
-            f"| {rates.of_mean.last:.4g} | {_ends(rates.of_mean_interval)} "
-            f"| {rates.per_run_interval.mean:.4g}, {_ends(rates.per_run_interval)} |"
-        )
+    columns = [
+        "constant", f"of the mean over {len(runs)} run{'s' if len(runs) > 1 else ''}", "at K", "at the last K",
+        f"bootstrap {confidence:.0%}", "mean of the runs' constants, t interval",
+    ]  # fmt: skip
+    cells = [
+        [
+            label, f"{rates.of_mean.value:.4g}", f"{rates.of_mean.at} of {rates.of_mean.steps}", f"{rates.of_mean.last:.4g}",
+            _ends(rates.of_mean_interval), f"{rates.per_run_interval.mean:.4g}, {_ends(rates.per_run_interval)}",
+        ]
+        for label, rates in rows
+    ]  # fmt: skip
     first = min(int(run.series("probe/grad_l1")[0][0]) for run in runs)
     notes = [f"K counts {'probes' if weighting == 'probes' else 'optimizer steps'}, weighting '{weighting}'."]
     if first > 0 and weighting != "probes":
@@ -54,7 +55,7 @@ def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: f
     if any(rates.of_mean.at == rates.of_mean.steps for _, rates in rows):
         notes.append("A maximum at the last K still grows: more steps would give a larger constant.")
     notes.append("Noise left in a probe's mean makes both norms, and so both constants, too large.")
-    return "\n".join(lines) + "\n\n" + " ".join(notes)
+    return markdown_grid(columns, cells) + "\n\n" + " ".join(notes)
 
 
 def _rates(runs: Sequence[RunRecord], key: str, scale: float, weighting: Weighting, confidence: float) -> SeedRates:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.toy.experiment import Experiment, ToyResult, ToySettings
 from megatron_lion.toy.toy_checks import (
     CONVENTIONS,
@@ -82,79 +83,72 @@ def comparison_table(results: Sequence[ToyResult], matches: Mapping[Experiment, 
     The last two columns ask what the left side is for starts that have the reference's right side
     (`match_reference`), and how many standard deviations the reference is from that.
     """
-    lines = [
-        "| experiment | k | left | reference | deviation | right | reference | deviation | left, matched starts | z |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for result in results:
         reference, match = REFERENCE[result.experiment], matches[result.experiment]
         for index, k in enumerate(REFERENCE_STEPS):
             if k > len(result.left):
                 continue
             left, right = result.left[k - 1].mean(), result.corollary[k - 1].mean()
-            lines.append(
-                f"| {result.experiment} | {k} | {left:.3g} | {reference['left'][index]:g} "
-                f"| {left / reference['left'][index] - 1:+.1%} | {right:.3g} | {reference['right'][index]:g} "
-                f"| {right / reference['right'][index] - 1:+.1%} | {match.left[index]:.3g} ± "
-                f"{match.std[index]:.2g} "
-                f"| {match.z[index]:+.1f} |"
-            )
-    return "\n".join(lines)
+            rows.append([
+                result.experiment, f"{k}",
+                f"{left:.3g}", f"{reference['left'][index]:g}", f"{left / reference['left'][index] - 1:+.1%}",
+                f"{right:.3g}", f"{reference['right'][index]:g}", f"{right / reference['right'][index] - 1:+.1%}",
+                f"{match.left[index]:.3g} ± {match.std[index]:.2g}", f"{match.z[index]:+.1f}",
+            ])  # fmt: skip
+    sides = [name for side in ("left", "right") for name in (side, "reference", "deviation")]
+    return markdown_grid(["experiment", "k", *sides, "left, matched starts", "z"], rows)
 
 
 def sides_table(results: Sequence[ToyResult]) -> str:
     """Markdown: both sides at a few steps, for settings that have no reference."""
-    lines = [
-        "| experiment | k | left | right, corollary | right, settings of the run |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for result in results:
         steps = len(result.left)
         for k in sorted({max(1, steps // 20), max(1, steps // 4), max(1, steps // 2), steps}):
-            row = (result.left[k - 1].mean(), result.corollary[k - 1].mean(), result.own_bound[k - 1].mean())
-            lines.append(f"| {result.experiment} | {k} | " + " | ".join(f"{number:.3g}" for number in row) + " |")
-    return "\n".join(lines)
+            numbers = (result.left[k - 1].mean(), result.corollary[k - 1].mean(), result.own_bound[k - 1].mean())
+            rows.append([result.experiment, f"{k}", *(f"{number:.3g}" for number in numbers)])
+    return markdown_grid(["experiment", "k", "left", "right, corollary", "right, settings of the run"], rows)
 
 
 def facts_table(results: Sequence[ToyResult]) -> str:
     """Markdown: Δ, K_min, where the left side falls below the right, and which conditions the runs meet."""
-    lines = [
-        "| experiment | mean Δ | K_min: mean (range over starts) | left ≤ right from k | largest ‖θ‖∞ | runs "
-        "with λ ≤ 1/(2C) |",
-        "|---|---|---|---|---|---|",
-    ]
+    columns = [
+        "experiment", "mean Δ", "K_min: mean (range over starts)", "left ≤ right from k", "largest ‖θ‖∞",
+        "runs with λ ≤ 1/(2C)",
+    ]  # fmt: skip
+    rows = []
     for result in results:
         k_min, crossing = result.k_min, result.first_crossing()
-        lines.append(
-            f"| {result.experiment} | {result.gap.mean():.1f} | {k_min.mean():.0f} "
-            f"({k_min.min():.0f}–{k_min.max():.0f}) "
-            f"| {'never' if crossing is None else crossing} | {result.max_abs.max():.4g} | "
-            f"{result.theorem4_applies:.0%} |"
-        )
-    return "\n".join(lines)
+        rows.append([
+            result.experiment, f"{result.gap.mean():.1f}", f"{k_min.mean():.0f} ({k_min.min():.0f}–{k_min.max():.0f})",
+            "never" if crossing is None else f"{crossing}", f"{result.max_abs.max():.4g}", f"{result.theorem4_applies:.0%}",
+        ])  # fmt: skip
+    return markdown_grid(columns, rows)
 
 
 def theorem_table(points: Mapping[Experiment, Sequence[TheoremPoint]]) -> str:
     """Markdown: both sides at the corollary's own settings, each K with its own runs."""
-    lines = ["| experiment | K | β₁ = β₂ | η | left | right | left/right |", "|---|---|---|---|---|---|---|"]
-    for experiment, series in points.items():
-        lines += [
-            f"| {experiment} | {p.K} | {p.beta[0]:.3f}–{p.beta[1]:.3f} | {p.lr[0]:.4f}–{p.lr[1]:.4f} "
-            f"| {p.left:.3g} ± {p.left_std:.2g} | {p.right:.3g} | {p.left / p.right:.3f} |"
-            for p in series
+    rows = [
+        [
+            experiment, f"{p.K}", f"{p.beta[0]:.3f}–{p.beta[1]:.3f}", f"{p.lr[0]:.4f}–{p.lr[1]:.4f}",
+            f"{p.left:.3g} ± {p.left_std:.2g}", f"{p.right:.3g}", f"{p.left / p.right:.3f}",
         ]
-    return "\n".join(lines)
+        for experiment, series in points.items()
+        for p in series
+    ]  # fmt: skip
+    return markdown_grid(["experiment", "K", "β₁ = β₂", "η", "left", "right", "left/right"], rows)
 
 
 def conventions_table(experiments: Sequence[Experiment]) -> str:
     """Markdown: how well the reference fits each of `CONVENTIONS`, the luck of the starts taken out."""
-    lines = ["| experiment | β | m⁰ | z at k = 100 | 500 | 1000 | 2000 |", "|---|---|---|---|---|---|---|"]
+    rows = []
     for experiment in experiments:
         for betas, init in CONVENTIONS:
             z = match_reference(experiment, betas, init).z
             start = "0" if init == "zeros" else "g¹"
-            lines.append(f"| {experiment} | {betas} | {start} | " + " | ".join(f"{value:+.2f}" for value in z) + " |")
-    return "\n".join(lines)
+            rows.append([experiment, f"{betas}", start, *(f"{value:+.2f}" for value in z)])
+    return markdown_grid(["experiment", "β", "m⁰", "z at k = 100", "500", "1000", "2000"], rows)
 
 
 def markdown(
