@@ -122,7 +122,7 @@ CHECKPOINTED = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout":
 
 def newest_checkpoint(run_dir: Path | str) -> Any:
     """The newest checkpoint of a run, opened; there must be one."""
-    from megatron_lion.train.checkpoint import find_latest
+    from megatron_lion.runs.steps import find_latest
 
     found = find_latest(Path(run_dir))
     assert found is not None

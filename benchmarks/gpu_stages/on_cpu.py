@@ -18,7 +18,7 @@ from megatron_lion.configfile import load_config
 from megatron_lion.device import Device, select_device
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.parallel import Ranks, process_groups
-from megatron_lion.train.checkpoint import find_latest
+from megatron_lion.runs.steps import find_latest
 from megatron_lion.train.restore import restore_run
 from megatron_lion.train.run import save_run
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.runs.paths import evaluations_folder
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -107,7 +109,7 @@ def run(args: Any) -> None:
     if not (args.wikitext103 or args.text or args.lambada):
         if args.explain is None:
             raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
-        sys.stdout.write(_explain(args.explain, folder / "eval") + "\n")
+        sys.stdout.write(_explain(args.explain, evaluations_folder(folder)) + "\n")
         return
     stopped = "stopped; finished results are kept, the same command measures the others"
     with (
@@ -119,20 +121,18 @@ def run(args: Any) -> None:
         if model.rank == 0:
             _print_outcomes(outcomes, folder)
             if args.explain is not None:
-                sys.stdout.write("\n" + _explain(args.explain, folder / "eval") + "\n")
+                sys.stdout.write("\n" + _explain(args.explain, evaluations_folder(folder)) + "\n")
 
 
 def _spot_checks(folder: Path, steps: str, args: Any) -> None:
     """--fill-mask and --sentence-order: prints what a BERT answers at each chosen step."""
-    from megatron_lion.configfile import load_config
-    from megatron_lion.errors import CheckpointError, ConfigError
+    from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.bert_cloze import fill_mask, order_probability
-    from megatron_lion.evaluate.evaluate_steps import choose_steps
     from megatron_lion.evaluate.open_run import open_run
+    from megatron_lion.runs.folder import read_config
+    from megatron_lion.runs.steps import choose_steps
 
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder}: holds no run (config.yaml); give the run_dir of a `megatron-lion pretrain`")
-    kind = load_config(folder / "config.yaml").model.kind
+    kind = read_config(folder).model.kind
     if kind != "bert":
         raise ConfigError(f"--fill-mask and --sentence-order: {folder} is a {kind} run; they ask a BERT")
     with open_run(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
@@ -217,17 +217,17 @@ def _strides(words: str, seq_length: int) -> list[int]:
 
 def _chosen_steps(model: Any, folder: Path, asked: str, *, watch: bool) -> Iterable[int]:
     """The checkpoints to evaluate; with --watch, as training makes them."""
-    from megatron_lion.configfile import load_config
     from megatron_lion.errors import ConfigError
-    from megatron_lion.evaluate.evaluate_steps import choose_steps, follow
+    from megatron_lion.evaluate.evaluate_steps import follow
+    from megatron_lion.runs.folder import read_config
+    from megatron_lion.runs.paths import has_config
+    from megatron_lion.runs.steps import choose_steps, list_steps
 
     if not watch:
         return choose_steps(asked, model.steps)
-    if not (folder / "config.yaml").is_file():
+    if not has_config(folder):
         raise ConfigError(f"--watch: {folder} is no run in training")
-    from megatron_lion.train.checkpoint import list_steps
-
-    return follow(model, lambda: list_steps(folder), load_config(folder / "config.yaml").train.steps)
+    return follow(model, lambda: list_steps(folder), read_config(folder).train.steps)
 
 
 def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task], args: Any) -> list[Outcome]:
@@ -247,7 +247,7 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
 
         for step in steps:
             for outcome in evaluate_step(
-                model, step, tasks, folder / "eval", batch_size=args.batch_size, progress=progress
+                model, step, tasks, evaluations_folder(folder), batch_size=args.batch_size, progress=progress
             ):
                 outcomes.append(outcome)
                 if args.watch and model.rank == 0:
@@ -277,7 +277,7 @@ def _print_outcomes(outcomes: list[Outcome], folder: Path) -> None:
     if not sys.stdout.isatty():
         console.width = 200
     console.print(table)
-    sys.stdout.write(f"results: {folder / 'eval'}\n")
+    sys.stdout.write(f"results: {evaluations_folder(folder)}\n")
 
 
 def _row(outcome: Outcome) -> list[str]:

@@ -48,19 +48,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Writes the folder and says what was checked."""
-    from megatron_lion.configfile import load_config
-    from megatron_lion.errors import CheckpointError, ConfigError
+    from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import split_target
     from megatron_lion.interop.architectures import check_architecture
     from megatron_lion.parallel_env import world_size_from_env
+    from megatron_lion.runs.folder import read_config
+    from megatron_lion.runs.steps import choose_steps
 
     if world_size_from_env() > 1:
         raise ConfigError("export runs on one process: start it without torchrun")
     folder, step_word = split_target(Path(args.target), args.step)
-    if not (folder / "config.yaml").is_file():
-        raise CheckpointError(f"{folder}: holds no run (config.yaml); give the run_dir of a `megatron-lion pretrain`")
-    check_architecture(args.architecture, load_config(folder / "config.yaml").model.kind)
-    from megatron_lion.evaluate.evaluate_steps import choose_steps
+    check_architecture(args.architecture, read_config(folder).model.kind)
     from megatron_lion.evaluate.open_run import open_run
     from megatron_lion.interop.hf_export import export_checkpoint
 

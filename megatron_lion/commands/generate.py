@@ -63,8 +63,8 @@ def run(args: Any) -> None:
         if not ok:
             raise ConfigError(f"{flag} {given}: is not possible; expected {expected}")
     folder, step = split_target(Path(args.target), args.step)
-    from megatron_lion.evaluate.evaluate_steps import choose_steps
     from megatron_lion.evaluate.text_sampling import SamplingSettings, sample
+    from megatron_lion.runs.steps import choose_steps
 
     with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
         model.load(choose_steps(step, model.steps)[-1])

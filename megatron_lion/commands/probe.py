@@ -68,9 +68,9 @@ def run(args: Any) -> None:
     from megatron_lion.config import ParallelConfig
     from megatron_lion.jobs import told_to_stop
     from megatron_lion.parallel_env import rank_from_env
-    from megatron_lion.train.probe_checkpoints import choose_steps, probe_checkpoints, probe_config
+    from megatron_lion.runs.steps import choose_steps, list_steps
+    from megatron_lion.train.probe_checkpoints import probe_checkpoints, probe_config
 
-    wanted = parse_steps(args.steps)
     run_dir, is_main = Path(args.run_dir), rank_from_env() == 0
     parallel = ParallelConfig(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
@@ -81,7 +81,7 @@ def run(args: Any) -> None:
     config = probe_config(
         run_dir, probe=settings, parallel=parallel, micro_batch_size=args.micro_batch_size, device=args.device
     )
-    steps = choose_steps(run_dir, wanted)[-1:] if args.steps == "latest" else choose_steps(run_dir, wanted)
+    steps = choose_steps(args.steps, list_steps(run_dir))
     stopped = "stopped; finished steps are kept, the same command probes the others"
     with told_to_stop(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
@@ -92,29 +92,6 @@ def run(args: Any) -> None:
 
             for path in draw_runs([run_dir, *args.beside]):
                 sys.stdout.write(f"{path}\n")
-
-
-def parse_steps(text: str) -> list[int] | None:
-    """Steps of a flag; None for "all" and "latest", which depend on the run.
-
-    Raises:
-        ConfigError: neither a word nor numbers.
-
-    Example:
-        >>> parse_steps("10000,20000"), parse_steps("all")
-        ([10000, 20000], None)
-    """
-    from megatron_lion.errors import ConfigError
-
-    if text in ("all", "latest"):
-        return None
-    try:
-        steps = [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"--steps: '{text}' is not possible; give all, latest, or steps such as 10000,20000"
-        ) from error
-    return steps
 
 
 def table(probed: list[Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_lion.compare.seeds import seed_groups
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.errors import CheckpointError
+from megatron_lion.runs.paths import has_begun
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, differing_settings, show
 
 SWEEP_FILE = "sweep.json"
@@ -160,7 +161,7 @@ def run_folders(folders: Sequence[str | Path]) -> list[Path]:
             names = [str(entry["name"]) for entry in json.loads(path.read_text(encoding="utf-8"))["runs"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); give its run folders one by one") from error
-        begun = [folder / name for name in names if (folder / name / "metrics.jsonl").is_file()]
+        begun = [folder / name for name in names if has_begun(folder / name)]
         if not begun:
             raise CheckpointError(f"{folder}: none of the sweep's {len(names)} runs has begun")
         found += begun

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_lion.errors import CheckpointError, ConfigError
 from megatron_lion.evaluate.tasks import Task, write_result
 from megatron_lion.evaluate.token_scores import DetailedScorer, Progress, Scorer, score_segments
 
@@ -38,37 +37,6 @@ class Outcome:
     record: dict[str, Any]
     path: Path
     is_new: bool
-
-
-def choose_steps(asked: str, available: list[int]) -> list[int]:
-    """Checkpoints that `--steps` names.
-
-    Args:
-        asked: "all", "latest" or steps separated by commas.
-        available: steps that have a complete checkpoint, ascending.
-
-    Raises:
-        ConfigError: not one of these forms.
-        CheckpointError: there is no checkpoint, or not of that step.
-
-    >>> choose_steps("latest", [10, 20]), choose_steps("20,10", [10, 20])
-    ([20], [10, 20])
-    """
-    if not available:
-        raise CheckpointError("the run has no complete checkpoint yet; evaluate it after its first save")
-    if asked == "all":
-        return list(available)
-    if asked == "latest":
-        return [available[-1]]
-    try:
-        steps = sorted({int(part.replace("_", "")) for part in asked.split(",")})
-    except ValueError:
-        raise ConfigError(f"--steps {asked}: give all, latest, or steps such as 10000,20000") from None
-    missing = [step for step in steps if step not in available]
-    if missing:
-        known = ", ".join(map(str, available))
-        raise CheckpointError(f"--steps {asked}: no complete checkpoint of step {missing[0]} (there are: {known})")
-    return steps
 
 
 def evaluate_step(

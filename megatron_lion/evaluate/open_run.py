@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from megatron_lion.config import ParallelConfig, RunConfig
-from megatron_lion.configfile import load_config
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import CheckpointError, DataError
@@ -19,7 +18,11 @@ from megatron_lion.evaluate.token_scores import LogitsScorer
 from megatron_lion.model.build import build_model
 from megatron_lion.optim.parameter_shards import named_global_parameters
 from megatron_lion.parallel import Ranks, agree, all_reduce_sum, process_groups
-from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.runs.folder import read_config
+from megatron_lion.runs.paths import tokenizer_folder
+from megatron_lion.runs.steps import Checkpoint, list_steps, open_checkpoint, step_folder
+from megatron_lion.train.checkpoint import verify_checkpoint
+from megatron_lion.train.checkpoint_tensors import read_tensors
 from megatron_lion.train.model_state import load_model_tensors, model_sharded_state, unwrap
 
 
@@ -37,7 +40,7 @@ class RestoredRun:
     def __init__(self, run_dir: Path, config: RunConfig, tokenizer: Tokenizer, device: Device, ranks: Ranks) -> None:
         self.run_dir, self.config, self.tokenizer, self.device, self.ranks = run_dir, config, tokenizer, device, ranks
         self.seq_length = config.model.seq_length
-        self.steps = ckpt.list_steps(run_dir)
+        self.steps = list_steps(run_dir)
         self.vocab_size = 0
         self._model: list[Any] | None = None
 
@@ -58,7 +61,7 @@ class RestoredRun:
         if step not in self.steps:
             known = ", ".join(map(str, self.steps)) or "none"
             raise CheckpointError(f"{self.run_dir}: no complete checkpoint of step {step} (there are: {known})")
-        return ckpt.open_checkpoint(ckpt.step_folder(self.run_dir, step)).manifest
+        return open_checkpoint(step_folder(self.run_dir, step)).manifest
 
     def state_sha256(self, step: int) -> str:
         """What identifies the weights of a step: their layout-independent fingerprint."""
@@ -72,18 +75,18 @@ class RestoredRun:
             DataError: it was trained with another tokenizer than the run folder holds.
         """
         manifest = self.manifest(step)
-        checkpoint = ckpt.Checkpoint(ckpt.step_folder(self.run_dir, step), manifest)
+        checkpoint = Checkpoint(step_folder(self.run_dir, step), manifest)
         with agree("checking the tokenizer"):
             if manifest["tokenizer_sha256"] not in (None, self.tokenizer.sha256):
                 raise DataError(
                     f"{self.run_dir}: trained with tokenizer {manifest['tokenizer_sha256'][:12]}, given is "
                     f"{self.tokenizer.sha256[:12]}; use the run's own (leave --tokenizer out)"
                 )
-        ckpt.verify_checkpoint(checkpoint, self.ranks)
+        verify_checkpoint(checkpoint, self.ranks)
         if self._model is None:
             self.vocab_size = int(manifest["model"]["vocab_size"])
             self._model = build_model(self.config, self.device, self.vocab_size)
-        loaded = ckpt.read_tensors({"model": model_sharded_state(self._model)}, checkpoint.folder)
+        loaded = read_tensors({"model": model_sharded_state(self._model)}, checkpoint.folder)
         load_model_tensors(self._model, loaded["model"])
         for chunk in self._model:
             chunk.eval()
@@ -153,17 +156,13 @@ def open_run(
         CheckpointError: the folder holds no run.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{run_dir}: no run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
-        )
-    config = load_config(run_dir / "config.yaml")
+    config = read_config(run_dir)
     chosen = select_device(device)
     train = replace(config.train, precision=precision or config.train.precision)  # type: ignore[arg-type]
     config = replace(config, train=train, parallel=ParallelConfig(timeout_s=config.parallel.timeout_s))
     with process_groups(chosen, timeout_s=config.parallel.timeout_s) as ranks:
         with agree("opening the tokenizer"):
-            source = Path(tokenizer) if tokenizer else run_dir / "tokenizer"
+            source = Path(tokenizer) if tokenizer else tokenizer_folder(run_dir)
             if not source.exists():
                 raise DataError(f"{source}: no tokenizer there; give --tokenizer")
             loaded = load_tokenizer(source)

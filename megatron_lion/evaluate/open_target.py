@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.runs.folder import read_config
+from megatron_lion.runs.paths import has_config
+from megatron_lion.runs.steps import run_and_step
 
 
 def split_target(target: Path, steps: str) -> tuple[Path, str]:
@@ -22,14 +25,13 @@ def split_target(target: Path, steps: str) -> tuple[Path, str]:
     >>> split_target(Path("run/checkpoints/step_0000100"), "latest")
     (PosixPath('run'), '100')
     """
-    if target.parent.name == "checkpoints" and target.name.startswith("step_") and target.name[5:].isdigit():
-        own = str(int(target.name[5:]))
-        if steps not in ("latest", "all", own):
-            raise ConfigError(
-                f"{target}: is step {own}, and {steps} was asked for; give {target.parent.parent} for other steps"
-            )
-        return target.parent.parent, own
-    return target, steps
+    found = run_and_step(target)
+    if found is None:
+        return target, steps
+    run_dir, own = found
+    if steps not in ("latest", "all", str(own)):
+        raise ConfigError(f"{target}: is step {own}, and {steps} was asked for; give {run_dir} for other steps")
+    return run_dir, str(own)
 
 
 def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | None) -> AbstractContextManager[Any]:
@@ -46,7 +48,7 @@ def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | No
         ConfigError: a BERT run.
     """
     options: dict[str, Any] = {"device": device, "precision": precision, "tokenizer": tokenizer}
-    if (folder / "config.yaml").is_file():
+    if has_config(folder):
         _need_next_token_model(folder)
         from megatron_lion.evaluate.open_run import open_run
 
@@ -65,9 +67,7 @@ def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | No
 
 def _need_next_token_model(folder: Path) -> None:
     """Refuses a BERT run: it predicts masked tokens from both sides, so that a next-token perplexity means nothing."""
-    from megatron_lion.configfile import load_config
-
-    kind = load_config(folder / "config.yaml").model.kind
+    kind = read_config(folder).model.kind
     if kind != "gpt2":
         raise ConfigError(
             f"{folder}: a {kind} run predicts masked tokens, not next ones; its losses are in metrics.jsonl (megatron-lion compare "

@@ -22,6 +22,7 @@ from megatron_lion.evaluate.token_scores import Segment, SegmentScores
 from megatron_lion.evaluate.wikitext import EvaluationText
 from megatron_lion.evaluate.wikitext_pages import page_segments, read_pages
 from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.runs.paths import step_name
 
 FORMAT = 1
 DEFAULT_STRIDE = 32
@@ -85,7 +86,7 @@ class Task:
 
     def path(self, folder: Path, step: int) -> Path:
         """Where the result of a step lies in the evaluation folder."""
-        return folder / f"{self.kind}-step_{step:07d}{self.suffix}.json"
+        return folder / f"{self.kind}-{step_name(step)}{self.suffix}.json"
 
     def find(self, folder: Path, step: int, state_sha256: str) -> dict[str, Any] | None:
         """An earlier result of this very measurement on these very weights, if there is one."""

@@ -11,7 +11,7 @@ from megatron_lion.errors import DataError
 from megatron_lion.files import storage_errors
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO
 from megatron_lion.gradient.parameter_kinds import KINDS, kind_of, layer_of
-from megatron_lion.gradient.probe_result import longest_ladder, read_probes
+from megatron_lion.runs.probes import longest_ladder, read_probes
 from megatron_lion.style import OPTIMIZER_COLOURS
 
 _GREY = "#666666"

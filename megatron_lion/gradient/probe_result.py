@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from megatron_lion.errors import DataError
 from megatron_lion.gradient.noise import NoiseEstimate, Rung, as_dict
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO, NormTable
 from megatron_lion.gradient.parameter_kinds import is_padding, kind_of, layer_of
-
-FORMAT = 1
+from megatron_lion.runs.probes import FORMAT
 
 
 @dataclass(frozen=True)
@@ -103,58 +98,6 @@ class ProbeResult:
             "parameters": {name: norms.as_dict() for name, norms in table.grouped(lambda name: name).items()},
         }  # fmt: skip
         return {key: _finite(value) for key, value in content.items()}
-
-
-def probe_file(run_dir: str | Path, step: int) -> Path:
-    """Where the result of a step lies."""
-    return Path(run_dir) / "probe" / f"step_{step:07d}.json"
-
-
-def read_probe(path: str | Path) -> dict[str, Any]:
-    """Reads a result.
-
-    Raises:
-        DataError: the file is missing, damaged or of another format.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `megatron-lion probe RUN`") from error
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); delete it and probe again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path}: not a probe result of format {FORMAT}")
-    return content
-
-
-def read_probes(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The results of a run, by step.
-
-    Raises:
-        DataError: there are none, or one is damaged.
-    """
-    paths = [
-        path
-        for path in sorted((Path(run_dir) / "probe").glob("step_*.json"))
-        if re.fullmatch(r"step_\d+\.json", path.name)
-    ]
-    if not paths:
-        raise DataError(
-            f"{run_dir}: no probe results; train with --probe.every, or run `megatron-lion probe {run_dir}`"
-        )
-    return [read_probe(path) for path in paths]
-
-
-def longest_ladder(run_dir: str | Path, probe: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's results at the step of `probe`, on the same data and with the same dropout, the one over most batches.
-
-    Raises:
-        DataError: a result is damaged.
-    """
-    alike = ("mode", "data", "dropout", "global_batch_size")
-    others = (read_probe(path) for path in (Path(run_dir) / "probe").glob(f"step_{probe['step']:07d}-*.json"))
-    found = [other for other in others if other["ladder"] and all(other[key] == probe[key] for key in alike)]
-    return max([probe, *found], key=lambda result: int(result["num_batches"]))
 
 
 def _finite(value: Any) -> Any:

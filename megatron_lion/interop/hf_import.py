@@ -21,7 +21,8 @@ from megatron_lion.interop.weight_names import from_huggingface
 from megatron_lion.model.build import build_model
 from megatron_lion.optim.parameter_shards import named_global_parameters
 from megatron_lion.parallel import process_groups
-from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.runs.paths import config_file, tokenizer_folder
+from megatron_lion.train.checkpoint import layout_facts, save_checkpoint
 from megatron_lion.train.fingerprint import weights_fingerprint
 from megatron_lion.train.model_state import model_facts, model_sharded_state, unwrap
 
@@ -88,16 +89,16 @@ def _save(
         chunks = build_model(one, device, vocab_size)
         _fill(chunks, weights, config.model, vocab_size, folder)
         facts: dict[str, Any] = {
-            "consumed_samples": 0, "seed": config.seed, "layout": ckpt.layout_facts(ranks), "state_layout": None, "optimizer": None,
+            "consumed_samples": 0, "seed": config.seed, "layout": layout_facts(ranks), "state_layout": None, "optimizer": None,
             "optimizer_state": None, "precision": precision, "model": model_facts(config, vocab_size), "buckets": None,
             "data_digest": None, "tokenizer_sha256": tokenizer.sha256, "weights_fingerprint": weights_fingerprint(chunks),
             "source": f"{folder.resolve().name} ({name})",
         }  # fmt: skip
         try:
-            tokenizer.save(temporary / "tokenizer")
-            ckpt.save_checkpoint(temporary, 0, {"model": model_sharded_state(chunks)}, {}, facts, ranks)
+            tokenizer.save(tokenizer_folder(temporary))
+            save_checkpoint(temporary, 0, {"model": model_sharded_state(chunks)}, {}, facts, ranks)
             with storage_errors(run_dir):
-                save_config(config, temporary / "config.yaml")
+                save_config(config, config_file(temporary))
                 os.replace(temporary, run_dir)  # an empty folder of that name may be there
                 sync_folder(run_dir.parent)
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lion.compare.table import markdown_grid
 from megatron_lion.config import RunConfig
 from megatron_lion.model.sizes import model_size
+from megatron_lion.runs.paths import evaluations_folder
 
 
 def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab_size: int, dtype: str) -> str:
@@ -22,7 +23,7 @@ def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab
         dtype: of the weights.
     """
     step = int(manifest["step"])
-    results = _results(run_dir / "eval", step)
+    results = _results(evaluations_folder(run_dir), step)
     size, optimizer, train = model_size(config.model, vocab_size), config.optimizer, config.train
     tokens = step * train.global_batch_size * config.model.seq_length
     kind, library = (

@@ -21,6 +21,18 @@ from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
 from megatron_lion.errors import BusyError, CheckpointError, ConfigError
 from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.runs.paths import (
+    LOCK,
+    checkpoints_folder,
+    config_file,
+    has_begun,
+    has_config,
+    lock_file,
+    log_folder,
+    step_name,
+    tokenizer_folder,
+)
+from megatron_lion.runs.steps import LATEST, step_folder
 
 # What may differ between the start of a run and its continuation; everything else decides what is computed.
 CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "data.num_workers", "data.cache", "data.path",
@@ -36,7 +48,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         BusyError: another process holds it; names host and pid.
     """
-    path = run_dir / "lock"
+    path = lock_file(run_dir)
     with storage_errors(path):
         run_dir.mkdir(parents=True, exist_ok=True)
         stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the block ends
@@ -66,7 +78,7 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
         CheckpointError: the folder holds a run with other settings; lists them.
     """
     run_dir = Path(config.run_dir)
-    saved = run_dir / "config.yaml"
+    saved = config_file(run_dir)
     if fresh and saved.is_file():
         number = 1
         while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
@@ -74,12 +86,12 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
         with storage_errors(run_dir):
             aside.mkdir()
             for entry in run_dir.iterdir():
-                if entry.name != "lock":  # it is held, and must keep others out of the folder that stays
+                if entry.name != LOCK:  # it is held, and must keep others out of the folder that stays
                     os.replace(entry, aside / entry.name)
             _bring_back_imported(aside, run_dir)
-    checkpoints = {entry.name for entry in (run_dir / "checkpoints").glob("*")}
+    checkpoints = {entry.name for entry in checkpoints_folder(run_dir).glob("*")}
     # Imported weights alone (step 0) decide nothing but the model, which the checkpoint itself is held against.
-    begun = (run_dir / "metrics.jsonl").is_file() or bool(checkpoints - {"latest", "step_0000000"})
+    begun = has_begun(run_dir) or bool(checkpoints - {LATEST, step_name(0)})
     if saved.is_file() and begun:
         different = differences(load_config(saved), config)
         blocked = [text for key, text in different if not changeable(key)]
@@ -87,22 +99,36 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
             raise CheckpointError(
                 f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
             )
-    elif not saved.is_file() and run_dir.is_dir() and any(entry.name != "lock" for entry in run_dir.iterdir()):
+    elif not saved.is_file() and run_dir.is_dir() and any(entry.name != LOCK for entry in run_dir.iterdir()):
         raise ConfigError(f"run_dir: {run_dir} is not empty and holds no run (no config.yaml); choose another folder")
     with storage_errors(run_dir):
-        (run_dir / "log").mkdir(parents=True, exist_ok=True)
+        log_folder(run_dir).mkdir(parents=True, exist_ok=True)
         save_config(config, saved)
 
 
 def _bring_back_imported(aside: Path, run_dir: Path) -> None:
     """Lets a run that starts over begin where it began: with the imported weights of step 0, if there were any."""
-    weights = aside / "checkpoints" / "step_0000000"
+    weights = step_folder(aside, 0)
     if not weights.is_dir():
         return
-    (run_dir / "checkpoints").mkdir()
-    os.replace(weights, run_dir / "checkpoints" / weights.name)
-    shutil.copytree(aside / "tokenizer", run_dir / "tokenizer")
-    shutil.copyfile(aside / "config.yaml", run_dir / "config.yaml")
+    checkpoints_folder(run_dir).mkdir()
+    os.replace(weights, step_folder(run_dir, 0))
+    shutil.copytree(tokenizer_folder(aside), tokenizer_folder(run_dir))
+    shutil.copyfile(config_file(aside), config_file(run_dir))
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The settings of a run folder.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+        ConfigError: its config.yaml is damaged.
+    """
+    if not has_config(run_dir):
+        raise CheckpointError(
+            f"{run_dir}: no run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
+        )
+    return load_config(config_file(run_dir))
 
 
 def changeable(key: str) -> bool:

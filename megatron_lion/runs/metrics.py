@@ -12,6 +12,7 @@ from typing import Any
 from megatron_lion.config import RunConfig, to_dict
 from megatron_lion.errors import EnvironmentFault
 from megatron_lion.files import storage_errors
+from megatron_lion.runs.paths import metrics_file
 
 
 class MetricsWriter:
@@ -21,7 +22,7 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, *, is_main: bool) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = metrics_file(run_dir)
         self.is_main = is_main
         self._tensorboard: Any = None
         self._wandb: Any = None

@@ -12,6 +12,7 @@ from megatron_lion.compare.best import Choice, choose_best
 from megatron_lion.compare.table import Cell, Table, to_csv, to_markdown
 from megatron_lion.configfile import load_config
 from megatron_lion.files import write_whole
+from megatron_lion.runs.paths import has_begun
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, read_run, show
 from megatron_lion.sweep.grid import get_setting
 from megatron_lion.sweep.plan import short_key
@@ -21,9 +22,7 @@ from megatron_lion.sweep.sweep_file import Entry, Sweep, read_sweep
 def read_records(sweep: Sweep) -> dict[str, RunRecord]:
     """The runs that have begun, by name."""
     return {
-        entry.name: read_run(sweep.folder / entry.name)
-        for entry in sweep.runs
-        if (sweep.folder / entry.name / "metrics.jsonl").is_file()
+        entry.name: read_run(sweep.folder / entry.name) for entry in sweep.runs if has_begun(sweep.folder / entry.name)
     }
 
 

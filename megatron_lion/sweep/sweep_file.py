@@ -21,6 +21,8 @@ from megatron_lion.errors import CheckpointError, ConfigError, NumericsError
 from megatron_lion.files import storage_errors, write_whole
 from megatron_lion.jobs import STOPPED
 from megatron_lion.runs.folder import write_json
+from megatron_lion.runs.paths import LOCK, has_begun
+from megatron_lion.runs.steps import is_committed
 from megatron_lion.sweep.grid import get_setting, with_setting
 from megatron_lion.sweep.plan import PlannedRun, base_differences, settings_digest
 
@@ -76,10 +78,9 @@ class Sweep:
 
     def _status(self, entry: Entry) -> Status:
         folder = self.folder / entry.name
-        started = (folder / "metrics.jsonl").is_file()
-        committed = folder / "checkpoints" / f"step_{entry.last_step:07d}" / "manifest.json"
+        started = has_begun(folder)
         # Checkpoints of a finished run may have been removed to make room.
-        if committed.is_file() or (entry.status == "finished" and started):
+        if is_committed(folder, entry.last_step) or (entry.status == "finished" and started):
             return "finished"
         if entry.exit_code == DIVERGED and started:
             return "diverged"
@@ -133,7 +134,7 @@ def open_sweep(
     """
     sweep = read_sweep(folder)
     if sweep is None:
-        known = {run.name for run in planned} | {"lock", "exits", "cache", BASE}
+        known = {run.name for run in planned} | {LOCK, "exits", "cache", BASE}
         if folder.is_dir() and (other := [entry.name for entry in folder.iterdir() if entry.name not in known]):
             raise ConfigError(f"--output {folder}: holds {other[0]} and no sweep ({NAME}); choose another folder")
         sweep = Sweep(folder=folder, config=config_file, base_sha256=settings_digest(base))

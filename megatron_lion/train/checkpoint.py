@@ -10,12 +10,9 @@ Only tensors and JSON are stored; checkpoint_tensors.py does the tensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,64 +22,24 @@ import torch.distributed as dist
 from megatron_lion.errors import CheckpointError
 from megatron_lion.files import sha256_file, storage_errors, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
+from megatron_lion.runs.paths import checkpoints_folder
+from megatron_lion.runs.steps import (
+    FORMAT,
+    GO_BACK,
+    LATEST,
+    MANIFEST,
+    Checkpoint,
+    is_committed,
+    list_steps,
+    manifest_digest,
+    open_checkpoint,
+    step_folder,
+)
 from megatron_lion.train.checkpoint_tensors import check_metadata, read_tensors, write_tensors
 
 __all__ = [
-    "Checkpoint", "find_latest", "layout_facts", "list_steps", "open_checkpoint", "read_rng", "read_tensors", "remove_old",
-    "save_checkpoint", "step_folder", "verify_checkpoint",
+    "layout_facts", "read_rng", "read_tensors", "remove_old", "save_checkpoint", "verify_checkpoint",
 ]  # fmt: skip
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-GO_BACK = "copy it here again, or move this step's folder away to resume from the checkpoint before it"
-_STEP_NAME = re.compile(r"step_(\d{7,})$")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk: its folder and its manifest."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.manifest["step"])
-
-
-def step_folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:07d}"
-
-
-def list_steps(run_dir: Path) -> list[int]:
-    """Steps of the committed checkpoints of a run, ascending."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    found = (
-        match for entry in folder.iterdir() if (match := _STEP_NAME.match(entry.name)) and (entry / MANIFEST).is_file()
-    )
-    return sorted(int(match[1]) for match in found)
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint's manifest.
-
-    Raises:
-        CheckpointError: it is missing, damaged or of a newer format.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no complete checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); {GO_BACK}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"{folder}: format {found}, this version reads format {FORMAT}")
-    if manifest.pop("sha256", None) != _digest(manifest):
-        raise CheckpointError(f"{folder / MANIFEST}: does not match its own sha256: damaged or changed; {GO_BACK}")
-    return Checkpoint(folder, manifest)
 
 
 def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> None:
@@ -125,7 +82,7 @@ def save_checkpoint(
         StorageError: the disk refused; the unfinished folder stays under its temporary name and is never read.
     """
     final = step_folder(run_dir, step)
-    if broadcast_object((final / MANIFEST).is_file() if ranks.is_main else None):
+    if broadcast_object(is_committed(run_dir, step) if ranks.is_main else None):
         return open_checkpoint(final)
     attempt = broadcast_object(f"{os.getpid()}-{os.urandom(3).hex()}" if ranks.is_main else None)
     temporary = final.with_name(f"{final.name}.tmp-{attempt}")
@@ -177,14 +134,10 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
             os.fsync(stream.fileno())
         files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     content = {**manifest, "files": files}
-    write_whole(temporary / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=1).encode())
+    write_whole(temporary / MANIFEST, json.dumps({**content, "sha256": manifest_digest(content)}, indent=1).encode())
     os.replace(temporary, final)
     sync_folder(final.parent)
-    write_whole(final.parent / "latest", final.name.encode())
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    write_whole(final.parent / LATEST, final.name.encode())
 
 
 def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
@@ -195,8 +148,7 @@ def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
     Raises:
         StorageError: the file system does not let go of them.
     """
-    folder = run_dir / "checkpoints"
-    for entry in folder.glob("step_*.tmp-*"):
+    for entry in checkpoints_folder(run_dir).glob("step_*.tmp-*"):
         shutil.rmtree(entry, ignore_errors=True)
     if keep == 0:
         return []
@@ -206,24 +158,6 @@ def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
         doomed = step_folder(run_dir, step)
         trash = doomed.with_name(doomed.name + ".tmp-removed")
         with storage_errors(doomed, "removed"):
-            os.replace(doomed, trash)  # from here on no reader takes it for whole
+            os.replace(doomed, trash)  # from here on list_steps no longer sees it
         shutil.rmtree(trash, ignore_errors=True)
     return gone
-
-
-def find_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest committed checkpoint, or None where there is none.
-
-    The folders decide, not the pointer, which may be older after a crash.
-
-    Raises:
-        CheckpointError: folders are there but none is complete.
-    """
-    steps = list_steps(run_dir)
-    if steps:
-        return open_checkpoint(step_folder(run_dir, steps[-1]))
-    folder = run_dir / "checkpoints"
-    broken = [entry.name for entry in folder.glob("step_*") if _STEP_NAME.match(entry.name)] if folder.is_dir() else []
-    if broken:
-        raise CheckpointError(f"{folder}: {broken[-1]} has no {MANIFEST}; restore it, or give --fresh to start over")
-    return None

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lion.files import storage_errors
+from megatron_lion.runs.paths import log_folder
 
 
 @contextmanager
 def log_file(run_dir: Path, rank: int) -> Iterator[None]:
     """Sends the package's log messages, and every warning of the process, to this rank's file while the block runs."""
-    path = run_dir / "log" / f"rank{rank:05d}.log"
+    path = log_folder(run_dir) / f"rank{rank:05d}.log"
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")

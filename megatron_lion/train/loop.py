@@ -25,12 +25,15 @@ from megatron_lion.errors import NumericsError, StoppedOnRequest
 from megatron_lion.files import storage_errors
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.moving import MovingWindow
-from megatron_lion.gradient.probe_result import ProbeResult, probe_file
+from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.optim.parameter_shards import nonfinite_gradients
 from megatron_lion.parallel import Ranks, agree, broadcast_object, process_groups
 from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.runs.metrics import MetricsWriter
+from megatron_lion.runs.paths import environment_file, facts_file, tokenizer_folder
+from megatron_lion.runs.probes import probe_file
+from megatron_lion.runs.steps import find_latest
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.console import TrainProgress, announce
 from megatron_lion.train.logs import log_file
@@ -71,7 +74,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
                 prepare_run_folder(config, fresh=fresh)
         stack.enter_context(log_file(run_dir, ranks.rank))
         with agree("looking for a checkpoint"):
-            latest = ckpt.find_latest(run_dir)
+            latest = find_latest(run_dir)
         imported = latest if latest is not None and is_import(latest) else None
         run = build_run(config, device, ranks, imported=imported)
         resumed = latest if imported is None else None
@@ -238,7 +241,7 @@ def describe_run(run: Run) -> None:
         return
     config, tokenizer = run.config, run.corpora.tokenizer
     size = model_size(config.model, run.corpora.vocab_size)
-    write_json(run.run_dir / "run.json", {
+    write_json(facts_file(run.run_dir), {
         "format": 1, "name": config.label, "model": config.model.kind, "optimizer": config.optimizer.name, "seed": config.seed,
         "num_parameters": size.num_parameters, "num_parameters_unpadded": size.num_parameters_unpadded,
         "vocab_size": run.corpora.vocab_size, "seq_length": config.model.seq_length,
@@ -246,9 +249,9 @@ def describe_run(run: Run) -> None:
         "data_digest": run.corpora.digest, "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         "world_size": run.ranks.world_size, "precision": config.train.precision, "device": run.device.name(),
     })  # fmt: skip
-    write_json(run.run_dir / "environment.json", environment_facts(run.device.name(), run.ranks.world_size))
-    if tokenizer is not None and not (run.run_dir / "tokenizer").is_dir():
-        tokenizer.save(run.run_dir / "tokenizer")
+    write_json(environment_file(run.run_dir), environment_facts(run.device.name(), run.ranks.world_size))
+    if tokenizer is not None and not (folder := tokenizer_folder(run.run_dir)).is_dir():
+        tokenizer.save(folder)
 
 
 class _Clock:

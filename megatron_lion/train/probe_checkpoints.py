@@ -11,18 +11,18 @@ from typing import Any
 
 from megatron_lion.config import ParallelConfig, ProbeConfig, RunConfig
 from megatron_lion.config_checks import check_config
-from megatron_lion.configfile import load_config
 from megatron_lion.determinism import deterministic
 from megatron_lion.device import select_device
-from megatron_lion.errors import BusyError, CheckpointError, StoppedOnRequest
+from megatron_lion.errors import BusyError, StoppedOnRequest
 from megatron_lion.files import storage_errors
 from megatron_lion.gradient.full_gradient import probe_run
-from megatron_lion.gradient.probe_result import ProbeResult, probe_file, read_probe
+from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.parallel import agree, broadcast_object, process_groups
 from megatron_lion.parallel_env import world_size_from_env
-from megatron_lion.runs.folder import locked, write_json
+from megatron_lion.runs.folder import locked, read_config, write_json
 from megatron_lion.runs.metrics import MetricsWriter
-from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.runs.probes import probe_file, read_probe
+from megatron_lion.runs.steps import open_checkpoint, step_folder
 from megatron_lion.train.loop import stop_signals
 from megatron_lion.train.restore import restore_run, restore_weights, why_no_state
 from megatron_lion.train.run import Run, build_run
@@ -69,11 +69,7 @@ def probe_config(
         CheckpointError: no run there.
         ConfigError: settings that do not fit this number of processes.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{run_dir}: no run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
-        )
-    config = load_config(run_dir / "config.yaml")
+    config = read_config(run_dir)
     given = {key: value for key, value in probe.items() if value is not None}
     config = replace(
         config,
@@ -85,21 +81,6 @@ def probe_config(
     )
     check_config(config, world_size_from_env())
     return config
-
-
-def choose_steps(run_dir: Path, wanted: list[int] | None) -> list[int]:
-    """The steps to probe: those given, or all complete checkpoints.
-
-    Raises:
-        CheckpointError: one of them has no complete checkpoint; says which there are.
-    """
-    there = ckpt.list_steps(run_dir)
-    missing = [step for step in wanted or [] if step not in there]
-    if missing or not there:
-        known = ", ".join(map(str, there)) or "none"
-        what = f"no complete checkpoint of step {missing[0]}" if missing else "no complete checkpoint to probe"
-        raise CheckpointError(f"{run_dir}: {what} (there are: {known})")
-    return sorted(set(wanted)) if wanted else there
 
 
 def probe_checkpoints(
@@ -165,7 +146,7 @@ def probe_checkpoints(
 
 def _restore(run: Run, step: int) -> bool:
     """Loads a step; returns whether the master weights came with it."""
-    checkpoint = ckpt.open_checkpoint(ckpt.step_folder(run.run_dir, step))
+    checkpoint = open_checkpoint(step_folder(run.run_dir, step))
     reason = why_no_state(run, checkpoint)
     if reason is None:
         restore_run(run, checkpoint)

@@ -12,8 +12,7 @@ import torch
 
 from megatron_lion.cli import main
 from megatron_lion.data.tokenizers import load_tokenizer
-from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.evaluate.evaluate_steps import choose_steps, evaluate_step, follow
+from megatron_lion.evaluate.evaluate_steps import evaluate_step, follow
 from megatron_lion.evaluate.published_results import PUBLISHED, explain, find_published
 from megatron_lion.evaluate.tasks import Reader, stream_task
 from megatron_lion.evaluate.wikitext import read_text
@@ -228,15 +227,6 @@ def test_following_a_run_yields_each_step_once() -> None:
     run = FakeRun(0, [])
     assert list(follow(run, lambda: next(looks), last_step=300, poll_s=0.0)) == [100, 200, 300]
     assert run.steps == [100, 200, 300]
-
-
-def test_steps_are_chosen_by_name_or_number() -> None:
-    assert choose_steps("all", [1, 2]) == [1, 2]
-    assert choose_steps("10_000,2", [2, 10000]) == [2, 10000]
-    with pytest.raises(ConfigError, match="give all, latest"):
-        choose_steps("soon", [1])
-    with pytest.raises(CheckpointError, match="no complete checkpoint yet"):
-        choose_steps("latest", [])
 
 
 def test_page_windows_are_those_of_the_harness() -> None:

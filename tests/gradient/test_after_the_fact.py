@@ -17,7 +17,6 @@ from test_full_gradient import assert_close
 from tiny import error_of, read_metrics, tiny_config, train, write_corpus
 
 from megatron_lion.commands import probe as verb
-from megatron_lion.errors import ConfigError
 
 
 def probe_command(*words):
@@ -155,17 +154,18 @@ def strip_and_probe(rank, config):
     """Work of one process: a checkpoint of the weights alone, as another tool may write it, and the verb on it."""
     from tiny import opened_run
 
+    from megatron_lion.runs import steps
     from megatron_lion.train import checkpoint as ckpt
     from megatron_lion.train.model_state import model_sharded_state
     from megatron_lion.train.restore import restore_run
 
     run_dir = Path(config.run_dir)
     with opened_run(config) as run:
-        restore_run(run, ckpt.open_checkpoint(ckpt.step_folder(run_dir, 4)))
-        manifest = ckpt.open_checkpoint(ckpt.step_folder(run_dir, 4)).manifest
+        restore_run(run, steps.open_checkpoint(steps.step_folder(run_dir, 4)))
+        manifest = steps.open_checkpoint(steps.step_folder(run_dir, 4)).manifest
         facts = {key: manifest[key] for key in ("model", "data_digest", "tokenizer_sha256", "weights_fingerprint")}
         facts["layout"] = ckpt.layout_facts(run.ranks)
-        shutil.rmtree(ckpt.step_folder(run_dir, 4))
+        shutil.rmtree(steps.step_folder(run_dir, 4))
         ckpt.save_checkpoint(run_dir, 4, {"model": model_sharded_state(run.model)}, {}, facts, run.ranks)
     return commands(rank, {"weights": [run_dir, "--steps", "4"]})["weights"]
 
@@ -222,6 +222,7 @@ def test_bad_input_is_refused_in_one_line(trained, tmp_path):
     jobs = {
         "no run": [tmp_path / "empty"],
         "no step": [trained, "--steps", "3"],
+        "no number": [trained, "--steps", "two"],
         "too many": [trained, "--num-batches", 100000],
         "layout": [trained, "--tensor-model-parallel-size", 2],
         "micro": [trained, "--micro-batch-size", 3],
@@ -234,5 +235,4 @@ def test_bad_input_is_refused_in_one_line(trained, tmp_path):
     assert found["too many"][0] == "ConfigError"
     assert "at most" in found["too many"][1]
     assert found["layout"][0] == found["micro"][0] == "ConfigError"
-    with pytest.raises(ConfigError, match="--steps: 'two' is not possible"):
-        verb.parse_steps("two")
+    assert found["no number"] == ("ConfigError", "--steps two: give all, latest, or steps such as 10000,20000")

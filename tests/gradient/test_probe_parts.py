@@ -20,7 +20,7 @@ from megatron_lion.errors import DataError
 from megatron_lion.gradient.coordinate_sample import CoordinateSample, Group
 from megatron_lion.gradient.noise import estimate_noise, make_rung, mccandlish, rungs_of
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO, GradientNorms
-from megatron_lion.gradient.probe_result import longest_ladder, read_probe, read_probes
+from megatron_lion.runs.probes import longest_ladder, read_probe, read_probes
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def save_after_two_steps(rank: int, jobs: dict[str, Any]) -> dict[str, int]:
 
 def load_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, tuple[bool, float]]:
     """Loads a checkpoint in another mode and layout, saves it elsewhere, then takes a step; (replicas agree, its loss)."""
-    from megatron_lion.train.checkpoint import open_checkpoint, step_folder
+    from megatron_lion.runs.steps import open_checkpoint, step_folder
     from megatron_lion.train.restore import restore_run
     from megatron_lion.train.run import save_run
 

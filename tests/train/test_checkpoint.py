@@ -17,6 +17,7 @@ import tiny
 from distributed import run_distributed
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.runs import steps
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.checkpoint_tensors import check_metadata
 
@@ -75,13 +76,13 @@ def test_every_flipped_bit_is_found(run_dir: Path) -> None:
     draw = random.Random(0)
     checkpoint = tiny.newest_checkpoint(run_dir)
     for _ in range(40):
-        name = draw.choice([*FILES, ckpt.MANIFEST])
+        name = draw.choice([*FILES, steps.MANIFEST])
         path = checkpoint.folder / name
         position, bit = draw.randrange(path.stat().st_size), draw.randrange(8)
         flip(path, position, bit)
         with pytest.raises(CheckpointError) as caught:
             ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
-        assert str(path) in str(caught.value) or name == ckpt.MANIFEST
+        assert str(path) in str(caught.value) or name == steps.MANIFEST
         flip(path, position, bit)
     ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
 
@@ -98,11 +99,11 @@ def test_swapped_shards_are_found(run_dir: Path) -> None:
 
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Changes a manifest and gives it a fitting digest, as an attacker would."""
-    manifest = json.loads((folder / ckpt.MANIFEST).read_text())
+    manifest = json.loads((folder / steps.MANIFEST).read_text())
     del manifest["sha256"]
     change(manifest)
-    manifest["sha256"] = ckpt._digest(manifest)
-    (folder / ckpt.MANIFEST).write_text(json.dumps(manifest))
+    manifest["sha256"] = steps.manifest_digest(manifest)
+    (folder / steps.MANIFEST).write_text(json.dumps(manifest))
 
 
 def restate(folder: Path, name: str) -> None:
@@ -179,7 +180,7 @@ def test_metadata_that_points_outside_is_refused(run_dir: Path, target: str) -> 
     [b"", b"{", b"null", b"[]", b"{}", b'{"format": 2}', b'{"format": 1, "step": 4}', b"\xff\xfe", b"9" * 5000],
 )
 def test_manifest_that_is_something_else_is_refused(run_dir: Path, content: bytes) -> None:
-    (tiny.newest_checkpoint(run_dir).folder / ckpt.MANIFEST).write_bytes(content)
+    (tiny.newest_checkpoint(run_dir).folder / steps.MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match="step_0000004"):
         tiny.newest_checkpoint(run_dir)
 
@@ -199,16 +200,16 @@ def test_unfinished_folders_are_never_read(run_dir: Path) -> None:
     (folder / "step_0000008").mkdir()
     (folder / "step_0000008" / "__0_0.distcp").write_bytes(b"half")
     (folder / "notes").mkdir()
-    assert ckpt.list_steps(run_dir) == [2, 4]
+    assert steps.list_steps(run_dir) == [2, 4]
     assert tiny.newest_checkpoint(run_dir).step == 4
 
 
 def test_never_a_silent_start_from_zero(run_dir: Path, tmp_path: Path) -> None:
     for step in (2, 4):
-        (ckpt.step_folder(run_dir, step) / ckpt.MANIFEST).unlink()
+        (steps.step_folder(run_dir, step) / steps.MANIFEST).unlink()
     with pytest.raises(CheckpointError, match=r"step_000000\d has no manifest.json"):
-        ckpt.find_latest(run_dir)
-    assert ckpt.find_latest(tmp_path / "nothing") is None
+        steps.find_latest(run_dir)
+    assert steps.find_latest(tmp_path / "nothing") is None
 
 
 def test_retention_keeps_the_newest_and_those_asked_for(on_device: Path, corpus: str, device: str) -> None:
@@ -221,10 +222,10 @@ def test_retention_keeps_the_newest_and_those_asked_for(on_device: Path, corpus:
     run_distributed(tiny.train_each, 1, {"": half}, device=device)
     leftover.mkdir()
     run_distributed(tiny.train_each, 1, {"": config}, device=device)
-    assert ckpt.list_steps(Path(config.run_dir)) == [1, 3, 5, 6, 7]
+    assert steps.list_steps(Path(config.run_dir)) == [1, 3, 5, 6, 7]
     assert not list(Path(config.run_dir, "checkpoints").glob("*.tmp-*"))
     for step in (1, 3, 5, 6, 7):
-        ckpt.verify_checkpoint(ckpt.open_checkpoint(ckpt.step_folder(Path(config.run_dir), step)))
+        ckpt.verify_checkpoint(steps.open_checkpoint(steps.step_folder(Path(config.run_dir), step)))
 
 
 def test_resume_reads_nothing_damaged(trained: Any, on_device: Path, device: str, size: int) -> None:
@@ -280,7 +281,7 @@ def refusals(rank: int, jobs: dict[str, tuple[Any, Path]]) -> dict[str, tuple[st
     found = {}
     for name, (config, checkpoints) in jobs.items():
         with tiny.opened_run(config) as run:
-            found[name] = tiny.error_of(restore_run, run, ckpt.open_checkpoint(checkpoints / "step_0000004"))
+            found[name] = tiny.error_of(restore_run, run, steps.open_checkpoint(checkpoints / "step_0000004"))
     return found
 
 

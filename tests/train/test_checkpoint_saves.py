@@ -14,6 +14,7 @@ import pytest
 import tiny
 from distributed import run_distributed
 
+from megatron_lion.runs import steps
 from megatron_lion.train import checkpoint as ckpt
 
 
@@ -42,13 +43,13 @@ def full_disk(rank: int, config: Any, limit: int) -> list[Any]:
 def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained_on_cpu: Any, folder: Path) -> None:
     trained = trained_on_cpu  # the limit would also hold for NCCL's shared memory
     copy = Path(shutil.copytree(trained.run_dir, folder / "full"))
-    shutil.rmtree(ckpt.step_folder(copy, 4))
+    shutil.rmtree(steps.step_folder(copy, 4))
     config = dataclasses.replace(trained, run_dir=str(copy))
     for rank, (kind, message) in enumerate(run_distributed(full_disk, 2, config, 20_000)):
         assert kind == "StorageError", message
         assert "make room there" in message
         assert "rank 1" in message or rank == 1
-    assert ckpt.list_steps(copy) == [2]
+    assert steps.list_steps(copy) == [2]
     ckpt.verify_checkpoint(tiny.newest_checkpoint(copy))
     resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
     assert (
@@ -89,13 +90,13 @@ def test_no_space_at_any_write_of_the_saver(trained: Any, on_device: Path, devic
     jobs = {}
     for refused in range(1, 7):
         copy = Path(shutil.copytree(trained.run_dir, on_device / f"space-{refused}"))
-        shutil.rmtree(ckpt.step_folder(copy, 4))
+        shutil.rmtree(steps.step_folder(copy, 4))
         jobs[str(refused)] = dataclasses.replace(trained, run_dir=str(copy)), refused
     found = run_distributed(full_at_each_write, 1, jobs, device=device)[0]
     for name, (config, _) in jobs.items():
         kind, message = found[name]
         # Tensors, their metadata, random states, manifest; the pointer comes when the folder has its name already.
-        assert ckpt.list_steps(Path(config.run_dir)) == ([2] if int(name) <= 4 else [2, 4]), name
+        assert steps.list_steps(Path(config.run_dir)) == ([2] if int(name) <= 4 else [2, 4]), name
         assert kind == ("StorageError" if int(name) <= 5 else ""), (name, message)
         assert name == "6" or "No space left on device" in message
         ckpt.verify_checkpoint(tiny.newest_checkpoint(Path(config.run_dir)))
@@ -128,11 +129,11 @@ def test_kill_during_a_save_leaves_no_half_checkpoint(
 ) -> None:
     trained = trained_on_cpu  # with NCCL, the peer of a killed process waits until the timeout
     copy = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
-    shutil.rmtree(ckpt.step_folder(copy, 4))
+    shutil.rmtree(steps.step_folder(copy, 4))
     config = dataclasses.replace(trained, run_dir=str(copy))
     with pytest.raises(AssertionError):
         run_distributed(killed_at, 2, config, victim, moment)
-    assert ckpt.list_steps(copy) == ([2, 4] if moment >= 11 else [2])
+    assert steps.list_steps(copy) == ([2, 4] if moment >= 11 else [2])
     ckpt.verify_checkpoint(tiny.newest_checkpoint(copy))
     resumed = run_distributed(tiny.train_each, 2, {"": config})[0][""]
     assert resumed["manifest"]["step"] == 4

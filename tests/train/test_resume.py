@@ -124,7 +124,7 @@ def train_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, int]:
 
 def load_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, bool]:
     """Loads a checkpoint of another layout and saves it again elsewhere, untouched."""
-    from megatron_lion.train.checkpoint import open_checkpoint, step_folder
+    from megatron_lion.runs.steps import open_checkpoint, step_folder
     from megatron_lion.train.restore import restore_run
     from megatron_lion.train.run import save_run
 

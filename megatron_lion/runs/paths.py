@@ -1,0 +1,76 @@
+"""Names and places of the files in a run folder; everything that reads or writes one takes them from here.
+
+RUN/config.yaml            settings, resolved
+RUN/run.json               facts: name, optimizer, number of parameters, digests
+RUN/environment.json       versions and hardware of the last job
+RUN/metrics.jsonl          one JSON object a line
+RUN/checkpoints/step_…/    see steps.py
+RUN/probe/step_….json      see probes.py
+RUN/eval/*.json            evaluation results
+RUN/tokenizer/, RUN/log/, RUN/lock
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LOCK = "lock"
+
+
+def step_name(step: int) -> str:
+    """How file names spell a step, so that they sort by it.
+
+    >>> step_name(1000)
+    'step_0001000'
+    """
+    return f"step_{step:07d}"
+
+
+def config_file(run_dir: Path) -> Path:
+    return run_dir / "config.yaml"
+
+
+def facts_file(run_dir: Path) -> Path:
+    return run_dir / "run.json"
+
+
+def environment_file(run_dir: Path) -> Path:
+    return run_dir / "environment.json"
+
+
+def metrics_file(run_dir: Path) -> Path:
+    return run_dir / "metrics.jsonl"
+
+
+def lock_file(run_dir: Path) -> Path:
+    return run_dir / LOCK
+
+
+def checkpoints_folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def probes_folder(run_dir: Path) -> Path:
+    return run_dir / "probe"
+
+
+def evaluations_folder(run_dir: Path) -> Path:
+    return run_dir / "eval"
+
+
+def tokenizer_folder(run_dir: Path) -> Path:
+    return run_dir / "tokenizer"
+
+
+def log_folder(run_dir: Path) -> Path:
+    return run_dir / "log"
+
+
+def has_config(run_dir: Path) -> bool:
+    """Whether the folder holds the settings of a run; a Hugging Face folder does not."""
+    return config_file(run_dir).is_file()
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether the run has written a metric."""
+    return metrics_file(run_dir).is_file()

@@ -1,0 +1,69 @@
+"""RUN/probe/step_0001000.json, found and read; gradient/probe_result.py makes their content.
+
+The run's own probe of a step is step_0001000.json; results of other settings at that step carry them in their name,
+such as step_0001000-64-fixed.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.errors import DataError
+from megatron_lion.runs.paths import probes_folder, step_name
+
+FORMAT = 1
+
+
+def probe_file(run_dir: str | Path, step: int) -> Path:
+    """Path of the run's own result at a step."""
+    return probes_folder(Path(run_dir)) / f"{step_name(step)}.json"
+
+
+def read_probe(path: str | Path) -> dict[str, Any]:
+    """Reads a result.
+
+    Raises:
+        DataError: the file is missing, damaged or of another format.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `megatron-lion probe RUN`") from error
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and probe again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: not a probe result of format {FORMAT}")
+    return content
+
+
+def read_probes(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The results of a run, by step.
+
+    Raises:
+        DataError: there are none, or one is damaged.
+    """
+    paths = [
+        path
+        for path in sorted(probes_folder(Path(run_dir)).glob("step_*.json"))
+        if re.fullmatch(r"step_\d+\.json", path.name)
+    ]
+    if not paths:
+        raise DataError(
+            f"{run_dir}: no probe results; train with --probe.every, or run `megatron-lion probe {run_dir}`"
+        )
+    return [read_probe(path) for path in paths]
+
+
+def longest_ladder(run_dir: str | Path, probe: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's results at the step of `probe`, on the same data and with the same dropout, the one over most batches.
+
+    Raises:
+        DataError: a result is damaged.
+    """
+    alike = ("mode", "data", "dropout", "global_batch_size")
+    others = (read_probe(path) for path in probes_folder(Path(run_dir)).glob(f"{step_name(probe['step'])}-*.json"))
+    found = [other for other in others if other["ladder"] and all(other[key] == probe[key] for key in alike)]
+    return max([probe, *found], key=lambda result: int(result["num_batches"]))
