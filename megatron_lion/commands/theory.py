@@ -55,15 +55,15 @@ def _from_numbers(args: Any) -> str:
 
 
 def _from_runs(args: Any) -> str:
+    from megatron_lion.runs.record import read_run
     from megatron_lion.theory.advice import HONESTY
     from megatron_lion.theory.rate_report import advice_section, rates_section
-    from megatron_lion.theory.records import read_run
 
     records = [read_run(path) for path in args.runs]
     parts = ["## Rate constants", rates_section(records, args.weighting, args.confidence)]
     for record in records:
         parts += [
-            f"## Corollary 3 for {record.path}",
+            f"## Corollary 3 for {record.folder}",
             advice_section(
                 record,
                 args.steps,

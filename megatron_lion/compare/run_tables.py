@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lion.compare.budgets import equal_budget_table, loss_tables, target_table
 from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.table import Cell, Table
+from megatron_lion.runs.folder import flatten
 from megatron_lion.runs.record import (
     LAST_LINES,
     RunRecord,
@@ -16,7 +17,6 @@ from megatron_lion.runs.record import (
     differing_settings,
     evaluation_key,
     evaluation_keys,
-    flatten,
     loss_unit,
     show,
 )

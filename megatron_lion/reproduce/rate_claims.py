@@ -18,17 +18,18 @@ def rate_claims(plan: Plan) -> list[Claim]:
     """c_LION and c_SGD, and whether the rate is kept with them.
 
     Raises:
-        CheckpointError: a run is missing.
+        CheckpointError: a run is missing, or has no probes.
     """
     found: list[Claim] = []
     for optimizer, key, name, paper in CONSTANTS:
         by_d: dict[int, list[RunRecord]] = {}
         for folder in plan.seeds[optimizer]:
             run = read_run(folder)
-            by_d.setdefault(run.num_parameters or 1, []).append(run)
+            by_d.setdefault(run.dimension, []).append(run)
         for d, runs in by_d.items():
-            series = [(run.series(key).steps, run.series(key).values) for run in runs]
-            rates = rates_over_seeds(series, scale=1 / math.sqrt(d) if optimizer == "lion" else 1.0)
+            rates = rates_over_seeds(
+                [run.need(key).arrays() for run in runs], scale=1 / math.sqrt(d) if optimizer == "lion" else 1.0
+            )
             found += _constant(name, paper, d, len(runs), rates)
     return found
 

@@ -13,6 +13,7 @@ from megatron_lion.config import RunConfig, to_dict
 from megatron_lion.errors import EnvironmentFault
 from megatron_lion.files import storage_errors
 from megatron_lion.runs.paths import metrics_file
+from megatron_lion.runs.series import parse_line
 
 
 class MetricsWriter:
@@ -28,7 +29,7 @@ class MetricsWriter:
         self._wandb: Any = None
         if not is_main:
             return
-        _drop_torn_line(self.path)
+        _end_last_line(self.path)
         if config.log.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -88,11 +89,15 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Removes a last line that a kill cut short."""
+def _end_last_line(path: Path) -> None:
+    """Ends a last line that has no line end, or removes it if a kill cut it short; readers do the same."""
     with storage_errors(path):
         if not path.exists():
             return
         with open(path, "rb+") as stream:
             content = stream.read()
-            stream.truncate(content.rfind(b"\n") + 1)
+            start = content.rfind(b"\n") + 1
+            if parse_line(content[start:]) is not None:
+                stream.write(b"\n")
+            else:
+                stream.truncate(start)

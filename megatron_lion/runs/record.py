@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 
 from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.runs.folder import flatten
+from megatron_lion.runs.paths import config_file, environment_file, evaluations_folder, facts_file, metrics_file
 from megatron_lion.runs.series import Series, read_metrics
 
 # Settings that say where a run lies or how it is watched, not what it computes.
@@ -55,6 +58,37 @@ class RunRecord:
         """A metric, empty where the run has none."""
         return self.metrics.get(key, Series())
 
+    def need(self, key: str) -> Series:
+        """A metric that the caller cannot do without.
+
+        Raises:
+            CheckpointError: the run has no number of that key; says what writes it.
+        """
+        if key not in self.metrics:
+            raise CheckpointError(
+                f"{self.folder}: metrics.jsonl has no '{key}'"
+                + (
+                    f"; train with --probe.every, or run `megatron-lion probe {self.folder}`"
+                    if key.startswith("probe/")
+                    else ""
+                )
+            )
+        return self.metrics[key]
+
+    @property
+    def dimension(self) -> int:
+        """d, for callers that cannot do without it.
+
+        Raises:
+            CheckpointError: the run does not state it.
+        """
+        if self.num_parameters is None:
+            raise CheckpointError(
+                f"{self.folder}: neither run.json nor a probe says num_parameters; train with --probe.every, or run "
+                f"`megatron-lion probe {self.folder}`"
+            )
+        return self.num_parameters
+
     @property
     def last_step(self) -> int:
         """The last step anything was written for."""
@@ -93,10 +127,16 @@ class RunRecord:
         return fmean(values) if values else None
 
     @property
+    def scheduled_steps(self) -> int | None:
+        """Steps of the whole schedule, if config.yaml states them."""
+        steps = self.settings.get("train.steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
     def planned_steps(self) -> int | None:
-        """The step after which the run is finished, where config.yaml tells it."""
-        steps, stop = self.settings.get("train.steps"), self.settings.get("train.stop_after")
-        return min(steps, stop or steps) if isinstance(steps, int) else None
+        """The step after which the run is finished, if config.yaml states it."""
+        steps, stop = self.scheduled_steps, self.settings.get("train.stop_after")
+        return min(steps, stop or steps) if steps is not None else None
 
     @property
     def last_logged(self) -> int:
@@ -156,21 +196,6 @@ class RunRecord:
         return (self.model, self.optimizer, json.dumps(relevant, sort_keys=True, default=str))
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys.
-
-    >>> flatten({"optimizer": {"lr": 1e-4}, "seed": 1})
-    {'optimizer.lr': 0.0001, 'seed': 1}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def read_run(folder: str | Path) -> RunRecord:
     """Reads a run folder.
 
@@ -181,26 +206,35 @@ def read_run(folder: str | Path) -> RunRecord:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
-    if not (folder / "config.yaml").is_file() and not (folder / "run.json").is_file():
-        raise CheckpointError(f"{folder}: no run folder (neither config.yaml nor run.json in it)")
-    facts, settings = _mapping(folder / "run.json"), flatten(_mapping(folder / "config.yaml"))
+    if not any(path.is_file() for path in (config_file(folder), facts_file(folder), metrics_file(folder))):
+        raise CheckpointError(
+            f"{folder}: no run folder (no config.yaml, run.json or metrics.jsonl); "
+            "give the run_dir of a `megatron-lion pretrain`"
+        )
+    facts, settings = _mapping(facts_file(folder)), flatten(_mapping(config_file(folder)))
     optimizer = str(facts.get("optimizer") or settings.get("optimizer.name") or "unknown")
-    metrics = read_metrics(folder / "metrics.jsonl")
-    probed = metrics.get("probe/num_parameters", Series()).last
-    parameters = facts.get("num_parameters") or probed
+    metrics = read_metrics(metrics_file(folder))
     name = facts.get("name") or settings.get("name") or facts.get("model") or settings.get("model.kind")
     return RunRecord(
         folder=folder,
         model=str(name or "model"),
         optimizer=optimizer,
-        num_parameters=int(parameters) if isinstance(parameters, int | float) else None,
+        num_parameters=_dimension(facts.get("num_parameters"), metrics.get("probe/num_parameters", Series()).last),
         facts=facts,
         settings=settings,
-        environment=_mapping(folder / "environment.json"),
+        environment=_mapping(environment_file(folder)),
         metrics=metrics,
-        evaluations=_evaluations(folder / "eval"),
+        evaluations=_evaluations(evaluations_folder(folder)),
         label=OPTIMIZER_NAMES.get(optimizer, optimizer),
     )
+
+
+def _dimension(*stated: Any) -> int | None:
+    """The first of several statements of d that is a number of at least 1."""
+    for value in stated:
+        if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < math.inf:
+            return int(value)
+    return None
 
 
 def _mapping(path: Path) -> dict[str, Any]:

@@ -1,4 +1,14 @@
-"""metrics.jsonl, read: each metric as a series over optimizer steps."""
+"""metrics.jsonl, read: each metric as a series over optimizer steps.
+
+Every reader of a run gets its numbers from `read_metrics`, by these rules:
+
+- A line is a JSON object with a "step". Blank lines are skipped. Steps may come in any order and repeat after a resume.
+- The last line of a step that has a key decides. If its value is not a finite number (null, NaN, true, text), the step
+  has no value of that key, even if an earlier line had one.
+- A last line without a line end is read if it is a whole object with a step: no part of an object is valid JSON, so
+  only the line end is missing. Otherwise a job was stopped while it wrote the line, and the line is left out. The
+  `MetricsWriter` of the next job keeps or removes the line by the same test.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +16,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_lion.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -19,6 +34,12 @@ class Series:
 
     def __bool__(self) -> bool:
         return bool(self.steps)
+
+    def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Steps and values as numpy arrays of float64."""
+        import numpy as np
+
+        return np.array(self.steps, dtype=np.float64), np.array(self.values, dtype=np.float64)
 
     @property
     def last(self) -> float | None:
@@ -46,10 +67,10 @@ class Series:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Reads metrics.jsonl: the last line of a (step, key) wins, a last line that was cut short is left out.
+    """Reads metrics.jsonl into a series for each key that has a number; by the rules at the top of this file.
 
     Raises:
-        CheckpointError: the file is missing, or a whole line is not a JSON object with a step.
+        CheckpointError: the file is missing, or a line is not a JSON object with a step.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -61,22 +82,45 @@ def read_metrics(path: Path) -> dict[str, Series]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-            step = int(entry["step"])
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):  # without its line end: a job was stopped while it wrote
+        entry = parse_line(line)
+        if entry is None:
+            if number == len(lines):
                 continue
-            raise CheckpointError(f"{path}, line {number}: not a JSON object with a step") from None
+            raise CheckpointError(f"{path}, line {number}: not a JSON object with a step")
         for key, value in entry.items():
-            if key == "step" or isinstance(value, bool):
+            found = _finite_number(value)
+            if key == "step":
                 continue
-            if isinstance(value, int | float) and math.isfinite(value):
-                table.setdefault(key, {})[step] = float(value)
-            elif value is None:  # not finite when it was measured: an older number must not stand for it
-                table.get(key, {}).pop(step, None)
+            if found is not None:
+                table.setdefault(key, {})[entry["step"]] = found
+            else:  # an older number must not stand for what could not be measured
+                table.get(key, {}).pop(entry["step"], None)
     return {
         key: Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
         for key, values in table.items()
         if values
     }
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object of a line of metrics.jsonl, whose "step" is a whole number of at least 0; None for anything else.
+
+    >>> parse_line(b'{"step": 1, "train/loss": 2.5}'), parse_line(b'{"step": 1, "train/l')
+    ({'step': 1, 'train/loss': 2.5}, None)
+    """
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return entry if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+
+
+def _finite_number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_lion.theory.records import RunRecord
+from megatron_lion.runs.record import RunRecord
 from megatron_lion.theory.symbols import Array
 
 
@@ -109,9 +109,10 @@ def estimate_noise(run: RunRecord, *, window: int | None = None, at_least: int =
     """
     if not {"optim/grad_l2", "probe/grad_l2", "probe/num_batches"} <= run.metrics.keys():
         return None
-    train_steps, train_l2 = run.series("optim/grad_l2")
-    probe_steps, probe_l2 = run.series("probe/grad_l2")
-    batches = dict(zip(*(axis.tolist() for axis in run.series("probe/num_batches")), strict=True))
+    train_steps, train_l2 = run.need("optim/grad_l2").arrays()
+    probe_steps, probe_l2 = run.need("probe/grad_l2").arrays()
+    counts_read = run.need("probe/num_batches")
+    batches = dict(zip(counts_read.steps, counts_read.values, strict=True))
     if window is None:
         distance = float(np.diff(probe_steps).min()) if len(probe_steps) > 1 else 100.0
         window = max(1, min(50, int(distance / 2)))
@@ -140,7 +141,7 @@ def estimate_gap(run: RunRecord) -> GapEstimate | None:
     """Both ends for Δ from the probes' losses; None where there is no probe with a loss."""
     if "probe/loss" not in run.metrics:
         return None
-    steps, losses = run.series("probe/loss")
+    steps, losses = run.need("probe/loss").arrays()
     first = float(losses[0])
     return GapEstimate(first, int(steps[0]), first - float(losses.min()), first)
 
@@ -164,19 +165,19 @@ def estimate_smoothness(run: RunRecord, noise: NoiseEstimate | None = None) -> S
     """
     if run.optimizer != "lion" or not {"optim/lr", "probe/grad_l2"} <= run.metrics.keys():
         return None
-    steps, norms = run.series("probe/grad_l2")
+    steps, norms = run.need("probe/grad_l2").arrays()
     if noise is not None:
         kept = np.isin(steps, noise.steps)
         steps, norms = steps[kept], np.sqrt(noise.signal_l2_squared)
     if len(steps) < 2:
         return None
-    lr_steps, lr = run.series("optim/lr")
+    lr_steps, lr = run.need("optim/lr").arrays()
     # Rates between logged steps are linear in the step; travelled[t] is the sum of the rates of steps 1 … t.
     travelled = np.concatenate([[0.0], np.cumsum(np.interp(np.arange(1, int(steps[-1]) + 1), lr_steps, lr))])
-    weight_decay, reach = run.setting("optimizer", "weight_decay"), 1.0
+    weight_decay, reach = run.settings.get("optimizer.weight_decay"), 1.0
     if isinstance(weight_decay, int | float) and "probe/theta_linf" in run.metrics:
-        reach = float(weight_decay) * float(run.series("probe/theta_linf")[1].max())
-    way = (1 + reach) * math.sqrt(run.num_parameters) * travelled[steps.astype(int)]
+        reach = float(weight_decay) * max(run.need("probe/theta_linf").values)
+    way = (1 + reach) * math.sqrt(run.dimension) * travelled[steps.astype(int)]
     distance = np.abs(way[:, None] - way[None, :])
     change = np.abs(norms[:, None] - norms[None, :])
     ratio = np.divide(change, distance, out=np.zeros_like(change), where=distance > 0)

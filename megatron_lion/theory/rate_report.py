@@ -8,10 +8,10 @@ from typing import Any
 
 from megatron_lion.compare.table import markdown_grid
 from megatron_lion.errors import ConfigError
+from megatron_lion.runs.record import RunRecord
 from megatron_lion.theory.advice import Advice, advice_table, advise, implied_smoothness
 from megatron_lion.theory.estimate import estimate_gap, estimate_noise, estimate_smoothness
 from megatron_lion.theory.rates import SeedRates, Weighting, rates_over_seeds
-from megatron_lion.theory.records import RunRecord
 
 L_FACTORS = (1, 10, 100)
 """Multiples of the lower bound on L for which Corollary 3 is evaluated."""
@@ -24,10 +24,10 @@ def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: f
         ConfigError: the runs differ in d, or share no probe step.
         CheckpointError: a run has no probes.
     """
-    if len({run.num_parameters for run in runs}) > 1:
-        sizes = ", ".join(f"{run.path} {run.num_parameters}" for run in runs)
+    if len({run.dimension for run in runs}) > 1:
+        sizes = ", ".join(f"{run.folder} {run.dimension}" for run in runs)
         raise ConfigError(f"the runs differ in num_parameters ({sizes}); give runs that differ in their seed only")
-    scale = 1 / math.sqrt(runs[0].num_parameters)
+    scale = 1 / math.sqrt(runs[0].dimension)
     try:
         rows: list[tuple[str, SeedRates]] = [
             ("c_LION (‖∇f‖₁/√d)", _rates(runs, "probe/grad_l1", scale, weighting, confidence)),
@@ -46,7 +46,7 @@ def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: f
         ]
         for label, rates in rows
     ]  # fmt: skip
-    first = min(int(run.series("probe/grad_l1")[0][0]) for run in runs)
+    first = min(run.need("probe/grad_l1").steps[0] for run in runs)
     notes = [f"K counts {'probes' if weighting == 'probes' else 'optimizer steps'}, weighting '{weighting}'."]
     if first > 0 and weighting != "probes":
         notes.append(f"Before the first probe (step {first}) its value is assumed.")
@@ -59,7 +59,9 @@ def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: f
 
 
 def _rates(runs: Sequence[RunRecord], key: str, scale: float, weighting: Weighting, confidence: float) -> SeedRates:
-    return rates_over_seeds([run.series(key) for run in runs], scale=scale, weighting=weighting, confidence=confidence)
+    return rates_over_seeds(
+        [run.need(key).arrays() for run in runs], scale=scale, weighting=weighting, confidence=confidence
+    )
 
 
 def _ends(interval: Any) -> str:
@@ -83,12 +85,12 @@ def advice_section(
         noise_variance: σ², in place of the estimate.
         gap: Δ, in place of both ends.
     """
-    K = K or run.planned_steps
+    K = K or run.scheduled_steps
     if K is None:
-        raise ConfigError(f"{run.path}: config.yaml does not say train.steps; give --steps K")
+        raise ConfigError(f"{run.folder}: config.yaml does not say train.steps; give --steps K")
     noise, ends = estimate_noise(run), estimate_gap(run)
     bound = estimate_smoothness(run, noise)
-    lines = [f"- K = {K}, d = {run.num_parameters:,}"]
+    lines = [f"- K = {K}, d = {run.dimension:,}"]
     if noise_variance is not None:
         lines.append(f"- σ² = {noise_variance:.4g} (given)")
     elif noise is not None and noise.trusted.any():
@@ -137,7 +139,7 @@ def advice_section(
     rows = [
         (
             f"{l_label}, {gap_label}",
-            advise(K, L=L, noise_variance=noise_variance, gap=value, d=run.num_parameters),
+            advise(K, L=L, noise_variance=noise_variance, gap=value, d=run.dimension),
         )
         for l_label, L in scenarios
         for gap_label, value in gaps
@@ -148,7 +150,7 @@ def advice_section(
 
 def _used(run: RunRecord, K: int, rows: Sequence[tuple[str, Advice]]) -> list[str]:
     """What the run itself used, and the L for which the corollary would have chosen that."""
-    lr, betas = run.setting("optimizer", "lr"), run.setting("optimizer", "betas") or (0.9, 0.95)
+    lr, betas = run.settings.get("optimizer.lr"), run.settings.get("optimizer.betas") or (0.9, 0.95)
     if run.optimizer != "lion" or not lr:
         return []
     advice = rows[-1][1]

@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser
 from megatron_lion.commands import theory as theory_verb
 from megatron_lion.commands import toy as toy_verb
 from megatron_lion.errors import CheckpointError, ConfigError, StorageError
+from megatron_lion.runs.record import read_run
 from megatron_lion.theory.advice import advise, implied_smoothness
 from megatron_lion.theory.estimate import estimate_gap, estimate_noise, estimate_smoothness
-from megatron_lion.theory.records import read_metrics, read_run
 
 D, L, SIGMA2, STEPS, BATCHES = 400, 3.0, 0.5, 400, 20
 
@@ -74,33 +74,18 @@ def call(verb, *words):
     verb.run(parser.parse_args([str(word) for word in words]))
 
 
-def test_metrics_last_line_wins_and_torn_line_is_ignored(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1, "time": 1, "a": 1.0}\n{"step": 2, "time": 1, "a": 2.0, "b": null, "c": "text"}\n'
-        '{"step": 1, "time": 2, "a": 5.0}\n{"step": 3, "time": 2, "a": 9'
-    )
-    metrics = read_metrics(path)
-    assert list(metrics) == ["a"]
-    assert metrics["a"][0].tolist() == [1, 2]
-    assert metrics["a"][1].tolist() == [5, 2]
-    path.write_text('{"step": 1, "a": 1.0}\nnonsense\n{"step": 2, "a": 1.0}\n')
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2: not a JSON object"):
-        read_metrics(path)
-    with pytest.raises(CheckpointError, match=r"give the run_dir"):
-        read_run(tmp_path / "nowhere")
-
-
 def test_run_without_dimension_or_probes_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1, "train/loss": 2.0}\n')
     with pytest.raises(CheckpointError, match=r"neither run.json nor a probe says num_parameters"):
-        read_run(tmp_path)
+        call(theory_verb, tmp_path)
     (tmp_path / "run.json").write_text('{"num_parameters": 10}')
     with pytest.raises(CheckpointError, match=r"no 'probe/grad_l1'; train with --probe.every"):
         call(theory_verb, tmp_path)
     (tmp_path / "config.yaml").write_text("train: [")
     with pytest.raises(CheckpointError, match=r"config.yaml: cannot be read"):
-        read_run(tmp_path)
+        call(theory_verb, tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not exist; give the run_dir"):
+        call(theory_verb, tmp_path / "nowhere")
 
 
 def test_estimates_know_the_truth(run_folders):
@@ -112,7 +97,7 @@ def test_estimates_know_the_truth(run_folders):
         assert not noise.trusted[:6].any()
         assert noise.trusted[-1]
         assert noise.largest == pytest.approx(SIGMA2, rel=0.2)
-        probe_squared = run.series("probe/grad_l2")[1] ** 2
+        probe_squared = run.series("probe/grad_l2").arrays()[1] ** 2
         assert noise.signal_l2_squared[-1] == pytest.approx(probe_squared[-1] - SIGMA2 / BATCHES, rel=0.05)
         assert np.array_equal(noise.signal_l2_squared[:6], probe_squared[:6])
         assert len(noise.steps) == 9

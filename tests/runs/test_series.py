@@ -1,0 +1,69 @@
+"""metrics.jsonl, read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_lion.errors import CheckpointError
+from megatron_lion.runs.series import Series, read_metrics
+
+
+def test_the_last_line_of_a_step_wins_and_a_torn_tail_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "a": 1.0, "b": 2}\n{"step": 2, "a": 2.0}\n\n{"step": 1, "a": 5.0}\n'
+        '{"step": 2, "a": null, "c": true, "d": "text"}\n{"step": 3, "a": 9.'
+    )
+    metrics = read_metrics(path)
+    assert metrics == {"a": Series((1,), (5.0,)), "b": Series((1,), (2.0,))}
+
+
+@settings(max_examples=50, derandomize=True, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.sampled_from("ab"), st.floats(-9, 9)), max_size=30),
+    st.integers(0, 40),
+)
+def test_any_cut_of_the_file_gives_what_the_whole_lines_say(
+    tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[int, str, float]], cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    lines = [json.dumps({"step": step, key: value}) + "\n" for step, key, value in entries]
+    whole = "".join(lines)
+    kept = whole[: max(0, len(whole) - cut)]
+    path.write_text(kept)
+    expected: dict[str, dict[int, float]] = {}
+    # A last line that is complete but for its line end is as good as any.
+    count = kept.count("\n") + (kept.rpartition("\n")[2].endswith("}"))
+    for step, key, value in entries[:count]:
+        expected.setdefault(key, {})[step] = value
+    found = read_metrics(path)
+    assert {k: dict(zip(s.steps, s.values, strict=True)) for k, s in found.items()} == expected
+    assert all(list(s.steps) == sorted(s.steps) for s in found.values())
+
+
+def test_damage_before_the_tail_names_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for rubbish in ("rubbish", "[1]", "{}", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}',
+                    '{"step": Infinity}', 100_000 * "["):  # fmt: skip
+        path.write_text(f'{{"step": 1, "a": 1}}\n{rubbish}\n{{"step": 2, "a": 1}}\n')
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl, line 2: not a JSON object with a step"):
+            read_metrics(path)
+        path.write_text(f'{{"step": 1, "a": 1}}\n{rubbish}')  # as a last line without its end it is left out
+        assert read_metrics(path) == {"a": Series((1,), (1.0,))}
+
+
+def test_series_answers() -> None:
+    series = Series((10, 20, 30), (3.0, 1.0, 2.0))
+    assert series.best() == (20, 1.0)
+    assert series.last == 2.0
+    assert series.at_or_before(25) == (20, 1.0)
+    assert series.at_or_before(5) is None
+    assert series.first_at_most(2.5) == 20
+    assert series.first_at_most(0.5) is None
+    assert series.smoothed(2).values == (3.0, 2.0, 1.5)
+    assert Series().best() is None
