@@ -50,8 +50,8 @@ def run(args: Any) -> None:
     from megatron_lion.compare.best import run_folders
     from megatron_lion.compare.html_report import write_report
     from megatron_lion.compare.run_tables import build_tables
+    from megatron_lion.compare.selection import read_runs
     from megatron_lion.files import storage_errors
-    from megatron_lion.runs.record import read_runs
     from megatron_lion.sweep.summary import sweep_tables
 
     tried = runs = read_runs(run_folders(args.runs))
@@ -80,8 +80,8 @@ def run(args: Any) -> None:
 def _best(tried: list[RunRecord]) -> tuple[list[RunRecord], Table]:
     """The runs of each optimizer's best setting, labelled anew, and the table that tells how they were chosen."""
     from megatron_lion.compare.best import best_table, choose_best
+    from megatron_lion.compare.selection import read_runs
     from megatron_lion.errors import CheckpointError
-    from megatron_lion.runs.record import read_runs
 
     choices = choose_best(tried)
     folders = [run.folder for choice in choices for run in choice.runs]

@@ -9,11 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron_lion.compare.labels import differing_settings, show
 from megatron_lion.compare.seeds import seed_groups
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.errors import CheckpointError
 from megatron_lion.runs.paths import has_begun
-from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, differing_settings, show
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
 SWEEP_FILE = "sweep.json"
 EDGE_SECTIONS = ("optimizer.", "schedule.")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_lion.compare.axis_ticks import short, ticks
+from megatron_lion.compare.labels import by_model, loss_unit
 from megatron_lion.compare.table import Cell, Table
-from megatron_lion.runs.record import RunRecord, by_model, loss_unit
+from megatron_lion.runs.record import RunRecord
 
 MOST_AMOUNTS = 6
 ROUNDING = 1e-9

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lion import __version__
+from megatron_lion.compare.labels import by_model, loss_unit, show
 from megatron_lion.compare.panels import AXES, MAX_NAMED, lines_of, panels
 from megatron_lion.compare.svg_charts import chart
 from megatron_lion.compare.table import Table, to_html
 from megatron_lion.files import write_whole
 from megatron_lion.runs.folder import flatten
-from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, by_model, loss_unit, show
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #5f6368; --line: #e3e5e8; --paper: #ffffff; --card: #f7f8f9;

@@ -10,8 +10,10 @@ from statistics import fmean
 
 from megatron_lion.compare.axis_ticks import spread
 from megatron_lion.compare.budgets import tokens_at
+from megatron_lion.compare.labels import loss_unit
 from megatron_lion.compare.seeds import group_label, seed_groups
-from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, evaluation_key, loss_unit, main_evaluation_key
+from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 from megatron_lion.runs.series import Series
 from megatron_lion.style import OPTIMIZER_COLOURS
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.compare.axis_ticks import short
+from megatron_lion.compare.labels import by_model
 from megatron_lion.compare.panels import Curve, Panel, panels
 from megatron_lion.files import write_whole
-from megatron_lion.runs.record import RunRecord, by_model
+from megatron_lion.runs.record import RunRecord
 
 OVERVIEW = ("training-loss", "test-loss", "norm-ratio")
 GREY = "#5F6368"

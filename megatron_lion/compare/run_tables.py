@@ -7,19 +7,12 @@ from statistics import median
 from typing import Any
 
 from megatron_lion.compare.budgets import equal_budget_table, loss_tables, target_table
+from megatron_lion.compare.labels import by_model, differing_settings, loss_unit, show
 from megatron_lion.compare.seeds import seeds_table
+from megatron_lion.compare.selection import evaluation_key, evaluation_keys
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.runs.folder import flatten
-from megatron_lion.runs.record import (
-    LAST_LINES,
-    RunRecord,
-    by_model,
-    differing_settings,
-    evaluation_key,
-    evaluation_keys,
-    loss_unit,
-    show,
-)
+from megatron_lion.runs.record import LAST_LINES, RunRecord
 from megatron_lion.runs.series import Series
 
 MOST_COLUMNS = 6

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from statistics import fmean
 
+from megatron_lion.compare.labels import group_key
+from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
 from megatron_lion.compare.table import Cell, Table
-from megatron_lion.runs.record import RunRecord, evaluation_key, main_evaluation_key
+from megatron_lion.runs.record import RunRecord
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -88,7 +90,7 @@ def seed_groups(runs: list[RunRecord]) -> dict[tuple[str, ...], list[RunRecord]]
     """Runs that differ in their seed alone, grouped, in the order given."""
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(run.group_key(), []).append(run)
+        groups.setdefault(group_key(run), []).append(run)
     return groups
 
 

@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
 from megatron_lion.errors import CheckpointError
 from megatron_lion.evaluate.published_results import TABLE_B1
 from megatron_lion.reproduce.artefacts import Plan
 from megatron_lion.reproduce.claim import NOT_THEIRS, Claim, joined
-from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, evaluation_key, main_evaluation_key, read_run
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, read_run
 
 TABLE_TOLERANCE = 0.10
 """Nats; ours to set: the paper states neither weight decay, schedule, warm-up nor the split of the text."""

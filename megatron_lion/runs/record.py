@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -13,14 +13,11 @@ from typing import Any
 
 import yaml
 
-from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.errors import CheckpointError
 from megatron_lion.runs.folder import flatten
 from megatron_lion.runs.paths import config_file, environment_file, evaluations_folder, facts_file, metrics_file
 from megatron_lion.runs.series import Series, read_metrics
 
-# Settings that say where a run lies or how it is watched, not what it computes.
-UNINTERESTING = ("run_dir", "name", "log.", "data.cache", "data.num_workers", "checkpoint.", "train.log_every",
-                 "train.test_every", "train.stop_after", "probe.")  # fmt: skip
 LAST_LINES = 10
 """The training loss of a run's end is the mean over this many logged values."""
 OPTIMIZER_NAMES = {"lion": "LION", "sgd": "SGD", "adamw": "AdamW"}
@@ -31,7 +28,7 @@ class RunRecord:
     """One run folder, read.
 
     Attributes:
-        folder: where it lies.
+        folder: its path.
         model: name of the model, the same for runs that may be drawn together.
         optimizer: "lion", "sgd" or "adamw".
         num_parameters: d, with the padded vocabulary; None where the run does not say.
@@ -40,7 +37,7 @@ class RunRecord:
         environment: environment.json.
         metrics: the numbers of metrics.jsonl.
         evaluations: eval/*.json, ascending by step.
-        label: how tables and figures call it; unique within a model after `read_runs`.
+        label: its name in tables and figures; unique within a model after `compare.selection.read_runs`.
     """
 
     folder: Path
@@ -190,11 +187,6 @@ class RunRecord:
 
         return [seconds(step) for step in steps]
 
-    def group_key(self) -> tuple[str, ...]:
-        """Equal for runs that differ in their seed alone."""
-        relevant = {k: v for k, v in self.settings.items() if k != "seed" and not k.startswith(UNINTERESTING)}
-        return (self.model, self.optimizer, json.dumps(relevant, sort_keys=True, default=str))
-
 
 def read_run(folder: str | Path) -> RunRecord:
     """Reads a run folder.
@@ -262,126 +254,3 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}: no evaluation result (needs 'kind' and 'step')")
         results.append(result)
     return sorted(results, key=lambda r: int(r["step"]))
-
-
-def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """Reads several run folders and gives each a label of its own.
-
-    Raises:
-        ConfigError: no folder, or one folder twice.
-        CheckpointError: a folder is no run, or the runs have nothing in common.
-    """
-    if not folders:
-        raise ConfigError("no run folder given; type: megatron-lion compare RUN RUN …")
-    places = [Path(folder).resolve() for folder in folders]
-    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{twice}: the same run is given twice")
-    runs = [read_run(folder) for folder in folders]
-    _need_common_ground(runs)
-    return with_labels(runs)
-
-
-def loss_unit(runs: Iterable[RunRecord]) -> str:
-    """What a loss is counted in: GPT-2's is a mean over tokens, BERT's the sum of a mean over masked tokens and one over samples."""
-    are_bert = {bool(run.series("train/mlm_loss") or run.series("test/mlm_loss")) for run in runs}
-    if are_bert == {True}:
-        return "nats, masked tokens + order"
-    return "nats" if True in are_bert else "nats per token"
-
-
-def evaluation_key(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for results of the same text under the same convention."""
-    keys = ("kind", "text_sha256", "stride", "seq_length", "precision", "max_tokens")
-    return tuple(result.get(key) for key in keys)
-
-
-def evaluation_keys(runs: Sequence[RunRecord]) -> list[tuple[Any, ...]]:
-    """The texts and conventions by which runs have token perplexities: WikiText-103 first, whole texts, short strides."""
-    found = {
-        evaluation_key(r): (r["kind"] != "wikitext103", r.get("max_tokens") is not None, r.get("stride") or 0)
-        for run in runs
-        for r in run.evaluations
-        if r.get("log_token_ppl") is not None
-    }
-    return sorted(found, key=lambda key: found[key])
-
-
-def main_evaluation_key(runs: Sequence[RunRecord]) -> tuple[Any, ...] | None:
-    """The convention that most runs were evaluated by, the first of `evaluation_keys` among equals."""
-    keys = evaluation_keys(runs)
-    having = {key: sum(any(evaluation_key(r) == key for r in run.evaluations) for run in runs) for key in keys}
-    return max(keys, key=lambda key: having[key]) if keys else None
-
-
-def _need_common_ground(runs: list[RunRecord]) -> None:
-    """Refuses runs of which no two share a model, a tokenizer or an evaluated text."""
-    if len(runs) < 2:
-        return
-    seen: list[tuple[Any, ...]] = []
-    for run in runs:
-        marks: set[tuple[Any, ...]] = {("model", run.model), *map(evaluation_key, run.evaluations)}
-        if tokenizer := run.facts.get("tokenizer_sha256"):
-            marks.add(("tokenizer", tokenizer))
-        seen += marks
-    if len(seen) == len(set(seen)):
-        names = ", ".join(f"{run.folder} ({run.model})" for run in runs)
-        raise CheckpointError(
-            f"the runs have nothing in common, neither model nor tokenizer nor an evaluated text: {names}"
-        )
-
-
-def with_labels(runs: list[RunRecord]) -> list[RunRecord]:
-    """Labels runs by optimizer; where that is not enough, by the settings in which they differ, else by folder."""
-    from dataclasses import replace
-
-    labelled = []
-    for run in runs:
-        rivals = [r for r in runs if (r.model, r.optimizer) == (run.model, run.optimizer)]
-        base = OPTIMIZER_NAMES.get(run.optimizer, run.optimizer)
-        label = base if len(rivals) == 1 else f"{base} {_distinction(run, rivals)}"
-        labelled.append(replace(run, label=label))
-    labels = [(run.model, run.label) for run in labelled]
-    return [
-        replace(run, label=f"{run.label} ({run.folder.name})") if labels.count((run.model, run.label)) > 1 else run
-        for run in labelled
-    ]
-
-
-def _distinction(run: RunRecord, rivals: list[RunRecord]) -> str:
-    """The settings that tell a run from its rivals, at most three, such as `lr=0.001 seed=2`."""
-    different = [key for key in differing_settings(rivals) if key in run.settings]
-    if not different or len(different) > 3:
-        return run.folder.name
-    return " ".join(f"{key.rpartition('.')[2]}={show(run.settings[key])}" for key in different)
-
-
-def differing_settings(runs: Iterable[RunRecord]) -> list[str]:
-    """Dotted keys whose values are not the same in all runs, where-it-lies settings left out."""
-    runs = list(runs)
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    return [
-        key
-        for key in keys
-        if not key.startswith(UNINTERESTING)
-        and len({json.dumps(run.settings.get(key), sort_keys=True, default=str) for run in runs}) > 1
-    ]
-
-
-def by_model(runs: list[RunRecord]) -> dict[str, list[RunRecord]]:
-    """Runs of each model, in the order given."""
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        groups.setdefault(run.model, []).append(run)
-    return groups
-
-
-def show(value: Any) -> str:
-    """A setting as one would type it."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(show, value)) + ")"
-    return str(value)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.compare.best import Choice, choose_best
+from megatron_lion.compare.labels import show
 from megatron_lion.compare.table import Cell, Table, to_csv, to_markdown
 from megatron_lion.configfile import load_config
 from megatron_lion.files import write_whole
 from megatron_lion.runs.paths import has_begun
-from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, read_run, show
+from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, read_run
 from megatron_lion.sweep.grid import get_setting
 from megatron_lion.sweep.plan import short_key
 from megatron_lion.sweep.sweep_file import Entry, Sweep, read_sweep

@@ -10,8 +10,8 @@ from synthetic_runs import write_run
 
 from megatron_lion.cli import main
 from megatron_lion.compare.best import best_table, choose_best, run_folders
+from megatron_lion.compare.selection import read_runs
 from megatron_lion.errors import CheckpointError
-from megatron_lion.runs.record import read_runs
 
 
 def grid(root: Path, rates: dict[float, float], **settings: object) -> list[Path]:

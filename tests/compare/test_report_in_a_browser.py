@@ -12,7 +12,8 @@ from synthetic_runs import write_run
 from megatron_lion.compare.best import best_table, choose_best
 from megatron_lion.compare.html_report import write_report
 from megatron_lion.compare.run_tables import build_tables
-from megatron_lion.runs.record import RunRecord, read_runs
+from megatron_lion.compare.selection import read_runs
+from megatron_lion.runs.record import RunRecord
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
 LION = (0x00, 0x72, 0xB2)

@@ -26,8 +26,9 @@ from megatron_lion.compare.panels import NOISE_RATIO, lines_of, panels
 from megatron_lion.compare.png_figures import write_figures
 from megatron_lion.compare.run_tables import build_tables
 from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence, verdicts
+from megatron_lion.compare.selection import read_runs
 from megatron_lion.compare.svg_charts import HEIGHT, WIDTH, chart
-from megatron_lion.runs.record import RunRecord, read_runs
+from megatron_lion.runs.record import RunRecord
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_run
 
+from megatron_lion.compare.labels import differing_settings
+from megatron_lion.compare.selection import read_runs
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.runs.record import differing_settings, read_runs
 
 
 def test_labels_tell_runs_apart(tmp_path: Path) -> None:

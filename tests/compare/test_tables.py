@@ -13,8 +13,9 @@ from rich.console import Console
 from synthetic_runs import write_run
 
 from megatron_lion.compare.run_tables import build_tables
+from megatron_lion.compare.selection import read_runs
 from megatron_lion.compare.table import Table, to_csv, to_html, to_latex, to_markdown, to_rich
-from megatron_lion.runs.record import RunRecord, read_runs
+from megatron_lion.runs.record import RunRecord
 
 
 @pytest.fixture

@@ -22,12 +22,13 @@ from megatron_lion.compare.budgets import equal_budget_table, loss_tables, targe
 from megatron_lion.compare.panels import panels
 from megatron_lion.compare.run_tables import build_tables
 from megatron_lion.compare.seeds import seeds_table
+from megatron_lion.compare.selection import read_runs
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import save_config
 from megatron_lion.reproduce.artefacts import Plan
 from megatron_lion.reproduce.rate_claims import rate_claims
 from megatron_lion.runs.metrics import MetricsWriter
-from megatron_lion.runs.record import read_run, read_runs
+from megatron_lion.runs.record import read_run
 from megatron_lion.runs.series import Series, read_metrics
 from megatron_lion.sweep.summary import sweep_tables
 from megatron_lion.theory.estimate import estimate_gap

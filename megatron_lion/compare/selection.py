@@ -1,0 +1,70 @@
+"""Which runs may be compared, and by which evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lion.compare.labels import with_labels
+from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.runs.record import RunRecord, read_run
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+    """Reads several run folders and gives each a label of its own.
+
+    Raises:
+        ConfigError: no folder, or one folder twice.
+        CheckpointError: a folder is no run, or the runs have nothing in common.
+    """
+    if not folders:
+        raise ConfigError("no run folder given; type: megatron-lion compare RUN RUN …")
+    places = [Path(folder).resolve() for folder in folders]
+    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice}: the same run is given twice")
+    runs = [read_run(folder) for folder in folders]
+    _need_common_ground(runs)
+    return with_labels(runs)
+
+
+def _need_common_ground(runs: list[RunRecord]) -> None:
+    """Refuses runs of which no two share a model, a tokenizer or an evaluated text."""
+    if len(runs) < 2:
+        return
+    seen: list[tuple[Any, ...]] = []
+    for run in runs:
+        marks: set[tuple[Any, ...]] = {("model", run.model), *map(evaluation_key, run.evaluations)}
+        if tokenizer := run.facts.get("tokenizer_sha256"):
+            marks.add(("tokenizer", tokenizer))
+        seen += marks
+    if len(seen) == len(set(seen)):
+        names = ", ".join(f"{run.folder} ({run.model})" for run in runs)
+        raise CheckpointError(
+            f"the runs have nothing in common, neither model nor tokenizer nor an evaluated text: {names}"
+        )
+
+
+def evaluation_key(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for results of the same text under the same convention."""
+    keys = ("kind", "text_sha256", "stride", "seq_length", "precision", "max_tokens")
+    return tuple(result.get(key) for key in keys)
+
+
+def evaluation_keys(runs: Sequence[RunRecord]) -> list[tuple[Any, ...]]:
+    """The texts and conventions by which runs have token perplexities: WikiText-103 first, whole texts, short strides."""
+    found = {
+        evaluation_key(r): (r["kind"] != "wikitext103", r.get("max_tokens") is not None, r.get("stride") or 0)
+        for run in runs
+        for r in run.evaluations
+        if r.get("log_token_ppl") is not None
+    }
+    return sorted(found, key=lambda key: found[key])
+
+
+def main_evaluation_key(runs: Sequence[RunRecord]) -> tuple[Any, ...] | None:
+    """The convention that most runs were evaluated by, the first of `evaluation_keys` among equals."""
+    keys = evaluation_keys(runs)
+    having = {key: sum(any(evaluation_key(r) == key for r in run.evaluations) for run in runs) for key in keys}
+    return max(keys, key=lambda key: having[key]) if keys else None
