@@ -1,18 +1,24 @@
-"""Files on disk: hashing, writing whole or not at all, and what an operating system's refusal means."""
+"""Files on disk: hashing, atomic writes, locks, and what an operating system's refusal means."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_lion.errors import StorageError
+import filelock
+
+from megatron_lion.errors import BusyError, StorageError
 
 _BLOCK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# EBADF: NFS implements flock by record locks, which need a descriptor that is open for writing.
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 
 
 @contextmanager
@@ -84,3 +90,95 @@ def sync_folder(folder: str | Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+@contextmanager
+def file_lock(
+    path: str | Path, subject: str, remedy: str, *, by: str = "another process", wait_s: float = 0.0
+) -> Iterator[None]:
+    """Holds an exclusive lock on a file, which is created if needed, until the block ends.
+
+    The kernel holds the lock (flock) and releases it when the process ends, by whatever cause. The file stays; it
+    contains "pid N on HOST" of its last holder. A symbolic link at `path` is refused.
+
+    flock belongs to the open file, which a forked child shares: a loader worker that outlives a killed run would hold
+    its lock, although Python opens files with O_CLOEXEC, because a plain fork executes nothing. filelock therefore
+    closes the file in the child, through `os.register_at_fork`. It does this for its own descriptors alone, so nothing
+    here duplicates one.
+
+    Args:
+        path: the lock file; its folder is created if needed.
+        subject: what is locked, for the message: a run folder, an output.
+        remedy: what to do if another process holds the lock, for the message.
+        by: who that is, for the message.
+        wait_s: seconds to wait for the lock; 0 makes one attempt.
+
+    Raises:
+        BusyError: another process holds the lock; the message names its pid and host.
+        StorageError: the file system cannot lock, or refuses the file.
+    """
+    path = Path(path)
+    with storage_errors(path.parent, "made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    # Without fallback_to_soft=False, filelock replaces a missing flock by a file that a killed holder leaves behind.
+    lock = filelock.FileLock(
+        path, timeout=wait_s, thread_local=False, fallback_to_soft=False, on_acquired=_write_holder
+    )
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BusyError(f"{subject}: in use by {by}{_holder(path)}; {remedy}") from None
+    except OSError as error:
+        if isinstance(error, PermissionError) and _is_held(path):
+            raise BusyError(f"{subject}: in use by {by}{_holder(path)}; {remedy}") from None
+        raise StorageError(_lock_refusal(path, error)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write_holder(handle: int) -> None:
+    """Puts this process's pid and host into a lock file; a full disk must not prevent the lock."""
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    except OSError:
+        pass
+
+
+def _holder(path: Path) -> str:
+    """' (pid N on HOST)' of a lock file, or '' if it cannot be read or holds something else."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            text = os.read(handle, 300).decode(errors="replace").strip()
+        finally:
+            os.close(handle)
+    except OSError:
+        return ""
+    return f" ({text})" if re.fullmatch(r"pid \d+ on [\w.-]+", text) else ""
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a lock file that this user may only read is locked now."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return not filelock.lock_descriptor(handle, blocking=False)
+        finally:
+            os.close(handle)
+    except OSError:
+        return False
+
+
+def _lock_refusal(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if path.is_symlink():
+        return f"{path}: cannot be locked: it is a symbolic link; remove the link, then give the same command again"
+    if error.errno in _NO_LOCKS:
+        return (
+            f"{path}: cannot be locked: its file system offers no locks ({reason}); choose a folder on another disk, or "
+            "mount this one with locks (Lustre: -o flock; NFS: without nolock)"
+        )
+    return f"{path}: cannot be locked: {reason}; check its permissions and the disk, then give the same command again"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
@@ -22,6 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from megatron_lion.errors import BusyError, StorageError
+from megatron_lion.files import file_lock
 
 COMPILERS = ("c++", "g++", "clang++")
 # Nothing here lets the compiler change a result: no fused multiply-add, no other order, NaN and the sign of 0 kept.
@@ -44,12 +46,12 @@ def build_library(name: str) -> ctypes.CDLL:
     try:
         folder = _cache_folder()
         target = folder / f"{source.stem}-{_fingerprint(source, compiler)}.so"
-        with _locked(target.with_suffix(".lock")):
+        with _alone(target.with_suffix(".lock")):
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     os.replace(_compile(compiler, source, Path(scratch)), target)
         return _load(target)
-    except OSError:  # a folder that is read-only, full, or mounted so that nothing in it is executed
+    except (OSError, BusyError):  # a folder that is read-only, full, or mounted so that nothing in it is executed
         try:
             with tempfile.TemporaryDirectory(prefix="megatron-lion-") as scratch:
                 return _load(_compile(compiler, source, Path(scratch)))
@@ -124,8 +126,13 @@ def _processor() -> str:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: then all build, to the same end
-            fcntl.flock(file, fcntl.LOCK_EX)
+def _alone(path: Path) -> Iterator[None]:
+    """Lets one process after another build, if the file system can lock; otherwise all build the same library.
+
+    Raises:
+        BusyError: another process has had the lock for longer than a build may take.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(StorageError):  # only of the lock: the block's own errors pass
+            stack.enter_context(file_lock(path, str(path), "end that process", wait_s=2 * TIMEOUT_S + 60))
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -11,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_lion.data.manifest import NAME
-from megatron_lion.errors import BusyError, ConfigError, StorageError
-from megatron_lion.files import storage_errors, sync_folder
+from megatron_lion.errors import ConfigError, StorageError
+from megatron_lion.files import file_lock, storage_errors, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +28,11 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         BusyError: another prepare is writing the same output.
-        StorageError: it cannot be made.
+        StorageError: it cannot be made or locked.
     """
     folder = work_folder(output)
-    with storage_errors(folder, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115 - held to the end of the block
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BusyError(
-                f"{output}: another prepare is writing it; wait for it or choose another --output"
-            ) from None
+    remedy = "wait for it or choose another --output"
+    with file_lock(folder / "lock", str(output), remedy, by="another prepare"):
         try:
             yield folder
         except BaseException:

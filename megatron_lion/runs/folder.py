@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,8 +17,8 @@ from typing import Any
 
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
-from megatron_lion.errors import BusyError, CheckpointError, ConfigError
-from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.files import file_lock, storage_errors, write_whole
 from megatron_lion.runs.paths import (
     LOCK,
     checkpoints_folder,
@@ -43,26 +41,13 @@ CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "data.num_wo
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the run folder against a second writer; the kernel lets go of it when the process ends, however it ends.
+    """Holds the run folder against a second writer; see `file_lock`.
 
     Raises:
         BusyError: another process holds it; names host and pid.
+        StorageError: the folder cannot be made or locked.
     """
-    path = lock_file(run_dir)
-    with storage_errors(path):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held until the block ends
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.seek(0)
-            raise BusyError(
-                f"{run_dir}: in use by {stream.read().strip() or 'another process'}; wait for it or choose another run_dir"
-            ) from error
-        stream.truncate(0)
-        stream.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
+    with file_lock(lock_file(run_dir), str(run_dir), "wait for it or choose another run_dir"):
         yield
 
 

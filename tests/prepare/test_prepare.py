@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,8 @@ def test_refusals(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(DataError, match="no lines at all"):
         prepare(options)
     write_jsonl(empty, TEXTS)
-    with locked_work_folder(tmp_path / "out"), pytest.raises(BusyError, match="another prepare is writing it"):
+    mine = rf"in use by another prepare \(pid {os.getpid()} on "
+    with locked_work_folder(tmp_path / "out"), pytest.raises(BusyError, match=mine):
         prepare(options)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
