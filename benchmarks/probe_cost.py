@@ -41,8 +41,8 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.device import select_device
 from megatron_lion.gradient.full_gradient import probe_run
+from megatron_lion.jobs import world_size_from_env
 from megatron_lion.parallel import broadcast_object, process_groups
-from megatron_lion.parallel_env import world_size_from_env
 from megatron_lion.train.run import build_run
 
 SIZES = {

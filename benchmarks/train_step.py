@@ -38,9 +38,9 @@ from megatron_lion.configfile import load_config
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import MegatronLionError
+from megatron_lion.jobs import world_size_from_env
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, model_size
 from megatron_lion.parallel import Ranks, broadcast_object, process_groups
-from megatron_lion.parallel_env import world_size_from_env
 from megatron_lion.train.run import Run, build_run
 from megatron_lion.train.schedule import lr_at
 from megatron_lion.train.step import TrainStep, train_step

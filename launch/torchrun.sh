@@ -50,11 +50,6 @@ trap forward TERM INT USR1
 wait "$agent"; code=$?
 while kill -0 "$agent" 2>/dev/null; do wait "$agent"; code=$?; done
 if [ "$code" -ne 0 ]; then
-    found=$("$PYTHON" - "$MEGATRON_LION_EXIT_DIR" <<'EOF'
-import json, pathlib, sys
-files = sorted(pathlib.Path(sys.argv[1]).glob("exit.*.json"), key=lambda path: path.stat().st_mtime_ns)
-print(json.loads(files[0].read_text())["exit_code"] if files else "")
-EOF
-)
+    found=$("$PYTHON" -m megatron_lion.jobs first-exit-code "$MEGATRON_LION_EXIT_DIR")
     exit "${found:-$code}"
 fi

@@ -6,16 +6,18 @@ A verb's module is imported when its name was read, and imports torch only when 
 from __future__ import annotations
 
 import importlib
-import json
 import keyword
 import os
 import signal
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_lion import __version__, lastresort
+from megatron_lion import __version__
 from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
+from megatron_lion.jobs import record_exit_code
+from megatron_lion.logs import install_last_resort
 
 VERBS = {
     "prepare": "text to a dataset folder of token files",
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     if words and words[0] == "--version":
         sys.stdout.write(f"megatron-lion {__version__}\n")
         return 0
-    lastresort.install()
+    install_last_resort()
     try:
         return _run_verb(words)
     except MegatronLionError as error:
@@ -130,8 +132,7 @@ def _report(error: MegatronLionError) -> None:
         sys.stderr.write(f"{prefix}{error}\n")
     folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
     if rank is not None and folder and os.path.isdir(folder):
-        with open(os.path.join(folder, f"exit.{rank}.json"), "w", encoding="utf-8") as stream:
-            json.dump({"rank": int(rank), "exit_code": error.exit_code, "error": str(error)}, stream)
+        record_exit_code(Path(folder), int(rank), error.exit_code, str(error))
 
 
 def entry() -> None:

@@ -1,23 +1,23 @@
-"""Verbs as jobs of their own: on one process or, through torchrun, on several; a request to stop is passed on."""
+"""Runs subcommands as child processes, optionally under torchrun, forwards stop signals to them, and finds their exit code.
+
+`python -m megatron_lion.jobs first-exit-code FOLDER` prints the exit code of the rank that failed first, for launchers.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
-from megatron_lion.errors import StoppedOnRequest
+from megatron_lion.signals import STOP_SIGNALS, handled, signal_when_parent_ends
 
-_PR_SET_PDEATHSIG = 1
 STOPPED = 75
 """Exit code of a job that saved and left because it was asked to."""
 
@@ -35,18 +35,14 @@ def job_words(verb: str, words: list[str], processes: int = 1) -> list[str]:
             "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "megatron_lion", verb, *words]  # fmt: skip
 
 
-@contextmanager
-def told_to_stop(what: str) -> Iterator[None]:
-    """While the block runs, SIGTERM ends it as StoppedOnRequest(what): for work whose finished parts are kept anyhow."""
+def world_size_from_env() -> int:
+    """Number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedOnRequest(what)
 
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def rank_from_env() -> int:
+    """Number of this process among those that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
 class Jobs:
@@ -62,18 +58,16 @@ class Jobs:
     def __init__(self) -> None:
         self.asked = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._handlers: dict[int, Any] = {}
+        self._handlers = ExitStack()
 
     def __enter__(self) -> Self:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        self._handlers = {number: signal.signal(number, self._ask) for number in numbers}
+        self._handlers.enter_context(handled(STOP_SIGNALS, self._ask))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._handlers.close()
 
     def run(self, verb: str, words: list[str], processes: int = 1, stdout: IO[Any] | None = None) -> int:
         """Runs a verb to its end.
@@ -107,7 +101,7 @@ class Jobs:
                 self._process.terminate()
             code = self._process.wait()
             self._process = None
-            return (_first_code(Path(folder)) or code) if code else 0
+            return (first_exit_code(Path(folder)) or code) if code else 0
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -118,12 +112,24 @@ class Jobs:
 
 
 def _end_with_parent() -> None:
-    """Runs in the new process: where this one is killed, the job is asked to save and leave instead of going on alone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Runs in the new process: if this one is killed, the job is asked to save and end instead of running on alone."""
+    signal_when_parent_ends(signal.SIGTERM)
 
 
-def _first_code(folder: Path) -> int | None:
-    """The exit code of the rank that failed first; ranks leave them as `cli` writes them."""
+def record_exit_code(folder: Path, rank: int, exit_code: int, message: str) -> None:
+    """Writes a rank's exit code to `exit.<rank>.json`: torchrun reports 1 for every failed worker."""
+    content = {"rank": rank, "exit_code": exit_code, "error": message}
+    (folder / f"exit.{rank}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def first_exit_code(folder: Path) -> int | None:
+    """The exit code of the rank that failed first, or None if no rank recorded one."""
     files = sorted(folder.glob("exit.*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return int(json.loads(files[0].read_text())["exit_code"]) if files else None
+    return int(json.loads(files[0].read_text(encoding="utf-8"))["exit_code"]) if files else None
+
+
+if __name__ == "__main__":
+    verb, folder = sys.argv[1:]
+    assert verb == "first-exit-code", verb
+    found = first_exit_code(Path(folder))
+    sys.stdout.write("" if found is None else f"{found}\n")

@@ -15,9 +15,9 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> None:
     from megatron_lion.device import select_device
+    from megatron_lion.jobs import world_size_from_env
     from megatron_lion.model.mcore_settings import choose_attention
     from megatron_lion.optim.triton_check import triton_kernel
-    from megatron_lion.parallel_env import world_size_from_env
     from megatron_lion.runs.folder import environment_facts
 
     device = select_device(args.device)

@@ -98,7 +98,7 @@ def run(args: Any) -> None:
     """Evaluates, writes TARGET/eval/*.json, prints one line a result."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import open_model, split_target
-    from megatron_lion.jobs import told_to_stop
+    from megatron_lion.signals import sigterm_raises
 
     folder, steps = split_target(Path(args.target), args.steps)
     if args.batch_size < 1:
@@ -113,7 +113,7 @@ def run(args: Any) -> None:
         return
     stopped = "stopped; finished results are kept, the same command measures the others"
     with (
-        told_to_stop(stopped),
+        sigterm_raises(stopped),
         open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model,
     ):
         chosen = _chosen_steps(model, folder, steps, watch=args.watch)

@@ -14,6 +14,8 @@ HELP = (
     "tokenizer, model card with the run's evaluation results"
 )
 
+_ARCHITECTURES = {"gpt2": "gpt2", "megatron-bert": "bert"}
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
@@ -50,8 +52,7 @@ def run(args: Any) -> None:
     """Writes the folder and says what was checked."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import split_target
-    from megatron_lion.interop.architectures import check_architecture
-    from megatron_lion.parallel_env import world_size_from_env
+    from megatron_lion.jobs import world_size_from_env
     from megatron_lion.runs.folder import read_config
     from megatron_lion.runs.steps import choose_steps
 
@@ -74,3 +75,17 @@ def run(args: Any) -> None:
         else "not compared with transformers"
     )
     sys.stdout.write(f"{done.folder}: step {done.step}, {done.num_parameters:,} parameters, {done.dtype}; {checked}\n")
+
+
+def check_architecture(wanted: str, kind: str) -> None:
+    """Raises ConfigError if a kind of run does not fit a Hugging Face architecture; the message names the one that fits."""
+    from megatron_lion.errors import ConfigError
+
+    if wanted == "bert":
+        raise ConfigError(
+            "--architecture bert: Hugging Face's BERT normalises after each block, this one before it (pre-LN), so its weights mean "
+            "something else there; export as megatron-bert"
+        )
+    if wanted != "auto" and _ARCHITECTURES[wanted] != kind:
+        fits = next(name for name, ours in _ARCHITECTURES.items() if ours == kind)
+        raise ConfigError(f"--architecture {wanted}: the run is a {kind}; leave it out, or give {fits}")

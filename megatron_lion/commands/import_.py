@@ -38,7 +38,7 @@ def run(args: Any) -> None:
     from megatron_lion.config_checks import check_config
     from megatron_lion.configfile import run_config_from_namespace
     from megatron_lion.errors import CheckpointError, ConfigError
-    from megatron_lion.parallel_env import world_size_from_env
+    from megatron_lion.jobs import world_size_from_env
 
     if world_size_from_env() > 1:
         raise ConfigError("import runs on one process: start it without torchrun; the run loads at any layout")

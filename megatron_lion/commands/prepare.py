@@ -80,12 +80,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Prepares, and shows on stdout what was made."""
-    from megatron_lion import lastresort
     from megatron_lion.errors import StoppedOnRequest
+    from megatron_lion.logs import only_last_resort
     from megatron_lion.prepare.pipeline import PrepareOptions, prepare
     from megatron_lion.prepare.progress import ConsoleProgress
 
-    if lastresort.alone():
+    if only_last_resort():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     options = PrepareOptions(
         inputs=args.input,

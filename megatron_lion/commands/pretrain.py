@@ -32,7 +32,7 @@ def add_arguments(parser: Any) -> None:
 def run(args: Any) -> None:
     from dataclasses import replace
 
-    from megatron_lion.parallel_env import rank_from_env, world_size_from_env
+    from megatron_lion.jobs import rank_from_env, world_size_from_env
 
     config: RunConfig = run_config_from_namespace(args.parser, args)
     if args.max_steps is not None:

@@ -66,9 +66,9 @@ def run(args: Any) -> None:
     from pathlib import Path
 
     from megatron_lion.config import ParallelConfig
-    from megatron_lion.jobs import told_to_stop
-    from megatron_lion.parallel_env import rank_from_env
+    from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.steps import choose_steps, list_steps
+    from megatron_lion.signals import sigterm_raises
     from megatron_lion.train.probe_checkpoints import probe_checkpoints, probe_config
 
     run_dir, is_main = Path(args.run_dir), rank_from_env() == 0
@@ -83,7 +83,7 @@ def run(args: Any) -> None:
     )
     steps = choose_steps(args.steps, list_steps(run_dir))
     stopped = "stopped; finished steps are kept, the same command probes the others"
-    with told_to_stop(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
+    with sigterm_raises(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
     if is_main:
         sys.stdout.write(table(probed))

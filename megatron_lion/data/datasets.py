@@ -7,12 +7,7 @@ by the content of the data, so that re-made data never meets an old cache.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from megatron_lion.data.manifest import SPLITS
 from megatron_lion.device import Device
 from megatron_lion.errors import DataError
 from megatron_lion.parallel import Ranks, derive_seed
+from megatron_lion.signals import GROUP_SIGNALS, blocked, obey_only_the_parent
 
 
 class _DatasetTokenizer:
@@ -179,54 +175,6 @@ class _Sampler:
         return self.count
 
 
-# torchrun and GNU timeout send these to the whole process group, a terminal and SLURM to every process of the job.
-_STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP})
-
-
-def _obey_only_the_parent(worker: int) -> None:
-    """Makes a loader worker ignore stop signals, except the SIGTERM of the process that started it.
-
-    The parent decides what a stop signal means: it finishes the step and saves, and for that it needs its workers.
-    If one of them dies first, torch raises "DataLoader worker is killed by signal: Terminated" in the middle of the
-    step and no checkpoint is written. The parent ends its workers through the loader's shutdown. If the parent fails
-    and leaves without that, multiprocessing sends them SIGTERM and waits for them without a limit, so a worker that
-    ignored every SIGTERM would keep the failed process alive for ever.
-    """
-    for number in _STOP_SIGNALS - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigtimedwait"):  # macOS: torch's handler stays, any SIGTERM ends the worker
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        return
-    # A blocked SIGTERM can be read together with its sender, which a Python signal handler does not learn.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = multiprocessing.parent_process()  # not os.getppid(): that can be multiprocessing's fork server
-    assert parent is not None, "torch runs this in a worker process"
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-
-
-def _exit_with(parent: Any) -> None:
-    # torch's workers look for their parent by os.getppid(): with a fork server they would outlive a killed parent.
-    while parent.is_alive():
-        received = signal.sigtimedwait({signal.SIGTERM}, 5)
-        if received is not None and received.si_pid == parent.pid:
-            break
-    os._exit(0)  # torch's own worker leaves with 0 if its parent sends SIGTERM; other codes count as a failure
-
-
-@contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Processes forked inside start with blocked stop signals; one that arrives meanwhile is delivered at the end.
-
-    A worker calls `_obey_only_the_parent` only after it has set itself up. Without the block, a signal to the process
-    group in these milliseconds still kills it, and every test of the held-out loss and every probe starts new workers.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def micro_batches(
     dataset: Any,
     *,
@@ -257,9 +205,11 @@ def micro_batches(
         num_workers=workers,
         pin_memory=device.kind == "cuda",
         generator=torch.Generator().manual_seed(derive_seed(start, "loader")),
-        worker_init_fn=_obey_only_the_parent,
+        worker_init_fn=obey_only_the_parent,
     )
-    with _stop_signals_blocked():
+    # A worker calls obey_only_the_parent only after it has set itself up. Every test of the held-out loss and every
+    # probe starts new workers, and a signal to the process group in these milliseconds would kill one.
+    with blocked(GROUP_SIGNALS):
         batches = iter(loader)
     for batch in batches:
         if vocab_size is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,8 +18,7 @@ from megatron_lion.errors import DataError, PeerError
 from megatron_lion.prepare.encode_piece import EncodeSettings, Shard, encode_piece, load_shard
 from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
 from megatron_lion.prepare.pieces import Piece, problem_message
-
-_PR_SET_PDEATHSIG = 1
+from megatron_lion.signals import blocked, signal_when_parent_ends
 
 # Set once in each worker process by _start_worker.
 _worker: tuple[EncodeSettings, Encoder] | None = None
@@ -34,30 +32,24 @@ def usable_cores() -> int:
 def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, encoder: EncoderName) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
-    if sys.platform == "linux":  # a killed parent must not leave workers behind
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    signal_when_parent_ends(signal.SIGKILL)  # a killed parent must not leave workers behind
+    if sys.platform == "linux" and os.getppid() != parent:
+        os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
     _worker = settings, build_encoder(encoder, tokenizer, settings.splitter)
 
 
 @contextmanager
-def _children_deaf_to_interrupts() -> Iterator[None]:
+def _interrupts_blocked_in_children() -> Iterator[None]:
     """Processes started within inherit a blocked SIGINT, and keep it.
 
     An interrupt from the terminal reaches every process, also one that is still importing; the parent alone
     decides. It gets an interrupt that comes within at the end.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # its start, within a worker's start, would unblock SIGINT
+    with blocked([signal.SIGINT]):
         yield
-        return
-    resource_tracker.ensure_running()  # its start, within a worker's start, would unblock SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(piece: Piece, folder: Path, name: str) -> Shard:
@@ -162,7 +154,7 @@ def _encode_in_pool(
                 collector.reused += 1
                 collector.take(place, piece, shard)
             else:
-                with _children_deaf_to_interrupts():  # the pool's processes start within its first submit
+                with _interrupts_blocked_in_children():  # the pool's processes start within its first submit
                     pending[pool.submit(_work, piece, folder, name)] = place, piece
             collect(limit=2 * workers)
             if collector.stopped:

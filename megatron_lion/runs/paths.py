@@ -66,6 +66,10 @@ def log_folder(run_dir: Path) -> Path:
     return run_dir / "log"
 
 
+def rank_log_file(run_dir: Path, rank: int) -> Path:
+    return log_folder(run_dir) / f"rank{rank:05d}.log"
+
+
 def has_config(run_dir: Path) -> bool:
     """Whether the folder holds the settings of a run; a Hugging Face folder does not."""
     return config_file(run_dir).is_file()

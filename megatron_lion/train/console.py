@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_lion.config import RunConfig
 from megatron_lion.gradient.moving import window_cost
 from megatron_lion.model.sizes import model_size
-from megatron_lion.train.announce import batch_sentence
+from megatron_lion.train.dryrun import batch_sentence
 from megatron_lion.train.run import Run
 
 logger = logging.getLogger(__name__)

@@ -25,8 +25,6 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     Raises:
         ConfigError, DataError: what the run itself would say of its data.path.
     """
-    from megatron_lion.train.announce import batch_sentence
-
     vocab, source, train_tokens = _vocabulary(config)
     size = model_size(config.model, vocab)
     memory = memory_bytes(config, world_size, vocab)
@@ -54,6 +52,23 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         *_kernel_lines(config),
     ]
     return "\n".join(lines)
+
+
+def batch_sentence(config: RunConfig, world_size: int) -> str:
+    """The batch arithmetic in one sentence.
+
+    Example:
+        >>> from megatron_lion.config import TrainConfig
+        >>> batch_sentence(RunConfig(train=TrainConfig(global_batch_size=640, micro_batch_size=8)), 16)
+        '8 samples a micro-batch x 16 data-parallel processes x 5 micro-batches = 640 samples, 655,360 tokens a step'
+    """
+    train, data_parallel = config.train, config.data_parallel_size(world_size)
+    microbatches = config.num_microbatches(world_size)
+    return (
+        f"{train.micro_batch_size} samples a micro-batch x {data_parallel} data-parallel process{'es' * (data_parallel > 1)} x "
+        f"{microbatches} micro-batch{'es' * (microbatches > 1)} = "
+        f"{train.global_batch_size} samples, {train.global_batch_size * config.model.seq_length:,} tokens a step"
+    )
 
 
 def may_use_triton(config: RunConfig) -> bool:

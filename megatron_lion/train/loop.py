@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,17 +23,18 @@ from megatron_lion.files import storage_errors
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.moving import MovingWindow
 from megatron_lion.gradient.probe_result import ProbeResult
+from megatron_lion.logs import log_file
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.optim.parameter_shards import nonfinite_gradients
 from megatron_lion.parallel import Ranks, agree, broadcast_object, process_groups
 from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.runs.metrics import MetricsWriter
-from megatron_lion.runs.paths import environment_file, facts_file, tokenizer_folder
+from megatron_lion.runs.paths import environment_file, facts_file, rank_log_file, tokenizer_folder
 from megatron_lion.runs.probes import probe_file
 from megatron_lion.runs.steps import find_latest
+from megatron_lion.signals import stop_signals
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.console import TrainProgress, announce
-from megatron_lion.train.logs import log_file
 from megatron_lion.train.random_state import random_state_kept
 from megatron_lion.train.restore import is_import, restore_run
 from megatron_lion.train.run import Run, build_run, save_run, sync_parameters
@@ -72,7 +70,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
             if ranks.is_main:
                 stack.enter_context(locked(run_dir))
                 prepare_run_folder(config, fresh=fresh)
-        stack.enter_context(log_file(run_dir, ranks.rank))
+        stack.enter_context(log_file(rank_log_file(run_dir, ranks.rank)))
         with agree("looking for a checkpoint"):
             latest = find_latest(run_dir)
         imported = latest if latest is not None and is_import(latest) else None
@@ -302,24 +300,6 @@ def _any_rank(flag: bool, device: Device) -> bool:
     box = torch.tensor([int(flag)], device=device.torch_device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
     return bool(box.item())
-
-
-@contextmanager
-def stop_signals() -> Iterator[dict[str, bool]]:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a save and an orderly end after the step; a second SIGINT ends at once."""
-    stop = {"now": False}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop["now"] and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop["now"] = True
-
-    old = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    try:
-        yield stop
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 __all__ = ["Ranks", "pretrain"]

@@ -17,13 +17,13 @@ from megatron_lion.errors import BusyError, StoppedOnRequest
 from megatron_lion.files import storage_errors
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.probe_result import ProbeResult
+from megatron_lion.jobs import world_size_from_env
 from megatron_lion.parallel import agree, broadcast_object, process_groups
-from megatron_lion.parallel_env import world_size_from_env
 from megatron_lion.runs.folder import locked, read_config, write_json
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.probes import probe_file, read_probe
 from megatron_lion.runs.steps import open_checkpoint, step_folder
-from megatron_lion.train.loop import stop_signals
+from megatron_lion.signals import stop_signals
 from megatron_lion.train.restore import restore_run, restore_weights, why_no_state
 from megatron_lion.train.run import Run, build_run
 

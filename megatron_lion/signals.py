@@ -1,0 +1,115 @@
+"""Signal handlers, blocked signals, and how a child process treats the signals that are meant for its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from megatron_lion.errors import StoppedOnRequest
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that ask a job to save and end."""
+# torchrun and GNU timeout send these to the whole process group, a terminal and SLURM to every process of the job.
+GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+
+_PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While the block runs, `handler` receives these signals; afterwards the earlier handlers do again."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
+def sigterm_raises(message: str) -> Iterator[None]:
+    """While the block runs, SIGTERM raises StoppedOnRequest(message): for work whose finished parts are kept anyway."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise StoppedOnRequest(message)
+
+    with handled([signal.SIGTERM], stop):
+        yield
+
+
+@contextmanager
+def stop_signals() -> Iterator[dict[str, bool]]:
+    """While the block runs, a stop signal sets "now" of the returned flag; a second SIGINT raises KeyboardInterrupt."""
+    stop = {"now": False}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop["now"] and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop["now"] = True
+
+    with handled(STOP_SIGNALS, ask):
+        yield stop
+
+
+@contextmanager
+def blocked(numbers: Iterable[int]) -> Iterator[None]:
+    """Blocks signals in this thread; one that arrives meanwhile is delivered at the end.
+
+    Processes that are started in the block inherit the blocked signals and keep them, so a signal to the process group
+    cannot kill a child that has not installed its handlers yet.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, set(numbers))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def signal_when_parent_ends(number: int) -> None:
+    """Asks the kernel to send this process a signal when its parent ends, even if SIGKILL ends it; only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def obey_only_the_parent(worker: int) -> None:
+    """Makes a loader worker ignore stop signals, except the SIGTERM of the process that started it.
+
+    The parent decides what a stop signal means: it finishes the step and saves, and for that it needs its workers.
+    If one of them dies first, torch raises "DataLoader worker is killed by signal: Terminated" in the middle of the
+    step and no checkpoint is written. The parent ends its workers through the loader's shutdown. If the parent fails
+    and leaves without that, multiprocessing sends them SIGTERM and waits for them without a limit, so a worker that
+    ignored every SIGTERM would keep the failed process alive for ever.
+
+    Args:
+        worker: its number, which torch passes; not used.
+    """
+    for number in set(GROUP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigtimedwait"):  # macOS: torch's handler stays, any SIGTERM ends the worker
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return
+    # A blocked SIGTERM can be read together with its sender, which a Python signal handler does not learn.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = multiprocessing.parent_process()  # not os.getppid(): that can be multiprocessing's fork server
+    assert parent is not None, "torch runs this in a worker process"
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+
+
+def _exit_with(parent: Any) -> None:
+    # torch's workers look for their parent by os.getppid(): with a fork server they would outlive a killed parent.
+    while parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)  # torch's own worker leaves with 0 if its parent sends SIGTERM; other codes count as a failure
