@@ -9,7 +9,7 @@ import torch
 from megatron_lion.errors import CheckpointError
 from megatron_lion.parallel import agree, derive_seed, seed_everything
 from megatron_lion.train import checkpoint as ckpt
-from megatron_lion.train.fingerprint import state_fingerprint
+from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
 from megatron_lion.train.model_state import check_model, load_model_tensors, load_weights, model_sharded_state
 from megatron_lion.train.random_state import set_rng_state
 from megatron_lion.train.run import Run, bucket_sizes
@@ -97,14 +97,24 @@ def _check_state(run: Run, checkpoint: ckpt.Checkpoint) -> None:
 def _compare_fingerprints(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     """Raises CheckpointError unless the restored state is the saved one, or had to be rounded to a shorter form."""
     manifest, optimizer = checkpoint.manifest, run.optimizer
+    form = manifest.get("state_form", optimizer.state_form())
     found, saved = state_fingerprint(run.model, optimizer), manifest["state_fingerprint"]
     if found == saved:
+        # In half precision the model's own weights are loaded apart from the master weights, and the next step reads
+        # them. Another precision or form of the master weights rounds them differently.
+        if (manifest["precision"], form) == (run.config.train.precision, optimizer.state_form()):
+            found, saved = weights_fingerprint(run.model), manifest["weights_fingerprint"]
+            if found != saved:
+                raise _not_what_was_saved(checkpoint, "weights have", found, saved)
         return
-    form = manifest.get("state_form", optimizer.state_form())
     same_shards = manifest["layout"] == ckpt.layout_facts(run.ranks) and manifest["buckets"] == bucket_sizes(run)
     if not optimizer.rounds_state_of(form, same_shards=same_shards):
-        raise CheckpointError(
-            f"{checkpoint.folder}: the restored state has fingerprint {found[:12]}, saved was {saved[:12]}; "
-            "please report this, and resume from another step"
-        )
+        raise _not_what_was_saved(checkpoint, "state has", found, saved)
     logger.info("%s: its state is rounded to %s, from %s", checkpoint.folder, optimizer.state_form(), form)
+
+
+def _not_what_was_saved(checkpoint: ckpt.Checkpoint, what: str, found: str, saved: str) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.folder}: the restored {what} fingerprint {found[:12]}, saved was {saved[:12]}; "
+        "please report this, and resume from another step"
+    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from megatron_lion.optim.shards import Shard
+from megatron_lion.optim.parameter_shards import Shard
 from megatron_lion.train import fingerprint
 
 ONES = (1 << 64) - 1

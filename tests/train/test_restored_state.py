@@ -1,0 +1,117 @@
+"""A resumed run compares what it restored with what was saved: one wrong bit anywhere is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from distributed import run_distributed
+
+from megatron_lion.errors import CheckpointError
+from megatron_lion.optim.parameter_shards import local_shards
+from megatron_lion.optim.train_optimizer import TrainOptimizer
+from megatron_lion.runs.steps import open_checkpoint, step_folder
+
+# Called by restore_run when all tensors are in place and nothing is compared yet.
+BETWEEN_LOAD_AND_COMPARISON = TrainOptimizer, "load_extra_state"
+
+
+def flip_lowest_bit(values: torch.Tensor) -> None:
+    """Changes the middle element by one unit in the last place."""
+    bits = values.detach().view(-1).view(torch.int16 if values.element_size() == 2 else torch.int32)
+    bits[bits.numel() // 2] ^= 1
+
+
+def in_master_weight(run: Any) -> None:
+    flip_lowest_bit(list(local_shards(run.model, run.optimizer))[3].main)
+
+
+def in_momentum(run: Any) -> None:
+    flip_lowest_bit(list(local_shards(run.model, run.optimizer))[3].state["exp_avg"])
+
+
+def in_second_moment(run: Any) -> None:
+    flip_lowest_bit(list(local_shards(run.model, run.optimizer))[3].state["exp_avg_sq"])
+
+
+def in_model_weight(run: Any) -> None:
+    flip_lowest_bit(list(run.model[0].parameters())[3])
+
+
+def nowhere(run: Any) -> None:
+    pass
+
+
+UNSHARDED = {"parallel__use_distributed_optimizer": False}
+# name: where one bit is wrong, which fingerprint shows it ("" if none does), settings
+CASES: dict[str, tuple[Callable[[Any], None], str, dict[str, Any]]] = {
+    "bf16: nothing": (nowhere, "", {"train__precision": "bf16"}),
+    "fp32: weight": (in_master_weight, "state", {}),
+    "fp32: momentum": (in_momentum, "state", {}),
+    "fp32 unsharded: weight": (in_master_weight, "state", UNSHARDED),
+    "fp32 unsharded: momentum": (in_momentum, "state", UNSHARDED),
+    "fp32 adamw: second moment": (in_second_moment, "state", {"optimizer__name": "adamw"}),
+    "bf16: master weight": (in_master_weight, "state", {"train__precision": "bf16"}),
+    "bf16: momentum": (in_momentum, "state", {"train__precision": "bf16"}),
+    "bf16: weight of the model": (in_model_weight, "weights", {"train__precision": "bf16"}),
+    "bf16 unsharded: weight of the model": (in_model_weight, "weights", {"train__precision": "bf16", **UNSHARDED}),
+}
+
+
+def refusals(rank: int, jobs: dict[str, Any]) -> dict[str, tuple[str, str, int]]:
+    """(error, message, exit code) of restoring a checkpoint with one wrong bit; ("", "", 0) where it is accepted."""
+    from megatron_lion.train.restore import restore_run
+    from megatron_lion.train.run import save_run
+
+    found = {}
+    for name, config in jobs.items():
+        with tiny.opened_run(config) as run:
+            tiny.step_once(run, run.train_batches())
+            save_run(run)
+        owner, method = BETWEEN_LOAD_AND_COMPARISON
+        unpatched = getattr(owner, method)
+        with tiny.opened_run(config) as run:
+
+            def and_damage(*args: Any, run: Any = run, name: str = name, unpatched: Any = unpatched) -> None:
+                unpatched(*args)
+                with torch.no_grad():
+                    CASES[name][0](run)
+
+            setattr(owner, method, and_damage)
+            try:
+                restore_run(run, open_checkpoint(step_folder(Path(config.run_dir), 1)))
+                found[name] = "", "", 0
+            except CheckpointError as error:
+                found[name] = type(error).__name__, str(error), error.exit_code
+            finally:
+                setattr(owner, method, unpatched)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, device: str) -> dict[str, tuple[str, str, int]]:
+    folder = tmp_path_factory.mktemp(f"restored-{device}")
+    corpus = tiny.write_corpus(folder / "corpus")
+    jobs = {
+        name: tiny.tiny_config(folder / f"run{number}", corpus, device=device, **changes)
+        for number, (name, (_, _, changes)) in enumerate(CASES.items())
+    }
+    result: dict[str, tuple[str, str, int]] = run_distributed(refusals, 1, jobs, device=device)[0]
+    return result
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_one_wrong_bit_in_what_was_loaded_is_refused(found: dict[str, tuple[str, str, int]], name: str) -> None:
+    kind, message, code = found[name]
+    shown_by = CASES[name][1]
+    if not shown_by:
+        assert (kind, message, code) == ("", "", 0)
+        return
+    assert kind == "CheckpointError"
+    assert code == 4
+    assert "checkpoints/step_0000001: the restored " + shown_by in message
+    assert "resume from another step" in message
