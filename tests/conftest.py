@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import skips
 
 # Two test processes on two cores: more threads would only fight each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,6 +28,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import torch  # after the settings above: torch and triton read them when they are imported
 
 REPO = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    skips.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if skips.is_active(config):
+        # Registered as a plugin, because the hooks of this file do not see the doctests outside of tests/.
+        config.pluginmanager.register(skips.NoSkips(), "no-skips")
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
