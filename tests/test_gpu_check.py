@@ -77,6 +77,7 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, finish(start(folder, "--text", str(folder / "text.txt")))
 
 
+@pytest.mark.slow
 def test_every_stage_runs_and_every_check_passes(rehearsal: tuple[Path, str]) -> None:
     rows = read(rehearsal[0])
     assert list(dict.fromkeys(row["stage"] for row in rows)) == list(STAGES)
@@ -93,6 +94,7 @@ def test_every_stage_runs_and_every_check_passes(rehearsal: tuple[Path, str]) ->
         assert row["rehearsal"] is True
 
 
+@pytest.mark.slow
 def test_rows_hold_what_the_stages_are_for(rehearsal: tuple[Path, str]) -> None:
     rows = {(row["stage"], row["part"]): row for row in read(rehearsal[0])}
     assert rows["facts", "bandwidth"]["copy_gb_per_s"] > 0
@@ -112,6 +114,7 @@ def test_rows_hold_what_the_stages_are_for(rehearsal: tuple[Path, str]) -> None:
         assert rows["bert", f"bert-tiny, {source}"]["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_the_table_is_printed_after_every_stage(rehearsal: tuple[Path, str]) -> None:
     tables = rehearsal[1].split("stage    part")[1:]
     assert len(tables) == len(STAGES)
@@ -120,6 +123,7 @@ def test_the_table_is_printed_after_every_stage(rehearsal: tuple[Path, str]) -> 
         assert shown == set(STAGES[: number + 1])
 
 
+@pytest.mark.slow
 def test_every_part_of_a_goal_is_a_row(rehearsal: tuple[Path, str]) -> None:
     """Else a renamed part would be reported as not measured for ever."""
     rows = {(row["stage"], row["part"]): row for row in read(rehearsal[0])}

@@ -183,6 +183,7 @@ def test_toy_claims_hold() -> None:
     assert [claim.holds for claim in claims] == [True, True, None, True, True, None, True]
 
 
+@pytest.mark.slow
 def test_from_text_to_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
