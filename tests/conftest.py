@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import properties
 import pytest
 import skips
 
@@ -28,6 +29,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import torch  # after the settings above: torch and triton read them when they are imported
 
 REPO = Path(__file__).resolve().parent.parent
+
+properties.load_profile()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,8 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from synthetic_runs import write_run
 
 from megatron_lion.cli import main
@@ -174,7 +175,7 @@ def test_the_tuning_panel_shows_the_validation_loss_of_each_rate(tmp_path: Path)
     assert panels(runs[:1], "step", runs)[-1].slug == "learning-rate"
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@examples(200)
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=8), st.floats(0.1, 1.0))
 def test_labels_are_moved_apart_and_keep_their_order(positions: list[float], gap: float) -> None:
     placed = spread(positions, gap, 0.0, 10.0)
@@ -263,7 +264,7 @@ def test_charts_stay_inside_their_frame(tmp_path: Path) -> None:
         assert "…" in text
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@examples(100)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 def test_ticks_are_few_round_and_inside(low: float, span: float) -> None:
     values = ticks(low, low + span, 5)

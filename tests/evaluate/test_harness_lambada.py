@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.data.tokenizers import load_tokenizer
 from megatron_lion.errors import DataError
@@ -31,7 +32,7 @@ def tiny_gpt2(n_positions: int, vocab: int = 130) -> torch.nn.Module:
     return model
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@examples(100)
 @given(st.integers(0, 60), st.integers(1, 15))
 def test_page_windows_score_every_token_once_and_are_full_where_they_can_be(n: int, seq_length: int) -> None:
     stream = list(range(1, n + 1))

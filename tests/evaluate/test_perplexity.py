@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from torch import Tensor
 
 from megatron_lion.errors import ConfigError, DataError, NumericsError
@@ -35,7 +36,7 @@ class Bigram:
         return -self.logp[tokens_BT[:, :-1], tokens_BT[:, 1:]]
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+@examples(200)
 @given(st.integers(2, 90), st.integers(1, 30), st.data())
 def test_every_target_is_scored_exactly_once_with_enough_context(
     n_tok: int, seq_length: int, data: st.DataObject
@@ -53,7 +54,7 @@ def test_every_target_is_scored_exactly_once_with_enough_context(
             assert window.first_target - window.start > seq_length - stride
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@examples(40)
 @given(st.integers(2, 120), st.integers(1, 20), st.integers(1, 4), st.integers(1, 5), st.data())
 def test_stream_score_equals_a_loop_over_tokens(
     n_tok: int, seq_length: int, world_size: int, batch_size: int, data: st.DataObject

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from tokenizers import ByteLevelBPETokenizer
 
 from megatron_lion.errors import DataError
@@ -64,14 +65,14 @@ def test_each_rule(given_text: str, expected: str) -> None:
     assert wikitext.detokenize(given_text) == expected
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
+@examples(50)
 @given(st.text(alphabet="ab .,@-=\n'\"()", max_size=80))
 def test_detokenising_takes_or_replaces_blanks_only(text: str) -> None:
     before = text.replace("@-@", "-").replace("@,@", ",").replace("@.@", ".")
     assert "".join(wikitext.detokenize(text).split()).replace("@", "") == "".join(before.split()).replace("@", "")
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
+@examples(50)
 @given(st.text(alphabet="a= \n", max_size=60))
 def test_pages_lose_nothing_but_blanks(text: str) -> None:
     assert "".join("".join(wikitext.split_pages(text)).split()) == "".join(text.split())

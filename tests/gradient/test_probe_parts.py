@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from distributed import run_distributed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from tiny import error_of, opened_run, tiny_config, write_corpus
 
 from megatron_lion.errors import DataError
@@ -180,7 +181,7 @@ def simulated_groups(n, d, signal_std, noise_std, generator):
     return signal, groups, whole, norms
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(n=st.integers(8, 40), noise=st.floats(0.5, 10.0), seed=st.integers(0, 10**6))
 def test_noise_estimates_are_unbiased(n, noise, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -224,7 +225,7 @@ def test_one_batch_tells_nothing_of_noise():
 
 
 @given(n=st.integers(1, 5000))
-@settings(max_examples=50, derandomize=True)
+@examples(50)
 def test_rungs_double_and_end_with_all(n):
     rungs = rungs_of(n)
     assert rungs[0] == 1
@@ -234,7 +235,7 @@ def test_rungs_double_and_end_with_all(n):
 
 
 @given(signal=st.floats(0.1, 10), variance=st.floats(0, 100), small=st.integers(1, 5), factor=st.integers(2, 50))
-@settings(max_examples=50, derandomize=True)
+@examples(50)
 def test_mccandlish_inverts_its_model(signal, variance, small, factor):
     big = small * factor
     found = mccandlish(signal + variance / small, small, signal + variance / big, big)

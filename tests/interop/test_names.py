@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 from tiny import same_bits
 
 from megatron_lion.interop.weight_names import Shape, from_huggingface, to_huggingface
@@ -32,7 +33,7 @@ def their_tensors(shape: Shape, hidden: int, positions: int) -> dict[str, torch.
     return {name: torch.randn_like(tensor) for name, tensor in network.state_dict().items() if name not in tied}
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(
     kind=st.sampled_from(["gpt2", "bert"]),
     layers=st.integers(1, 3),

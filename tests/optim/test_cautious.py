@@ -7,9 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lion_cases import DEVICE, FAST, IMPLEMENTATIONS, MOMENTA, floats, same_bits, same_state, tensor
+from properties import examples
 from reference import cautious_lion_float64
 
 from megatron_lion.optim import kernel_launch
@@ -48,7 +49,7 @@ def test_follows_the_float64_reference(implementation):
     assert np.abs(param.detach().cpu().numpy() - theta).max() < 30 * (2**-24 + 2**-23 * 1e-2 * 3) * 2
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@examples(30)
 @given(
     rows=st.lists(st.tuples(floats, floats, floats), min_size=1, max_size=70),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),

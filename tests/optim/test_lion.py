@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lion_cases import (
     DEVICE,
@@ -20,13 +20,14 @@ from lion_cases import (
     same_state,
     tensor,
 )  # fmt: skip
+from properties import examples
 from reference import LionFloat32, lion_float64
 
 from megatron_lion.optim.lion import Lion, from_adamw
 
 # The interpreter computes with numpy, which warns where a device is silent.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
-QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+QUICK = examples(40)
 
 
 def one_step(param, grad, exp_avg, implementation="reference", **hyper):

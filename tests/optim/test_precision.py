@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lion_cases import (
     AWKWARD,
@@ -22,6 +22,7 @@ from lion_cases import (
     same_state,
     tensor,
 )
+from properties import examples
 from reference import LionFloat32, round_to_bfloat16
 
 from megatron_lion.optim import foreach
@@ -29,7 +30,7 @@ from megatron_lion.optim.lion import Lion
 from megatron_lion.optim.precision import int8_bytes, join_master, pack_int8, split_master, unpack_int8
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = examples(60)
 MODES = list(itertools.product(MASTERS, MOMENTA))
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.errors import ConfigError, DataError, EnvironmentFault
 from megatron_lion.prepare.inputs import find_inputs
@@ -83,7 +84,7 @@ def write_jsonl(path: Path, texts: list[str]) -> list[str]:
     return texts
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=20),
     piece_bytes=st.integers(1, 200),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.data.indexed_writer import IndexedWriter, check_indexed, with_ending
 from megatron_lion.data.manifest import (
@@ -47,7 +48,7 @@ def make_manifest(prefix: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("vocab_size", [300, 70_000])
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(documents=documents_of_ids)
 def test_byte_identical_to_megatron_and_read_by_it(
     tmp_path_factory: pytest.TempPathFactory, vocab_size: int, documents: list[list[int]]
@@ -158,7 +159,7 @@ def test_missing_and_swapped_files(tmp_path: Path) -> None:
         check_indexed(tmp_path / "a", rebuild="do this")
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 @given(data=st.data())
 def test_no_flip_in_the_index_passes_beside_a_manifest(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

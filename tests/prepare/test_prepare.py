@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.data.indexed_writer import check_indexed
 from megatron_lion.data.tokenizer_files import byte_letters
@@ -246,7 +247,7 @@ def test_small_corpora_fill_every_split_they_can(
     assert "too few different documents (2) for a test split" in caplog.text
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@examples(80)
 @given(
     values=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=30),
     weights=st.tuples(*[st.sampled_from([0.0, 0.05, 1.0, 99.9])] * 3).filter(any),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.prepare.sentences import sentence_spans, split_sentences
 
@@ -35,7 +36,7 @@ def test_rules(marked: str) -> None:
     assert split_sentences(marked.replace("|", "")) == expected
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 @given(text=st.text(st.sampled_from(list("aAbI1 \n.!?…\"')]([,:é東\t\u00a0\r")), max_size=60))
 def test_spans_cover_the_text_in_order(text: str) -> None:
     spans = sentence_spans(text)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.errors import CheckpointError
 from megatron_lion.runs.series import Series, read_metrics
@@ -23,7 +24,7 @@ def test_the_last_line_of_a_step_wins_and_a_torn_tail_is_left_out(tmp_path: Path
     assert metrics == {"a": Series((1,), (5.0,)), "b": Series((1,), (2.0,))}
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
+@examples(50)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.sampled_from("ab"), st.floats(-9, 9)), max_size=30),
     st.integers(0, 40),

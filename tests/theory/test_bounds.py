@@ -6,14 +6,15 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.theory import bounds
 from megatron_lion.theory.lemma import initial_error, lemma6
 from megatron_lion.theory.symbols import Constants, Settings
 
-few = settings(max_examples=40, derandomize=True, deadline=None)
+few = examples(40)
 positive = st.floats(1e-2, 1e2)
 KEYS = ("gap", "start", "drift", "noise", "step")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.theory.rates import (
     c_lion,
@@ -17,7 +18,7 @@ from megatron_lion.theory.rates import (
     t_quantile,
 )
 
-few = settings(max_examples=30, derandomize=True, deadline=None)
+few = examples(30)
 
 
 def brute_force(steps, values, weighting):

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.optim.lion import Lion
 from megatron_lion.toy import problem
@@ -16,7 +17,7 @@ from megatron_lion.toy.experiment import EXPERIMENTS, ToySettings, draw_noise, d
 from megatron_lion.toy.toy_checks import REFERENCE, REFERENCE_STEPS, match_reference, theorem_points
 from megatron_lion.toy.toy_figures import optimizer_paths
 
-few = settings(max_examples=25, derandomize=True, deadline=None)
+few = examples(25)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion import config as config_module
 from megatron_lion.config import RunConfig
@@ -50,7 +51,7 @@ def configs_of(kind: Any) -> st.SearchStrategy[Any]:
     return st.builds(kind, **{field.name: values_of(hints[field.name]) for field in dataclasses.fields(kind)})
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])  # a config is as small as it gets
+@examples(25, phases=[Phase.generate])  # a config is as small as it gets
 @given(configs_of(RunConfig))
 def test_dump_and_load_give_the_same_config(tmp_path_factory: pytest.TempPathFactory, config: RunConfig) -> None:
     path = tmp_path_factory.mktemp("config") / "run.yaml"

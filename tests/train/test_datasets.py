@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.corpora import open_corpora
@@ -69,7 +70,7 @@ def test_the_same_samples_at_any_number_of_processes_and_after_a_resume(corpus: 
         assert np.array_equal(read_together(dataset, size, 1, start=GLOBAL, steps=2), whole[GLOBAL:])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(0, 5))
 def test_sample_ids_cover_each_step_once(size: int, micro: int, count: int, first: int) -> None:
     per_step = size * micro * count

@@ -6,8 +6,9 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from megatron_lion.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from megatron_lion.config_checks import check_config
@@ -38,7 +39,7 @@ def schedules(draw: st.DrawFn) -> RunConfig:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(schedules())
 def test_bounds_warmup_end_and_continuity(run: RunConfig) -> None:
     check_config(run, 1)
