@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from properties import examples
 
 from megatron_lion.compare.table import Table, markdown_grid, to_markdown
 
@@ -49,7 +50,7 @@ def split_with_escapes(line: str) -> list[str]:
 
 
 @given(grid=grids())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(300)
 def test_cells_of_any_content_keep_their_columns(grid: list[list[str]]) -> None:
     text = markdown_grid(grid[0], grid[1:])
     found = rendered(text)
