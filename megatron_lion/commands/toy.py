@@ -37,10 +37,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Simulates, writes the folder, shows the tables on stdout."""
-    from megatron_lion.errors import ConfigError, StorageError
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.files import storage_errors, write_whole
     from megatron_lion.toy.experiment import EXPERIMENTS, ToySettings, run_toy
     from megatron_lion.toy.toy_checks import theorem_points
-    from megatron_lion.toy.toy_report import curves_csv, has_reference, markdown, write_text
+    from megatron_lion.toy.toy_report import curves_csv, has_reference, markdown
 
     beta1, beta2 = args.betas
     try:
@@ -62,18 +63,16 @@ def run(args: Any) -> None:
     points = {experiment: theorem_points(experiment, settings) for experiment in experiments}
     text = markdown(results, points, with_conventions=args.conventions)
     folder = Path(args.output)
-    try:
+    with storage_errors(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "toy.md", text)
-        write_text(folder / "toy.csv", curves_csv(results))
-        if not args.no_figures:
-            from megatron_lion.toy.toy_figures import plot_inequality, plot_paths, plot_theorem
+    write_whole(folder / "toy.md", text.encode())
+    write_whole(folder / "toy.csv", curves_csv(results).encode())
+    if not args.no_figures:
+        from megatron_lion.toy.toy_figures import plot_inequality, plot_paths, plot_theorem
 
-            plot_inequality(results, folder / "toy_inequality.png", with_reference=has_reference(settings))
-            plot_paths(settings, folder / "toy_paths.png")
-            if any(points.values()):
-                plot_theorem({e: p for e, p in points.items() if p}, folder / "toy_theorem.png")
-    except OSError as error:
-        raise StorageError(f"--output {folder}: cannot be written: {error.strerror or error}") from error
+        plot_inequality(results, folder / "toy_inequality.png", with_reference=has_reference(settings))
+        plot_paths(settings, folder / "toy_paths.png")
+        if any(points.values()):
+            plot_theorem({e: p for e, p in points.items() if p}, folder / "toy_theorem.png")
     sys.stdout.write(text)
     sys.stdout.write(f"\nWritten to {folder}\n")

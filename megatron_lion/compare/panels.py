@@ -15,13 +15,11 @@ from megatron_lion.compare.seeds import group_label, seed_groups
 from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 from megatron_lion.runs.series import Series
-from megatron_lion.style import OPTIMIZER_COLOURS
+from megatron_lion.style import OPTIMIZER_COLOURS, SPARE_COLOURS
 
 NOISE_RATIO = math.sqrt(2 / math.pi)
 """r/√d of a gradient that is pure Gaussian noise: E|z| / sqrt(E z²) = 0.798 for each coordinate."""
 
-# The other colours of the palette.
-SPARE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#7F5539", "#6C757D")
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 AXES = ("step", "tokens", "time")
 """What the horizontal axis may be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 from megatron_lion.compare.axis_ticks import short
 from megatron_lion.compare.labels import by_model
 from megatron_lion.compare.panels import Curve, Panel, panels
-from megatron_lion.files import write_whole
 from megatron_lion.runs.record import RunRecord
+from megatron_lion.style import new_figure, reference_line, save_figure, style_axes
 
 OVERVIEW = ("training-loss", "test-loss", "norm-ratio")
-GREY = "#5F6368"
 FAINT = {"linewidth": 0.9, "alpha": 0.4}
 
 
@@ -44,18 +42,11 @@ def write_figures(
 
 
 def _write(drawn: list[Panel], model: str, path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(drawn), 3.8), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    for place, panel in enumerate(drawn):
-        _draw(figure.add_subplot(1, len(drawn), place + 1), panel)
+    figure, row = new_figure(5.2 * len(drawn), 3.8, len(drawn), dpi=160)
+    for axes, panel in zip(row, drawn, strict=True):
+        _draw(axes, panel)
     figure.suptitle(model, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", facecolor="white", metadata={"Software": None})
-    write_whole(path, content.getvalue())
-    return path
+    return save_figure(figure, path)
 
 
 def _draw(axes: Any, panel: Panel) -> None:
@@ -63,8 +54,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     low, high = panel.y_limits()
     left, right = panel.x_limits()
     for line in panel.references:
-        axes.axhline(line.y, color=GREY, linewidth=1.0, linestyle=(0, (1, 2) if line.dotted else (6, 2)))
-        axes.annotate(line.label, (left, line.y), xytext=(4, 3), textcoords="offset points", color=GREY, fontsize=8)
+        reference_line(axes, line.y, line.label, (0, (1, 2) if line.dotted else (6, 2)))
     for curve in panel.curves:
         for x, y in curve.behind:
             axes.plot(x, y, color=curve.colour, alpha=0.2, linewidth=0.7)
@@ -84,11 +74,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.set_xlabel(panel.x_label, fontsize=9)
     axes.set_ylabel(panel.y_label, fontsize=9)
-    axes.grid(axis="y", color="#E3E5E8", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#9AA0A6")
-    axes.tick_params(colors="#3C4043", labelsize=8)
+    style_axes(axes, grid="y")
     if not panel.log_x:
         axes.xaxis.set_major_locator(_few_ticks())
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1000 <= right < 1e6 else short(value))

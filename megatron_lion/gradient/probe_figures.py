@@ -12,9 +12,9 @@ from megatron_lion.files import storage_errors
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO
 from megatron_lion.gradient.parameter_kinds import KINDS, kind_of, layer_of
 from megatron_lion.runs.probes import longest_ladder, read_probes
-from megatron_lion.style import OPTIMIZER_COLOURS
+from megatron_lion.style import GREY, OPTIMIZER_COLOURS, new_figure, reference_line, save_figure, style_axes
 
-_GREY = "#666666"
+DPI = 110
 
 
 def draw_runs(run_dirs: Sequence[str | Path]) -> list[Path]:
@@ -74,26 +74,17 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
     batches = sorted({probe["num_batches"] for probes in runs.values() for probe in probes})
     left.set(xlabel="step", ylabel="r = ‖∇f‖₁ / ‖∇f‖₂", ylim=(0, 1.08 * math.sqrt(d)))
     left.set_title(f"Norm ratio, mean of {' or '.join(map(str, batches))} batches, d = {d:,}", fontsize=10)
-    right.axhline(GAUSSIAN_RATIO, color=_GREY, linewidth=1, linestyle="-.")
-    right.text(
-        0.01,
-        GAUSSIAN_RATIO,
-        "0.798: pure Gaussian noise",
-        color=_GREY,
-        fontsize=8,
-        va="bottom",
-        transform=right.get_yaxis_transform(),
-    )
+    reference_line(right, GAUSSIAN_RATIO, "0.798: pure Gaussian noise", "-.")
     right.set(xlabel="step", ylabel="r / √d, each with its own d", ylim=(0, 1.08))
     right.set_title("The same as a share of its upper bound", fontsize=10)
     for axes in (left, right):
         axes.legend(fontsize=8, loc="best")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
     """r against the number of averaged batches, first and last probe of each run, with the spread between groups."""
-    figure, axes = _figure(1)
+    figure, (axes,) = _figure(1)
     for label, probes in runs.items():
         color = _color(probes, label)
         shown = [probe for probe in (probes[0], probes[-1]) if probe["ladder"]]
@@ -111,21 +102,20 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_title("Norm ratio of the mean of k batches; bars: spread between disjoint groups", fontsize=10)
     axes.legend(fontsize=8, loc="best")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> Path:
     """r/√d of each layer over the steps, and of each layer and kind of parameter at the last probe."""
     import numpy as np
-    from matplotlib.figure import Figure
 
     layers = list(probes[-1]["layers"])
     over_time = np.array(
         [[_nan(probe["layers"][layer]["norm_ratio_over_sqrt_d"]) for probe in probes] for layer in layers]
     )
     grid, kinds = _layer_by_kind(probes[-1], layers)
-    figure = Figure(figsize=(9.5, 0.32 * len(layers) + 1.9), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[max(4, len(probes)), len(kinds) + 1])
+    widths = [max(4, len(probes)), len(kinds) + 1]
+    figure, (left, right) = new_figure(9.5, 0.32 * len(layers) + 1.9, 2, dpi=DPI, width_ratios=widths)
     for axes, values, names, title in (
         (left, over_time, [f"{probe['step']:,}" for probe in probes], "over training (step)"),
         (right, grid, kinds, f"by kind, step {probes[-1]['step']:,}"),
@@ -143,7 +133,7 @@ def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> 
     bar.ax.axhline(GAUSSIAN_RATIO, color="white", linewidth=1.5)
     bar.ax.set_ylabel("r/√d of the part (white: 0.798, Gaussian noise)", fontsize=7)
     figure.suptitle(f"{label}: norm ratio by part of the network, each with its own d", fontsize=10)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _layer_by_kind(probe: Mapping[str, Any], layers: list[str]) -> tuple[Any, list[str]]:
@@ -164,29 +154,17 @@ def _layer_by_kind(probe: Mapping[str, Any], layers: list[str]) -> tuple[Any, li
     return grid, kinds
 
 
-def _figure(columns: int) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # draws with Agg, whatever the machine's display
-
-    figure = Figure(figsize=(5.6 * columns + 0.8, 4.0), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for part in axes if columns > 1 else [axes]:
-        part.grid(alpha=0.25)
-    return figure, axes
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    figure, row = new_figure(5.6 * columns + 0.8, 4.0, columns, dpi=DPI)
+    for axes in row:
+        style_axes(axes, box=True, tick_size=10)
+    return figure, row
 
 
 def _reference_lines(axes: Any, d: int) -> None:
     for factor, text in ((1.0, "√d"), (GAUSSIAN_RATIO, "0.798 √d: pure Gaussian noise")):
         height = factor * math.sqrt(d)
-        axes.axhline(height, color=_GREY, linewidth=1, linestyle="-" if factor == 1.0 else "-.")
-        axes.text(
-            0.01,
-            height,
-            f"{text} = {height:,.0f}",
-            color=_GREY,
-            fontsize=8,
-            va="bottom",
-            transform=axes.get_yaxis_transform(),
-        )
+        reference_line(axes, height, f"{text} = {height:,.0f}", "-" if factor == 1.0 else "-.")
 
 
 def _same_d(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
@@ -196,16 +174,8 @@ def _same_d(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
 
 
 def _color(probes: Sequence[Mapping[str, Any]], label: str) -> str:
-    return OPTIMIZER_COLOURS.get(str(probes[-1]["optimizer"]), _GREY)
+    return OPTIMIZER_COLOURS.get(str(probes[-1]["optimizer"]), GREY)
 
 
 def _nan(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _save(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with storage_errors(path):
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(path)
-    return path

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megatron_lion.style import OPTIMIZER_COLOURS
+from megatron_lion.style import (
+    BLUE,
+    CONTOUR_GREY,
+    DARK_ORANGE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILION,
+    new_figure,
+    save_figure,
+    style_axes,
+)
 from megatron_lion.theory.symbols import Array
 from megatron_lion.toy.experiment import Experiment, ToyResult, ToySettings, draw_noise, draw_starts
 from megatron_lion.toy.problem import loss, simulate_adamw, simulate_lion, simulate_sgd
@@ -18,8 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN = (OPTIMIZER_COLOURS[name] for name in ("lion", "sgd", "adamw"))
-ORANGE, GREY = "#E69F00", "#5A5A5A"
 TITLES: dict[Experiment, str] = {
     "constrained": "Constrained: start on the border of the box",
     "unconstrained": "Unconstrained: start anywhere",
@@ -30,25 +39,11 @@ LEFT_LABELS: dict[Experiment, str] = {
 }
 
 
-def new_figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:
-    """A figure on matplotlib's Agg canvas, with axes in a row, without touching the global backend."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = [figure.add_subplot(1, columns, index + 1) for index in range(columns)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=8)
-    return figure, axes
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a PNG to a temporary name and renames it; equal figures are equal files."""
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=96, format="png", metadata={"Software": None})
-    temporary.replace(path)
+def _figure(width: float, height: float, columns: int, *, grid: bool = True) -> tuple[Figure, list[Axes]]:
+    figure, row = new_figure(width, height, columns, dpi=96)
+    for axes in row:
+        style_axes(axes, grid="both" if grid else None)
+    return figure, row
 
 
 def plot_inequality(results: Sequence[ToyResult], path: Path, *, with_reference: bool) -> None:
@@ -59,7 +54,7 @@ def plot_inequality(results: Sequence[ToyResult], path: Path, *, with_reference:
         path: PNG to write.
         with_reference: also show the reference values.
     """
-    figure, axes = new_figure(max(7.0, 5.2 * len(results)), 4.5, len(results))
+    figure, axes = _figure(max(7.0, 5.2 * len(results)), 4.5, len(results))
     for ax, result in zip(axes, results, strict=True):
         _inequality_panel(ax, result, with_reference)
     save_figure(figure, path)
@@ -93,7 +88,7 @@ def _inequality_panel(ax: Axes, result: ToyResult, with_reference: bool) -> None
         fontsize=8,
         va="top",
         ha="left" if mean < k[-1] / 2 else "right",
-        color="#8a5a00",
+        color=DARK_ORANGE,
     )
     if with_reference:
         shown = [index for index, at in enumerate(REFERENCE_STEPS) if at <= k[-1]]
@@ -105,7 +100,6 @@ def _inequality_panel(ax: Axes, result: ToyResult, with_reference: bool) -> None
     ax.set_xlim(0, k[-1])
     ax.set_xlabel("step k", fontsize=9)
     ax.set_title(TITLES[result.experiment], fontsize=10, loc="left")
-    ax.grid(alpha=0.25, which="major", linewidth=0.6)
     ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
@@ -116,7 +110,7 @@ def plot_theorem(points: Mapping[Experiment, Sequence[TheoremPoint]], path: Path
         points: from `theorem_points`, of each experiment.
         path: PNG to write.
     """
-    figure, (ax,) = new_figure(5.6, 4.0, 1)
+    figure, (ax,) = _figure(5.6, 4.0, 1)
     for (experiment, series), colour, marker in zip(points.items(), (BLUE, GREEN), "os", strict=False):
         K = [p.K for p in series]
         left = np.array([p.left for p in series])
@@ -148,7 +142,6 @@ def plot_theorem(points: Mapping[Experiment, Sequence[TheoremPoint]], path: Path
     ax.set_xticks(ticks, [str(K) for K in ticks])
     ax.set_xlabel(r"K (each point: its own runs, $\beta_1=\beta_2$ and $\eta$ of Corollary 3)", fontsize=9)
     ax.set_title("Both sides at the corollary's own settings", fontsize=10, loc="left")
-    ax.grid(alpha=0.25, which="major", linewidth=0.6)
     ax.legend(fontsize=7.5, frameon=False, loc="center right")
     save_figure(figure, path)
 
@@ -183,7 +176,7 @@ def plot_paths(settings: ToySettings, path: Path) -> None:
     noise = np.concatenate([draw_noise(e, settings)[:, :1] for e in experiments], axis=1)
     paths = optimizer_paths(theta, noise, settings)
     reach = 1.06 * max(float(np.abs(theta).max()), min(settings.box, 10.0))
-    figure, axes = new_figure(10.6, 5.0, 2)
+    figure, axes = _figure(10.6, 5.0, 2, grid=False)
     for ax, half_width, width in zip(axes, (reach, min(3.4, reach)), (1.5, 0.7), strict=True):
         _contours(ax, half_width)
         for (name, line), colour in zip(paths.items(), (BLUE, VERMILION, GREEN), strict=True):
@@ -214,4 +207,4 @@ def _contours(ax: Axes, half_width: float) -> None:
     values: Any = loss(np.stack(np.meshgrid(axis, axis), axis=-1))
     levels = np.linspace(values.min(), values.max(), 15)
     ax.contourf(axis, axis, values, levels=levels, cmap="Greys", alpha=0.45)
-    ax.contour(axis, axis, values, levels=levels, colors="#8c8c8c", linewidths=0.4)
+    ax.contour(axis, axis, values, levels=levels, colors=CONTOUR_GREY, linewidths=0.4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -24,13 +23,6 @@ NOT_STATED = """\
 The paper states f, L, f*, the noise N(0, 1), λ = 0.1, η = 0.01, K = 2000, 5 starts × 5 repeats and where the
 starts are drawn. It does not state β₁, β₂, m⁰, the drawn starts or the noise. The right side at step k is
 that of Corollary 3 with K = k; the runs' η and β are not those that the corollary asks for at any k."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes to a temporary name, then renames."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def curves_csv(results: Sequence[ToyResult], every: int = 10) -> str:
