@@ -99,8 +99,8 @@ class Fleet:
             multiplier: one element that every gradient is multiplied by, or None.
             found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
         """
-        for kind, plan in self.plans.items():
-            update_plan(plan, plan.rows, self.groups, kind[0])
+        # A new plan, not an updated one, if a group's rate is another tensor than before.
+        self.plans = {kind: update_plan(plan, plan.rows, self.groups, kind[0]) for kind, plan in self.plans.items()}
         cautions = self._cautions(begin, multiplier) if self.cautious else None
         for kind, plan in self.plans.items():
             if len(plan.chunks_table):
@@ -252,7 +252,10 @@ def _chunks(numels: Sequence[int]) -> torch.Tensor:
 
 
 def _lr_address(lr: float | torch.Tensor, device: torch.device) -> int:
-    return lr.data_ptr() if isinstance(lr, torch.Tensor) and lr.device == device else 0
+    # The kernel reads float32 at this address. `Lion` refuses another dtype, but a scheduler may put one in later.
+    if isinstance(lr, torch.Tensor) and lr.device == device and lr.dtype == torch.float32:
+        return lr.data_ptr()
+    return 0
 
 
 def _hyper_parameters(group: dict[str, Any], device: torch.device) -> tuple[float, ...]:
