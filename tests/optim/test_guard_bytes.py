@@ -6,7 +6,7 @@ import pytest
 import torch
 from lion_cases import DEVICE, IMPLEMENTATIONS, MASTERS, MOMENTA, same_bits
 
-from megatron_lion.optim import launch
+from megatron_lion.optim import kernel_launch as launch
 from megatron_lion.optim.lion import Lion
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")

@@ -51,7 +51,7 @@ def known_gradient(name: str, parameter: torch.Tensor) -> torch.Tensor:
 
 def step_clipped(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
     """What this rank's slices were and became: run → case → (norm, skipped, limit, [(gradient, after, weights)])."""
-    from megatron_lion.optim.shards import local_shards, named_global_parameters
+    from megatron_lion.optim.parameter_shards import local_shards, named_global_parameters
 
     found: dict[str, Any] = {}
     for name, config in configs.items():
