@@ -142,7 +142,8 @@ def _signature(optimizer: Lion) -> list[Any] | None:
                     return None
                 own = state[param]
                 places = [value.data_ptr() for value in own.values()]
-                found.append((param.data_ptr(), param.numel(), grad.data_ptr(), grad.dtype, grad.numel(), *places))
+                kinds = param.dtype, param.numel(), grad.dtype, grad.numel()
+                found.append((param.data_ptr(), grad.data_ptr(), *kinds, *places))
     except RuntimeError:  # a sparse gradient has no address
         return None
     return found
