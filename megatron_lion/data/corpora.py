@@ -121,6 +121,10 @@ def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) 
         raise ConfigError("model.vocab_size: plain .bin/.idx files do not say it; give it, or data.tokenizer")
     wanted = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     for path, info in infos.items():
+        if info.num_tokens and info.token_range[0] < 0:
+            raise DataError(
+                f"{path}.bin holds token id {info.token_range[0]}, ids begin at 0: the file is damaged; prepare it again"
+            )
         if info.num_tokens and info.max_token >= wanted:
             raise DataError(
                 f"{path}.bin holds token id {info.max_token}, the vocabulary has {wanted} ids; "

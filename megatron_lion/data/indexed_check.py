@@ -89,11 +89,16 @@ class IndexedInfo:
         return sha256_file(self.idx_path)
 
     @cached_property
-    def max_token(self) -> int:
-        """Largest token id; reads the whole of PREFIX.bin when first asked for."""
+    def token_range(self) -> tuple[int, int]:
+        """Smallest and largest token id; reads the whole of PREFIX.bin when first asked for."""
         tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-        starts = range(0, len(tokens), _SCAN_TOKENS)
-        return max(int(tokens[start : start + _SCAN_TOKENS].max()) for start in starts)
+        parts = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
+        return min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+
+    @property
+    def max_token(self) -> int:
+        """Largest token id; see `token_range`."""
+        return self.token_range[1]
 
     def verify_content(self, rebuild: str | None = None) -> None:
         """Reads both files and compares their hashes with the folder's manifest.
