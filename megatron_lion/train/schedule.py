@@ -32,8 +32,13 @@ def lr_at(config: RunConfig, step: int) -> float:
     if schedule.kind == "wsd":
         decay_steps = max(1, round(schedule.wsd_decay_fraction * total))
         done = max(0.0, (step - (total - decay_steps)) / decay_steps)
-        return peak - (peak - schedule.min_lr) * min(1.0, done)
+        return _line(peak, schedule.min_lr, done)
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     if schedule.kind == "linear":
-        return peak - (peak - schedule.min_lr) * done
+        return _line(peak, schedule.min_lr, done)
     return schedule.min_lr + (peak - schedule.min_lr) * (1.0 + math.cos(math.pi * done)) / 2.0
+
+
+def _line(peak: float, low: float, done: float) -> float:
+    # Rounding would miss `low` by an ulp at the end: 0.3 - (0.3 - 0.03) is below 0.03.
+    return low if done >= 1.0 else peak - (peak - low) * done
