@@ -208,7 +208,8 @@ def corollary3(
         below_k_min: also evaluate the formula where it is no bound, to draw a curve.
 
     Raises:
-        ValueError: K < K_min and not `below_k_min`, or a number outside its range.
+        ValueError: some K < its K_min and not `below_k_min` (the message names the smallest such K), or a number
+            outside its range.
 
     Example:
         >>> round(float(corollary3(2000, L=7, sigma=2**0.5, gap=120, d=2)), 2)
@@ -218,8 +219,11 @@ def corollary3(
     """
     K, d = require_positive("K", K), require_positive("d", d)
     least = k_min(L=L, sigma=sigma, gap=gap)
-    if not below_k_min and np.any(least * (1 - 1e-12) > K):
-        raise ValueError(f"K = {np.min(K):g}: Corollary 3 needs K >= K_min = {math.ceil(np.max(least))}")
+    below = least * (1 - 1e-12) > K
+    if not below_k_min and np.any(below):
+        first = np.argmin(np.where(below, K, np.inf))  # K and K_min of one entry: another may have a larger K_min
+        k, needed = (np.broadcast_to(x, below.shape).flat[first] for x in (K, least))
+        raise ValueError(f"K = {k:g}: Corollary 3 needs K >= K_min = {math.ceil(needed)}")
     L, sigma, gap = (np.asarray(x, dtype=np.float64) for x in (L, sigma, gap))
     return np.asarray(15 * np.sqrt(d) * K**-0.25 * (sigma**2 * L * gap) ** 0.25)
 
