@@ -9,7 +9,8 @@ import pytest
 import torch
 from lion_cases import DEVICE, IMPLEMENTATIONS, same_bits, tensor
 
-from megatron_lion.optim import cautious, launch
+from megatron_lion.optim import cautious
+from megatron_lion.optim import kernel_launch as launch
 from megatron_lion.optim.lion import Lion
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")

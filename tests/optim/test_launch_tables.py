@@ -6,10 +6,11 @@ import pytest
 import torch
 from lion_cases import DEVICE, MASTERS, MOMENTA, same_bits
 
-from megatron_lion.optim import foreach, launch
+from megatron_lion.optim import foreach
+from megatron_lion.optim import kernel_launch as launch
 from megatron_lion.optim.cautious import count_agreement, with_caution
+from megatron_lion.optim.layouts import PackedLayout
 from megatron_lion.optim.lion import Lion
-from megatron_lion.optim.precision import PackedLayout
 from megatron_lion.optim.update import PlainLayout, Slot, reference_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
