@@ -1,16 +1,21 @@
 # make demo    the whole path on a small corpus, two processes, about five minutes
-# make test    lint nothing, test everything (make check adds lint and types)
+# make test    the tests but the slow ones, at most 15 minutes on two cores (make check adds lint and types)
+# make test-ci the slow tests
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
-STAMP  := $(VENV)/.installed
 DEMO   ?= demo
 JOBS   ?= 2
+# Extra of pyproject.toml to install, and more words for pytest: CI sets both.
+EXTRA  ?= dev
+STAMP  := $(VENV)/.installed-$(EXTRA)
+FLAGS  ?=
+PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo demo-quick test check lint types format constraints clean
+.PHONY: help setup demo demo-quick test test-ci test-nightly check lint types format constraints clean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
-	@echo "also: make setup check lint types format constraints clean"
+	@sed -n '1,3s/^# //p' Makefile
+	@echo "also: make setup check lint types format constraints test-nightly clean"
 
 setup: $(STAMP)
 
@@ -18,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt launch/find-python.sh
 	@set -e; python=$$(sh launch/find-python.sh); \
 	test -x $(PY) || { echo "making $(VENV) with $$python"; "$$python" -m venv $(VENV); }
 	@echo "installing the pinned packages (torch is large: a few minutes the first time)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRA)]'
 	@touch $(STAMP)
 
 demo: $(STAMP)
@@ -28,7 +33,14 @@ demo-quick: $(STAMP)
 	@$(PY) -m megatron_lion demo --output $(DEMO) --quick
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+	@$(PYTEST) -m "not slow" $(FLAGS)
+
+test-ci: $(STAMP)
+	@$(PYTEST) -m slow $(FLAGS)
+
+# The property tests with random seeds and ten times the examples.
+test-nightly: $(STAMP)
+	@$(PYTEST) -m hypothesis --hypothesis-profile nightly --timeout 3000 $(FLAGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .
@@ -44,9 +56,10 @@ format: $(STAMP)
 
 check: lint types test
 
+# Of the largest environment: make constraints EXTRA=ci
 constraints: $(STAMP)
 	@{ echo "# Exact versions of the environment that the test suite runs in (Python 3.12, Linux x86-64)."; \
-	   echo "# Made by: make constraints"; \
+	   echo "# Made by: make constraints EXTRA=ci"; \
 	   $(PY) -m pip freeze --exclude-editable | grep -iv '^pip==\|^setuptools=='; } > constraints.txt
 
 clean:
