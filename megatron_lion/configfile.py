@@ -75,7 +75,7 @@ def add_run_config(parser: ArgumentParser) -> None:
 
 def run_config_from_namespace(parser: ArgumentParser, namespace: Any) -> RunConfig:
     """Builds the frozen dataclasses from parsed flags."""
-    built = parser.instantiate_classes(namespace)
+    built = parser.instantiate(namespace)
     names = {f.name for f in dataclasses.fields(RunConfig)}
     return RunConfig(**{name: built[name] for name in names})
 
