@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.evaluate.tasks import Task, write_result
-from megatron_lion.evaluate.token_scores import DetailedScorer, Progress, Scorer, score_segments
+from megatron_lion.evaluate.token_scores import DetailedScorer, OnWindows, Scorer, score_segments
 
 
 class Model(Protocol):
@@ -46,7 +46,7 @@ def evaluate_step(
     folder: Path,
     *,
     batch_size: int,
-    progress: Callable[[Task, int], Progress] | None = None,
+    progress: Callable[[Task, int], OnWindows] | None = None,
 ) -> Iterator[Outcome]:
     """Measures what is not yet measured of one checkpoint; a collective call, the same on every rank.
 

@@ -21,7 +21,8 @@ from megatron_lion.evaluate.perplexity import perplexity, plan_windows, stream_s
 from megatron_lion.evaluate.token_scores import Segment, SegmentScores
 from megatron_lion.evaluate.wikitext import EvaluationText
 from megatron_lion.evaluate.wikitext_pages import page_segments, read_pages
-from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.files import storage_errors
+from megatron_lion.runs.folder import write_json
 from megatron_lion.runs.paths import step_name
 
 FORMAT = 1
@@ -116,7 +117,7 @@ def write_result(path: Path, record: dict[str, Any]) -> None:
     """
     with storage_errors(path.parent, "made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_json(path, record)
 
 
 def _conditions(reader: Reader, kind: str, path: str, sha256: str, version: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_lion.errors import NumericsError
 
-Progress = Callable[[int, int], None]
+OnWindows = Callable[[int, int], None]
 """Called with (segments done by this rank, segments this rank has to do)."""
 
 PAD_TO = 64
@@ -122,7 +122,7 @@ def score_segments(
     world_size: int = 1,
     batch_size: int = 8,
     all_reduce_sum: Callable[[Tensor], Tensor] = single_rank,
-    progress: Progress | None = None,
+    progress: OnWindows | None = None,
 ) -> SegmentScores:
     """Scores segments in batches of like length, each exactly once over all ranks.
 

@@ -89,7 +89,7 @@ def probe_run(
             table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise,
             facts={
                 "theta": "master weights" if master_weights else "the model's own weights",
-                **layout_facts(config, run.ranks),
+                **probe_facts(config, run.ranks),
             },
         )  # fmt: skip
     warn_of(result, run.ranks)
@@ -121,7 +121,8 @@ def standard_error(losses: list[tuple[float, int]]) -> float | None:
     return math.sqrt(math.fsum((mean - center) ** 2 for mean in means) / (len(means) - 1) / len(means))
 
 
-def layout_facts(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+def probe_facts(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """What a probe file states of the run and of the job that probed it."""
     return {
         "global_batch_size": config.train.global_batch_size, "seq_length": config.model.seq_length,
         "precision": config.train.precision, "weight_decay": config.optimizer.weight_decay, "optimizer": config.optimizer.name,

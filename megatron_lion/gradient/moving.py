@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_lion.config import RunConfig
-from megatron_lion.gradient.full_gradient import layout_facts, standard_error, warn_of
+from megatron_lion.gradient.full_gradient import probe_facts, standard_error, warn_of
 from megatron_lion.gradient.norms import norm_table, parameter_rows
 from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.optim.parameter_shards import Shard, local_shards
@@ -96,7 +96,7 @@ class MovingWindow:
             step=step, mode="moving", data="training", dropout=self.config.model.hidden_dropout + self.config.model.attention_dropout > 0,
             num_batches=self._steps, num_samples=self._steps * self.config.train.global_batch_size, num_tokens=tokens,
             loss=sum(loss for loss, _ in self._losses) / max(1, tokens), loss_standard_error=standard_error(self._losses),
-            table=table, seconds=time.perf_counter() - started, facts=layout_facts(self.config, self.ranks),
+            table=table, seconds=time.perf_counter() - started, facts=probe_facts(self.config, self.ranks),
         )  # fmt: skip
         self._sums, self._losses, self._steps = [], [], 0
         warn_of(result, self.ranks)

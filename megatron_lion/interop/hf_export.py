@@ -22,6 +22,7 @@ from megatron_lion.files import storage_errors, sync_folder
 from megatron_lion.interop.hf_folder import SINGLE, shape_of, write_model_config
 from megatron_lion.interop.model_card import model_card
 from megatron_lion.interop.weight_names import to_huggingface
+from megatron_lion.runs.folder import write_json
 
 LOGIT_TOLERANCE = 1e-5
 """Largest difference of two fp32 logits over the largest logit: the two networks add the same products in another order."""
@@ -110,10 +111,10 @@ def _write(
         folder / SINGLE,
         metadata={"format": "pt", **{f"megatron_lion.{key}": value for key, value in facts.items()}},
     )
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", dict(sorted(config.items())))
     if run.config.model.kind == "gpt2":
         ids = {f"{name}_token_id": index for name, index in special.items() if index is not None}
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     run.tokenizer.save(folder)
     (folder / "README.md").write_text(
         model_card(run.run_dir, run.config, manifest, run.vocab_size, dtype), encoding="utf-8"
@@ -126,10 +127,6 @@ def huggingface_special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | 
         return {"pad": tokenizer.backend.token_to_id("[PAD]")}
     end = tokenizer.backend.token_to_id(tokenizer.eod_token) if tokenizer.eod_token is not None else None
     return {"bos": end, "eos": end}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

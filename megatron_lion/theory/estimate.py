@@ -19,7 +19,7 @@ from megatron_lion.theory.symbols import Array
 
 
 @dataclass(frozen=True)
-class NoiseEstimate:
+class VarianceEstimate:
     """σ² of Assumption 3, at each probe that has training steps beside it.
 
     Attributes:
@@ -83,7 +83,7 @@ class SmoothnessEstimate:
     pair: tuple[int, int]
 
 
-def estimate_noise(run: RunRecord, *, window: int | None = None, at_least: int = 3) -> NoiseEstimate | None:
+def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: int = 3) -> VarianceEstimate | None:
     """σ² from the norms of single global batches beside the norm of the probe's mean over B of them.
 
     E‖g‖² = ‖∇f‖² + σ² and E‖ḡ‖² = ‖∇f‖² + σ²/B give the unbiased pair
@@ -132,7 +132,7 @@ def estimate_noise(run: RunRecord, *, window: int | None = None, at_least: int =
     if not rows:
         return None
     steps, values, std, drift, mean_squared, counts = np.array(rows).T
-    estimate = NoiseEstimate(steps, values, std, drift, mean_squared)
+    estimate = VarianceEstimate(steps, values, std, drift, mean_squared)
     left_over = np.where(estimate.trusted, values / counts, 0.0)
     return replace(estimate, signal_l2_squared=np.maximum(mean_squared - left_over, 0.0))
 
@@ -146,7 +146,7 @@ def estimate_gap(run: RunRecord) -> GapEstimate | None:
     return GapEstimate(first, int(steps[0]), first - float(losses.min()), first)
 
 
-def estimate_smoothness(run: RunRecord, noise: NoiseEstimate | None = None) -> SmoothnessEstimate | None:
+def estimate_smoothness(run: RunRecord, noise: VarianceEstimate | None = None) -> SmoothnessEstimate | None:
     """A lower bound on L from the change of the gradient's norm and the longest way LION can have gone.
 
     |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| ≤ ‖∇f(θ_a) − ∇f(θ_b)‖₂ ≤ L ‖θ_a − θ_b‖₂ and

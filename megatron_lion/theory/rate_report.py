@@ -10,7 +10,7 @@ from megatron_lion.compare.table import markdown_grid
 from megatron_lion.errors import ConfigError
 from megatron_lion.runs.record import RunRecord
 from megatron_lion.theory.advice import Advice, advice_table, advise, implied_smoothness
-from megatron_lion.theory.estimate import estimate_gap, estimate_noise, estimate_smoothness
+from megatron_lion.theory.estimate import estimate_gap, estimate_smoothness, estimate_variance
 from megatron_lion.theory.rates import SeedRates, Weighting, rates_over_seeds
 
 L_FACTORS = (1, 10, 100)
@@ -88,7 +88,7 @@ def advice_section(
     K = K or run.scheduled_steps
     if K is None:
         raise ConfigError(f"{run.folder}: config.yaml does not say train.steps; give --steps K")
-    noise, ends = estimate_noise(run), estimate_gap(run)
+    noise, ends = estimate_variance(run), estimate_gap(run)
     bound = estimate_smoothness(run, noise)
     lines = [f"- K = {K}, d = {run.dimension:,}"]
     if noise_variance is not None:

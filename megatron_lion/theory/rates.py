@@ -46,7 +46,7 @@ class RateConstant:
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """Estimate with a two-sided confidence interval.
 
     Attributes:
@@ -77,9 +77,9 @@ class SeedRates:
     """
 
     of_mean: RateConstant
-    of_mean_interval: Interval
+    of_mean_interval: ConfidenceInterval
     per_run: tuple[RateConstant, ...]
-    per_run_interval: Interval
+    per_run_interval: ConfidenceInterval
 
 
 def spread_over_steps(steps: ArrayLike, values: ArrayLike, weighting: Weighting = "linear") -> Array:
@@ -200,13 +200,13 @@ def rates_over_seeds(
         low, high = (float(x) for x in np.quantile(np.repeat(constants, counts), [tail, 1 - tail]))
     return SeedRates(
         of_mean,
-        Interval(of_mean.value, low, high, confidence, len(runs)),
+        ConfidenceInterval(of_mean.value, low, high, confidence, len(runs)),
         per_run,
         t_interval([rate.value for rate in per_run], confidence),
     )
 
 
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> ConfidenceInterval:
     """Student's t interval for the mean of independent, roughly normal values.
 
     Example:
@@ -216,9 +216,9 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
-        return Interval(mean, math.nan, math.nan, confidence, n)
+        return ConfidenceInterval(mean, math.nan, math.nan, confidence, n)
     half = t_quantile(1 - (1 - confidence) / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, confidence, n)
+    return ConfidenceInterval(mean, mean - half, mean + half, confidence, n)
 
 
 def t_quantile(probability: float, freedom: int) -> float:

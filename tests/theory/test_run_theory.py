@@ -15,7 +15,7 @@ from megatron_lion.commands import toy as toy_verb
 from megatron_lion.errors import CheckpointError, ConfigError, StorageError
 from megatron_lion.runs.record import read_run
 from megatron_lion.theory.advice import advise, implied_smoothness
-from megatron_lion.theory.estimate import estimate_gap, estimate_noise, estimate_smoothness
+from megatron_lion.theory.estimate import estimate_gap, estimate_smoothness, estimate_variance
 
 D, L, SIGMA2, STEPS, BATCHES = 400, 3.0, 0.5, 400, 20
 
@@ -91,7 +91,7 @@ def test_run_without_dimension_or_probes_says_so(tmp_path):
 def test_estimates_know_the_truth(run_folders):
     for folder in run_folders:
         run = read_run(folder)
-        noise = estimate_noise(run)
+        noise = estimate_variance(run)
         assert noise is not None
         # While ∇f is large and falls fast, its curvature between probes is the main error; the end is quiet.
         assert not noise.trusted[:6].any()
