@@ -151,6 +151,15 @@ def test_theory_verb_says_that_a_constant_still_grows(tmp_path, capsys):
     assert "A maximum at the last K still grows" in capsys.readouterr().out
 
 
+def test_theory_verb_plans_the_whole_schedule_of_a_run_stopped_early(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    settings["train"]["stop_after"] = 50
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    call(theory_verb, folder)
+    assert f"- K = {STEPS}, d = {D}" in capsys.readouterr().out
+
+
 def test_theory_verb_says_what_it_cannot_estimate(tmp_path, capsys):
     folder = write_run(tmp_path / "run", optimizer="sgd")
     call(theory_verb, folder)
