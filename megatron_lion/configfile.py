@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_set
 
 from megatron_lion.config import RunConfig
 from megatron_lion.errors import ConfigError
+from megatron_lion.files import write_whole
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -98,10 +99,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved settings as YAML, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(dump_config(config))
-    temporary.replace(path)
+    """Writes the resolved settings as YAML, atomically and durably: checkpoints are of no use without them.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    write_whole(path, dump_config(config).encode())
 
 
 def dump_config(config: RunConfig) -> str:

@@ -18,7 +18,7 @@ import torch
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import CheckpointError, ConfigError
 from megatron_lion.evaluate.open_run import RestoredRun
-from megatron_lion.files import storage_errors, sync_folder
+from megatron_lion.files import storage_errors, sync_folder, write_whole
 from megatron_lion.interop.hf_folder import SINGLE, shape_of, write_model_config
 from megatron_lion.interop.model_card import model_card
 from megatron_lion.interop.weight_names import to_huggingface
@@ -116,9 +116,8 @@ def _write(
         ids = {f"{name}_token_id": index for name, index in special.items() if index is not None}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     run.tokenizer.save(folder)
-    (folder / "README.md").write_text(
-        model_card(run.run_dir, run.config, manifest, run.vocab_size, dtype), encoding="utf-8"
-    )
+    card = model_card(run.run_dir, run.config, manifest, run.vocab_size, dtype)
+    write_whole(folder / "README.md", card.encode())
 
 
 def huggingface_special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_export(
     command = ["export", str(folder / "run"), "--output", str(tmp_path / "hf"), "--device", "cpu", *words]
     assert says in refused(command, code, capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_reaches_the_disk_before_it_gets_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[tuple[int, int]] = set()
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        facts = os.fstat(handle)
+        synced.add((facts.st_dev, facts.st_ino))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    command = ["export", str(folder / "run"), "--output", str(tmp_path / "hf"), "--device", "cpu", "--check", "false"]
+    assert main(command) == 0
+    for name in ("config.json", "generation_config.json", "README.md"):
+        facts = (tmp_path / "hf" / name).stat()
+        assert (facts.st_dev, facts.st_ino) in synced, name
 
 
 def test_export_never_replaces_what_it_did_not_make(

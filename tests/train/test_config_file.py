@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import types
 import typing
 from pathlib import Path
@@ -15,8 +17,8 @@ from properties import examples
 
 from megatron_lion import config as config_module
 from megatron_lion.config import RunConfig
-from megatron_lion.configfile import dump_config, known_keys, load_config
-from megatron_lion.errors import ConfigError
+from megatron_lion.configfile import dump_config, known_keys, load_config, save_config
+from megatron_lion.errors import ConfigError, StorageError
 
 TEXT = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "Zs"]), min_size=1, max_size=12)
 AWKWARD = ["no", "yes", "1e-4", "0x10", "a: b", "#x", "a #b", "~", "- #", "1_000", "2024-01-01", " lead"]
@@ -119,3 +121,34 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "binary.yaml")
     with pytest.raises(ConfigError):
         load_config(tmp_path)
+
+
+def test_settings_reach_the_disk_before_they_get_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a crash config.yaml is the old one or the new one: checkpoints are of no use without it."""
+    path = tmp_path / "config.yaml"
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        events.append(f"fsync {'folder' if os.path.samestat(os.fstat(handle), os.stat(tmp_path)) else 'file'}")
+        fsync(handle)
+
+    def noted_replace(*names: Any) -> None:
+        events.append("replace")
+        replace(*names)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    config = RunConfig(name="first")
+    save_config(config, path)
+    assert events == ["fsync file", "replace", "fsync folder"]
+    assert load_config(path) == config
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"config\.yaml: cannot be written: No space left on device"):
+        save_config(RunConfig(name="second"), path)
+    assert load_config(path) == config
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
