@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_lion.errors import EnvironmentFault
 from megatron_lion.jobs import job_words
+from megatron_lion.shipped import shipped_folder
 from megatron_lion.sweep.execute import job_arguments
 from megatron_lion.sweep.plan import PlannedRun, as_typed
 from megatron_lion.sweep.sweep_file import Sweep
@@ -23,48 +24,13 @@ trap 'exit 75' INT TERM          # Ctrl-C: the run saves, and no other begins
 
 {commands}"""
 
-_SLURM = """#!/usr/bin/env bash
-# SLURM job array: {count} of the sweep in {folder} ({config}), a task each.
-# On preemption or at the time limit SLURM sends SIGUSR1, the run saves and leaves with 75, and the task queues itself again.
-#
-#   sbatch {script}          (with --array=0-{last}%4 four at a time)
-#
-#SBATCH --job-name=megatron-lion-sweep
-#SBATCH --array=0-{last}
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
-#SBATCH --gpus-per-node={processes}
-#SBATCH --cpus-per-task={cpus}
-#SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@300
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output=slurm-%A_%a.out
-set -u
-
-SWEEP=${{SWEEP:-{quoted_folder}}}                  # its folder; each run has one in it
-LAUNCH=${{LAUNCH:-{launcher}}}              # of the repository
-export NPROC_PER_NODE=${{NPROC_PER_NODE:-{processes}}}           # GPUs a node
-export MASTER_PORT=${{MASTER_PORT:-$((29500 + SLURM_ARRAY_TASK_ID))}}
-export NNODES=$SLURM_JOB_NUM_NODES
-export JOB_ID=$SLURM_JOB_ID
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
-
-cd "${{SLURM_SUBMIT_DIR:-.}}" || exit 2
+_CHOICE = """SWEEP=${{SWEEP:-{folder}}}                  # its folder; each run has one in it
 case $SLURM_ARRAY_TASK_ID in
 {cases}
 *) echo "this sweep has no run $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;
 esac
-srun --kill-on-bad-exit=1 "$LAUNCH" "$SWEEP/base.yaml" --run_dir "$SWEEP/$name" "$@" &
-step=$!
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID.0" 2>/dev/null || kill -USR1 "$step"' USR1 TERM
-wait "$step"; code=$?
-while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done
-echo "$code" > "$SWEEP/exits/$name"
-[ "$code" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"
-exit "$code"
-"""
+set -- "$SWEEP/base.yaml" --run_dir "$SWEEP/$name" "$@"
+exit_file=$SWEEP/exits/$name"""
 
 
 def shell_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> str:
@@ -81,16 +47,16 @@ def shell_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> st
 
 
 def slurm_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int, script: Path) -> str:
-    """An array job in the manner of launch/slurm.sbatch; tasks run beside each other, each with its own index files.
+    """launch/slurm.sbatch as an array job; tasks run beside each other, each with its own index files.
 
     Args:
         sweep: whose runs.
         runs: those that are missing, one a task.
         processes: GPUs of a node.
-        script: where it will lie, for the line that tells how to submit it.
+        script: where it will be written, for the line that shows how to submit it.
 
     Raises:
-        EnvironmentFault: the package is not in a checkout, so that launch/torchrun.sh is not there.
+        EnvironmentFault: launch/ was not installed with the package, or a line of the template is not there.
     """
     cases = [
         f"{place}) name={shlex.quote(run.name)}; set -- "
@@ -98,22 +64,38 @@ def slurm_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int, scrip
         + " ;;"
         for place, run in enumerate(runs)
     ]
-    return _SLURM.format(
-        count=_count(runs), folder=sweep.folder, config=sweep.config, script=script, last=len(runs) - 1,
-        processes=processes, cpus=4 * processes, quoted_folder=shlex.quote(str(sweep.folder)), cases="\n".join(cases),
-        launcher=shlex.quote(os.path.relpath(_launcher())),
-    )  # fmt: skip
+    launch = shipped_folder("launch")
+    last = len(runs) - 1
+    choice = _CHOICE.format(folder=shlex.quote(str(sweep.folder)), cases="\n".join(cases))
+    return _with_lines(
+        launch / "slurm.sbatch",
+        {
+            "# SLURM job": f"# SLURM job array: {_count(runs)} of the sweep in {sweep.folder} ({sweep.config}), a task each.",
+            "#   sbatch ": f"#   sbatch {script}          (with --array=0-{last}%4 four at a time)",
+            "#SBATCH --job-name": f"#SBATCH --job-name=megatron-lion-sweep\n#SBATCH --array=0-{last}",
+            "#SBATCH --nodes": "#SBATCH --nodes=1",
+            "#SBATCH --gpus-per-node": f"#SBATCH --gpus-per-node={processes}",
+            "#SBATCH --cpus-per-task": f"#SBATCH --cpus-per-task={4 * processes}",
+            "#SBATCH --output": "#SBATCH --output=slurm-%A_%a.out",
+            "LAUNCH=": f"LAUNCH=${{LAUNCH:-{shlex.quote(os.path.relpath(launch / 'torchrun.sh'))}}}",
+            "export NPROC_PER_NODE=": f"export NPROC_PER_NODE=${{NPROC_PER_NODE:-{processes}}}           # GPUs a node",
+            "# A sweep chooses": choice,
+        },
+    )
+
+
+def _with_lines(template: Path, lines: dict[str, str]) -> str:
+    """The text of a template with other lines in place of those that begin with the keys."""
+    text = template.read_text(encoding="utf-8").splitlines()
+    for start, line in lines.items():
+        places = [place for place, old in enumerate(text) if old.startswith(start)]
+        if len(places) != 1:
+            raise EnvironmentFault(
+                f"--slurm: {template} has {len(places)} lines that begin with '{start}', expected one; restore the file, or use --print"
+            )
+        text[places[0]] = line
+    return "\n".join(text) + "\n"
 
 
 def _count(runs: Sequence[PlannedRun]) -> str:
     return f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
-
-
-def _launcher() -> Path:
-    path = Path(__file__).resolve().parents[2] / "launch" / "torchrun.sh"
-    if not path.is_file():
-        raise EnvironmentFault(
-            "--slurm: the script calls launch/torchrun.sh of a checkout of the repository, which is not installed with the "
-            "package; run this in a checkout, or use --print"
-        )
-    return path

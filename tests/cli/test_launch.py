@@ -114,3 +114,18 @@ def test_processes_a_node(answer: str, has_driver: bool, processes: int, tmp_pat
     assert job.returncode == 3, error
     assert int((tmp_path / "world_size").read_text()) == processes
     assert (tmp_path / "asked").exists() == has_driver
+
+
+def test_the_first_of_several_failed_ranks_counts(tmp_path: Path) -> None:
+    """The ranks that lose their peer fail too, with another code; the launcher asks this command."""
+    command = [sys.executable, "-m", "megatron_lion.jobs", "first-exit-code", str(tmp_path)]
+
+    def answer() -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO).stdout
+
+    assert answer() == ""
+    for rank, (code, written) in enumerate([(8, 3000), (5, 1000), (8, 2000)]):
+        path = tmp_path / f"exit.{rank}.json"
+        path.write_text(f'{{"rank": {rank}, "exit_code": {code}, "error": "x"}}')
+        os.utime(path, ns=(written, written))
+    assert answer() == "5\n"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -61,24 +63,32 @@ def test_several_processes_are_started_by_torchrun(words: list[str], capsys: pyt
     assert out.count("-m torch.distributed.run --nproc-per-node 2 ") == 3
 
 
+REPO = Path(__file__).resolve().parents[2]
 SLURM = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node0"}
 
 
 @pytest.fixture
-def array(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, dict[str, str]]:
-    """The array script, and an environment with a SLURM of three small scripts."""
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """An environment with a SLURM of three small scripts, and a launcher that records its arguments."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    executable(tools / "srun", 'shift; exec "$@"')
+    executable(tools / "scontrol", f'echo "$*" >> {tmp_path}/scontrol.log; echo node0')
+    executable(tools / "scancel", "exit 1")
+    launch = executable(tmp_path / "launch", f'printf "%s|" "$@" > {tmp_path}/launched; exit "${{CODE:-0}}"')
+    return {**os.environ, **SLURM, "PATH": f"{tools}:{os.environ['PATH']}", "LAUNCH": str(launch)}
+
+
+@pytest.fixture
+def array(
+    words: list[str], tmp_path: Path, slurm: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> tuple[Path, dict[str, str]]:
+    """The array script, and the environment to run it in."""
     assert main([*words, "--slurm", "--processes", "4"]) == 0
     script = tmp_path / "a sweep" / "sweep.sbatch"
     shown = capsys.readouterr()
     assert shown.out == f"sbatch '{script}'\n"
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    executable(tools / "srun", 'shift; "$@"')
-    executable(tools / "scontrol", f'echo "$*" >> {tmp_path}/scontrol.log; echo node0')
-    executable(tools / "scancel", "exit 1")
-    launch = executable(tmp_path / "launch", f'printf "%s|" "$@" > {tmp_path}/launched; exit "${{CODE:-0}}"')
-    environment = {**os.environ, **SLURM, "PATH": f"{tools}:{os.environ['PATH']}", "LAUNCH": str(launch)}
-    return script, environment
+    return script, slurm
 
 
 def test_an_array_task_runs_its_run(array: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
@@ -113,6 +123,60 @@ def test_a_stopped_task_queues_itself_again_and_a_failed_one_is_told(
     sweep = read_sweep(tmp_path / "a sweep")
     assert sweep is not None
     assert [entry.status for entry in sweep.runs] == ["waiting", "waiting", "failed"]
+
+
+def test_the_plain_job_launches_its_arguments_and_queues_itself_again(tmp_path: Path, slurm: dict[str, str]) -> None:
+    job = ["bash", str(REPO / "launch" / "slurm.sbatch"), "run.yaml", "--data.path", "[a b]"]
+    before = set(tmp_path.iterdir())
+    for code in (0, 5, 75):
+        done = subprocess.run(job, check=False, env={**slurm, "CODE": str(code)}, cwd=tmp_path)
+        assert done.returncode == code
+        assert (tmp_path / "launched").read_text() == "run.yaml|--data.path|[a b]|"
+        assert (tmp_path / "scontrol.log").read_text().count("requeue 77") == (code == 75)
+    assert {path.name for path in set(tmp_path.iterdir()) - before} == {"launched", "scontrol.log"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "array"])
+def test_the_signal_of_slurm_reaches_the_launcher(
+    kind: str, array: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    script, environment = array
+    executable(tmp_path / "launch", f"trap 'exit 75' USR1; touch {tmp_path}/ready; while :; do sleep 0.05; done")
+    path = script if kind == "array" else REPO / "launch" / "slurm.sbatch"
+    job = subprocess.Popen(["bash", str(path)], env={**environment, "SLURM_ARRAY_TASK_ID": "0"}, cwd=tmp_path)
+    try:
+        while not (tmp_path / "ready").exists():
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=60) == 75
+    finally:
+        job.kill()
+    assert (tmp_path / "scontrol.log").read_text().count("requeue 77") == 1
+    assert len(list((tmp_path / "a sweep" / "exits").iterdir())) == (kind == "array")
+
+
+def test_the_array_is_made_from_the_template(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line that a user adds is in the array too; without the line that chooses the run nothing is written."""
+    launch = tmp_path / "launch folder"
+    launch.mkdir()
+    monkeypatch.setattr("megatron_lion.sweep.scripts.shipped_folder", lambda name: launch)
+    text = (REPO / "launch" / "slurm.sbatch").read_text()
+    template, script = launch / "slurm.sbatch", tmp_path / "a sweep" / "sweep.sbatch"
+    template.write_text(text.replace("#SBATCH --requeue\n", "#SBATCH --requeue\n#SBATCH --partition=big\n"))
+    assert main([*words, "--slurm", "--processes", "2"]) == 0
+    made = script.read_text().splitlines()
+    assert "#SBATCH --partition=big" in made
+    asked = [line.split("=")[0] for line in made if line.startswith("#SBATCH")]
+    assert len(asked) == len(set(asked)) == text.count("\n#SBATCH") + 2, "the partition and --array"
+    assert "launch folder/torchrun.sh'}" in next(line for line in made if line.startswith("LAUNCH="))
+    script.unlink()
+    template.write_text(text.replace("# A sweep chooses", "# Somebody chose"))
+    assert main([*words, "--slurm"]) == 9
+    assert "has 0 lines that begin with '# A sweep chooses'" in capsys.readouterr().err
+    assert not script.exists()
 
 
 def test_nothing_is_written_for_runs_that_are_finished(
