@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import filelock
 import pytest
 
 from megatron_lion.errors import BusyError, StorageError
@@ -76,6 +77,22 @@ def test_the_second_process_is_refused_and_learns_who_holds_it(tmp_path: Path) -
         process.wait(timeout=60)
     mine(path)
     assert path.read_text() == f"pid {os.getpid()} on {socket.gethostname()}\n"
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_the_end_of_the_block_frees_it(
+    error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not when Python discards the lock object."""
+    kept = []
+    real = filelock.FileLock
+    monkeypatch.setattr(filelock, "FileLock", lambda *words, **named: kept.append(real(*words, **named)) or kept[0])
+    with pytest.raises(error) if error else nullcontext(), file_lock(tmp_path / "lock", "THE RUN", "WAIT"):
+        assert kernel_says_held(tmp_path / "lock")
+        if error:
+            raise error
+    assert len(kept) == 1
+    assert not kernel_says_held(tmp_path / "lock")
 
 
 def test_a_killed_holder_frees_it(tmp_path: Path) -> None:
