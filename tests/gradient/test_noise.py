@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 import torch
 from distributed import run_distributed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from probe_cases import probe_config
+from properties import examples
 from tiny import opened_run
 
 from megatron_lion.gradient.coordinate_sample import CoordinateSample, Group
@@ -81,7 +82,7 @@ def simulated_groups(n, d, signal_std, noise_std, generator):
     return signal, groups, whole, norms
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(n=st.integers(8, 40), noise=st.floats(0.5, 10.0), seed=st.integers(0, 10**6))
 def test_noise_estimates_are_unbiased(n, noise, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -125,7 +126,7 @@ def test_one_batch_tells_nothing_of_noise():
 
 
 @given(n=st.integers(1, 5000))
-@settings(max_examples=50, derandomize=True)
+@examples(50)
 def test_rungs_double_and_end_with_all(n):
     rungs = rungs_of(n)
     assert rungs[0] == 1
@@ -135,7 +136,7 @@ def test_rungs_double_and_end_with_all(n):
 
 
 @given(signal=st.floats(0.1, 10), variance=st.floats(0, 100), small=st.integers(1, 5), factor=st.integers(2, 50))
-@settings(max_examples=50, derandomize=True)
+@examples(50)
 def test_mccandlish_inverts_its_model(signal, variance, small, factor):
     big = small * factor
     found = mccandlish(signal + variance / small, small, signal + variance / big, big)
