@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
 from megatron_lion.optim import cpp_compiler
+from megatron_lion.optim.lion import Lion
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The C++ loop is for tensors on a CPU, and needs a compiler.
@@ -62,3 +65,27 @@ def same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> boo
 
 def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def after_steps_on_views(
+    implementation: str, lengths: Sequence[int], first: int, device: torch.device | str, **options: Any
+) -> Lion:
+    """Two steps on neighbouring views of one bf16 buffer that begin at element `first`, in two groups.
+
+    The gradients and the elements on both sides of the views must stay as they are.
+    """
+    generator = torch.Generator().manual_seed(first)
+    values = torch.randn(first + sum(lengths) + 5, generator=generator).to(device, torch.bfloat16)
+    grads = torch.randn(values.shape, generator=generator).to(device)
+    buffer, grad_buffer = values.clone(), grads.clone()
+    params = [torch.nn.Parameter(view) for view in buffer[first:-5].split(list(lengths))]
+    for param, grad in zip(params, grad_buffer[first:-5].split(list(lengths)), strict=True):
+        param.decoupled_grad = grad
+    groups = [{"params": params[:3], "weight_decay": 0.1}, {"params": params[3:], "lr": 0.1}]
+    optimizer = Lion(groups, lr=0.01, implementation=implementation, **options)
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(grad_buffer, grads)
+    assert torch.equal(buffer[:first], values[:first])
+    assert torch.equal(buffer[-5:], values[-5:])
+    return optimizer

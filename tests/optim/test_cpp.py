@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lion_cases import HAS_COMPILER, MASTERS, MOMENTA, same_bits, same_state
+from lion_cases import HAS_COMPILER, MASTERS, MOMENTA, after_steps_on_views, same_bits, same_state
 
 from megatron_lion.optim import cpp, cpp_compiler
 from megatron_lion.optim import lion as lion_module
@@ -31,44 +31,15 @@ def no_memory_of_builds():
         cache.cache_clear()
 
 
-def views(buffer, lengths, first):
-    places = []
-    for length in lengths:
-        places.append(buffer[first : first + length])
-        first += length
-    return places
-
-
 @pytest.mark.parametrize("first", [0, 1, 3])
 @pytest.mark.parametrize("mode", [("split32", "fp32"), ("split24", "int8"), ("none", "bf16")])
 def test_threads_chunks_and_odd_offsets_leave_no_seam(first, mode, monkeypatch):
     """Shards begin anywhere; lengths lie around a block's, a chunk's and several threads' ends; one is empty."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     lengths = (3 * CHUNK + 1, 0, 511, 512, 513, 1, 31, 33, CHUNK)
-    generator = torch.Generator().manual_seed(first)
-    values = torch.randn(first + sum(lengths) + 5, generator=generator).to(torch.bfloat16)
-    grads = torch.randn(values.shape, generator=generator)
-    ends = {}
-    for implementation in ("reference", "cpp"):
-        buffer, grad_buffer = values.clone(), grads.clone()
-        params = [torch.nn.Parameter(view) for view in views(buffer, lengths, first)]
-        for param, grad in zip(params, views(grad_buffer, lengths, first), strict=True):
-            param.decoupled_grad = grad
-        optimizer = Lion(
-            [{"params": params[:3], "weight_decay": 0.1}, {"params": params[3:], "lr": 0.1}],
-            lr=0.01,
-            cautious=True,
-            implementation=implementation,
-            master_weights=mode[0],
-            momentum=mode[1],
-        )
-        for _ in range(2):
-            optimizer.step()
-        assert torch.equal(grad_buffer, grads)
-        assert torch.equal(buffer[:first], values[:first])
-        assert torch.equal(buffer[-5:], values[-5:])
-        ends[implementation] = optimizer
-    assert same_state(ends["reference"], ends["cpp"])
+    options = {"cautious": True, "master_weights": mode[0], "momentum": mode[1]}
+    expected, found = (after_steps_on_views(name, lengths, first, "cpu", **options) for name in ("reference", "cpp"))
+    assert same_state(expected, found)
 
 
 @pytest.mark.parametrize("master_weights", MASTERS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lion_cases import DEVICE, MASTERS, MOMENTA, same_bits, same_state
+from lion_cases import DEVICE, MASTERS, MOMENTA, after_steps_on_views, same_bits, same_state
 
 from megatron_lion.optim import kernel_launch
 from megatron_lion.optim.layouts import PackedLayout
@@ -14,43 +14,16 @@ from megatron_lion.optim.precision import int8_bytes
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
 
-def shards_of(buffer, lengths, first):
-    """Neighbouring views of a buffer, the first at element `first`."""
-    views = []
-    for length in lengths:
-        views.append(buffer[first : first + length])
-        first += length
-    return views
-
-
 @pytest.mark.parametrize("first", [0, 1, 3, 64])
 @pytest.mark.parametrize("mode", [("split32", "fp32"), ("split24", "int8"), ("fp32", "bf16")])
 def test_views_at_any_offset_are_updated_and_their_neighbours_left_alone(first, mode):
     """Shards begin where a rank's share begins: lengths around a program's, odd starts, an empty one."""
     lengths = (kernel_launch.BLOCK - 1, kernel_launch.BLOCK, 0, kernel_launch.BLOCK + 1, 1, 31, 33)
-    generator = torch.Generator().manual_seed(first)
-    values = torch.randn(first + sum(lengths) + 5, generator=generator).to(DEVICE, torch.bfloat16)
-    grads = torch.randn(values.shape, generator=generator).to(DEVICE)
-    ends = {}
-    for implementation in ("reference", "triton"):
-        buffer, grad_buffer = values.clone(), grads.clone()
-        params = [torch.nn.Parameter(view) for view in shards_of(buffer, lengths, first)]
-        for param, grad in zip(params, shards_of(grad_buffer, lengths, first), strict=True):
-            param.decoupled_grad = grad
-        optimizer = Lion(
-            [{"params": params[:3], "weight_decay": 0.1}, {"params": params[3:], "lr": 0.1}],
-            lr=0.01,
-            implementation=implementation,
-            master_weights=mode[0],
-            momentum=mode[1],
-        )
-        for _ in range(2):
-            optimizer.step()
-        assert torch.equal(grad_buffer, grads)
-        assert torch.equal(buffer[:first], values[:first])
-        assert torch.equal(buffer[-5:], values[-5:])
-        ends[implementation] = optimizer
-    assert same_state(ends["reference"], ends["triton"])
+    options = {"master_weights": mode[0], "momentum": mode[1]}
+    expected, found = (
+        after_steps_on_views(name, lengths, first, DEVICE, **options) for name in ("reference", "triton")
+    )
+    assert same_state(expected, found)
 
 
 @pytest.mark.parametrize("master_weights", MASTERS)
