@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_lion.config import RunConfig
-from megatron_lion.determinism import deterministic
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import NumericsError, StoppedOnRequest
 from megatron_lion.files import storage_errors
@@ -26,19 +25,19 @@ from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.logs import log_file
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.optim.parameter_shards import nonfinite_gradients
-from megatron_lion.parallel import Ranks, agree, broadcast_object, process_groups
+from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.paths import environment_file, facts_file, rank_log_file, tokenizer_folder
 from megatron_lion.runs.probes import probe_file
 from megatron_lion.runs.steps import find_latest
-from megatron_lion.signals import stop_signals
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.console import TrainProgress, announce
 from megatron_lion.train.random_state import random_state_kept
 from megatron_lion.train.restore import is_import, restore_run
 from megatron_lion.train.run import Run, build_run, save_run, sync_parameters
 from megatron_lion.train.schedule import lr_at
+from megatron_lion.train.session import session
 from megatron_lion.train.step import TrainStep, mean_losses, train_step
 
 logger = logging.getLogger(__name__)
@@ -53,18 +52,8 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
         ConfigError, DataError, CheckpointError, StorageError, BusyError: before anything was computed.
     """
     device = select_device(config.device)
-    parallel = config.parallel
     with ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
-        stack.enter_context(deterministic(config.train.deterministic))
-        ranks = stack.enter_context(
-            process_groups(
-                device,
-                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-                timeout_s=parallel.timeout_s,
-            )
-        )
+        stop, ranks = stack.enter_context(session(config, device))
         run_dir = Path(config.run_dir)
         with agree("opening the run folder"):
             if ranks.is_main:

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import ParallelConfig, ProbeConfig, RunConfig
 from megatron_lion.config_checks import check_config
-from megatron_lion.determinism import deterministic
 from megatron_lion.device import select_device
 from megatron_lion.errors import BusyError, StoppedOnRequest
 from megatron_lion.files import storage_errors
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.jobs import world_size_from_env
-from megatron_lion.parallel import agree, broadcast_object, process_groups
+from megatron_lion.parallel import agree, broadcast_object
 from megatron_lion.runs.folder import locked, read_config, write_json
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.probes import probe_file, read_probe
 from megatron_lion.runs.steps import open_checkpoint, step_folder
-from megatron_lion.signals import stop_signals
 from megatron_lion.train.restore import restore_run, restore_weights, why_no_state
 from megatron_lion.train.run import Run, build_run
+from megatron_lion.train.session import session
 
 _log = logging.getLogger(__name__)
 _SETTINGS = ("num_batches", "data", "dropout")
@@ -108,18 +106,7 @@ def probe_checkpoints(
     """
     run_dir = Path(config.run_dir)
     device = select_device(config.device)
-    parallel = config.parallel
-    with ExitStack() as stack:
-        stop = stack.enter_context(stop_signals())
-        stack.enter_context(deterministic(config.train.deterministic))
-        ranks = stack.enter_context(
-            process_groups(
-                device,
-                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-                pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-                timeout_s=parallel.timeout_s,
-            )
-        )
+    with session(config, device) as (stop, ranks):
         run: Run | None = None
         for step in steps:
             path = _result_path(run_dir, step, config.probe)

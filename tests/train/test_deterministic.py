@@ -122,7 +122,7 @@ def watched_runs(rank: int, config: Any, probe_dir: str) -> dict[str, Any]:
 
     from megatron_lion.config import ParallelConfig
     from megatron_lion.model import attention
-    from megatron_lion.train import loop, probe_checkpoints
+    from megatron_lion.train import loop, probe_checkpoints, session
 
     for name in VARIABLES:
         os.environ.pop(name, None)
@@ -146,7 +146,7 @@ def watched_runs(rank: int, config: Any, probe_dir: str) -> dict[str, Any]:
         seen["efficient"].add(torch.backends.cuda.mem_efficient_sdp_enabled())
         return plain_attend(*args, **kwargs)
 
-    watch(loop, "process_groups", "process groups")
+    watch(session, "process_groups", "process groups")
     watch(loop, "build_run", "model")
     watch(loop, "train_step", "step")
     choose, plain_attend = attention.reproducible_kernels, F.scaled_dot_product_attention
@@ -154,7 +154,7 @@ def watched_runs(rank: int, config: Any, probe_dir: str) -> dict[str, Any]:
     tiny.train(config)
     seen["after"] = switches()
 
-    watch(probe_checkpoints, "process_groups", "probe's process groups")
+    watch(session, "process_groups", "probe's process groups")
     watch(probe_checkpoints, "probe_run", "probe")
     settings = probe_checkpoints.probe_config(Path(config.run_dir), probe={"num_batches": 1}, parallel=ParallelConfig())
     list(probe_checkpoints.probe_checkpoints(dataclasses.replace(settings, device="cpu"), [2]))
