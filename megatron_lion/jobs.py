@@ -93,7 +93,13 @@ class Jobs:
         if self.asked:
             return STOPPED
         with tempfile.TemporaryDirectory() as folder:
-            environment = {"OMP_NUM_THREADS": "1", **os.environ, "MEGATRON_LION_EXIT_DIR": folder}
+            # launch/torchrun.sh of an installed package has no .venv beside it: it runs this interpreter.
+            environment = {
+                "OMP_NUM_THREADS": "1",
+                "PYTHON": sys.executable,
+                **os.environ,
+                "MEGATRON_LION_EXIT_DIR": folder,
+            }
             self._process = subprocess.Popen(
                 command, env=environment, stdout=stdout, start_new_session=True, preexec_fn=_end_with_parent
             )
