@@ -1,4 +1,4 @@
-"""The Triton kernel that counts, for Cautious LION, the elements that would move with their gradient."""
+"""Triton kernel for Cautious LION: counts the elements where the update and the gradient have the same sign."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def _count_chunk(
     offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
     grads = pointers(tl.load(row + GRAD), GRAD_TYPE, start, offsets, ALIGNED)
     g, m = load_grad_and_momentum(grads, exp_avgs, scales, mask, scale_mask, multiplier, MOMENTUM, BEGIN, MASKED)
-    agrees = sign_or_nan(g, m, group) * g > 0  # beyond the mask g is 0
+    agrees = sign_or_nan(g, m, group) * g > 0  # masked lanes load g = 0, so they never count
+    # Programs add in any order. The sum is an integer, so the order does not change φ; a float sum would.
     tl.atomic_add(counts + tl.load(row + SLOT), tl.sum(agrees.to(tl.int64)))
 
 
@@ -55,7 +56,10 @@ def agreement_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Adds to `counts`, int64 [tensors], the elements whose sign is that of their gradient; else as `lion_kernel`."""
+    """Adds to `counts`, int64 [tensors], the number of elements where update and gradient have the same sign.
+
+    The other arguments are those of `lion_kernel`.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(chunks + 2 * program).to(tl.int64) * ROW
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK

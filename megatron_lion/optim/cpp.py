@@ -1,9 +1,9 @@
-"""LION on a CPU: one pass over each tensor in C++ (`lion.cpp`), whatever form its state is kept in.
+"""LION on a CPU: one pass over each tensor in C++ (`lion.cpp`), in every precision mode.
 
-`torch.compile` was tried first (2026-11-24, torch 2.13.0, one core of an EPYC, 7.8M parameters): float32 takes it 4.0 ms
-after 13 CPU seconds of compiling, split32 71 ms, because inductor makes no vectors of int16, and int8 momentum 107 ms, with
-wrong bits unless `emulate_precision_casts` is set; every mode, dtype and option compiles anew. This file takes the
-compiler one second for all of them together and 3.7, 3.7 and 6.8 ms a step.
+`torch.compile` was measured first (2026-11-24, torch 2.13.0, one core of an EPYC, 7.8M parameters). A float32 step takes
+4.0 ms after 13 CPU seconds of compiling. split32 takes 71 ms, because inductor does not vectorise int16. int8 momentum
+takes 107 ms, with wrong bits unless `emulate_precision_casts` is set. Every mode, dtype and option is compiled separately.
+`lion.cpp` compiles in one second for all of them and takes 3.7, 3.7 and 6.8 ms a step.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .update import PlainLayout, Slot, reference_step
 
 logger = logging.getLogger(__name__)
 
-# Forms of tensors as lion.cpp numbers them.
+# Numbers of the tensor forms in lion.cpp (enum Form).
 DTYPES = {torch.float32: 1, torch.bfloat16: 2}
 FORMS = {"none": 0, "fp32": 1, "bf16": 2, "int8": 3, "split32": 4, "split24": 5}
 
 
 class _Work(ctypes.Structure):
-    """The argument of lion.cpp's `lion_step`."""
+    """The argument of lion.cpp's `lion_step`; the fields must match its struct Work."""
 
     _fields_ = (
         ("rows", ctypes.c_void_p),
@@ -49,7 +49,7 @@ class _Work(ctypes.Structure):
 
 
 def cpp_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
-    """One LION step; float16 and float64 tensors go through `foreach_step`.
+    """Takes one LION step; float16 and float64 tensors go through `foreach_step`.
 
     The arguments are those of `megatron_lion.optim.update.reference_step`.
     """
@@ -63,7 +63,7 @@ def cpp_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier
 def count_agreement(
     slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None
 ) -> torch.Tensor:
-    """As `megatron_lion.optim.cautious.count_agreement`."""
+    """Returns the counts of `megatron_lion.optim.cautious.count_agreement`, int64 [P]."""
     counts = torch.zeros(len(slots), dtype=torch.int64)
     _run(slots, layout, begin, multiplier, counts=counts)
     others = [number for number, slot in enumerate(slots) if not _suits(slot)]
@@ -74,25 +74,25 @@ def count_agreement(
 
 @functools.cache
 def why_not() -> str | None:
-    """Why there is no library on this machine, told once in the log too; None where there is one."""
+    """Returns the reason the C++ library is unavailable, or None. Logged once."""
     try:
         library()
     except BuildError as error:
-        logger.warning("LION on the CPU takes its slower foreach path: %s", error)
+        logger.warning("LION on the CPU uses the slower foreach path: %s", error)
         return str(error)
     return None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled loop, built and held against the reference at the first call of a process.
+    """Returns the compiled loop; the first call of a process builds it and compares it with the reference.
 
     Raises:
-        BuildError: no compiler, one that fails, or one whose code computes other bits.
+        BuildError: there is no compiler, it fails, or its code computes other bits than the reference.
     """
     built = build_library("lion.cpp")
     if not _same_bits(built):
-        raise BuildError("the compiler's code does not compute what the reference does; set CXX to another compiler")
+        raise BuildError("the compiled code computes other bits than the reference; set CXX to another compiler")
     return built
 
 
@@ -110,7 +110,7 @@ def _run(
     counts: torch.Tensor | None = None,
     loop: ctypes.CDLL | None = None,
 ) -> None:
-    """Hands the tensors that suit to the compiled loop, those of one kind together."""
+    """Calls the compiled loop once for each combination of dtypes and master form, on the tensors that it supports."""
     groups = list({id(slot.group): slot.group for slot in slots}.values())
     index = {id(group): number for number, group in enumerate(groups)}
     kinds: dict[tuple[int, int, int], list[Row]] = {}
@@ -118,6 +118,7 @@ def _run(
         if _suits(slot):
             kind = DTYPES[slot.param.dtype], DTYPES[slot.grad.dtype], FORMS[master_form(slot, layout)]
             kinds.setdefault(kind, []).append(row_of(slot, layout, index[id(slot.group)], number))
+    # `hyper`, `table`, `cautions` and `counts` own the memory that the loop addresses; they must live until it returns.
     hyper = torch.tensor([hyper_parameters(group, float(group["lr"])) for group in groups], dtype=torch.float32)
     for (param, grad, master), rows in kinds.items():
         table = torch.tensor(rows, dtype=torch.int64)
@@ -127,7 +128,7 @@ def _run(
             groups=hyper.data_ptr(),
             cautions=None if cautions is None else cautions.data_ptr(),
             counts=None if counts is None else counts.data_ptr(),
-            multiplier=1.0 if multiplier is None else float(multiplier),
+            multiplier=1.0 if multiplier is None else float(multiplier),  # g · 1 is exactly g
             begin=begin,
             param=param,
             grad=grad,
@@ -139,10 +140,15 @@ def _run(
 
 
 def _same_bits(loop: ctypes.CDLL) -> bool:
-    """Whether two steps of the compiled loop are the reference's: a compiler may take liberties without being asked."""
+    """Returns whether two steps of the compiled loop equal the reference bit for bit.
+
+    FLAGS do not guarantee it: CXX may carry flags such as -Ofast.
+    """
+    # A generator for this check alone: drawing from torch's would change the dropout of the run that calls it.
     generator = torch.Generator().manual_seed(1)
     layout = PackedLayout("split32", "int8")
     group = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    # 999 elements: a whole block of lion.cpp (512), a partial one, and an int8 block of fewer than 32.
     start, *gradients = (torch.randn(999, generator=generator) for _ in range(3))
     gradients[0][:3] = torch.tensor([0.0, float("nan"), float("inf")])
     ends = []

@@ -1,8 +1,8 @@
-"""Compiles a C++ file beside this one into a library, once for each machine, and loads it.
+"""Compiles a C++ file of this folder into a shared library, once for each machine, and loads it.
 
-The library is kept in `$XDG_CACHE_HOME/megatron-lion` (`~/.cache/megatron-lion`) under a name made from source, compiler,
-flags and processor. Processes that need it at the same time wait for one of them; a library appears there whole, by
-renaming. Where the folder cannot be written or used, each process builds for itself.
+The library is kept in `$XDG_CACHE_HOME/megatron-lion` (`~/.cache/megatron-lion`). Its name is a hash of source, compiler,
+flags and processor. If several processes need it at the same time, one builds it and the others wait. It is renamed into
+place when it is complete. If the folder cannot be written or used, each process builds a library for itself.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from megatron_lion.errors import BusyError, StorageError
 from megatron_lion.files import file_lock
 
 COMPILERS = ("c++", "g++", "clang++")
-# Nothing here lets the compiler change a result: no fused multiply-add, no other order, NaN and the sign of 0 kept.
+# No flag lets the compiler change a result: no fused multiply-add, no other order; NaN and the sign of 0 are kept.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 TIMEOUT_S = 300
 
 
 class BuildError(RuntimeError):
-    """There is no compiler, or it failed."""
+    """The library cannot be built or loaded, or it computes other bits than the reference."""
 
 
 def build_library(name: str) -> ctypes.CDLL:
-    """The library made from the file `name` of this folder.
+    """Returns the library built from the file `name` of this folder.
 
     Raises:
-        BuildError: it cannot be built or loaded here; the message says why.
+        BuildError: it cannot be built or loaded on this machine; the message has the reason.
     """
     source = Path(__file__).with_name(name)
     compiler = _compiler()
@@ -49,10 +49,12 @@ def build_library(name: str) -> ctypes.CDLL:
         with _alone(target.with_suffix(".lock")):
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                    # On the same file system, so the rename is atomic: no process can load half a library.
                     os.replace(_compile(compiler, source, Path(scratch)), target)
         return _load(target)
-    except (OSError, BusyError):  # a folder that is read-only, full, or mounted so that nothing in it is executed
+    except (OSError, BusyError):  # the folder is read-only, full or mounted noexec, or its lock is never released
         try:
+            # The folder may be removed after loading: the process keeps the file mapped.
             with tempfile.TemporaryDirectory(prefix="megatron-lion-") as scratch:
                 return _load(_compile(compiler, source, Path(scratch)))
         except OSError as error:
@@ -60,7 +62,7 @@ def build_library(name: str) -> ctypes.CDLL:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Loads a library. One that was linked for -ffast-math flushes subnormal numbers to 0 in the whole process: that is undone."""
+    """Loads a library. If it was linked with -ffast-math, loading flushes subnormals to 0 in the process; this is undone."""
     had_subnormals = _has_subnormals()
     library = ctypes.CDLL(str(path))
     if had_subnormals and not _has_subnormals():
@@ -73,7 +75,7 @@ def _has_subnormals() -> bool:
 
 
 def _compiler() -> list[str]:
-    """The command that compiles: CXX, which may carry arguments or a wrapper, or the first that is found."""
+    """Returns the compile command: CXX, which may hold arguments or a wrapper, or the first compiler on the path."""
     wanted = os.environ.get("CXX")
     for name in (wanted,) if wanted else COMPILERS:
         command = shlex.split(name)
@@ -85,7 +87,7 @@ def _compiler() -> list[str]:
 def _compile(compiler: list[str], source: Path, folder: Path) -> Path:
     output = folder / "built.so"
     message = ""
-    for native in (("-march=native",), ()):  # not every compiler and processor knows it
+    for native in (("-march=native",), ()):  # some compilers reject it for some processors
         command = [*compiler, *FLAGS, *native, str(source), "-o", str(output)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
@@ -100,7 +102,7 @@ def _compile(compiler: list[str], source: Path, folder: Path) -> Path:
 def _cache_folder() -> Path:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-lion"
-    except RuntimeError as error:  # no home
+    except RuntimeError as error:  # Path.home(): there is no home folder
         raise OSError(str(error)) from error
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -114,7 +116,7 @@ def _fingerprint(source: Path, compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on; a home folder may be shared by several kinds of machine."""
+    """Returns what `-march=native` depends on, because machines of different kinds may share a home folder."""
     lines = [platform.machine()]
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as cpuinfo:
         for line in cpuinfo:
@@ -127,12 +129,13 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Lets one process after another build, if the file system can lock; otherwise all build the same library.
+    """Lets one process build at a time if the file system can lock; otherwise each builds the same library.
 
     Raises:
-        BusyError: another process has had the lock for longer than a build may take.
+        BusyError: another process has held the lock for longer than a build may take.
     """
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(StorageError):  # only of the lock: the block's own errors pass
+        with contextlib.suppress(StorageError):  # of taking the lock only; errors of the block itself propagate
+            # A build is at most two compilations, with and without -march=native; a minute is for the rest.
             stack.enter_context(file_lock(path, str(path), "end that process", wait_s=2 * TIMEOUT_S + 60))
         yield

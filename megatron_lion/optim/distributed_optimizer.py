@@ -1,8 +1,8 @@
-"""megatron-core's DistributedOptimizer for any inner optimizer: corrected saving and loading, and the fused step.
+"""megatron-core's DistributedOptimizer for any inner optimizer: correct saving and loading, and the fused step.
 
-Corrections, each in a fixed form:
+Corrections of upstream, each with the fact and when to remove it:
 - mcore 0.19.2: `get_parameter_state_dp_zero` drops the padding at bucket ends while its caller slices by offsets that
-  include it, so that a fully reshardable checkpoint of a model with padded buckets holds shifted state; remove
+  include it, so a fully reshardable checkpoint of a model with padded buckets holds shifted state; remove
   `get_parameter_state_dp_zero` below when it keeps the padding.
 - mcore 0.19.2: loaded tensors hold no "step" although the state does (KeyError without Transformer Engine); remove
   `_set_main_param_and_optimizer_states` below when it asks for the keys it was given.
@@ -23,7 +23,7 @@ STATE_KEYS = {"lion": ("exp_avg",), "sgd": ("momentum_buffer",), "adamw": ("exp_
 
 
 class StatefulDistributedOptimizer(DistributedOptimizer):
-    """DistributedOptimizer for any inner optimizer whose state is made eagerly and named in `state_keys`."""
+    """DistributedOptimizer for any inner optimizer whose state is created eagerly and listed in `state_keys`."""
 
     state_keys: tuple[str, ...] = ()
 
@@ -32,6 +32,7 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
         return self.state_keys
 
     def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        # super() asks for every tensor of the state, and skips a value that is no tensor: `step` keeps its value.
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
     def get_parameter_state_dp_zero(
@@ -47,7 +48,13 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
         return state
 
     def sharded_tensors(self, model_state: dict[str, Any], *, is_loading: bool, layout: str) -> dict[Any, Any]:
-        """State as ShardedTensors; the few plain numbers of the dp_reshardable layout stay out (the manifest has them)."""
+        """Returns the state as ShardedTensors; the dp_reshardable layout's plain numbers are left out (the manifest has them).
+
+        Args:
+            model_state: the model's sharded state.
+            is_loading: whether the tensors are destinations.
+            layout: "fully_reshardable" or "dp_reshardable".
+        """
         if layout == "fully_reshardable":
             return self.sharded_param_state_fully_reshardable(model_state, is_loading, {})
         state = self.sharded_param_state_dp_reshardable(model_state, is_loading, {})
@@ -56,15 +63,16 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
             for key, value in state.items()
         }
 
-    @torch.no_grad()  # fp32 master weights are views of the parameters themselves
+    @torch.no_grad()  # fp32 master weights are views of the parameters, which autograd forbids writing in place
     def load_sharded_tensors(self, state: dict[Any, Any], *, layout: str) -> None:
+        """Copies tensors that were loaded into `sharded_tensors` into master weights and optimizer state."""
         if layout == "fully_reshardable":
             self.load_parameter_state_from_fully_reshardable(state)
         else:
             self.load_parameter_state_from_dp_reshardable(state)
 
     def bucket_sizes(self) -> list[Any]:
-        """Elements of each bucket without padding: equal in two runs that can exchange dp_reshardable state."""
+        """Returns the elements of each bucket without padding; runs with equal ones can exchange dp_reshardable state."""
         return [sizes for buffer in self.per_bucket_numel_unpadded for sizes in buffer.values()]
 
 
@@ -72,48 +80,51 @@ class FusedDistributedOptimizer(StatefulDistributedOptimizer):
     """The precision-aware mode: the inner optimizer owns the master weights and writes the bf16 shard itself.
 
     No main→model copy, no gradient cast and no scaling pass run: the gradient buffer is read in place, and the clip
-    coefficient and the non-finite flag reach the kernel in device memory. Nothing waits for the device until the
-    caller reads the norm.
+    coefficient and the non-finite flag reach the kernel in device memory. The host does not wait for the device until
+    the caller reads the norm.
     """
 
     @torch.no_grad()
     def fused_step(self, clip_grad: float) -> torch.Tensor:
-        """One update.
+        """Takes one update.
 
         Args:
-            clip_grad: largest global gradient norm; 0 switches clipping off.
+            clip_grad: largest global gradient norm; 0 turns clipping off.
 
         Returns:
-            The gradient's norm before clipping, a float64 scalar on the device; where it is not finite, nothing was changed.
+            The gradient's norm before clipping, a float64 scalar on the device; if it is not finite, nothing was changed.
         """
         self.prepare_grads()
         norm = self._grad_norm_on_device()
         coefficient = None
         if clip_grad > 0.0:
-            # In float64 and then rounded, as upstream's Python arithmetic does: equal bits either way.
+            # In float64, then rounded to float32: the bits are those of upstream's Python arithmetic.
             coefficient = (clip_grad / (norm + 1.0e-6)).clamp(max=1.0).float()
+        # The norm is reduced over all ranks and is finite only if every gradient is, so all ranks skip the step alike.
         self.optimizer.step(grad_multiplier=coefficient, found_inf=(~torch.isfinite(norm)).float())
+        # Each rank wrote its own bf16 shard. With overlap the next forward pass gathers each bucket before it is used.
         if not self.ddp_config.overlap_param_gather:
             self.start_param_sync_for_bucket_group_subset()
         return norm
 
     @torch.no_grad()
     def load_sharded_tensors(self, state: dict[Any, Any], *, layout: str) -> None:
-        """As the base class; a master weight sets its bf16 parameter too, which the other ranks then need as well."""
+        """Loads as the base class does, then gathers the bf16 parameters that the loaded master weights changed."""
         super().load_sharded_tensors(state, layout=layout)
         for chunk in self.model_chunks:
-            chunk.start_param_sync(force_sync=True)
+            chunk.start_param_sync(force_sync=True)  # waits also with overlap: the caller may read the weights next
 
     def _grad_norm_on_device(self) -> torch.Tensor:
-        """What upstream's get_grad_norm_fp32 computes, bit for bit on a CPU, waiting for nothing.
+        """Returns the norm of upstream's get_grad_norm_fp32, bit for bit on a CPU, without a wait for the device.
 
-        mcore 0.19.2: without Transformer Engine and Apex its norm reads every tensor's part on the host; remove when it
+        mcore 0.19.2: without Transformer Engine and Apex its norm reads each tensor's norm on the host; remove when it
         does not.
         """
         grads = self.get_grads_for_grad_norm()
         total = torch.zeros((), dtype=torch.float, device=torch.cuda.current_device())
         if grads:
             total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float))) ** 2
+        # A rank whose shard is empty adds 0: the collective needs every rank of the group.
         torch.distributed.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return total.double().sqrt()
 
@@ -121,16 +132,16 @@ class FusedDistributedOptimizer(StatefulDistributedOptimizer):
 def let_optimizer_own_master_weights(settings: OptimizerConfig) -> None:
     """Switches a megatron-core config to the precision-aware mode.
 
-    mcore 0.19.2: its __post_init__ allows the mode for Transformer Engine's Adam only, although DistributedOptimizer asks no more than
-    get_unscaled_state and set_scaled_state of the optimizer; remove when it takes any optimizer that has them.
+    mcore 0.19.2: its __post_init__ allows the mode for Transformer Engine's Adam only, although DistributedOptimizer needs
+    only get_unscaled_state and set_scaled_state; remove when it takes any optimizer that has them.
     """
     settings.use_precision_aware_optimizer = True
     settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
-    settings.store_param_remainders = False
+    settings.store_param_remainders = False  # for Transformer Engine's Adam; our layouts split the masters themselves
 
 
 def _with_bucket_padding(packed: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
-    """Spreads buckets that lie end to end to the offsets they have in the buffer (padding filled with zeros)."""
+    """Copies buckets that are packed end to end to their offsets in the buffer; the padding is filled with zeros."""
     total = buckets[-1].offset + buckets[-1].grad_data.numel()
     spread = torch.zeros(total, dtype=packed.dtype, device=packed.device)
     start = 0

@@ -1,7 +1,7 @@
-"""LION in torch's foreach operations: a handful of launches for all tensors of a group.
+"""LION in torch's foreach operations: a few launches for all tensors of a group.
 
-On a CPU launches cost nothing and memory everything: there the operations run over one block after the other, small
-enough to stay in the cache between them.
+On a CPU launches are cheap and memory traffic is not. There the operations run block by block, and a block is small
+enough to stay in the cache from one operation to the next.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import torch
 
 from .update import PlainLayout, Slot
 
-CPU_BLOCK = 65536  # elements a thread: torch gives none fewer than 32768, and five arrays of 256 KiB stay in a cache
+# Elements a thread: torch gives no thread fewer than 32768, and five float32 arrays of 256 KiB stay in a cache.
+CPU_BLOCK = 65536
 
 
 def foreach_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
-    """The operations of `lion_update` in the same order, each over all the tensors of a group at once.
+    """Runs the operations of `lion_update` in the same order, each over all tensors of a group at once.
 
     The arguments are those of `megatron_lion.optim.update.reference_step`.
     """
@@ -33,14 +34,15 @@ def foreach_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multip
 
 
 def _blocks(slots: Sequence[Slot]) -> Iterator[Slot]:
-    """The same elements, in their order in memory, as slots of one block each."""
+    """Yields the same elements, in memory order, as slots of at most one block."""
     size = CPU_BLOCK * torch.get_num_threads()
     for slot in slots:
         numel = slot.param.numel()
         state = {name: value for name, value in slot.state.items() if name != "step"}
         if numel <= size or slot.state["exp_avg"].dtype == torch.uint8:
-            yield slot
+            yield slot  # packed int8 momentum has its scales after all elements and cannot be cut
             continue
+        # Dense tensors with equal strides (check_gradient, fit): position i of each is the same element.
         flat = [tensor.as_strided((numel,), (1,)) for tensor in (slot.param, slot.grad, *state.values())]
         for parts in zip(*(tensor.split(size) for tensor in flat), strict=True):
             yield Slot(parts[0], parts[1], dict(zip(state, parts[2:], strict=True)), slot.group, slot.caution)
@@ -58,7 +60,7 @@ def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torc
     direction, scratch = torch.empty_like(param), torch.empty_like(param)
     torch.mul(exp_avg, beta1, out=direction)
     direction.add_(torch.mul(grad, 1 - beta1, out=scratch))
-    torch.sub(direction, direction, out=scratch)  # 0, or NaN where the interpolation is not finite
+    torch.sub(direction, direction, out=scratch)  # 0, or NaN if the interpolation is not finite
     direction.sign_().add_(scratch)
     if slot.caution is not None:
         direction.mul_(torch.where(direction * grad > 0, slot.caution, 0.0))
@@ -82,6 +84,7 @@ def _foreach_group(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
     interpolations = torch._foreach_mul(exp_avgs, beta1)
     torch._foreach_add_(interpolations, torch._foreach_mul(grads, 1 - beta1))
     directions = torch._foreach_sign(interpolations)
+    # 0, or NaN if not finite: sign alone turns NaN into 0 and ±inf into ±1.
     torch._foreach_sub_(interpolations, interpolations)
     torch._foreach_add_(directions, interpolations)
     for slot, direction, grad in zip(slots, directions, grads, strict=True):

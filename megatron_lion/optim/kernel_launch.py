@@ -1,8 +1,8 @@
-"""Tables and launches for the Triton kernel: the host's side of a fused step, which never waits for the device.
+"""Tables and launches for the Triton kernels: the host side of a fused step, which never waits for the device.
 
-A step makes one launch for each kind of tensor: device, dtypes of parameter and gradient, form of the master
-weight, and whether all addresses are multiples of 16. In a model there is one kind, seldom two. The tables stay on
-the device between steps and are sent again only when an address or a hyper-parameter changes.
+A step makes one launch for each kind of tensor. A kind is the device, the dtypes of parameter and gradient, the form of
+the master weight, and whether all addresses are multiples of 16. A model has one kind, rarely two. The tables stay on the
+device between steps and are sent again only if an address or a hyper-parameter changes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .update import PlainLayout, Slot
 if TYPE_CHECKING:
     from .lion import Lion
 
-# Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones, and since every array is laid
-# out alike over the threads, nothing is exchanged between them. Compiled for sm_80 and sm_90 this takes 32 to 40
-# registers, so that an SM is full of threads (tests/optim/test_kernel_compiled.py reads it from the compiler).
+# Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones. Every array has the same layout
+# over the threads, so they exchange no data. Compiled for sm_80 and sm_90 this takes 32 to 40 registers, so an SM holds
+# 1,536 to 2,048 threads (tests/optim/test_kernel_compiled.py reads the registers from the compiler's output).
 BLOCK = 1024
 NUM_WARPS = 8
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,7 +36,7 @@ Kind = tuple[torch.device, torch.dtype, torch.dtype, str, bool]
 
 @dataclass
 class Plan:
-    """The tables of one launch, and what they were made from.
+    """The tables of one launch, and the values that they were made from.
 
     Attributes:
         rows: (addresses of parameter, gradient, momentum and master weight; elements; group; tensor) of every tensor.
@@ -58,16 +58,16 @@ class Plan:
 
 
 class Fleet:
-    """Everything the kernel is launched on, kept as long as no tensor moves.
+    """The tables of all launches of a step, kept as long as no tensor moves.
 
-    Describing a tensor anew costs the host ten times what it costs to see that it is where it was.
+    Rebuilding a tensor's row costs the host about ten times as much as checking that its address is unchanged.
     """
 
     def __init__(self, optimizer: Lion, slots: Sequence[Slot], old: Fleet | None) -> None:
-        """Describes the slots; tables of the `old` fleet that still hold are kept.
+        """Builds the tables for the slots; tables of the `old` fleet that are still valid are kept.
 
         Raises:
-            ValueError: a dtype that the kernel does not do.
+            ValueError: the kernel does not support a tensor's dtype.
         """
         self.layout = optimizer.layout
         self.cautious, self.sum_agreement = optimizer.cautious, optimizer.sum_agreement
@@ -88,7 +88,7 @@ class Fleet:
         self.signature = _signature(optimizer)
 
     def still_holds(self, optimizer: Lion) -> bool:
-        """Whether groups, parameters, gradients and state are all where they were."""
+        """Returns whether groups, parameters, gradients and state all have the addresses in the tables."""
         return self.signature is not None and self.signature == _signature(optimizer)
 
     def step(self, begin: bool, multiplier: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
@@ -97,9 +97,9 @@ class Fleet:
         Args:
             begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
             multiplier: one element that every gradient is multiplied by, or None.
-            found_inf: one element; unless it is 0, nothing is written. None: the step is taken.
+            found_inf: one element; if it is not 0, nothing is written. None: the step is taken.
         """
-        # A new plan, not an updated one, if a group's rate is another tensor than before.
+        # No tensor moved, but a hyper-parameter may have changed: a new plan if a group's rate is another tensor than before.
         self.plans = {kind: update_plan(plan, plan.rows, self.groups, kind[0]) for kind, plan in self.plans.items()}
         cautions = self._cautions(begin, multiplier) if self.cautious else None
         for kind, plan in self.plans.items():
@@ -107,17 +107,19 @@ class Fleet:
                 scalars = (_scalar(multiplier, kind[0]), _scalar(found_inf, kind[0]), cautions)
                 launch(plan, kind, self.layout.momentum, begin, *scalars)
         if self.steps:
+            # Added on the device: whether the step was skipped is known only there.
             found = _scalar(found_inf, self.steps[0].device)
             taken = 1.0 if found is None else torch.eq(found, 0).to(torch.float32)
             torch._foreach_add_(self.steps, taken)
 
     def _cautions(self, begin: bool, multiplier: torch.Tensor | None) -> torch.Tensor:
-        """How far the moving elements of each tensor go: one launch of its own for each kind."""
+        """Returns φ of each tensor, float32 [tensors]; takes one more launch for each kind."""
         device = self.params[0].device
         counts = torch.zeros(len(self.params), dtype=torch.int64, device=device)
         for kind, plan in self.plans.items():
             if len(plan.chunks_table):
                 count_agreement(plan, kind, self.layout.momentum, begin, _scalar(multiplier, kind[0]), counts)
+        # One call for the tensors of all kinds: sum_agreement may be a collective, which all ranks call equally often.
         return factors(self.params, counts, self.numels, self.sum_agreement)
 
 
@@ -126,7 +128,7 @@ def _scalar(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | 
 
 
 def _signature(optimizer: Lion) -> list[Any] | None:
-    """Where everything lies that a step reads or writes; None where that cannot be told without work."""
+    """Addresses of all tensors a step reads or writes, or None if computing them would cost as much as rebuilding the tables."""
     found: list[Any] = []
     state = optimizer.state
     try:
@@ -170,7 +172,7 @@ def launch(
     found_inf: torch.Tensor | None,
     cautions: torch.Tensor | None = None,
 ) -> None:
-    """Starts the kernel on what the plan names."""
+    """Launches the update kernel on the tensors of the plan."""
     device, param_dtype, grad_dtype, form, aligned = kind
     # Triton launches on the current device, which need not be the parameters'.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -193,14 +195,14 @@ def launch(
             ALIGNED=aligned,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False,  # a fused multiply-add rounds once instead of twice: other bits than the reference
         )
 
 
 def count_agreement(
     plan: Plan, kind: Kind, momentum: str, begin: bool, multiplier: torch.Tensor | None, counts: torch.Tensor
 ) -> None:
-    """Adds to `counts` what the plan's tensors have to move with their gradients."""
+    """Adds to `counts` the number of elements of each tensor whose update has the sign of the gradient."""
     device, _, grad_dtype, _, aligned = kind
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         agreement_kernel[(len(plan.chunks_table),)](
@@ -223,11 +225,12 @@ def count_agreement(
 def update_plan(
     plan: Plan | None, rows: tuple[Row, ...], groups: Sequence[dict[str, Any]], device: torch.device
 ) -> Plan:
-    """The tables for these tensors and groups; parts of the old plan that still hold are kept."""
+    """Returns the tables for these tensors and groups; parts of the old plan that are still valid are kept."""
     hyper = tuple(_hyper_parameters(group, device) for group in groups)
     lrs = tuple(_lr_address(group["lr"], device) for group in groups)
     if plan is None or plan.rows != rows or plan.lrs != lrs:
         groups_table = torch.empty(len(groups), len(hyper[0]), dtype=torch.float32, device=device)
+        # Column LR of each group in `groups_table`: the kernel reads every rate through an address.
         columns = [groups_table.data_ptr() + 4 * (6 * index + 5) for index in range(len(groups))]
         plan = Plan(
             rows,
@@ -239,13 +242,14 @@ def update_plan(
             _upload(torch.tensor([lr or column for lr, column in zip(lrs, columns, strict=True)]), device),
         )
     if plan.hyper != hyper:
+        # In place: `lrs_table` holds addresses of this table.
         plan.groups_table.copy_(_pinned(torch.tensor(hyper, dtype=torch.float32), device), non_blocking=True)
         plan.hyper = hyper
     return plan
 
 
 def _chunks(numels: Sequence[int]) -> torch.Tensor:
-    """(row, chunk) of every program, int32 [programs, 2], for rows of these many elements."""
+    """Returns (row, chunk) of every program, int32 [programs, 2], for rows with these numbers of elements."""
     counts = torch.tensor([-(-numel // BLOCK) for numel in numels])
     rows = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, 0) - counts
@@ -260,12 +264,15 @@ def _lr_address(lr: float | torch.Tensor, device: torch.device) -> int:
 
 
 def _hyper_parameters(group: dict[str, Any], device: torch.device) -> tuple[float, ...]:
-    # A rate on the device is read there; one in host memory is a number like any other.
+    # A rate on the device is read there by its address; a rate in host memory is sent as a number.
     return hyper_parameters(group, 0.0 if _lr_address(group["lr"], device) else float(group["lr"]))
 
 
 def _pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Memory that a copy to the device can leave from on its own; torch holds it back until the copy is done."""
+    """Returns the table in pinned memory, which a copy to the device needs to be asynchronous.
+
+    torch reuses the memory only after the copy is done.
+    """
     return table if device.type == "cpu" else table.pin_memory()
 
 

@@ -1,16 +1,16 @@
 """LION as one Triton launch for any number of tensors, in every precision mode.
 
-The kernel finds its work in tables in device memory instead of in its arguments: `rows` holds one line of
-pointers for each tensor, `chunks` one (row, chunk) pair for each program, `groups` the hyper-parameters of each
-parameter group, and the rate is read through a pointer. So one launch covers all tensors of a kind, each with
-its own group's rate and decay. `megatron_lion.optim.kernel_launch` makes the tables.
+The kernel reads its work from tables in device memory instead of from its arguments. `rows` holds one line of
+pointers for each tensor, `chunks` one (row, chunk) pair for each program, and `groups` the hyper-parameters of each
+parameter group. The rate is read through a pointer. So one launch covers all tensors of a kind, each with its own
+group's rate and decay. `megatron_lion.optim.kernel_launch` makes the tables.
 
 A program updates BLOCK neighbouring elements. Whole chunks load and store without masks, so that the compiler
 can move 16 bytes an instruction; a tensor's last chunk is masked. There is no autotuning: it would apply the
 update once for every configuration it tries. Addresses are computed in 64 bits.
 
 The operations and their order are those of `megatron_lion.optim.lion.Lion` and `megatron_lion.optim.precision`,
-bit for bit. That needs `enable_fp_fusion=False` at launch: a compiler may otherwise fuse a multiplication into an
+bit for bit. That needs `enable_fp_fusion=False` at launch: otherwise the compiler may fuse a multiplication into an
 addition, which rounds once instead of twice.
 """
 
@@ -28,7 +28,7 @@ NUMEL = tl.constexpr(4)
 GROUP = tl.constexpr(5)
 SLOT = tl.constexpr(6)
 ROW = tl.constexpr(7)
-# Columns of `groups`, float32. The rate's column is used where the rate is a number and not a tensor.
+# Columns of `groups`, float32. Column LR is used if the rate is a number, not a tensor on the device.
 WEIGHT_DECAY = tl.constexpr(0)
 BETA1 = tl.constexpr(1)
 ONE_MINUS_BETA1 = tl.constexpr(2)
@@ -40,7 +40,7 @@ GROUP_ROW = tl.constexpr(6)
 INT8_BLOCK = tl.constexpr(32)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
 ONE_127TH = tl.constexpr(1 / 127)
-ROUNDING = tl.constexpr(1.5 * 2**23)  # adding and taking it away rounds |x| < 2^22 to the nearest even integer
+ROUNDING = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds |x| < 2^22 to an integer, ties to even
 
 
 @triton.jit
@@ -61,9 +61,9 @@ def _float(bits: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _bf16_bits(values: tl.tensor) -> tl.tensor:
-    """Upper halves, in uint32, of float32 values rounded to bfloat16, to nearest even; NaN stays NaN."""
+    """Upper halves, as uint32, of float32 values rounded to bfloat16, ties to even; NaN stays NaN."""
     bits = _bits(values)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # would carry NaN 0x7FFFFFFF into the sign: -0
     return tl.where(values == values, nearest, 0x7FC0)
 
 
@@ -71,8 +71,9 @@ def _bf16_bits(values: tl.tensor) -> tl.tensor:
 def pointers(
     address: tl.tensor, kind: tl.constexpr, start: tl.tensor, offsets: tl.tensor, ALIGNED: tl.constexpr
 ) -> tl.tensor:
+    """Addresses of the elements `start` + `offsets` of an array of dtype `kind` that begins at `address`."""
     base = address.to(tl.pointer_type(kind))
-    if ALIGNED:
+    if ALIGNED:  # without this hint the compiler cannot prove that 16-byte accesses are allowed
         base = tl.multiple_of(base, 16)
     return base + start + offsets
 
@@ -80,6 +81,7 @@ def pointers(
 @triton.jit
 def _load(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
     if MASKED:
+        # 0 beyond the end: it raises no maximum of an int8 block and counts as no agreement.
         values = tl.load(pointers, mask=mask, other=0)
     else:
         values = tl.load(pointers)
@@ -105,7 +107,7 @@ def _join_master(param: tl.tensor, remainder: tl.tensor, MASTER_WEIGHTS: tl.cons
 
 @triton.jit
 def _split_master(values: tl.tensor, MASTER_WEIGHTS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """(uint16 halves, remainders) of float32 values, as `megatron_lion.optim.precision.split_master`."""
+    """(uint16 upper halves, remainders) of float32 values, as `megatron_lion.optim.precision.split_master`."""
     bits = tl.where(values == values, _bits(values), 0x7FC00000)
     if MASTER_WEIGHTS == "split24":
         bits = (bits + 0x80) & 0xFFFFFF00
@@ -121,13 +123,14 @@ def _split_master(values: tl.tensor, MASTER_WEIGHTS: tl.constexpr) -> tuple[tl.t
 @triton.jit
 def _pack_int8(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """([blocks, 32] int8, [blocks] uint16 scales), as `megatron_lion.optim.precision.pack_int8`."""
-    # As integers the magnitudes order like the numbers, and NaN is the largest of all.
+    # Compared as integers, magnitudes have the order of the floats and NaN is the largest, so no maximum loses a NaN.
     largest_bits = tl.max((_bits(values) & 0x7FFFFFFF).to(tl.int32, bitcast=True), axis=1)
     finite = largest_bits < 0x7F800000
     largest = tl.where(finite, largest_bits, 0).to(tl.float32, bitcast=True)
     scale_bits = _bf16_bits(largest * ONE_127TH)
     scale = _float(scale_bits << 16)
     useful = scale >= SMALLEST_SCALE
+    # div_rn rounds to nearest as torch does; the plain division may be approximate on a device.
     inverse = tl.where(useful, tl.div_rn(1.0, tl.where(useful, scale, 1.0)), 0.0)
     quantised = tl.where(finite[:, None], values, 0.0) * inverse[:, None]
     quantised = (quantised + ROUNDING) - ROUNDING
@@ -138,7 +141,7 @@ def _pack_int8(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 @triton.jit
 def sign_or_nan(g: tl.tensor, m: tl.tensor, group: tl.tensor) -> tl.tensor:
-    """The sign of the interpolation; NaN where it is not finite."""
+    """Sign of the interpolation c, 0 at ±0; NaN if c is NaN or ±inf."""
     c = m * tl.load(group + BETA1) + g * tl.load(group + ONE_MINUS_BETA1)
     sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
     return tl.where(tl.abs(c) < float("inf"), sign, float("nan"))
@@ -156,7 +159,7 @@ def load_grad_and_momentum(
     BEGIN: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Both in float32; the gradient multiplied, a momentum that has not begun equal to it."""
+    """Gradient, times `multiplier`, and momentum, both in float32; if BEGIN, a NaN momentum becomes the gradient."""
     g = _load(grads, mask, MASKED).to(tl.float32) * multiplier
     if MOMENTUM == "int8":
         m = _load(exp_avgs, mask, MASKED).to(tl.float32)
@@ -179,11 +182,12 @@ def momentum_places(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """(offsets, mask) of a chunk's elements; addresses of its momentum; (addresses, mask) of an int8 one's scales."""
+    """(offsets, mask) of a chunk's elements, addresses of its momentum, (addresses, mask) of the scales of int8 momentum."""
     MOMENTUM_TYPE: tl.constexpr = tl.int8 if MOMENTUM == "int8" else tl.uint16 if MOMENTUM == "bf16" else tl.float32
     address = tl.load(row + EXP_AVG)
     if MOMENTUM == "int8":
         blocks = tl.arange(0, BLOCK // INT8_BLOCK)
+        # Two-dimensional, so that the maximum over a block is a reduction along axis 1.
         offsets = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
         first_scale = address + (numel + INT8_BLOCK - 1) // INT8_BLOCK * INT8_BLOCK
         scales = pointers(first_scale, tl.uint16, start // INT8_BLOCK, blocks, False)
@@ -192,7 +196,7 @@ def momentum_places(
     else:
         offsets = tl.arange(0, BLOCK)
         exp_avgs = pointers(address, MOMENTUM_TYPE, start, offsets, ALIGNED)
-        scales, scale_mask = exp_avgs, offsets < numel - start
+        scales, scale_mask = exp_avgs, offsets < numel - start  # not read: there are no scales
     return offsets, offsets < numel - start, exp_avgs, scales, scale_mask
 
 
@@ -206,7 +210,7 @@ def _lion(
     caution: tl.tensor,
     CAUTIOUS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The equations: parameter and momentum after the step."""
+    """The equations; returns parameter and momentum after the step."""
     sign = sign_or_nan(g, m, group)
     if CAUTIOUS:
         sign = sign * tl.where(sign * g > 0, caution, 0.0)
@@ -235,12 +239,12 @@ def _update_chunk(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    """Reads, updates and writes the BLOCK elements from `start` on; if MASKED, only those below `numel`."""
+    """Reads, updates and writes the BLOCK elements from `start`; if MASKED, only those below `numel`."""
     SPLIT: tl.constexpr = MASTER_WEIGHTS == "split32" or MASTER_WEIGHTS == "split24"
     MASTER_TYPE: tl.constexpr = (
         tl.int16 if MASTER_WEIGHTS == "split32" else tl.int8 if MASTER_WEIGHTS == "split24" else tl.float32
     )
-    # bfloat16 is handled as its 16 bits: Triton's interpreter does not round to it as devices do.
+    # bfloat16 is read and written as its 16 bits: Triton's interpreter rounds to it in another way than devices do.
     STORED_TYPE: tl.constexpr = tl.uint16 if tl.bfloat16 == PARAM_TYPE else PARAM_TYPE
     offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
     params = pointers(tl.load(row + PARAM), STORED_TYPE, start, offsets, ALIGNED)
@@ -301,23 +305,24 @@ def lion_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One LION step for every element that `rows` and `chunks` name.
+    """Takes one LION step for every element that `rows` and `chunks` list.
 
     Args:
         rows: int64 [R, ROW], the columns above.
-        chunks: int32 [programs, 2]: row, and which chunk of BLOCK elements of it.
+        chunks: int32 [programs, 2]: row, and index of the chunk of BLOCK elements in it.
         groups: float32 [G, GROUP_ROW], the columns above.
-        lr_addresses: int64 [G]: where each group's rate lies, float32.
+        lr_addresses: int64 [G]: address of each group's rate, float32.
         multiplier: float32 [1], read if HAS_MULTIPLIER: every gradient is multiplied by it.
-        found_inf: float32 [1], read if HAS_FOUND_INF: unless it is 0, nothing is written.
-        cautions: float32 [tensors], read if CAUTIOUS: how far the elements of a tensor that move do so.
-        PARAM_TYPE: of the parameters; likewise GRAD_TYPE.
+        found_inf: float32 [1], read if HAS_FOUND_INF: if it is not 0, nothing is written.
+        cautions: float32 [tensors], read if CAUTIOUS: φ of each tensor.
+        PARAM_TYPE: dtype of the parameters; likewise GRAD_TYPE.
         MASTER_WEIGHTS: form of the master weights; likewise MOMENTUM.
         BEGIN: whether a momentum that is NaN takes the gradient.
-        CAUTIOUS: whether only elements move whose sign is that of their gradient.
+        CAUTIOUS: whether an element moves only if its update has the sign of the gradient.
         ALIGNED: whether every address in `rows` is a multiple of 16.
         BLOCK: elements a program, a multiple of 32.
     """
+    # 64 bits: in 32, start would wrap at 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(chunks + 2 * program).to(tl.int64) * ROW
     start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
@@ -325,12 +330,13 @@ def lion_kernel(
     group_index = tl.load(row + GROUP)
     group = groups + group_index * GROUP_ROW
     lr = tl.load(tl.load(lr_addresses + group_index).to(tl.pointer_type(tl.float32)))
-    factor = 1.0  # g · 1 is g
+    factor = 1.0  # g · 1 is exactly g
     if HAS_MULTIPLIER:
         factor = tl.load(multiplier)
     caution = 1.0
     if CAUTIOUS:
         caution = tl.load(cautions + tl.load(row + SLOT))
+    # Read on the device: the host would have to wait for the gradient norm.
     if HAS_FOUND_INF:
         skip = tl.load(found_inf) != 0
     else:

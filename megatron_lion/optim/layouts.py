@@ -1,7 +1,7 @@
-"""How LION keeps its state when it is packed: which tensors there are, and how a step reads and writes them.
+"""LION's packed state: which tensors it consists of, and how a step reads and writes them.
 
 The plain form, `PlainLayout`, is in update.py, so that lion.py and update.py work without this file. The number formats
-themselves are in precision.py.
+are in precision.py.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import torch
 from .precision import REMAINDER_DTYPES, decode_state, pack_int8, split_master
 from .update import PlainLayout, Slot
 
-# A bfloat16 momentum has 8 bits: if one step shrinks it by less than 2^-8, rounding gives the old value back, and the
-# momentum stays where it is for ever.
+# A bfloat16 momentum has 8 bits. If a step shrinks it by less than 2^-8, it is rounded back to the old value and never
+# decays; an embedding row that no batch touches would then move for ever.
 MAX_PACKED_BETA2 = 1 - 2**-8
 
 
 class PackedLayout(PlainLayout):
     """State with `master_param` and `exp_avg` in the chosen forms.
 
-    A float32 parameter is its own master: its `master_param` is the parameter itself. Every tensor of the state is
-    flat-addressable like the parameter, but for the packed int8 momentum, which is uint8.
+    A float32 parameter is its own master: its `master_param` is the parameter itself. Every tensor of the state has
+    the parameter's memory layout, except the packed int8 momentum, which is flat and uint8.
     """
 
     is_plain = False
@@ -32,7 +32,7 @@ class PackedLayout(PlainLayout):
         self.momentum = momentum
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where a parameter's dtype or β2 does not suit the chosen forms."""
+        """Raises ValueError if a parameter's dtype or β2 does not suit the chosen forms."""
         for param in group["params"]:
             allowed = [torch.float32, torch.bfloat16]
             if self.master_weights in ("none", "fp32"):
@@ -47,11 +47,11 @@ class PackedLayout(PlainLayout):
         if self.momentum != "fp32" and group["betas"][1] > MAX_PACKED_BETA2:
             raise ValueError(
                 f"momentum = {self.momentum!r} with betas = {group['betas']}: needs the second at most "
-                f"{MAX_PACKED_BETA2}, else rounding keeps the momentum from shrinking; or momentum = 'fp32'"
+                f"{MAX_PACKED_BETA2}, else rounding keeps the momentum from shrinking; or use momentum = 'fp32'"
             )
 
     def new_state(self, param: torch.Tensor, start: float) -> dict[str, torch.Tensor]:
-        """Momentum of `start` everywhere, and a master weight equal to the parameter."""
+        """Returns a momentum whose elements are all `start`, and a master weight equal to the parameter."""
         state = {}
         if self.momentum == "int8":
             state["exp_avg"] = pack_int8(torch.full((param.numel(),), start, device=param.device))
@@ -63,11 +63,15 @@ class PackedLayout(PlainLayout):
         return state
 
     def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        """As the plain layout's; the blocks of int8 momentum are neighbours in memory, whose order cannot change."""
+        """As in the plain layout, but int8 momentum cannot change its memory order, in which its blocks are packed.
+
+        Raises:
+            ValueError: momentum is int8 and the parameter is not contiguous.
+        """
         if self.momentum == "int8" and not param.is_contiguous():
             raise ValueError(
-                f"momentum = 'int8' with a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs contiguous "
-                "ones; keep the model from channels_last, or take momentum = 'bf16'"
+                f"momentum = 'int8' with a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs a "
+                "contiguous one; keep the model out of channels_last, or use momentum = 'bf16'"
             )
         super().fit(param, state)
 
@@ -76,10 +80,11 @@ class PackedLayout(PlainLayout):
             return param
         if self.master_weights == "fp32":
             return param.to(torch.float32)
+        # The bfloat16 parameter is its own upper half, so nothing remains.
         return torch.zeros_like(param, dtype=REMAINDER_DTYPES[self.master_weights])
 
     def read(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        """Master weight and momentum in float32."""
+        """Returns master weight and momentum in float32."""
         param, state = slot.param, slot.state
         master = state.get("master_param")
         if master is None or param.dtype == torch.float32:
@@ -89,7 +94,7 @@ class PackedLayout(PlainLayout):
         return param_N, decode_state(param, state["exp_avg"])
 
     def write(self, slot: Slot, param_N: torch.Tensor, exp_avg_N: torch.Tensor) -> None:
-        """Stores both in their forms, and the 16-bit parameter that belongs to the master weight."""
+        """Stores both in their forms, and sets the 16-bit parameter from the master weight."""
         if "master_param" in slot.state and slot.param.dtype != torch.float32:
             self.encode(slot.param, slot.state, "master_param", param_N)
         elif slot.param is not param_N:
@@ -103,6 +108,7 @@ class PackedLayout(PlainLayout):
             super().encode(param, state, name, decode_state(param, value))
             return
         stored = state[name]
+        # A value already in the stored form is copied without conversion, so it keeps its bits.
         if value.dtype == stored.dtype and value.numel() == stored.numel():
             if stored is not value:
                 stored.copy_(value.view(stored.shape))

@@ -1,9 +1,9 @@
-// One LION step, or the count of agreeing signs, over tables of tensors: kernels.py and agreement.py for a CPU.
+// CPU version of kernels.py and agreement.py: one LION step, or the count of agreeing signs.
 //
 // The operations and their order are those of megatron_lion.optim.lion.Lion and megatron_lion.optim.precision, bit for
-// bit, which needs -ffp-contract=off and no -ffast-math (megatron_lion.optim.cpp gives the flags). Every tensor passes
-// through small float32 arrays that stay in the first cache; which form it is read from and written to is asked once a
-// block, so that one loop serves every mode and compiles in two seconds instead of half a minute.
+// bit, which needs -ffp-contract=off and no -ffast-math (megatron_lion.optim.cpp_compiler has the flags). Every tensor
+// passes through small float32 arrays that stay in the first cache. The form of a tensor is tested once a block, so that
+// one loop serves every mode and compiles in two seconds instead of half a minute.
 
 #include <algorithm>
 #include <atomic>
@@ -17,12 +17,13 @@ namespace {
 
 constexpr int BLOCK = 512;               // elements at a time, a multiple of INT8_BLOCK
 constexpr int INT8_BLOCK = 32;
-constexpr std::int64_t CHUNK = 1 << 16;  // elements that a thread takes at a time, a multiple of BLOCK
+// Elements that a thread takes at a time, a multiple of BLOCK: so no two threads share an int8 block and its scale.
+constexpr std::int64_t CHUNK = 1 << 16;
 constexpr float SMALLEST_SCALE = 0x1p-126f;
 constexpr float ONE_127TH = static_cast<float>(1.0 / 127);
-constexpr float ROUNDING = 0x1.8p23f;    // adding and taking it away rounds |x| < 2^22 to the nearest even integer
+constexpr float ROUNDING = 0x1.8p23f;    // adding and subtracting it rounds |x| < 2^22 to an integer, ties to even
 
-// Forms of tensors, and the columns of the tables: as in cpp.py and tensor_tables.py.
+// Forms of tensors and columns of the tables; they must match cpp.py and tensor_tables.py.
 enum Form { NONE, FLOAT32, BFLOAT16, INT8, SPLIT32, SPLIT24 };
 struct Row {
   std::int64_t param, grad, exp_avg, master, numel, group, slot;
@@ -34,7 +35,7 @@ struct Work {
   const Row* rows;
   std::int64_t num_rows;
   const Group* groups;
-  const float* cautions;  // of every slot; null but for Cautious LION
+  const float* cautions;  // of every slot; null unless LION is cautious
   std::int64_t* counts;   // of every slot; null: update instead of counting
   float multiplier;
   std::int32_t begin, param, grad, master, momentum, threads;
@@ -65,7 +66,7 @@ Element* place(std::int64_t address, std::int64_t start) {
   return reinterpret_cast<Element*>(address) + start;
 }
 
-// The stored values as float32: where they lie if they are float32, else decoded into `buffer`.
+// Returns the stored values as float32: in place if they are float32, else decoded into `buffer`.
 float* read(int form, std::int64_t address, std::int64_t start, int count, float* __restrict buffer) {
   if (form == FLOAT32) return place<float>(address, start);
   const auto* __restrict stored = place<std::uint16_t>(address, start);
@@ -78,7 +79,7 @@ void write_bfloat16(std::int64_t address, std::int64_t start, int count, const f
   for (int i = 0; i < count; ++i) stored[i] = to_bfloat16(values[i]);
 }
 
-// Where the scales of a packed momentum are: behind its elements, the last block filled up.
+// Address of a packed momentum's scales: after its elements, whose last block is padded to INT8_BLOCK.
 inline std::uint16_t* scales_of(const Row& row, std::int64_t start) {
   const std::int64_t blocks = (row.numel + INT8_BLOCK - 1) / INT8_BLOCK;
   return reinterpret_cast<std::uint16_t*>(row.exp_avg + blocks * INT8_BLOCK) + start / INT8_BLOCK;
@@ -97,9 +98,9 @@ float* read_int8(const Row& row, std::int64_t start, int count, float* __restric
 void write_int8(const Row& row, std::int64_t start, int count, float* __restrict values) {
   auto* __restrict elements = place<std::int8_t>(row.exp_avg, start);
   std::uint16_t* scales = scales_of(row, start);
-  for (int i = count; i % INT8_BLOCK != 0; ++i) values[i] = 0.0f;
+  for (int i = count; i % INT8_BLOCK != 0; ++i) values[i] = 0.0f;  // padding must not raise the block's maximum
   for (int first = 0; first < count; first += INT8_BLOCK) {
-    // As integers the magnitudes order like the numbers, and NaN is the largest of all.
+    // Compared as integers, magnitudes have the order of the floats and NaN is the largest, so no maximum loses a NaN.
     std::int32_t largest = 0;
     for (int i = first; i < first + INT8_BLOCK; ++i)
       largest = std::max(largest, static_cast<std::int32_t>(as_bits(values[i]) & 0x7FFFFFFF));
@@ -118,7 +119,7 @@ void write_int8(const Row& row, std::int64_t start, int count, float* __restrict
   }
 }
 
-// float32 from a bfloat16 parameter and what it leaves over.
+// float32 values from a bfloat16 parameter and its remainder.
 template <class Remainder>
 float* join(const Row& row, std::int64_t start, int count, float* __restrict buffer) {
   constexpr int UNIT = sizeof(Remainder) == 1 ? 256 : 1;
@@ -135,6 +136,7 @@ void split(const Row& row, std::int64_t start, int count, const float* __restric
   auto* __restrict upper = place<std::uint16_t>(row.param, start);
   auto* __restrict remainder = place<Remainder>(row.master, start);
   for (int i = 0; i < count; ++i) {
+    // One NaN: rounding 0x7FFFFFFF up would carry into the sign and give -0.
     std::uint32_t bits = values[i] == values[i] ? as_bits(values[i]) : 0x7FC00000;
     if (SHORT) bits = (bits + 0x80) & 0xFFFFFF00;
     const std::uint32_t hi = (bits + 0x8000) >> 16;
@@ -157,13 +159,13 @@ void write_master(const Work& work, const Row& row, std::int64_t start, int coun
   if (work.param == BFLOAT16) write_bfloat16(row.param, start, count, values);
 }
 
-// The sign of the interpolation; NaN where it is not finite.
+// Sign of the interpolation c, 0 at ±0; NaN if c is NaN or ±inf, for which c - c is NaN.
 inline float sign_or_nan(float g, float m, const Group& group) {
   const float c = m * group.beta1 + g * group.one_minus_beta1;
   return ((c > 0.0f ? 1.0f : 0.0f) - (c < 0.0f ? 1.0f : 0.0f)) + (c - c);
 }
 
-// The equations; a momentum that is NaN has not begun, if `begin`, and takes the gradient.
+// The equations; if `begin`, a momentum that is NaN has not begun and takes the gradient.
 void update(const Work& work, const Row& row, int count, const float* __restrict grads, float* __restrict params,
             float* __restrict exp_avgs) {
   const Group group = work.groups[row.group];
@@ -210,6 +212,7 @@ void take_chunk(const Work& work, const Row& row, std::int64_t start) {
   std::int64_t agree = 0;
   for (; start < end; start += BLOCK)
     agree += take_block(work, row, start, static_cast<int>(std::min<std::int64_t>(BLOCK, end - start)));
+  // Chunks of one row may be on several threads. Relaxed order is enough: the joins in lion_step publish the sums.
   if (work.counts != nullptr)
     reinterpret_cast<std::atomic<std::int64_t>*>(work.counts)[row.slot].fetch_add(agree, std::memory_order_relaxed);
 }
@@ -217,7 +220,8 @@ static_assert(sizeof(std::atomic<std::int64_t>) == sizeof(std::int64_t), "counts
 
 }  // namespace
 
-// Takes every chunk of every row, in their order, in `threads` equal runs.
+// Takes every chunk of every row, split into `threads` equal runs of consecutive chunks. An element depends on no other
+// but for the scale of its int8 block, so the number of threads changes no bit.
 extern "C" void lion_step(const Work* given) {
   const Work& work = *given;
   std::vector<std::int64_t> first(work.num_rows + 1, 0);
@@ -236,7 +240,7 @@ extern "C" void lion_step(const Work* given) {
     const std::int64_t begin = chunks * i / runs, end = chunks * (i + 1) / runs;
     try {
       others.emplace_back(share, begin, end);
-    } catch (const std::system_error&) {  // no thread to be had
+    } catch (const std::system_error&) {  // no thread could be started: this one does the work
       share(begin, end);
     }
   }

@@ -1,4 +1,4 @@
-"""LION, the evolved sign momentum optimizer: the algorithm, its plain reference and `torch.optim` form.
+"""LION, the evolved sign momentum optimizer, as a `torch.optim.Optimizer`.
 
 This file and update.py, which holds the equations, work without the rest of the package: they need torch alone.
 Faster implementations and packed state are imported when they are needed; "auto" is "reference" if they are missing.
@@ -19,8 +19,8 @@ INIT_CHOICES = ("zeros", "first_gradient")
 IMPLEMENTATION_CHOICES = ("auto", "reference", "foreach", "cpp", "triton")
 MASTER_CHOICES = ("none", "fp32", "split32", "split24")
 MOMENTUM_CHOICES = ("fp32", "bf16", "int8")
-# Compiling the C++ loop takes a second or two, once a machine; it saves 5 ms (float32) to 45 ms (int8) a step for each
-# 2^20 elements. Smaller models, and tests, do without.
+# Compiling the C++ loop takes one to two seconds, once a machine. It saves 5 ms (float32) to 45 ms (int8) a step for each
+# 2^20 elements. Smaller models, and tests, use foreach instead.
 CPP_PAYS = 2**20
 # Whether only lion.py and update.py were copied into another project.
 IS_ALONE = importlib.util.find_spec(".foreach", __package__) is None
@@ -37,8 +37,8 @@ class AdamWPair(NamedTuple):
 def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair:
     """Suggests LION's learning rate and decay from a pair that was tuned for AdamW.
 
-    A signed step has norm η√d, several times an AdamW step of the same η, so the rate goes down by `ratio`;
-    the decay goes up by as much, which keeps the product ηλ, the strength of the decay, as it was.
+    A signed step has norm η√d, several times an AdamW step of the same η, so the rate is divided by `ratio`.
+    The decay is multiplied by it, which keeps the product ηλ, the strength of the decay, unchanged.
 
     Args:
         lr: AdamW's learning rate.
@@ -47,6 +47,9 @@ def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair
 
     Returns:
         The pair (lr / ratio, weight_decay * ratio).
+
+    Raises:
+        ValueError: `ratio` is not a finite number above 0.
 
     Example:
         >>> from_adamw(lr=1e-3, weight_decay=0.1, ratio=8)
@@ -68,12 +71,12 @@ class Lion(torch.optim.Optimizer):
         θ_{k+1} = θ_k - η (sign(c_k) + λ θ_k)          sign(0) = 0
         m_k     = β2 m_{k-1} + (1-β2) g_k
 
-    Both θ and m on the right are those of before the step. Every coordinate moves by exactly η (and decays):
-    LION keeps one state tensor where AdamW keeps two, and ‖θ‖∞ ≤ 1/λ, once true, stays true. β1 = β2 is
-    Signum, the sign of the momentum itself.
+    θ and m on the right are the values before the step. Every coordinate moves by exactly η and decays; it only
+    decays if c_k is 0. LION keeps one state tensor, AdamW two. Once ‖θ‖∞ ≤ 1/λ holds, it holds at every later
+    step. β1 = β2 is Signum, the sign of the momentum itself.
 
     Coming from AdamW: take a learning rate 3-10 times smaller and a weight decay 3-10 times larger, so that
-    ηλ stays (see `from_adamw`). For language models (0.9, 0.95) or (0.95, 0.98) are usual betas. LION wants
+    ηλ is unchanged (see `from_adamw`). For language models (0.9, 0.95) or (0.95, 0.98) are usual betas. LION needs
     larger batches than AdamW: the sign of a noisy gradient is noisier than the gradient.
 
     **Order of floating-point operations.** Every implementation computes, in float32 (float64 for float64
@@ -81,43 +84,43 @@ class Lion(torch.optim.Optimizer):
 
         g = float(grad) [* grad_multiplier]
         c = (m * β1) + (g * (1-β1))
-        u = s(c) + (θ * λ)              s(c) = ±1, 0 at ±0, NaN where c is NaN or ±inf
+        u = s(c) + (θ * λ)              s(c) = ±1, 0 at ±0, NaN if c is NaN or ±inf
         θ = θ - (u * η)
         m = (m * β2) + (g * (1-β2))
 
-    1-β is taken in double precision; β, 1-β, λ and η are then rounded to float32. So "reference", "foreach",
-    "cpp" and "triton" agree bit for bit, wherever a shard begins or ends. θ - η(s + λθ) stays in this form because the common
-    θ(1-ηλ) - ηs needs 1-ηλ as a float32 number: at η = 1e-5 and λ = 0.01 that is 1 - 1.19e-7, a decay 19 % too strong,
-    and below ηλ = 3e-8 it is 1, no decay at all. A gradient that is NaN or ±inf makes its parameter NaN: it is never
+    1-β is computed in double precision; β, 1-β, λ and η are then rounded to float32. So "reference", "foreach", "cpp"
+    and "triton" agree bit for bit, wherever a shard begins or ends. The update is θ - η(s + λθ) because the common
+    θ(1-ηλ) - ηs needs 1-ηλ as a float32 number. At η = 1e-5 and λ = 0.01 that is 1 - 1.19e-7, a decay 19 % too strong.
+    Below ηλ = 3e-8 it is 1, no decay at all. A gradient that is NaN or ±inf makes its parameter NaN: it is never
     turned into a step.
 
-    **State.** One tensor `exp_avg` a parameter, float32 whatever the parameter's dtype (float64 for float64).
-    m_0 = g_1 needs no counter: `exp_avg` starts as NaN, which means "not begun", and takes the first gradient
-    that comes. Reduced precision (see `megatron_lion.optim.precision`): `momentum` stores `exp_avg` in fewer
-    bits; `master_weights` adds `master_param`, the float32 value of a 16-bit parameter in whole ("fp32") or
-    as what bfloat16 leaves over ("split32", exact; "split24", 8 bits of it). `load_state_dict` reads the
-    state of any mode into any other.
+    **State.** One tensor `exp_avg` a parameter, float32 for every dtype of the parameter (float64 for float64).
+    m_0 = g_1 needs no counter: `exp_avg` starts as NaN, which means "not begun", and takes the first gradient.
+    Reduced precision (see `megatron_lion.optim.precision`): `momentum` stores `exp_avg` in fewer bits.
+    `master_weights` adds `master_param`: the float32 value of a 16-bit parameter ("fp32"), or the remainder of
+    its bfloat16 value ("split32", exact; "split24", 8 bits of it). `load_state_dict` reads the state of any mode
+    into any other.
 
     Args:
-        params: tensors, or dicts with `params` and their own `lr`, `betas`, `weight_decay`; other keys stay.
+        params: tensors, or dicts with `params` and their own `lr`, `betas`, `weight_decay`; other keys are kept.
         lr: η ≥ 0; a float, or a 0-d float32 tensor that may change in place (needed inside a CUDA graph).
             The Triton kernel reads it from device memory, without waiting for the device.
         betas: (β1, β2), each in [0, 1).
         weight_decay: λ ≥ 0, decoupled.
-        init_exp_avg: "zeros" (m_0 = 0, the practice) or "first_gradient" (m_0 = g_1, as the proof has it).
+        init_exp_avg: "zeros" (m_0 = 0, the usual choice) or "first_gradient" (m_0 = g_1, as in the proof).
         implementation: "reference" (the equations), "foreach" (few launches), "cpp" (one compiled pass, on a
             CPU), "triton" (one launch for all tensors) or "auto": Triton on CUDA if it can compile there, C++ on a
             CPU with a compiler for parameters of 2^20 elements and more together, else foreach.
-        master_weights: "none" (the parameter is all there is), "fp32", "split32" or "split24".
+        master_weights: "none" (the parameter is its own master), "fp32", "split32" or "split24".
         momentum: "fp32", "bf16" or "int8" (blocks of 32 elements with a bfloat16 scale). The last two need
             β2 ≤ 0.996: a momentum that shrinks by less than 2^-8 a step would not shrink at all.
-        cautious: move only where s(c) and the gradient have the same sign, and there by φη, φ the inverse of the
-            share of such elements in the parameter (Cautious LION; reads gradient and momentum twice).
-        sum_agreement: for cautious parameters that are shards: see `megatron_lion.optim.cautious.factors`.
-        count_steps: keep a 0-d float32 `step` in every parameter's state, for software that looks for it.
+        cautious: move only elements where s(c) and the gradient have the same sign, by φη; φ is the inverse of their
+            share in the parameter (Cautious LION; reads gradient and momentum twice).
+        sum_agreement: needed if cautious parameters are shards; see `megatron_lion.optim.cautious.factors`.
+        count_steps: keep a 0-d float32 `step` in every parameter's state, for software that expects it.
 
     Raises:
-        ValueError: a hyper-parameter, or a tensor given to `step`, is outside what is listed above.
+        ValueError: a hyper-parameter, or a tensor given to `step`, is not one of those listed above.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
@@ -167,7 +170,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Adds to torch's picture of an optimizer what copying and pickling would lose."""
+        """Returns torch's state for copying and pickling, with the settings that it would lose."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._SETTINGS}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -176,19 +179,21 @@ class Lion(torch.optim.Optimizer):
         try:
             check_group(self.param_groups[-1])
             if self.cautious and self.sum_agreement is None and any(map(is_sharded, self.param_groups[-1]["params"])):
-                raise ValueError("cautious = True with DTensor parameters: needs sum_agreement, for φ is a parameter's")
+                raise ValueError(
+                    "cautious = True with DTensor parameters: needs sum_agreement, because φ belongs to a whole parameter"
+                )
             self.layout.check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
 
     def init_state(self) -> None:
-        """Makes the state of every parameter that has none; `step` does so itself at a first gradient."""
+        """Creates the state of every parameter that has none; otherwise `step` creates it at the first gradient."""
         for group in self.param_groups:
             for param in group["params"]:
                 self._state_of(param)
 
-    @torch._disable_dynamo  # a traced step would lose the state it makes
+    @torch._disable_dynamo  # a traced step would lose the state that it creates
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -202,12 +207,12 @@ class Lion(torch.optim.Optimizer):
         Args:
             closure: evaluates the model again and returns the loss.
             grad_multiplier: one float32 element on the parameters' device; every gradient is multiplied by it
-                as it is read (clip coefficient, inverse loss scale). The gradients themselves stay.
-            found_inf: one element on the parameters' device; unless it is 0, nothing changes: parameters,
-                momentum and `step` keep their bits. Triton reads it on the device, the others on the host.
+                as it is read (clip coefficient, inverse loss scale). The gradients themselves are not changed.
+            found_inf: one element on the parameters' device; if it is not 0, parameters, momentum and `step`
+                keep their bits. Triton reads it on the device, the others on the host.
 
         Returns:
-            What the closure returned, else None.
+            The closure's value, or None without a closure.
         """
         loss = None
         if closure is not None:
@@ -229,7 +234,7 @@ class Lion(torch.optim.Optimizer):
         return loss
 
     def get_unscaled_state(self, param: torch.Tensor, name: str) -> torch.Tensor:
-        """The state `name` of a parameter as true float32, whatever form it is kept in (`step` as it is)."""
+        """Returns the state `name` of a parameter as true float32, whatever its stored form; `step` is not converted."""
         value = self._state_of(param)[name]
         if name == "step" or value.dtype in (torch.float32, torch.float64):
             return value
@@ -241,7 +246,7 @@ class Lion(torch.optim.Optimizer):
     def set_scaled_state(self, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
         """Stores a float32 value, or one already in the stored form, as the state `name` of a parameter.
 
-        A master weight also sets the parameter, to the 16-bit value that belongs to it.
+        A master weight also sets the parameter to its 16-bit value.
 
         Raises:
             ValueError: the value has another shape than the parameter, and neither is flat.
@@ -262,7 +267,7 @@ class Lion(torch.optim.Optimizer):
             state[name].copy_(value)
 
     def unscaled_state_dict(self) -> dict[str, Any]:
-        """Like `state_dict`, with every state as true float32: larger, and readable without this class."""
+        """Returns `state_dict` with every state as true float32: larger, and readable without this class."""
         packed = self.state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
         for number, state in packed["state"].items():
@@ -271,13 +276,13 @@ class Lion(torch.optim.Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads groups and state, packed or unscaled, and leaves the state's dtype as it should be.
+        """Loads groups and state, packed or unscaled, and stores the state in this optimizer's forms.
 
-        torch's own casts every state tensor to its parameter's dtype, which would destroy a float32 momentum
-        of bfloat16 parameters. The usual hooks run as ever.
+        torch's own method casts every state tensor to its parameter's dtype, which would destroy a float32 momentum
+        of bfloat16 parameters. Registered hooks run as usual.
 
         Raises:
-            ValueError: settings that LION or the state's form cannot have, or the state of another optimizer or model.
+            ValueError: a setting is impossible for LION or its layout, or the state is of another optimizer or model.
         """
         saved: dict[Any, dict[str, torch.Tensor]] = {}
         numbers: list[Any] = []
@@ -287,10 +292,12 @@ class Lion(torch.optim.Optimizer):
                 check_group({**own, **group, "params": own["params"]})
                 self.layout.check_group({**own, **group, "params": own["params"]})
             if strange := {name for state in loaded["state"].values() for name in state} - STATE_NAMES:
-                raise ValueError(f"state of another optimizer, with {', '.join(sorted(strange))}: LION has exp_avg")
+                raise ValueError(
+                    f"state of another optimizer, with {', '.join(sorted(strange))}: needs a state of LION"
+                )
             saved.update(loaded["state"])
             numbers.extend(number for group in loaded["param_groups"] for number in group["params"])
-            loaded["state"] = {}
+            loaded["state"] = {}  # so that torch casts nothing; put_in stores it
 
         def put_in(_: torch.optim.Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
@@ -298,7 +305,7 @@ class Lion(torch.optim.Optimizer):
                 state = saved.get(number, {})
                 for name, value in state.items():
                     self.set_scaled_state(param, name, value)
-                if state and "master_param" not in state:
+                if state and "master_param" not in state:  # saved without masters: the parameter is the best there is
                     self.set_scaled_state(param, "master_param", param.detach())
 
         before = self.register_load_state_dict_pre_hook(set_aside)
@@ -322,7 +329,7 @@ class Lion(torch.optim.Optimizer):
         slots = []
         for group in self.param_groups:
             for param in group["params"]:
-                grad = getattr(param, "decoupled_grad", None)  # Megatron's place for one of another dtype
+                grad = getattr(param, "decoupled_grad", None)  # from Megatron, if its dtype is not the parameter's
                 grad = param.grad if grad is None else grad
                 if grad is not None:
                     check_gradient(param, grad)
@@ -364,7 +371,7 @@ class Lion(torch.optim.Optimizer):
     def _step_without_tables(
         self, implementation: str, slots: Sequence[Slot], begin: bool, multiplier: torch.Tensor | None
     ) -> None:
-        """The step of the implementations that keep nothing from one to the next."""
+        """Takes a step with an implementation that keeps no tables between steps."""
         take_step = reference_step
         if implementation == "foreach":
             from .foreach import foreach_step as take_step

@@ -1,8 +1,8 @@
-"""This rank's slices of parameters, gradients and state, each coordinate of the model on exactly one rank.
+"""This rank's slices of parameters, gradients and state; each coordinate of the model is in exactly one slice.
 
 Norms, the KKT residual and the state fingerprint are sums over these slices. Replicas count once: tensor-parallel
-duplicates on the first rank of the group, the tied output embedding of the last pipeline stage not at all, and the
-padding of gradient buckets is no part of any slice.
+duplicates on the first rank of their group, a tied embedding on the first pipeline stage. The padding of gradient
+buckets is in no slice.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Shard:
     """A slice of one parameter that this rank alone accounts for.
 
     Attributes:
-        name: of the parameter over the whole model.
+        name: the parameter's name in the whole model.
         parameter: the model's tensor (this tensor-parallel rank's part of it).
         start: flat index of the slice's first element in `parameter`.
         main: master weights of the slice, fp32 [N].
-        grad: gradient buffer of the slice [N] (after the reduction: of the whole batch), or None before DDP made one.
+        grad: gradient buffer of the slice [N], or None before DDP made one; after the reduction, of the whole batch.
         state: optimizer state of the slice by key, fp32 [N] each.
         weight_decay: λ of the parameter's group.
     """
@@ -47,7 +47,10 @@ class Shard:
 
 
 def named_global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yields (name over the whole model, local parameter): pipeline stages count layers on, a tied copy has its source's name."""
+    """Yields (name in the whole model, local parameter).
+
+    Layer numbers continue over pipeline stages. The tied output layer has the name of the token embedding.
+    """
     numbers: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, TransformerLayer):
@@ -57,13 +60,13 @@ def named_global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch
             if name.startswith(prefix):
                 name = whole + name[len(prefix) :]
                 break
-        while name.startswith("module."):
+        while name.startswith("module."):  # DDP and Float16Module each add one
             name = name.removeprefix("module.")
         yield (TOKEN_EMBEDDING if name == TIED_OUTPUT else name), parameter
 
 
 def counts_here(parameter: torch.nn.Parameter) -> bool:
-    """Whether this tensor- and pipeline-parallel rank accounts for the parameter."""
+    """Returns whether this tensor- and pipeline-parallel rank accounts for the parameter."""
     split = getattr(parameter, "tensor_model_parallel", False)
     return param_is_not_shared(parameter) and (split or parallel_state.get_tensor_model_parallel_rank() == 0)
 
@@ -88,7 +91,7 @@ def local_shards(model: list[Any], optimizer: TrainOptimizer) -> Iterator[Shard]
                 state = {key: tensors[key].view(-1) for key in wrapper.state_keys}
                 piece = grad.view(-1)[span.start : span.end] if grad is not None else None
                 yield Shard(name, parameter, span.start, tensors["param"].view(-1), piece, state, decays[parameter])
-            elif parallel_state.get_data_parallel_rank() == 0:
+            elif parallel_state.get_data_parallel_rank() == 0:  # every data-parallel rank holds the same whole copy
                 main = mains[parameter]
                 state = {key: optimizer.inner.state[main][key].view(-1) for key in STATE_KEYS[optimizer.name]}
                 piece = grad.view(-1) if grad is not None else None
@@ -96,7 +99,10 @@ def local_shards(model: list[Any], optimizer: TrainOptimizer) -> Iterator[Shard]
 
 
 def nonfinite_gradients(model: list[Any]) -> list[str]:
-    """Names, with the first flat index in this rank's part, of parameters whose gradient buffer here is not finite."""
+    """Returns "name[index]" of each parameter whose gradient buffer on this rank is not finite.
+
+    index is the flat index of the first such element in this rank's part of the parameter.
+    """
     found = []
     for chunk in model:
         for name, parameter in named_global_parameters(chunk):

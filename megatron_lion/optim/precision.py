@@ -1,15 +1,15 @@
 """LION's state in fewer bits: split master weights and packed momentum, in plain torch.
 
-These are the definitions that the Triton kernel is held to, bit for bit.
+These are the definitions that the Triton kernel and the C++ loop must reproduce bit for bit.
 
-**Master weights.** A float32 number is a bfloat16 number (its upper 16 bits, rounded) and what is left over:
+**Master weights.** A float32 number is a bfloat16 number (its upper 16 bits, rounded) and a remainder:
 
     hi = (bits + 0x8000) >> 16        the bfloat16 parameter: rounded to nearest, halves away from zero
     lo = bits - (hi << 16)            in [-2^15, 2^15), kept as int16
     bits = (hi << 16) + lo            exact
 
-Halves must go up: with "nearest even" both neighbours of an even hi would leave lo = -2^15, and the sum could not be
-undone. So the parameter differs from torch's own cast at exact ties, one value in 65,536; the master never does.
+Halves must go up: with "nearest even" both neighbours of an even hi would leave lo = -2^15, and the split could not be
+undone. So the parameter differs from torch's own cast at exact ties, one value in 65,536; the master never differs.
 "split24" first rounds the bits to a multiple of 2^8 and keeps 8 bits of lo. It resolves 2^-16 of a weight: a step
 below 2^-17 |θ| is lost, so keep η above 8e-6 times the largest weight.
 
@@ -17,9 +17,9 @@ below 2^-17 |θ| is lost, so keep η above 8e-6 times the largest weight.
 
     s = bfloat16(max|m| · fl(1/127)),   q = round_half_even(m · fl(1/s)) in [-127, 127]
 
-A block whose s is below 2^-126 becomes zero, one that holds NaN or ±inf becomes NaN. max|q| is 127 in every other,
-so decoding and encoding again gives the same bytes: a checkpoint in float32 restores packed state exactly. Bytes lie
-in one uint8 tensor, all q first, then all s: ceil(N/32) · 34 bytes for N elements.
+A block whose s is below 2^-126 becomes zero; a block that holds NaN or ±inf becomes NaN. In every other block max|q| is
+127, so decoding and encoding again gives the same bytes: a checkpoint in float32 restores packed state exactly. One uint8
+tensor holds all q, then all s: ceil(N/32) · 34 bytes for N elements.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ REMAINDER_DTYPES = {"split32": torch.int16, "split24": torch.int8}
 
 
 def split_master(master_N: torch.Tensor, master_weights: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits float32 values into bfloat16 and what is left over.
+    """Splits float32 values into bfloat16 values and remainders.
 
     Args:
         master_N: float32, any shape.
         master_weights: "split32" (exact) or "split24" (rounded to 24 bits).
 
     Returns:
-        (bfloat16 values, remainders in int16 or int8), of the same shape. NaN becomes the one quiet NaN 0x7FC0.
+        (bfloat16 values, remainders in int16 or int8), of the same shape. Every NaN becomes 0x7FC0.
 
     Example:
         >>> hi, lo = split_master(torch.tensor([1.0 + 2**-8, -3.3]), "split32")
@@ -50,7 +50,7 @@ def split_master(master_N: torch.Tensor, master_weights: str) -> tuple[torch.Ten
         >>> join_master(hi, lo)
         tensor([ 1.0039, -3.3000])
     """
-    # NaN has many bit patterns, and rounding up the largest would carry into the sign and give -0.
+    # NaN has many bit patterns, and rounding the largest up would carry into the sign and give -0.
     bits_N = torch.where(master_N.isnan(), NAN_BITS, master_N.view(torch.int32))
     if master_weights == "split24":
         bits_N = (bits_N + 0x80) & -0x100
@@ -62,19 +62,24 @@ def split_master(master_N: torch.Tensor, master_weights: str) -> tuple[torch.Ten
 
 
 def join_master(param_N: torch.Tensor, remainder_N: torch.Tensor) -> torch.Tensor:
-    """The float32 values that `split_master` took apart; remainders in int16 or int8 tell the kind."""
+    """Returns the float32 values that `split_master` split.
+
+    Args:
+        param_N: bfloat16, any shape.
+        remainder_N: same shape; int16 from "split32", int8 from "split24".
+    """
     hi_N = param_N.view(torch.int16).to(torch.int32) << 16
     lo_N = remainder_N.to(torch.int32)
     return (hi_N + (lo_N << 8 if remainder_N.dtype == torch.int8 else lo_N)).view(torch.float32)
 
 
 def int8_bytes(numel: int) -> int:
-    """Bytes of the packed momentum of `numel` elements."""
+    """Returns the bytes of the packed momentum of `numel` elements."""
     return -(-numel // INT8_BLOCK) * INT8_BLOCK_BYTES
 
 
 def pack_int8(values: torch.Tensor) -> torch.Tensor:
-    """Packs float32 values, any shape, into uint8 [int8_bytes(numel)] as the file's head defines."""
+    """Packs float32 values, any shape, into uint8 [int8_bytes(numel)], as defined at the top of this file."""
     numel = values.numel()
     blocks_BK = torch.zeros(-(-numel // INT8_BLOCK), INT8_BLOCK, dtype=torch.float32, device=values.device)
     blocks_BK.view(-1)[:numel] = values.reshape(-1)
@@ -87,13 +92,13 @@ def pack_int8(values: torch.Tensor) -> torch.Tensor:
     finite_B = largest_B < float("inf")
     quantised_BK = torch.round(blocks_BK * inverse_B[:, None]).clamp(-127, 127)
     quantised_BK = torch.where(finite_B[:, None], quantised_BK, 0.0).to(torch.int8)
-    # The bits of the one quiet NaN, which a cast would make different ones of from processor to processor.
+    # Fixed bits for NaN: a cast of NaN gives other bits on other processors, and packed bytes are compared and hashed.
     scale_bits_B = torch.where(finite_B, scale_B.to(torch.bfloat16).view(torch.int16), NAN_BITS >> 16)
     return torch.cat([quantised_BK.view(-1).view(torch.uint8), scale_bits_B.to(torch.int16).view(torch.uint8)])
 
 
 def unpack_int8(packed: torch.Tensor, numel: int) -> torch.Tensor:
-    """The float32 values [numel] in what `pack_int8` made."""
+    """Returns the float32 values [numel] that `pack_int8` packed."""
     blocks = packed.numel() // INT8_BLOCK_BYTES
     quantised_BK = packed[: blocks * INT8_BLOCK].view(torch.int8).view(blocks, INT8_BLOCK)
     scale_B = packed[blocks * INT8_BLOCK :].view(torch.bfloat16).to(torch.float32)
@@ -101,11 +106,11 @@ def unpack_int8(packed: torch.Tensor, numel: int) -> torch.Tensor:
 
 
 def decode_state(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A state in any of the stored forms as float32 in the shape of its parameter.
+    """Returns a state in any of the stored forms as float32 in the shape of its parameter.
 
     Args:
-        param: the parameter; the upper half of its master weight where `value` is a remainder.
-        value: float32, bfloat16 or float16 as it is; int16 or int8 remainders; uint8 packed momentum.
+        param: the parameter; if `value` is a remainder, the upper half of the master weight.
+        value: float32, bfloat16 or float16 values, int16 or int8 remainders, or uint8 packed momentum.
 
     Raises:
         ValueError: the number of elements is not that of the parameter.

@@ -1,7 +1,7 @@
-"""SGD with momentum and decoupled or coupled weight decay: the paper's baseline, shaped for sharded state.
+"""SGD with momentum and decoupled or coupled weight decay: the paper's baseline, with state that can be sharded.
 
-torch's own SGD creates its momentum lazily, has no decoupled decay, and megatron-core's DistributedOptimizer refuses
-it; this one has exactly one state tensor, `momentum_buffer`, from the start.
+torch's own SGD creates its momentum lazily and has no decoupled decay, and megatron-core's DistributedOptimizer refuses
+it. This one has exactly one state tensor, `momentum_buffer`, from the start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sgd(torch.optim.Optimizer):
         coupled_weight_decay: add the decay to the gradient, as torch.optim.SGD does.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: a setting is out of range.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -68,7 +68,7 @@ class Sgd(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None and p.numel()]
+            params = [p for p in group["params"] if p.grad is not None and p.numel()]  # a shard may be empty
             if not params:
                 continue
             grads = [p.grad for p in params]
@@ -84,7 +84,7 @@ class Sgd(torch.optim.Optimizer):
         return loss
 
     def momentum_buffer(self, parameter: torch.Tensor) -> torch.Tensor:
-        """The parameter's momentum, made of zeros on first use."""
+        """Returns the parameter's momentum, a tensor like it; zeros on first use."""
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)

@@ -1,4 +1,4 @@
-"""One line of addresses for each tensor and one of hyper-parameters for each group: how the fused loops find their work.
+"""Table rows that the fused loops read: the addresses of a tensor, and the hyper-parameters of a group.
 
 The Triton kernel (`kernels.py`) and the C++ loop (`lion.cpp`) read the same tables.
 """
@@ -16,12 +16,12 @@ Row = tuple[int, int, int, int, int, int, int]
 
 
 def master_form(slot: Slot, layout: PlainLayout) -> str:
-    """How the slot's master weight is kept; a float32 parameter is its own in every mode."""
+    """Returns the form of the slot's master weight; "none" for a float32 parameter, its own master in every mode."""
     return "none" if slot.param.dtype == torch.float32 else layout.master_weights
 
 
 def row_of(slot: Slot, layout: PlainLayout, group: int, number: int) -> Row:
-    """The line of a tensor that belongs to the `group`-th group and is the `number`-th of the step."""
+    """Returns the row of the `number`-th tensor of the step, which belongs to the `group`-th group."""
     param, grad, state = slot.param, slot.grad, slot.state
     master = state["master_param"].data_ptr() if master_form(slot, layout) != "none" else 0
     addresses = (param.data_ptr(), grad.data_ptr(), state["exp_avg"].data_ptr(), master)
@@ -29,6 +29,9 @@ def row_of(slot: Slot, layout: PlainLayout, group: int, number: int) -> Row:
 
 
 def hyper_parameters(group: dict[str, Any], lr: float) -> tuple[float, ...]:
-    """The line of a group: decay, β1, 1-β1, β2, 1-β2, rate."""
+    """Returns the row of a group: decay, β1, 1-β1, β2, 1-β2, rate.
+
+    1-β is computed in double precision; the tables round to float32 afterwards, as the reference does.
+    """
     beta1, beta2 = group["betas"]
     return (group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, lr)

@@ -1,8 +1,8 @@
 """LION, SGD and AdamW inside megatron-core's DistributedOptimizer (ZeRO-1), behind one small interface.
 
-Upstream's `--optimizer lion` is another thing: it updates only matrices, leaves the rest to Adam and is not sharded;
-its DistributedOptimizer refuses SGD. Here all three run on the same fp32 master shards, with Megatron's decay
-exemptions, clipping and loss scaling, and with a gate that no NaN or infinity passes.
+Upstream's `--optimizer lion` is another optimizer: it updates only matrices, leaves the rest to Adam and is not sharded.
+Its DistributedOptimizer refuses SGD. Here all three run on the same fp32 master shards, with Megatron's decay
+exemptions, clipping and loss scaling. A gate skips every step whose gradient holds a NaN or infinity.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ __all__ = ["StepResult", "TrainOptimizer", "build_optimizer"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did.
+    """The result of one step.
 
     Attributes:
-        grad_l2: norm of the whole gradient before clipping; NaN or infinite where the step was skipped for that.
-        skipped: True where nothing was changed because a gradient was not finite.
+        grad_l2: norm of the whole gradient before clipping; NaN or infinite if the step was skipped.
+        skipped: True if nothing was changed because a gradient was not finite.
     """
 
     grad_l2: float
@@ -53,7 +53,7 @@ class StepResult:
 
 
 class TrainOptimizer:
-    """The optimizer as the loop sees it: set a rate, step, save, load.
+    """The training loop's interface to the optimizer: set a rate, step, save, load.
 
     Built by `build_optimizer`. `inner` is the torch optimizer, `megatron` megatron-core's wrapper around it.
     """
@@ -67,24 +67,27 @@ class TrainOptimizer:
         self.num_skipped = 0
 
     def zero_grad(self) -> None:
+        """Clears the gradients of the optimizer's parameters."""
         self.megatron.zero_grad()
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Loss times the fp16 loss scale (1 in bf16 and fp32): megatron-core's grad_scale_func."""
+        """Returns the loss times the fp16 loss scale (1 in bf16 and fp32); megatron-core's grad_scale_func."""
         return self.megatron.scale_loss(loss)
 
     def set_lr(self, lr: float) -> None:
+        """Sets each group's rate to `lr` times its lr_mult."""
         for group in self.megatron.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
 
     @torch.no_grad()
     def step(self) -> StepResult:
-        """Measures the gradient, and either updates or, on every rank alike, changes nothing.
+        """Measures the gradient, then either updates, or changes nothing on any rank.
 
         The norm is the gate: it is reduced over all ranks, and it is finite only if every gradient is. sign() would
         turn a NaN into a zero and an infinity into a unit step, and no loss curve would show it.
         """
         if isinstance(self.megatron, FusedDistributedOptimizer):
+            # The one value that the host waits for, read after all work of the step was launched.
             grad_l2 = float(self.megatron.fused_step(self.clip_grad))
             skipped = not math.isfinite(grad_l2)
             self.num_skipped += skipped
@@ -97,15 +100,15 @@ class TrainOptimizer:
             if self.clip_grad > 0.0:
                 clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.clip_grad, grad_l2)
             self.megatron.step_with_ready_grads()
-        # Where nothing is sharded, `.grad` is the gradient buffer itself: left there, whatever accumulates next in the
-        # buffer (a probe, say) would be added to it twice.
+        # Without shards `.grad` is the gradient buffer itself. If it stayed set, the next accumulation in the buffer, such
+        # as a probe's, would be added twice.
         self.zero_grad()
         self.num_skipped += skipped
         self.num_steps += not skipped
         return StepResult(grad_l2, skipped)
 
     def weight_decays(self) -> dict[torch.nn.Parameter, float]:
-        """Decay of each model parameter of this rank (the λ of its group; 0 where exempt)."""
+        """Returns the decay of each model parameter of this rank: the λ of its group, 0 if exempt."""
         groups = self.megatron.param_groups
         if isinstance(self.megatron, StatefulDistributedOptimizer):
             return {
@@ -116,7 +119,7 @@ class TrainOptimizer:
         return {models[main]: float(group["weight_decay"]) for group in groups for main in group["params"]}
 
     def extra_state(self) -> dict[str, Any]:
-        """Plain numbers that belong to the optimizer: step counters and the loss scale."""
+        """Returns the optimizer's plain numbers, for the manifest: step counters and the loss scale."""
         scaler = getattr(self.megatron, "grad_scaler", None)
         extra: dict[str, Any] = {"num_steps": self.num_steps, "num_skipped": self.num_skipped}
         if scaler is not None:
@@ -129,6 +132,7 @@ class TrainOptimizer:
         return extra
 
     def load_extra_state(self, extra: dict[str, Any]) -> None:
+        """Restores the numbers that `extra_state` returned."""
         self.num_steps, self.num_skipped = int(extra["num_steps"]), int(extra["num_skipped"])
         scaler = getattr(self.megatron, "grad_scaler", None)
         if scaler is not None and "grad_scaler" in extra:
@@ -141,22 +145,22 @@ class TrainOptimizer:
                 }
             )
         for state in self.inner.state.values():
-            if "step" in state:
+            if "step" in state:  # a checkpoint's tensors hold no step; AdamW's bias correction needs it
                 state["step"].fill_(float(self.num_steps))
 
     def state_form(self) -> dict[str, str]:
-        """How master weights and momentum are kept; a checkpoint holds the values themselves, in fp32."""
+        """Returns the forms of master weights and momentum; a checkpoint holds their values in fp32."""
         if isinstance(self.megatron, FusedDistributedOptimizer) and isinstance(self.inner, Lion):
             return {"master_weights": self.inner.layout.master_weights, "momentum": self.inner.layout.momentum}
         return {"master_weights": "shards", "momentum": "fp32"}
 
     def rounds_state_of(self, form: dict[str, str], *, same_shards: bool) -> bool:
-        """Whether state that was kept in another form, or in other shards, is rounded when it is loaded.
+        """Returns whether loading rounds a state that was saved in another form or with other shards.
 
         Args:
-            form: the other's `state_form`.
-            same_shards: whether this rank's shards begin and end where they did; an int8 momentum is packed by 32
-                neighbours of a shard.
+            form: `state_form` of the saved state.
+            same_shards: whether this rank's shards have the bounds they had when saved; int8 momentum is packed in
+                blocks of 32 neighbours of a shard.
         """
         own = self.state_form()
         master_kept = own["master_weights"] in ("shards", "fp32", "split32", form["master_weights"])
@@ -164,7 +168,7 @@ class TrainOptimizer:
         return not (master_kept and momentum_kept)
 
     def sharded_state(self, model_state: dict[str, Any], *, is_loading: bool, layout: str) -> dict[Any, Any]:
-        """Master weights and optimizer state as megatron-core ShardedTensors, tensors only.
+        """Returns master weights and optimizer state as megatron-core ShardedTensors, tensors only.
 
         Args:
             model_state: the model's sharded_state_dict(keep_vars=True), which names and places every parameter.
@@ -188,7 +192,7 @@ class TrainOptimizer:
         return state
 
     def load_sharded_state(self, state: dict[Any, Any], *, layout: str) -> None:
-        """Puts loaded tensors in place."""
+        """Copies tensors that were loaded into `sharded_state` into master weights and optimizer state."""
         if isinstance(self.megatron, StatefulDistributedOptimizer):
             self.megatron.load_sharded_tensors(state, layout=layout)
             return
@@ -198,7 +202,7 @@ class TrainOptimizer:
                 target.copy_(loaded)
 
     def model_and_main_params(self) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-        """(model parameter, whole master copy) pairs, where nothing is sharded."""
+        """Returns (model parameter, whole master copy) pairs, for optimizers without shards."""
         optimizer = self.megatron
         if isinstance(optimizer, Float16OptimizerWithFloat16Params):
             pairs = [
@@ -211,7 +215,7 @@ class TrainOptimizer:
 
 
 def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The torch optimizer for a name, over Megatron's parameter groups."""
+    """Builds the torch optimizer that `config.name` names, over Megatron's parameter groups."""
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     betas = config.resolved_betas()
     if config.name == "lion":
@@ -230,7 +234,10 @@ def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]])
 
 
 def initialize_state(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Makes every state tensor at once, so that a checkpoint can be loaded into an optimizer that never stepped."""
+    """Creates every state tensor at once, for a checkpoint to be loaded into an optimizer that never stepped.
+
+    Without it megatron-core loads into state from torch.empty.
+    """
     if isinstance(optimizer, Lion):
         optimizer.init_state()
         return
@@ -245,10 +252,10 @@ def initialize_state(optimizer: torch.optim.Optimizer, name: str) -> None:
 
 
 def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
-    """Makes the norm NaN where a gradient is not finite that the norm does not count, so that the gate sees it too.
+    """Makes the gradient norm NaN if a replica that the norm does not count is not finite, so that the gate sees it.
 
-    Biases and norms lie whole on every tensor-parallel rank, a tied embedding on two pipeline stages, and upstream's
-    norm reads one copy of each. To the others it now adds 0 · ‖g‖: zero, or NaN.
+    Biases and norms are whole on every tensor-parallel rank, and a tied embedding is on two pipeline stages. Upstream's
+    norm counts one copy of each. For the other copies this adds 0 · ‖g‖, which is zero, or NaN if ‖g‖ is not finite.
     """
     counted = optimizer.get_grads_for_grad_norm
 
@@ -271,14 +278,14 @@ def build_optimizer(
 ) -> TrainOptimizer:
     """Builds the optimizer for DDP-wrapped model chunks.
 
-    With the chunks' `use_distributed_optimizer`, master weights (fp32) and state live in shards, one slice of each
-    bucket a data-parallel rank; else every rank holds all of them. Biases and one-dimensional parameters are exempt
-    from weight decay unless `config.decay_all`.
+    With the chunks' `use_distributed_optimizer`, each data-parallel rank holds one slice of each bucket's master weights
+    (fp32) and state. Otherwise every rank holds all of them. Biases and one-dimensional parameters are exempt from
+    weight decay unless `config.decay_all`.
 
     Args:
         config: name, rate, decay and the rest.
         model_chunks: from `build_model`.
-        precision: "bf16", "fp32" or "fp16" (which gets a dynamic loss scale, 2^16 at first).
+        precision: "bf16", "fp32" or "fp16" (with a dynamic loss scale, 2^16 at first).
     """
     sharded = model_chunks[0].ddp_config.use_distributed_optimizer
     settings = McoreOptimizerConfig(
@@ -313,6 +320,7 @@ def build_optimizer(
         )
     inner = build_inner_optimizer(config, groups)
 
+    # megatron-core requires such a function.
     def state_is_made_here(*_: Any) -> None:
         initialize_state(inner, config.name)
 

@@ -1,4 +1,4 @@
-"""Checks once a process whether Triton can compile and run a kernel here.
+"""Checks once a process whether Triton can compile and run a kernel on this machine.
 
 Triton builds each kernel's launcher with the system's C compiler at the first launch. On a slim container without a
 compiler or without Python.h that launch is the first optimizer step, so LION asks here first.
@@ -23,7 +23,7 @@ def why_no_triton() -> str | None:
     """Returns the reason Triton cannot run kernels, in one line, or None if it can.
 
     The first call compiles and runs a one-element kernel and waits for its result; later calls return what it found.
-    During the capture of a CUDA graph a first call returns None, because to wait would end the capture.
+    During the capture of a CUDA graph a first call returns None, because a wait would end the capture.
     """
     if _is_capturing() and not _check.cache_info().currsize:
         return None
@@ -60,11 +60,11 @@ def _check() -> str | None:
 
 
 def _add_one(value: float) -> float:
-    """value + 1, computed by a kernel."""
+    """Returns value + 1, computed by a kernel."""
     from .kernels import add_one_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The result must be read here; later steps never wait, and a caller may have forbidden it already.
+    # Reading the result makes the host wait, which the caller may have forbidden; later steps never wait.
     mode = torch.cuda.get_sync_debug_mode() if device == "cuda" else None
     if mode is not None:
         torch.cuda.set_sync_debug_mode("default")
@@ -78,7 +78,7 @@ def _add_one(value: float) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """One line for an exception of the import, the compilation or the launch: what happened and what is needed."""
+    """Returns what happened and what is needed, in one line, for an exception of import, compilation or launch."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "triton":
         return "triton is not installed; run pip install triton"
     if isinstance(error, FileNotFoundError) or "C compiler" in str(error):

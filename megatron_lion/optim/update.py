@@ -1,4 +1,4 @@
-"""LION's equations in plain torch, the plain form of its state, and what is asked of tensors and settings."""
+"""LION's equations in plain torch, the plain form of its state, and the checks of tensors and settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_l
 
 
 class Slot(NamedTuple):
-    """One parameter's part in one step: everything flat-addressable and on one device."""
+    """One parameter with all that its step needs; dense tensors on one device."""
 
     param: torch.Tensor
     grad: torch.Tensor
@@ -23,31 +23,31 @@ class Slot(NamedTuple):
 
 
 class PlainLayout:
-    """How state is kept when nothing is packed: the parameter is its own master, `exp_avg` full precision."""
+    """The form of unpacked state: the parameter is its own master, and `exp_avg` has full precision."""
 
     is_plain = True
     master_weights = "none"
     momentum = "fp32"
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where this layout cannot keep the group's state."""
+        """Raises ValueError if this layout cannot hold the group's state."""
 
     def new_state(self, param: torch.Tensor, start: float) -> dict[str, torch.Tensor]:
-        """State of a parameter that has none; every momentum element is `start`."""
+        """Returns the first state of a parameter; every momentum element is `start`."""
         return {"exp_avg": torch.full_like(param, start, dtype=compute_dtype(param), requires_grad=False)}
 
     def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        """Lays state out in memory as its parameter is now: a model may go to channels_last between two steps."""
+        """Gives state the memory format of its parameter: a model may change to channels_last between two steps."""
         for name, value in state.items():
             if not is_sharded(value) and value.shape == param.shape and strides_of(value) != strides_of(param):
                 state[name] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
 
     def read(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
-        """Master weight and momentum in the compute dtype: the stored tensors themselves where they fit."""
+        """Returns master weight and momentum in the compute dtype: the stored tensors themselves if they have it."""
         return slot.param.to(compute_dtype(slot.param)), slot.state["exp_avg"]
 
     def write(self, slot: Slot, param_N: torch.Tensor, exp_avg_N: torch.Tensor) -> None:
-        """Stores what was read and updated."""
+        """Stores the updated tensors that `read` returned."""
         for stored, updated in ((slot.param, param_N), (slot.state["exp_avg"], exp_avg_N)):
             if stored is not updated:
                 stored.copy_(updated)
@@ -58,7 +58,7 @@ class PlainLayout:
 
 
 def compute_dtype(param: torch.Tensor) -> torch.dtype:
-    """Dtype of a parameter's update and momentum: float64 for a float64 parameter, else float32."""
+    """Returns the dtype of a parameter's update and momentum: float64 for a float64 parameter, else float32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
@@ -71,14 +71,25 @@ def lion_update(
     weight_decay: float,
     caution: torch.Tensor | None = None,
 ) -> None:
-    """The equations themselves, in place on `param_N` and `exp_avg_N`; all three of one compute dtype.
+    """Applies LION's equations in place to `param_N` and `exp_avg_N`.
 
-    Every line is a chain of torch operations that round once each: no `alpha=`, no `lerp`, no `addcmul`,
-    which fuse or do not fuse depending on an element's place in the tensor.
+    Every operation rounds once. `alpha=`, `lerp` and `addcmul` are not used: whether they fuse a multiplication into an
+    addition depends on an element's place in the tensor.
+
+    Args:
+        param_N: θ (the master weight), in the compute dtype, any shape.
+        grad_N: g, same shape and dtype; not changed.
+        exp_avg_N: m, same shape and dtype.
+        lr: η; a float or a tensor of one element.
+        betas: (β1, β2).
+        weight_decay: λ.
+        caution: φ of Cautious LION, one element, or None.
+
+    Source: Chen et al. 2023; Dong, Li and Lin, arXiv 2411.07724, Algorithm 1.
     """
     beta1, beta2 = betas
     interpolation_N = exp_avg_N * beta1 + grad_N * (1 - beta1)
-    nan_if_not_finite_N = interpolation_N - interpolation_N  # else 0: torch.sign alone calls NaN 0 and inf 1
+    nan_if_not_finite_N = interpolation_N - interpolation_N  # else 0; sign alone turns NaN into 0, inf into 1
     direction_N = interpolation_N.sign() + nan_if_not_finite_N
     if caution is not None:
         direction_N = direction_N * torch.where(direction_N * grad_N > 0, caution, 0.0)
@@ -108,30 +119,33 @@ def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
 
 
 def strides_of(tensor: torch.Tensor) -> list[int]:
-    """Where a tensor's elements lie: the strides of the dimensions that have more than one."""
+    """Returns the strides of the dimensions with more than one element; the others do not affect the memory order."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
 def is_sharded(param: torch.Tensor) -> bool:
+    """Returns whether a tensor is a DTensor."""
     return hasattr(param, "to_local")
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The shard of this rank, for a DTensor; any other tensor itself."""
+    """Returns this rank's shard of a DTensor, or any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()
 
 
 def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
+    """Raises ValueError if a setting is not one of the allowed values."""
     if given not in allowed:
         raise ValueError(f"{name} = {given!r}: needs one of {', '.join(allowed)}")
 
 
 def check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError if a group's rate, betas, decay or a parameter's dtype or layout is not supported."""
     lr, betas, weight_decay = group["lr"], group["betas"], group["weight_decay"]
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1 or lr.dtype != torch.float32:
-            raise ValueError(f"lr is a tensor of {lr.numel()} elements, {lr.dtype}: needs one, torch.float32")
+            raise ValueError(f"lr is a tensor of {lr.numel()} elements, {lr.dtype}: needs one element, torch.float32")
     elif not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr = {lr}: needs a finite number, 0 or above")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
@@ -147,12 +161,14 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def check_gradient(param: torch.Tensor, grad: torch.Tensor) -> None:
+    """Raises ValueError if the gradient is not dense, of the parameter's shape and in its memory format."""
+    # The fused loops address parameter, gradient and state by one flat offset.
     strided = grad.layout == torch.strided and grad.dtype in SUPPORTED_DTYPES and grad.shape == param.shape
     if not strided or not any(
         param.is_contiguous(memory_format=form) and grad.is_contiguous(memory_format=form) for form in MEMORY_FORMATS
     ):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)}, strides {param.stride()}, has a gradient of "
-            f"{grad.dtype}, {grad.layout}, shape {tuple(grad.shape)}: needs a dense real one of that shape, both "
-            "contiguous or both channels_last; call .contiguous(), or turn off `sparse=True`"
+            f"{grad.dtype}, {grad.layout}, shape {tuple(grad.shape)}: needs a dense real gradient of "
+            "that shape, both contiguous or both channels_last; call .contiguous(), or turn off `sparse=True`"
         )

@@ -1,4 +1,4 @@
-"""What the LION tests share: the device, the implementations, hyper-parameters and awkward values."""
+"""Shared by the LION tests: the device, the implementations, hyper-parameters and awkward values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMPLEMENTATIONS = ("reference", *FAST)
 MASTERS = ("none", "fp32", "split32", "split24")
 MOMENTA = ("fp32", "bf16", "int8")
 
-# ±0, the smallest and a middling subnormal, the smallest normal, bfloat16 ties of both parities, a carry into the
+# ±0, the smallest and a medium subnormal, the smallest normal, bfloat16 ties of both parities, a carry into the
 # exponent, the largest number, infinities, NaN.
 AWKWARD_BITS = (
     0x00000000, 0x80000000, 0x00000001, 0x80000001, 0x00412345, 0x00800000, 0x3F808000, 0x3F818000, 0xBF808000,
@@ -42,7 +42,7 @@ def tensor(values, dtype=torch.float32) -> torch.Tensor:
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal bit for bit, -0 apart from 0; any NaN equals any other."""
+    """Returns whether two tensors are equal bit for bit; -0 differs from 0, any NaN equals any other."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     if not left.is_floating_point():
@@ -53,7 +53,7 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def same_state(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> bool:
-    """Whether two optimizers hold the same parameters and state, bit for bit."""
+    """Returns whether two optimizers hold the same parameters and state, bit for bit."""
     pairs = zip(parameters(left), parameters(right), strict=True)
     return all(
         same_bits(a.detach(), b.detach())

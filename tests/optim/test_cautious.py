@@ -1,4 +1,4 @@
-"""Cautious LION: elements move only with their gradient, and further for it."""
+"""Cautious LION: only elements whose update has the sign of the gradient move, by a larger step."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def test_follows_the_float64_reference(implementation):
         before = theta
         theta, exp_avg = cautious_lion_float64(theta, exp_avg, grad.double().numpy(), **HYPER)
         moved += (np.abs(theta - before) > 2e-3).sum()
-    assert 0.3 < moved / 9000 < 0.9  # some do, some do not
-    # As for LION, θ rounds by 2^-24 a step and u by 2^-23 η φ; a count that is off by one shifts φη by 1e-4 at once.
+    assert 0.3 < moved / 9000 < 0.9  # some elements move, some do not
+    # As for LION, θ rounds by 2^-24 a step and u by 2^-23 η φ. A count that is off by one shifts φη by 1e-4 in one step.
     assert np.abs(param.detach().cpu().numpy() - theta).max() < 30 * (2**-24 + 2**-23 * 1e-2 * 3) * 2
 
 

@@ -1,4 +1,4 @@
-"""Whether Triton can compile here: asked once, with a reason in one line, and LION goes on without it."""
+"""The check whether Triton can compile: it runs once, gives its reason in one line, and LION works without Triton."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_lion.optim.lion import Lion
 
 @pytest.fixture(autouse=True)
 def nothing_known():
-    """Each test asks as a new process would."""
+    """Each test runs the check as a new process would."""
     caches = (triton_check._check, triton_check.warn_once)
     for cache in caches:
         cache.cache_clear()
@@ -38,7 +38,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[int]:
 
 
 def on_cuda(*dtypes: torch.dtype) -> list[SimpleNamespace]:
-    """What `Lion._choose` reads of slots whose parameters are on a CUDA device."""
+    """The attributes that `Lion._choose` reads of slots with parameters on a CUDA device."""
     return [
         SimpleNamespace(param=SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=dtype))
         for dtype in dtypes
@@ -56,7 +56,7 @@ def test_a_kernel_runs_here() -> None:
     assert triton_check.triton_kernel() == ("interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled")
 
 
-def test_it_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = broken(monkeypatch, RuntimeError("no"))
     assert {triton_check.why_no_triton() for _ in range(3)} == {"RuntimeError: no"}
     assert len(launches) == 1
@@ -142,7 +142,7 @@ def test_other_reasons(error: Exception, reason: str, monkeypatch: pytest.Monkey
     assert triton_check.why_no_triton() == reason
 
 
-def test_auto_goes_on_with_foreach_and_logs_one_line(monkeypatch, caplog) -> None:
+def test_auto_continues_with_foreach_and_logs_one_line(monkeypatch, caplog) -> None:
     assert lion()[0]._choose(on_cuda(torch.float32)) == "triton"
     triton_check._check.cache_clear()
     launches = broken(monkeypatch, RuntimeError("Failed to find C compiler."))

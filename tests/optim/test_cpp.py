@@ -1,4 +1,4 @@
-"""The C++ loop's own business: threads, chunks, dtypes it leaves to others, and machines where it cannot be built."""
+"""The C++ loop: threads, chunks, dtypes that it does not support, and machines on which it cannot be built."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHUNK = 1 << 16
 
 @pytest.fixture
 def no_memory_of_builds():
-    """What a process found out about compilers is forgotten before and after."""
+    """Clears what the process has cached about compilers, before and after the test."""
     caches = (cpp.library, cpp.why_not)
     for cache in caches:
         cache.cache_clear()
@@ -34,7 +34,7 @@ def no_memory_of_builds():
 @pytest.mark.parametrize("first", [0, 1, 3])
 @pytest.mark.parametrize("mode", [("split32", "fp32"), ("split24", "int8"), ("none", "bf16")])
 def test_threads_chunks_and_odd_offsets_leave_no_seam(first, mode, monkeypatch):
-    """Shards begin anywhere; lengths lie around a block's, a chunk's and several threads' ends; one is empty."""
+    """Shards begin at any offset; lengths are close to a block, a chunk and several threads' chunks; one is empty."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     lengths = (3 * CHUNK + 1, 0, 511, 512, 513, 1, 31, 33, CHUNK)
     options = {"cautious": True, "master_weights": mode[0], "momentum": mode[1]}
@@ -103,7 +103,7 @@ def script(path, text):
         ("no-such-compiler", "no C++ compiler (no-such-compiler) on the path; install one or set CXX"),
         ("echo it is broken >&2; exit 1", "failed: it is broken"),
         ("exit 0", "failed: exit code 0"),
-        ('exec c++ "$@" -Ofast', "does not compute what the reference does"),
+        ('exec c++ "$@" -Ofast', "computes other bits than the reference"),
         (
             'for output; do :; done; test "$output" = --version || echo "rubbish" > "$output"',
             "cannot be built or loaded",
@@ -112,7 +112,7 @@ def script(path, text):
     ids=["missing", "failing", "silent", "fast and loose", "rubbish"],
 )
 def test_a_compiler_that_will_not_do(compiler, message, tmp_path, monkeypatch, caplog, no_memory_of_builds):
-    """Auto goes on with foreach and one line in the log; who asks for C++ by name is told."""
+    """ "auto" uses foreach and logs one line; "cpp" raises an error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", compiler if " " not in compiler else script(tmp_path / "cxx", compiler))
     monkeypatch.setattr(lion_module, "CPP_PAYS", 1)
@@ -129,9 +129,7 @@ def test_a_compiler_that_will_not_do(compiler, message, tmp_path, monkeypatch, c
     assert len(lines) == 1
     assert "slower foreach path" in lines[0]
     assert message in lines[0]
-    assert sys.float_info.min / 2 > 0, (
-        "a library made for fast mathematics must not flush subnormals in the whole process"
-    )
+    assert sys.float_info.min / 2 > 0, "a library linked with -Ofast must not flush subnormals in the whole process"
     param.grad = torch.ones(50)
     with pytest.raises(RuntimeError, match=r"implementation = 'cpp': .*or use implementation = 'foreach'"):
         Lion([param], implementation="cpp").step()
@@ -140,7 +138,7 @@ def test_a_compiler_that_will_not_do(compiler, message, tmp_path, monkeypatch, c
 def test_a_compiler_that_does_not_know_the_processor(tmp_path, monkeypatch, no_memory_of_builds):
     refuses = 'case "$*" in *-march=native*) echo unknown >&2; exit 1;; esac; exec c++ "$@"'
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CXX", script(tmp_path / "cxx", refuses) + " -O1")  # a command with an argument of its own
+    monkeypatch.setenv("CXX", script(tmp_path / "cxx", refuses) + " -O1")  # CXX may hold an argument
     assert cpp.why_not() is None
 
 
@@ -151,7 +149,7 @@ def test_a_cache_that_cannot_be_written_costs_a_build_and_nothing_more(tmp_path,
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_a_damaged_library_is_built_anew(tmp_path, monkeypatch, no_memory_of_builds):
+def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, no_memory_of_builds):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     target = tmp_path / "megatron-lion" / f"lion-{cpp_compiler._fingerprint(SOURCE, cpp_compiler._compiler())}.so"
     target.parent.mkdir()
@@ -171,7 +169,7 @@ def test_processes_that_build_at_once_wait_for_one_of_them(tmp_path):
 
 
 def test_no_offset_is_cut_to_32_bits(tmp_path):
-    """The compiler names every implicit narrowing, so that 2^31 elements and more have 64-bit offsets throughout."""
+    """The compiler reports every implicit narrowing, so tensors of 2^31 elements and more have 64-bit offsets throughout."""
     strict = ["-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Wno-float-conversion", "-Werror"]
     command = [*cpp_compiler._compiler(), *cpp_compiler.FLAGS, *strict, str(SOURCE), "-o", str(tmp_path / "strict.so")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)

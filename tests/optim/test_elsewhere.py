@@ -1,4 +1,4 @@
-"""The same `Lion` where others hold the parameters: DDP, FSDP2, Hugging Face's Trainer, DeepSpeed."""
+"""`Lion` in other frameworks: DDP, FSDP2, Hugging Face's Trainer, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MODES = (
 
 
 def network(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """Rows that two processes share unequally (5 and 1): one holds more, one holds none."""
+    """A network whose rows two processes share unequally: 3 and 2 of five, 1 and 0 of one."""
     torch.manual_seed(0)
     layers = (torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
     return torch.nn.Sequential(*layers).to(dtype)
@@ -52,7 +52,7 @@ def test_ddp():
 
 
 def fsdp(rank: int) -> list[str]:
-    """What differs between FSDP2's shards and the whole model, by mode; then a state that is saved and loaded."""
+    """Returns the modes in which FSDP2's shards differ from the whole model, or from a run that loaded its state."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
     from torch.distributed.fsdp import fully_shard
 
@@ -121,7 +121,7 @@ def test_hugging_face_trainer(tmp_path):
 
 
 def deepspeed_engine(rank: int, stage: int) -> tuple[float, float]:
-    """Loss before and after eight steps of a DeepSpeed engine that was given our optimizer."""
+    """Returns the loss before and after eight steps of a DeepSpeed engine with our optimizer."""
     import deepspeed
 
     deepspeed.init_distributed("gloo")

@@ -1,4 +1,4 @@
-"""The Triton kernel's own business: addresses, masks, tables, launches. Interpreted on CPU, compiled on CUDA."""
+"""The Triton kernel: addresses, masks, tables, launches. Interpreted on a CPU, compiled on CUDA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 @pytest.mark.parametrize("first", [0, 1, 3, 64])
 @pytest.mark.parametrize("mode", [("split32", "fp32"), ("split24", "int8"), ("fp32", "bf16")])
 def test_views_at_any_offset_are_updated_and_their_neighbours_left_alone(first, mode):
-    """Shards begin where a rank's share begins: lengths around a program's, odd starts, an empty one."""
+    """Shards as a rank has them: lengths close to a program's, odd offsets, an empty one."""
     lengths = (kernel_launch.BLOCK - 1, kernel_launch.BLOCK, 0, kernel_launch.BLOCK + 1, 1, 31, 33)
     options = {"master_weights": mode[0], "momentum": mode[1]}
     expected, found = (
@@ -29,10 +29,10 @@ def test_views_at_any_offset_are_updated_and_their_neighbours_left_alone(first, 
 @pytest.mark.parametrize("master_weights", MASTERS)
 @pytest.mark.parametrize("momentum", MOMENTA)
 def test_elements_beyond_two_to_the_31(master_weights, momentum):
-    """Addresses are moved back by more than 2^31 elements, and the programs told to work that far on.
+    """Addresses are moved back by more than 2^31 elements, and the chunk numbers forward by as many.
 
-    A packed int8 momentum has its scales behind all its elements: there 2 GiB of address space are taken, of which
-    only the touched pages become memory.
+    A packed int8 momentum has its scales after all elements. That case reserves 2 GiB of address space, of which only
+    the pages that are written use memory.
     """
     first = (2**31 + 16) // kernel_launch.BLOCK + 3
     beyond, length = first * kernel_launch.BLOCK, kernel_launch.BLOCK + 77
@@ -65,7 +65,7 @@ def test_elements_beyond_two_to_the_31(master_weights, momentum):
 
 
 def far_away(packed, beyond, length):
-    """A packed momentum of `beyond + length` elements whose end is `packed`, and views of that end's two parts."""
+    """Returns a packed momentum of `beyond + length` elements that ends with `packed`, and views of that end's two parts."""
     blocks = -(-length // 32)
     whole = torch.empty(int8_bytes(beyond + length), dtype=torch.uint8, device=packed.device)
     elements, scales = whole[beyond : beyond + 32 * blocks], whole[-2 * blocks :]
@@ -138,7 +138,7 @@ def test_gradients_that_move_are_found_again():
 
 
 def test_what_changes_between_steps_is_noticed():
-    """A gradient that goes away or comes back, a group more, a state that is loaded or replaced."""
+    """A gradient is removed and set again, a group is added, a state is loaded or replaced."""
     ends = []
     for implementation in ("reference", "triton"):
         optimizer, params = tiny(implementation, lr=0.125, count_steps=True)
@@ -157,7 +157,7 @@ def test_what_changes_between_steps_is_noticed():
         optimizer.step()
         optimizer.state[more]["exp_avg"] = torch.full_like(more, -100.0)
         optimizer.step()
-        assert more[0] > 0.25  # the replaced momentum was read
+        assert more[0] > 0.25  # the step read the replaced momentum
         more.data = torch.zeros(9, device=DEVICE)
         optimizer.step()
         assert more[0] == 0.25

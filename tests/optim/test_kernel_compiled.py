@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernel for A100 (sm_80) and H100/H200 (sm_90): no device is needed to read it."""
+"""The kernel's compiled code for A100 (sm_80) and H100/H200 (sm_90); no device is needed to compile and read it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
         "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
         "shared": kernel.metadata.shared,
     })
-# Without multiplier, found_inf and alignment, in float16, cautious: what the cases above leave out.
+# Variants that the cases above leave out: no multiplier, found_inf or alignment; float16; cautious.
 for param, grad, master, momentum, aligned, cautious in (
     (tl.float16, tl.float16, "none", "fp32", False, False),
     (tl.float16, tl.float32, "fp32", "bf16", True, True),
@@ -107,7 +107,7 @@ def test_the_kernel_compiles_to_wide_exact_code(compiled, index):
     assert kernel["flushed"] == 0
     assert kernel["wide"] >= wide
     assert kernel["stack"] == 0
-    # 65,536 registers and 2,048 threads an SM: up to 32 registers all of them can live at once, at 40 still 1,536.
+    # An SM has 65,536 registers and at most 2,048 threads: with 32 registers it holds all of them, with 40 still 1,536.
     assert kernel["registers"] <= 40
     assert kernel["shared"] <= 1024
 

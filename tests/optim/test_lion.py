@@ -1,4 +1,4 @@
-"""The algorithm: every implementation against the equations, and the properties LION is known by."""
+"""The algorithm: every implementation against the equations, and the known properties of LION."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from reference import LionFloat32, lion_float64
 
 from megatron_lion.optim.lion import Lion, from_adamw
 
-# The interpreter computes with numpy, which warns where a device is silent.
+# Triton's interpreter computes with numpy, which warns about overflow and NaN; a device does not.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 QUICK = examples(40)
 
 
 def one_step(param, grad, exp_avg, implementation="reference", **hyper):
-    """A parameter and its momentum after one step from the given ones."""
+    """Returns a parameter and its momentum after one step from the given ones."""
     param = torch.nn.Parameter(param.clone())
     optimizer = Lion([param], implementation=implementation, **hyper)
     optimizer.init_state()
@@ -58,7 +58,7 @@ def test_thousand_steps_equal_the_float32_reference_and_follow_the_float64_one(i
         theta, exp_avg = lion_float64(theta, exp_avg, grad.astype(np.float64), **hyper)
     assert same_bits(param.detach().cpu(), torch.from_numpy(reference.theta))
     assert same_bits(optimizer.state[param]["exp_avg"].cpu(), torch.from_numpy(reference.exp_avg))
-    # A step rounds θ once, by at most 2^-24 |θ|, and η u by at most 2^-23 η; one wrong sign would be 2η = 6e-3 off.
+    # A step rounds θ once, by at most 2^-24 |θ|, and η u by at most 2^-23 η. One wrong sign would add 2η = 6e-3.
     bound = 1000 * (2**-24 * np.abs(start).max() + 2**-23 * 3e-3)
     assert np.abs(param.detach().cpu().numpy() - theta).max() < bound
 
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_not_finite_is_never_a_step(implementation, value):
 
 
 def other_lion(package, params, **hyper):
-    """Another package's Lion; the test is skipped if it is not installed."""
+    """Returns another package's Lion; skips the test if the package is not installed."""
     module = pytest.importorskip(package, reason=f"needs {package.split('.')[0]} (the dev extra has it)")
     return module.Lion(params, **hyper)
 
@@ -152,7 +152,7 @@ def other_lion(package, params, **hyper):
 @pytest.mark.parametrize("package", ["lion_pytorch", "emerging_optimizers.scalar_optimizers"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_agrees_with_others(package, weight_decay):
-    """All do the same in another order: here θ - η(s + λθ), there θ(1 - ηλ) - ηs."""
+    """The others compute θ(1 - ηλ) - ηs, ours θ - η(s + λθ): equal but for rounding."""
     generator = torch.Generator().manual_seed(3)
     starts = [torch.randn(shape, generator=generator) for shape in ((25, 12), (200,))]
     ours, theirs = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
@@ -161,21 +161,21 @@ def test_agrees_with_others(package, weight_decay):
     for _ in range(100):
         for mine, yours in zip(ours, theirs, strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)
-            mine.grad[..., -1] = 0.0  # sign(0) = 0: what never had a gradient only decays
+            mine.grad[..., -1] = 0.0  # sign(0) = 0: an element that never had a gradient only decays
             yours.grad = mine.grad.clone()
         optimizer.step()
         other.step()
     for mine, yours, start in zip(ours, theirs, starts, strict=True):
-        # Either rounds θ twice a step at most, by 2^-24 |θ| each; a sign that differed would show as 2e-3.
+        # Each rounds θ at most twice a step, by 2^-24 |θ|; a sign that differs would add 2e-3.
         assert (mine - yours).abs().max() < 100 * 4 * 2**-24 * start.abs().max()
         exp_avg, theirs_avg = optimizer.state[mine]["exp_avg"], other.state[yours]["exp_avg"]
-        # c rounds three times a step, and what was rounded fades with β2: 100 steps of 2^-24 at the most.
+        # c rounds three times a step, and the rounding errors decay with β2: at most 100 steps of 2^-24.
         assert (exp_avg - theirs_avg).abs().max() < 100 * 2**-24 * exp_avg.abs().max()
 
 
 @pytest.mark.parametrize(("peak", "common_error"), [(1e-5, -0.15), (1e-6, 1.0)])
 def test_the_decay_keeps_its_strength_where_the_common_form_rounds_it(peak, common_error):
-    """Cosine from η = 1e-5 at λ = 0.01: what docs/optimizer.md says about θ - η(s + λθ) and θ(1 - ηλ) - ηs."""
+    """Cosine from η = 1e-5 at λ = 0.01: the figures in docs/optimizer.md for θ - η(s + λθ) and θ(1 - ηλ) - ηs."""
     generator = torch.Generator().manual_seed(1)
     start = (torch.rand(2000, generator=generator) + 1) * 0.25
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
@@ -194,7 +194,7 @@ def test_the_decay_keeps_its_strength_where_the_common_form_rounds_it(peak, comm
     decay = (undecayed - exact).mean()
     our_error = (ours.detach().double().numpy() - exact).mean() / decay
     their_error = (theirs.detach().double().numpy() - exact).mean() / decay
-    # θ itself rounds to 2^-24 |θ| a step, without preference; at η = 1e-6 the decay is a tenth of that.
+    # θ itself rounds to 2^-24 |θ| a step, up or down alike; at η = 1e-6 the decay is a tenth of that.
     assert abs(our_error) < (0.01 if peak == 1e-5 else 0.4)
     assert abs(their_error) > 0.9 * abs(common_error)
     assert their_error * common_error > 0

@@ -1,4 +1,4 @@
-"""Lion as a torch optimizer: groups, rates, state, loading, refusals."""
+"""Lion as a torch optimizer: groups, rates, state, loading, rejected input."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_state_survives_uncast(dtype, how):
 
 
 def test_one_step_tensor_shared_by_all_states_is_not_counted_many_times():
-    """megatron-core hands every state the same 0-d `step` when it loads."""
+    """When megatron-core loads, it gives every state the same 0-d `step` tensor."""
     optimizer, params = build(count_steps=True)
     optimizer.init_state()
     state = optimizer.state_dict()
@@ -145,7 +145,7 @@ def test_state_of_another_model_is_refused():
 
 
 def test_groups_assigned_from_outside_take_over():
-    """DistributedOptimizer puts its own groups, with flat shards and keys of its own, in place of the first ones."""
+    """DistributedOptimizer replaces the groups by its own, with flat shards and extra keys."""
     model = torch.nn.Linear(6, 4)
     optimizer = Lion([{"params": list(model.parameters()), "wd_mult": 1.0, "is_expert_parallel": False}])
     shards = [torch.nn.Parameter(torch.ones(17)), torch.nn.Parameter(torch.empty(0))]
@@ -275,8 +275,8 @@ def test_closure_and_missing_gradients():
     [
         ({"lr": -1e-4}, r"lr = -0.0001: needs a finite number, 0 or above"),
         ({"lr": float("nan")}, r"lr = nan"),
-        ({"lr": torch.tensor([1.0, 2.0])}, r"lr is a tensor of 2 elements.*needs one, torch.float32"),
-        ({"lr": torch.tensor(1.0, dtype=torch.float64)}, r"torch.float64: needs one, torch.float32"),
+        ({"lr": torch.tensor([1.0, 2.0])}, r"lr is a tensor of 2 elements.*needs one element, torch.float32"),
+        ({"lr": torch.tensor(1.0, dtype=torch.float64)}, r"torch.float64: needs one element, torch.float32"),
         ({"betas": (1.0, 0.99)}, r"betas = \(1.0, 0.99\): needs two numbers, each at least 0 and below 1"),
         ({"betas": (0.9, -0.1)}, r"betas"),
         ({"betas": (0.9,)}, r"needs two numbers"),

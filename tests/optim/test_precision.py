@@ -1,4 +1,4 @@
-"""State in fewer bits: what is exact is tested bit for bit, what is not within bounds that say where they come from."""
+"""State in fewer bits: exact modes are tested bit for bit, the others within bounds that are derived in comments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MODES = list(itertools.product(MASTERS, MOMENTA))
 
 
 def every_low_half(high: int) -> torch.Tensor:
-    """The 65,536 float32 values whose upper 16 bits are `high`."""
+    """Returns the 65,536 float32 values whose upper 16 bits are `high`."""
     bits = np.arange(65536, dtype=np.uint32) | np.uint32(high << 16)
     return torch.from_numpy(bits.view(np.float32))
 
@@ -73,7 +73,7 @@ def test_int8_is_near_and_stays_the_same_when_packed_again(values):
         if not block.isfinite().all():
             assert kept.isnan().all()
             continue
-        # Half a step of s ≈ max|m|/127, s itself rounded to 8 bits; what would need s < 2^-126 is dropped.
+        # Half a step of s ≈ max|m|/127, s itself rounded to 8 bits; a block that needs s < 2^-126 becomes zero.
         assert (kept - block).abs().max() <= block.abs().max() * (0.502 / 127) + 127 * 2.0**-126
 
 
@@ -87,7 +87,7 @@ def test_split32_is_the_float32_master_for_a_thousand_steps(implementation, grad
     param = torch.nn.Parameter(torch.from_numpy(start).to(DEVICE, torch.bfloat16))
     optimizer = Lion([param], implementation=implementation, master_weights="split32", **hyper)
     reference = LionFloat32(start.copy(), **hyper)
-    # Interpreted, a launch takes 10 ms, so one case of it must do.
+    # Interpreted, a launch takes 10 ms, so only one case runs all steps.
     for _ in range(1000 if implementation != "triton" or grad_dtype == torch.float32 else 50):
         grad = torch.from_numpy(rng.standard_normal(61).astype(np.float32)).to(grad_dtype)
         param.decoupled_grad = grad.to(DEVICE)
@@ -114,7 +114,7 @@ def test_fp32_master_writes_the_nearest_even_copy():
 
 
 class Quadratic:
-    """Noisy gradients of ½ Σ a (θ - θ*)² with two groups, in one precision mode."""
+    """Minimises ½ Σ (θ - θ*)² by noisy gradients, with two groups, in one precision mode."""
 
     def __init__(self, master_weights, momentum, implementation="foreach", dtype=torch.bfloat16, **settings):
         generator = torch.Generator().manual_seed(11)
@@ -207,9 +207,9 @@ def test_checkpoints_cross_all_modes(source, form):
 @pytest.mark.parametrize(
     ("mode", "bound"),
     [
-        # Exact masters: only the 16-bit copy at ties differs between the first two, and nothing here ties.
+        # Exact masters: split32 and fp32 differ only in the 16-bit copy at ties, and no value here is a tie.
         (("split32", "fp32"), 1e-12),
-        # A rounded momentum turns signs where |c| is near 0; near the optimum the loss is the noise floor of ±η steps.
+        # A rounded momentum flips signs where |c| is near 0. Near the optimum the loss is the noise floor of ±η steps.
         (("split32", "bf16"), 0.02),
         (("split32", "int8"), 0.05),
         (("split24", "fp32"), 0.02),
@@ -226,7 +226,7 @@ def test_reduced_modes_reach_the_loss_of_the_float32_master(mode, bound):
 
 @pytest.mark.parametrize("momentum", MOMENTA)
 def test_a_momentum_without_gradient_dies_away(momentum):
-    """Rows of an embedding that no batch touches must not be pushed for ever by a momentum that is stuck."""
+    """A momentum that never decays would move the embedding rows that no batch touches for ever."""
     param = torch.nn.Parameter(torch.zeros(64, device=DEVICE))
     optimizer = Lion([param], betas=(0.9, 0.99), momentum=momentum)
     param.grad = torch.randn(64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -275,7 +275,7 @@ def test_bytes_of_state_are_what_the_documentation_says():
 
 
 def test_the_contract_of_a_precision_aware_distributed_optimizer():
-    """The rules megatron-core has for an inner optimizer that owns the master weights."""
+    """megatron-core's rules for an inner optimizer that owns the master weights."""
     flat = torch.randn(100).to(DEVICE, torch.bfloat16)
     shard = torch.nn.Parameter(flat[13:77])  # a view into a bucket of parameters
     whole = torch.nn.Parameter(torch.randn(9, device=DEVICE))
