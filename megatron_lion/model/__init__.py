@@ -1,1 +1,1 @@
-"""GPT-2 and BERT through Megatron-Core, with one forward-step signature."""
+"""GPT-2 and BERT on Megatron-Core, with one forward-step signature."""

@@ -1,7 +1,7 @@
 """Attention core on torch's scaled_dot_product_attention, for megatron-core's local layer spec.
 
-megatron-core's own DotProductAttention stores the S x S probabilities and runs unfused; this one hands the whole
-core to torch, which picks a flash kernel where it can, on CPU and on GPU.
+megatron-core's own DotProductAttention stores the S x S probabilities and runs unfused. This one calls torch, which
+uses a flash kernel if it can, on CPU and on GPU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def reproducible_kernels(device: torch.device) -> list[SDPBackend] | None:
-    """Attention kernels whose backward pass has the same bits in every run; None allows all.
+    """Returns the attention kernels whose backward pass has the same bits in every run, or None if all do.
 
     On CUDA the memory-efficient and the cuDNN kernel add their parts of dQ with atomics. The flash kernel does so too,
-    unless torch.use_deterministic_algorithms is on. Flash takes no mask and no float32: then the plain kernel runs.
+    unless torch.use_deterministic_algorithms is on. Flash supports no mask and no float32; then the plain kernel runs.
     """
     return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if device.type == "cuda" else None
 
@@ -35,15 +35,15 @@ class SdpaAttention(MegatronModule):
 
     Args:
         config: megatron-core's settings.
-        layer_number: from 1 over the whole model.
+        layer_number: number of the layer in the whole model, from 1.
         attn_mask_type: causal for GPT-2, padding for BERT.
-        attention_type: "self"; others are refused.
+        attention_type: "self"; others are rejected.
         attention_dropout: default `config.attention_dropout`.
         softmax_scale: default 1 / sqrt(D).
-        cp_comm_type, pg_collection: part of the layer spec's call; context parallelism is not supported.
+        cp_comm_type, pg_collection: part of the layer spec's call, not used; context parallelism is not supported.
 
     Raises:
-        ValueError: settings that this core cannot honour.
+        ValueError: the settings need something that this core does not support.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class SdpaAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size != 1 or attention_type != "self" or config.apply_query_key_layer_scaling:
             raise ValueError(
-                "SdpaAttention does self-attention without context parallelism and without QK layer scaling"
+                "SdpaAttention supports only self-attention without context parallelism and without QK layer scaling; "
+                "use another attention core"
             )
         self.attn_mask_type = attn_mask_type
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -78,12 +79,12 @@ class SdpaAttention(MegatronModule):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Attends.
+        """Computes the attention core.
 
         Args:
             query, key, value: [S, B, N, D].
             attention_mask: for padding attention, bool [B, 1, 1 or S, S], True where attention is forbidden
-                (megatron-core's convention).
+                (megatron-core's convention; torch's is the opposite).
 
         Returns:
             [S, B, N * D].
@@ -111,7 +112,9 @@ class SdpaAttention(MegatronModule):
                 )
 
         if dropout > 0.0 and not self.config.sequence_parallel:
-            # Heads are split over the tensor-parallel group: each rank drops its own.
+            # Heads are split over the tensor-parallel group. Its ranks share the default stream of random numbers, so
+            # each draws the dropout of its heads from its own tracked stream. Under sequence parallelism megatron-core's
+            # TransformerBlock has already switched to it.
             with tensor_parallel.get_cuda_rng_tracker().fork():
                 context_BNSD = attend()
         else:

@@ -1,4 +1,4 @@
-"""BERT through megatron-core: masked language model and sentence order, exactly normalised over the global batch.
+"""BERT on megatron-core: masked language model and sentence order, exactly normalised over the global batch.
 
 The network is megatron-core's BertModel: learned positions and token types, pre-LN layers with a final norm, a
 masked-LM head tied to the token embeddings, a pooler and a 2-way head. The loss of a global batch of N samples
@@ -6,10 +6,10 @@ with M masked tokens is
 
     L = (1/M) Σ_masked -log p(token)  +  (1/N) Σ_samples -log p(order)
 
-M is a random number, known only when the whole global batch has been read, and megatron-core divides the summed
-gradient by one count. So that count is N, the masked-LM sum is multiplied by N/M, and M is found by looking ahead over
-the micro-batches of the step and summing over the data-parallel ranks before the first of them runs. The gradient
-is then that of L at every data-parallel size and number of micro-batches.
+M is random and known only after the whole global batch was read, and megatron-core divides the summed gradient by one
+count. That count is N, and the masked-LM sum is multiplied by N/M. M is counted before the first micro-batch runs: all
+micro-batches of the step are read ahead, and their counts are summed over the data-parallel ranks. The gradient is then
+that of L at every data-parallel size and number of micro-batches.
 
 Source: Devlin et al. 2018 (masked LM), Shoeybi et al. 2019 (pre-LN BERT), Lan et al. 2019 (sentence order).
 """
@@ -47,25 +47,25 @@ NUM_TOKEN_TYPES = 2
 
 
 def bert_layer_spec(attention: str) -> ModuleSpec:
-    """The layer spec for an attention core, with bidirectional (padding) attention."""
+    """Returns the layer spec for an attention core, with bidirectional (padding) attention."""
     if attention == "transformer_engine":
         return get_bert_layer_with_transformer_engine_spec()
-    spec = copy.deepcopy(bert_layer_local_spec)
+    spec = copy.deepcopy(bert_layer_local_spec)  # a module-level object of megatron-core, shared by all its users
     if attention == "sdpa":
         spec.submodules.self_attention.submodules.core_attention = SdpaAttention
     return spec
 
 
 class Bert(BertModel):
-    """megatron-core's BertModel whose masked-LM head works for the masked places alone, and says what it would answer.
+    """megatron-core's BertModel with a masked-LM head for the masked positions only; it also returns its hits.
 
-    At 15 % masking the vocabulary's matrix, the largest of the model, is multiplied with a seventh of the vectors; what is
-    left out counts for nothing in the loss.
+    At 15 % masking the output matrix, the largest of the model, is multiplied with a seventh of the vectors. The other
+    positions are not part of the loss.
     """
 
     # mcore 0.19.2: the model asks this private method for the shape of its mask; remove when the mask is an argument.
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
-        """The mask is [B, 1, 1, S] for torch's attention: padding is no key, and no query is left without keys."""
+        """Returns "b11s" for torch's attention: padding is masked as key only, so every query has keys (no NaN)."""
         core = self.transformer_layer_spec.submodules.self_attention.submodules.core_attention
         if core is SdpaAttention:
             return "b11s"
@@ -83,9 +83,9 @@ class Bert(BertModel):
 
         Args:
             tokens_BS, types_BS: ids and segments (0, 1), int64.
-            padding_mask_BS: 1 where there is a token, int64.
-            positions_BM: the M places of each sample that the masked-LM head works for, int64; None takes all S.
-            labels_BM: true tokens of these places, int64.
+            padding_mask_BS: 1 for a token, 0 for padding, int64.
+            positions_BM: the M positions of each sample for the masked-LM head, int64; None means all S.
+            labels_BM: true tokens at these positions, int64.
 
         Returns:
             On the last stage with labels: (losses and hits [2, B, M], order logits [B, 2]); without: (this
@@ -106,20 +106,23 @@ class Bert(BertModel):
         weight = self.shared_embedding_or_output_weight()
         logits_MBV, _ = self.output_layer(self.lm_head(hidden_states=chosen_MBH), weight=weight)
         if positions_BM is not None:
-            logits_MBV = logits_MBV[: positions_BM.shape[1]]  # without what `_choose` added
+            logits_MBV = logits_MBV[: positions_BM.shape[1]]  # without the padding of `_choose`
         if labels_BM is None:
             return logits_MBV.transpose(0, 1).contiguous(), order_logits_B2
         hits_BM = (likeliest_tokens(logits_MBV).transpose(0, 1) == labels_BM).float()
-        losses_BM = self.compute_language_model_loss(labels_BM, logits_MBV)  # overwrites fp32 logits
+        # After the hits: the loss overwrites fp32 logits.
+        losses_BM = self.compute_language_model_loss(labels_BM, logits_MBV)
         return torch.stack([losses_BM.float(), hits_BM]), order_logits_B2
 
     def _choose(self, hidden_SBH: torch.Tensor, positions_BM: torch.Tensor) -> torch.Tensor:
-        """Hidden states at the given places [M, B, H]; with sequence parallelism each rank's part of them, M rounded up."""
+        """Returns hidden states at the given positions, [M, B, H]; with sequence parallelism this rank's part, M rounded up."""
         split = self.config.sequence_parallel
         if split:
+            # Each rank holds S/tp positions, and a masked one may be on any rank. Backward, the scatter below has gathered
+            # the whole gradient on every rank, so this gather must split it instead of summing it.
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
             ranks = parallel_state.get_tensor_model_parallel_world_size()
-            positions_BM = F.pad(positions_BM, (0, -positions_BM.shape[1] % ranks))
+            positions_BM = F.pad(positions_BM, (0, -positions_BM.shape[1] % ranks))  # equal parts for the scatter
         index_MBH = positions_BM.transpose(0, 1).unsqueeze(-1).expand(-1, -1, hidden_SBH.shape[-1])
         chosen_MBH = hidden_SBH.gather(0, index_MBH)
         return scatter_to_sequence_parallel_region(chosen_MBH) if split else chosen_MBH
@@ -127,7 +130,7 @@ class Bert(BertModel):
 
 @torch.no_grad()
 def likeliest_tokens(logits_MBV: torch.Tensor) -> torch.Tensor:
-    """Token ids [M, B] of the largest logits over the whole vocabulary, of which each tensor-parallel rank has a part."""
+    """Returns the token ids [M, B] of the largest logits over the vocabulary, which is split over tensor-parallel ranks."""
     best_MB, ids_MB = logits_MBV.float().max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
@@ -135,19 +138,20 @@ def likeliest_tokens(logits_MBV: torch.Tensor) -> torch.Tensor:
     rows = logits_MBV.shape[-1]
     overall_MB = best_MB.clone()
     torch.distributed.all_reduce(overall_MB, op=torch.distributed.ReduceOp.MAX, group=group)
+    # Ranks without the maximum offer an id beyond the vocabulary; of equal logits the lowest id wins, as on one rank.
     ids_MB = torch.where(best_MB == overall_MB, ids_MB + group.rank() * rows, group.size() * rows)
     torch.distributed.all_reduce(ids_MB, op=torch.distributed.ReduceOp.MIN, group=group)
     return ids_MB
 
 
 def build_bert(model: ModelConfig, settings: TransformerConfig, attention: str, rows: int) -> Bert:
-    """This pipeline stage of BERT.
+    """Builds this pipeline stage of BERT.
 
     Args:
-        model: shape.
+        model: the network's settings.
         settings: from `build_transformer_config`.
-        attention: resolved attention core.
-        rows: of the embedding, padding included.
+        attention: attention core, from `choose_attention`.
+        rows: rows of the embedding, padding included.
     """
     network = Bert(
         config=settings,
@@ -166,18 +170,18 @@ def build_bert(model: ModelConfig, settings: TransformerConfig, attention: str, 
 
 
 class MaskedAndOrder(Objective):
-    """Masked LM over all masked tokens of the global batch plus sentence order over all its samples."""
+    """Mean loss of all masked tokens of the global batch plus mean sentence-order loss of all its samples."""
 
     sum_names = (
         "loss_sum", "num_tokens", "mlm_loss_sum", "num_masked", "mlm_correct", "sop_loss_sum", "num_samples", "sop_correct",
     )  # fmt: skip
 
     def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
-        """One micro-batch.
+        """Runs one micro-batch.
 
         Args:
-            batches: yields on the device what `BertDataset` describes, with a first dimension B; and for a backward
-                pass mlm_weight (float64 scalar, N/M).
+            batches: yields the fields of `BertDataset` on the device, with a first dimension B; for a backward pass also
+                mlm_weight (float64 scalar, N/M).
             model: one chunk.
         """
         batch = next(batches)
@@ -196,14 +200,15 @@ class MaskedAndOrder(Objective):
         }
 
     def weigh_steps(self, batches: Iterator[Batch], num_microbatches: int) -> Iterator[Batch]:
-        """Reads the micro-batches of one step ahead and gives each the step's N/M."""
+        """Reads all micro-batches of a step ahead and adds the step's N/M to each."""
         while step := list(islice(batches, num_microbatches)):
             yield from self.weighed(iter(step), self.weight(iter(step)))
 
     def weight(self, batches: Iterator[Batch]) -> torch.Tensor | None:
-        """N/M over all given micro-batches and all data-parallel ranks (float64 scalar); a collective call."""
+        """Returns N/M over the given micro-batches of all data-parallel ranks (float64 scalar); a collective call."""
         totals: torch.Tensor | None = None
         for batch in batches:
+            # Integers: their sum is exact and does not depend on the layout.
             counts = torch.stack([batch["loss_mask"].sum(), batch["is_random"].new_tensor(batch["is_random"].numel())])
             totals = counts if totals is None else totals + counts
         if totals is None:
@@ -219,11 +224,11 @@ class MaskedAndOrder(Objective):
 def loss_sums(
     batch: Batch, output: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The sums of one micro-batch.
+    """Returns the sums of one micro-batch.
 
     Args:
-        batch: as `forward_step` got it. Without mlm_weight (nothing is differentiated) the loss sum is not
-            weighted, and only the separate sums are of use.
+        batch: the micro-batch of `forward_step`. Without mlm_weight (no backward pass) the loss sum is not weighted, and
+            only the separate sums are meaningful.
         output: losses and hits [2, B, M], order logits [B, 2].
 
     Returns:
@@ -246,4 +251,6 @@ def loss_sums(
         "num_samples": num_samples,
         "sop_correct": (order_logits_B2.argmax(dim=-1) == order_B).sum(),
     }
+    # Clones: the schedule divides the loss by the number of micro-batches in place. float64: they are summed
+    # over many micro-batches and ranks.
     return total, num_samples, {name: value.detach().clone().double() for name, value in sums.items()}

@@ -1,4 +1,4 @@
-"""From a config to this rank's part of the network, wrapped for training, and to what it minimises."""
+"""Builds this rank's part of the network, wrapped for training, and the objective that it minimises."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[Dist
     """Builds, initialises and wraps this rank's part of the network.
 
     Args:
-        config: the run.
-        device: where it lives.
-        vocab_size: ids before padding.
+        config: the run's settings.
+        device: device of parameters and buffers.
+        vocab_size: number of token ids before padding.
 
     Returns:
         Model chunks (one: no interleaved schedule) wrapped in megatron-core's DDP with contiguous fp32 gradient
@@ -42,15 +42,15 @@ def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[Dist
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,
-        check_for_nan_in_grad=False,  # the optimizer's gate looks, skips and names the parameter
+        check_for_nan_in_grad=False,  # the optimizer's gate skips the step and names the parameter
     )
     wrapped = DistributedDataParallel(config=settings, ddp_config=ddp_config, module=network)
     if config.parallel.overlap_grad_reduce:
-        # Else the wrapper counts micro-batches to know when to reduce, and a probe has another number than a step.
+        # Otherwise the wrapper counts micro-batches to know when to reduce, and a probe has another number than a step.
         settings.no_sync_func = wrapped.no_sync
     return [wrapped]
 
 
 def build_objective(kind: str) -> Objective:
-    """What a kind of model minimises."""
+    """Returns the objective of a kind of model, "gpt2" or "bert"."""
     return MaskedAndOrder() if kind == "bert" else NextToken()

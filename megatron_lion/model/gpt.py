@@ -1,7 +1,7 @@
-"""GPT-2 through megatron-core, and its next-token loss.
+"""GPT-2 on megatron-core, and its next-token loss.
 
-mcore 0.19.2: GPTModel prints a deprecation notice (HybridModel is to follow); it is built here alone, so that only
-this file changes when it does.
+mcore 0.19.2: GPTModel prints a deprecation notice (HybridModel is to follow). No other file builds it, so its replacement
+changes this file only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_lion.model.objective import Batch, Objective
 
 
 def gpt_layer_spec(attention: str) -> ModuleSpec:
-    """The layer spec for an attention core."""
+    """Returns the layer spec for an attention core."""
     if attention == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -35,13 +35,13 @@ def gpt_layer_spec(attention: str) -> ModuleSpec:
 
 
 def build_gpt(model: ModelConfig, settings: TransformerConfig, attention: str, rows: int) -> GPTModel:
-    """This pipeline stage of GPT-2.
+    """Builds this pipeline stage of GPT-2.
 
     Args:
-        model: shape.
+        model: the network's settings.
         settings: from `build_transformer_config`.
-        attention: resolved attention core.
-        rows: of the embedding, padding included.
+        attention: attention core, from `choose_attention`.
+        rows: rows of the embedding, padding included.
     """
     return GPTModel(
         config=settings,
@@ -59,7 +59,7 @@ class NextToken(Objective):
     """Mean negative log-likelihood of the next token, over all tokens of the global batch."""
 
     def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
-        """One micro-batch.
+        """Runs one micro-batch.
 
         Args:
             batches: yields tokens, labels, position_ids (int64 [B, S]) and loss_mask (float [B, S]) on the device.
@@ -73,11 +73,15 @@ class NextToken(Objective):
 def loss_sum(
     loss_mask_BS: torch.Tensor, loss_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of the token losses that count and how many they are: what megatron-core divides by after the reduction.
+    """Returns the sum of the unmasked token losses and their count, by which megatron-core divides after the reduction.
+
+    Args:
+        loss_mask_BS: 1 for a token that counts, else 0.
+        loss_BS: loss of each token, nats.
 
     Returns:
-        Loss sum (nats, scalar with gradient), token count (int32 scalar), and detached copies for the log: the
-        schedule divides the first in place.
+        Loss sum (nats, scalar with gradient), token count (int32 scalar), and detached copies for the log, because the
+        schedule divides the loss sum in place.
     """
     mask = loss_mask_BS.float()
     total = torch.sum(loss_BS.float() * mask)

@@ -1,7 +1,7 @@
 """Initial weights that are the same at every layout and on every device.
 
 Each tensor is drawn whole, on the CPU, from a generator seeded by (seed, global name), and every rank keeps its slice.
-So a run at TP 2 x DP 2 starts from the very weights of a run on one process, and adding a layer changes no other.
+So a run at TP 2 x DP 2 starts from the same weights as a run on one process, and adding a layer changes no other.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_lay
     Args:
         model: the local part of the network, before DDP.
         seed: the run's seed.
-        std: of the matrices.
-        num_layers: of the whole model.
+        std: standard deviation of matrices and embeddings.
+        num_layers: number of layers of the whole model.
     """
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -43,6 +43,8 @@ def initialize_weights(model: torch.nn.Module, *, seed: int, std: float, num_lay
                 shape[dimension] *= size
             residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
             scale = std / math.sqrt(2.0 * num_layers) if residual else std
+            # On the CPU: CUDA's generator gives other numbers for a seed. In float32: every precision starts from the
+            # same numbers, rounded.
             generator = torch.Generator().manual_seed(derive_seed(seed, f"init:{name}"))
             whole = torch.randn(shape, generator=generator, dtype=torch.float32) * scale
             parameter.copy_(whole.chunk(size, dim=dimension)[rank] if split else whole)

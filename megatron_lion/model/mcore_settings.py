@@ -1,4 +1,4 @@
-"""megatron-core's settings for a run, shared by both kinds of model."""
+"""megatron-core's TransformerConfig for a run, and the choice of the attention core; for both kinds of model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ GELUS = {"tanh": gelu_tanh, "erf": torch.nn.functional.gelu}
 
 
 def build_transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
-    """megatron-core's settings for a run.
+    """Builds megatron-core's settings for a run.
 
-    megatron-core's fused kernel computes the tanh form of GELU (GPT-2's `gelu_new`) when given F.gelu; its unfused
-    path computes what it is given.
+    megatron-core's fused kernel computes the tanh form of GELU (GPT-2's `gelu_new`) if it is given F.gelu. Its unfused
+    path computes the function that it is given.
     """
     model, parallel = config.model, config.parallel
     fused_gelu = device.has_fused_kernels and model.gelu == "tanh"
@@ -35,7 +35,7 @@ def build_transformer_config(config: RunConfig, device: Device) -> TransformerCo
         attention_dropout=model.attention_dropout,
         layernorm_epsilon=model.layernorm_epsilon,
         init_method_std=model.init_method_std,
-        perform_initialization=False,  # initialize_weights does it, equally at every layout
+        perform_initialization=False,  # initialize_weights does it, with the same values at every layout
         activation_func=torch.nn.functional.gelu if fused_gelu else GELUS[model.gelu],
         bias_activation_fusion=fused_gelu,
         bias_dropout_fusion=device.has_fused_kernels,
@@ -59,23 +59,24 @@ def build_transformer_config(config: RunConfig, device: Device) -> TransformerCo
         deallocate_pipeline_outputs=True,
         batch_p2p_comm=device.kind == "cuda",
         use_cpu_initialization=device.kind == "cpu",
-        # Only inside `megatron_lion.determinism.deterministic`: what builds a model elsewhere runs no backward pass, and
+        # Only inside `megatron_lion.determinism.deterministic`: a model built elsewhere runs no backward pass, and
         # megatron-core refuses the mode with Transformer Engine unless the environment is set for it.
         deterministic_mode=config.train.deterministic and torch.are_deterministic_algorithms_enabled(),
     )
 
 
 def transformer_engine_installed() -> bool:
+    """Returns whether the package transformer_engine is installed."""
     from importlib.util import find_spec
 
     return find_spec("transformer_engine") is not None
 
 
 def choose_attention(wanted: str, device: Device) -> str:
-    """Resolves model.attention "auto"; refuses what is not there.
+    """Returns the attention core of `model.attention`; "auto" is Transformer Engine if it can run, else "sdpa".
 
     Raises:
-        EnvironmentFault: Transformer Engine was asked for and is not installed, or there is no CUDA device.
+        EnvironmentFault: Transformer Engine is requested but not installed, or there is no CUDA device.
     """
     usable = transformer_engine_installed() and device.kind == "cuda"
     if wanted == "transformer_engine" and not usable:
@@ -90,7 +91,11 @@ def choose_attention(wanted: str, device: Device) -> str:
 def _build_torch_norm(
     cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any
 ) -> torch.nn.LayerNorm:
-    """torch's LayerNorm whose parameters say that their gradients are partial sums under sequence parallelism."""
+    """Builds torch's LayerNorm and marks its parameters for sequence parallelism.
+
+    Each tensor-parallel rank sees a part of the sequence, so the gradients are partial sums, which megatron-core adds
+    up over the ranks for marked parameters only.
+    """
     norm = torch.nn.LayerNorm(hidden_size, eps=eps)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What a model minimises, as the loop, the probe and the held-out measurements see it."""
+"""Interface of a model's loss, used by the training loop, the probe and the held-out measurements."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ class Objective(ABC):
 
     The contract with megatron-core's schedules: `forward_step(batches, model)` returns (output, loss_func);
     `loss_func(output)` returns (loss sum, count, sums). Backward runs from the loss sum; after the reduction over all
-    ranks megatron-core divides the gradients by the global count. `sums` are detached, so that every mean that is
-    logged is a quotient of global sums, right at every layout; they hold `loss_sum` and `num_tokens` (the two above)
-    and what `sum_names` lists.
+    ranks megatron-core divides the gradients by the global count. `sums` holds detached scalars: `loss_sum` and
+    `num_tokens` (the two above) and the others of `sum_names`. Every logged mean is a quotient of global sums, so it is
+    right at every layout.
     """
 
     sum_names: tuple[str, ...] = ("loss_sum", "num_tokens")
 
     @abstractmethod
     def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
-        """One micro-batch: the signature that megatron-core's schedules call."""
+        """Runs one micro-batch; megatron-core's schedules call it with this signature."""
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
-        """Global sums to what is logged; `loss` (nats) is what training minimises."""
+        """Returns the means to log, from global sums; `loss` (nats) is the one that training minimises."""
         return {"loss": sums["loss_sum"] / max(1.0, sums["num_tokens"])}
 
     def weigh_steps(self, batches: Iterator[Batch], num_microbatches: int) -> Iterator[Batch]:
-        """Adds to the micro-batches of each step what the loss must know about the whole step; here nothing."""
+        """Adds the value that the loss needs of a whole step to its micro-batches; nothing by default."""
         return batches
 
     def weight(self, batches: Iterator[Batch]) -> torch.Tensor | None:
-        """Reads all micro-batches of one long accumulation for the same purpose; here there is nothing to read."""
+        """Computes the same value over all micro-batches of one accumulation; None by default, without reading them."""
         return None
 
     def weighed(self, batches: Iterator[Batch], weight: torch.Tensor | None) -> Iterator[Batch]:
-        """Micro-batches with what `weight` found."""
+        """Returns the micro-batches with the value that `weight` returned; unchanged by default."""
         return batches

@@ -1,4 +1,4 @@
-"""Parameter counts, FLOPs and memory of a model from its config alone: no torch, so --dry-run answers at once."""
+"""Parameter counts, FLOPs and memory of a model, computed from its config without torch (for a fast --dry-run)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from megatron_lion.config import ModelConfig, RunConfig, padded_vocab_size
 
 VOCAB_SIZES = {"gpt2": 50257, "bert": 30522}
-"""Ids before padding of the vocabulary that each kind of model usually has (BERT: uncased WordPiece)."""
+"""Usual vocabulary size of each kind of model, before padding (BERT: uncased WordPiece)."""
 BERT_MASKED = 0.15
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Counts over the whole model, each tied tensor once.
+    """Parameter counts of the whole model; each tied tensor counts once.
 
     Attributes:
         num_parameters: d of the theory, padded vocabulary rows included.
-        num_parameters_unpadded: without the padded rows.
-        embedding_parameters: token and position embeddings.
+        num_parameters_unpadded: the same without the padded rows.
+        embedding_parameters: parameters of token, position and, in BERT, token-type embeddings.
     """
 
     num_parameters: int
@@ -28,6 +28,7 @@ class ModelSize:
 
     @property
     def sqrt_d(self) -> float:
+        """√d, the scale of ‖∇f‖₁/‖∇f‖₂ in the theory."""
         return math.sqrt(self.num_parameters)
 
 
@@ -36,7 +37,7 @@ def model_size(model: ModelConfig, vocab_size: int | None = None) -> ModelSize:
 
     Args:
         model: the network's settings.
-        vocab_size: ids before padding; default `model.vocab_size`, then the usual one of the kind.
+        vocab_size: ids before padding; default `model.vocab_size`, else the usual size of the kind.
 
     Example:
         >>> model_size(ModelConfig()).num_parameters
@@ -66,11 +67,11 @@ def model_size(model: ModelConfig, vocab_size: int | None = None) -> ModelSize:
 
 
 def flops_per_token(model: ModelConfig, vocab_size: int | None = None) -> float:
-    """Floating-point operations of a training step per token: 6 N + 12 L H S (PaLM, appendix B).
+    """Returns the floating-point operations of a training step per token: 6 N + 12 L H S (PaLM, appendix B).
 
-    N leaves out the position embeddings, which do no multiplication; attention is counted without the causal half.
-    BERT's pooler works once a sample and is left out; its masked-LM head, with the vocabulary's matrix, works for
-    `BERT_MASKED` of the tokens and counts for that share.
+    N excludes the position embeddings, which are not multiplied. Attention is counted in full, although the causal mask
+    halves it. BERT's pooler runs once a sample and is not counted. Its masked-LM head, with the output matrix, runs for
+    the share `BERT_MASKED` of the tokens and counts for that share.
     """
     size = model_size(model, vocab_size)
     matmul: float = size.num_parameters - model.seq_length * model.hidden_size
@@ -82,16 +83,16 @@ def flops_per_token(model: ModelConfig, vocab_size: int | None = None) -> float:
 
 
 def optimizer_state_tensors(name: str) -> int:
-    """fp32 tensors of optimizer state a parameter has besides its master copy."""
+    """Returns the number of fp32 state tensors per parameter, without the master copy."""
     return {"lion": 1, "sgd": 1, "adamw": 2}[name]
 
 
 def memory_bytes(config: RunConfig, world_size: int, vocab_size: int | None = None) -> dict[str, int]:
-    """Memory a process needs for parameters, gradients, optimizer and activations (bytes; activations estimated).
+    """Returns the bytes a process needs for parameters, gradients, optimizer and activations (estimated).
 
-    Parameters and gradients follow the tensor- and pipeline-parallel split; master weights and optimizer state also
-    the data-parallel one under the distributed optimizer. Activations follow Korthikanti et al. 2022, eq. 2, without
-    the attention matrix, which scaled_dot_product_attention does not store.
+    Parameters and gradients are divided by the tensor- and pipeline-parallel sizes. With the distributed optimizer,
+    master weights and state are also divided by the data-parallel size. Activations follow Korthikanti et al. 2022,
+    eq. 2, without the attention matrix, which scaled_dot_product_attention does not store.
     """
     parallel = config.parallel
     shards = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

@@ -25,7 +25,7 @@ def corpus(folder: Path) -> str:
 
 
 def both_attentions(rank: int, config: Any) -> dict[str, Any]:
-    """Outputs and gradients of our attention core and of megatron-core's, causal and with a padding mask."""
+    """Compares outputs and gradients of our attention core and megatron-core's, causal and with a padding mask."""
     import torch
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
@@ -68,8 +68,8 @@ def both_attentions(rank: int, config: Any) -> dict[str, Any]:
 def test_attention_equals_megatrons(folder: Path, corpus: str, device: str) -> None:
     config = tiny.tiny_config(folder / "attention", corpus, device=device)
     found = run_distributed(both_attentions, 1, config, device=device)[0]
-    # Softmax and two products in fp32 over 12 positions: some roundings of 2^-24 = 6e-8 on numbers of order 1. CUDA's
-    # memory-efficient attention multiplies fp32 numbers as sums of TF32 parts, exact to about 2^-21: eight times that.
+    # Softmax and two products in fp32 over 12 positions: a few roundings of 2^-24 = 6e-8 on numbers of order 1. CUDA's
+    # memory-efficient attention multiplies fp32 numbers as sums of TF32 parts, exact to about 2^-21: eight times more.
     assert max(found["causal"] + found["padding"]) < (3e-6 if device == "cpu" else 2.4e-5)
     assert all(value is True for name, value in found.items() if name.startswith("refused"))
 
@@ -138,9 +138,9 @@ def test_parameter_counts_and_initial_weights(folder: Path, corpus: str, device:
     starts = {
         tuple(round(float(value) / float(tensor.std()), 3) for value in tensor.flatten()[:4]) for tensor in matrices
     }
-    assert len(starts) == len(matrices), "each tensor has a stream of its own"
+    assert len(starts) == len(matrices), "each tensor has its own random stream"
     same = [name for name in found if (name in more and "layers" not in name) or "linear_qkv" in name]
-    assert all(tiny.same_bits(found[name][3], more[name][3]) for name in same), "a layer more changes no other"
+    assert all(tiny.same_bits(found[name][3], more[name][3]) for name in same), "adding a layer changes no other"
 
 
 def test_sizes_of_the_papers_models() -> None:
@@ -171,7 +171,7 @@ def streams(rank: int, config: Any) -> dict[str, Any]:
 
 
 def test_dropout_streams(folder: Path, corpus: str, device: str) -> None:
-    """Equal within a tensor-parallel group outside split regions, its own inside them, another on every data rank and stage."""
+    """Outside split regions equal within a tensor-parallel group, inside them not; different on each data rank and stage."""
     tracked = "tracker.model-parallel-rng"
     config = tiny.tiny_config(folder / "rng", corpus, device=device, parallel__tensor_model_parallel_size=2)
     tp_dp = run_distributed(streams, 4, config, device=device)
