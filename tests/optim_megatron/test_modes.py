@@ -1,7 +1,7 @@
-"""LION's precision modes train GPT-2 inside DistributedOptimizer, and their checkpoints go from any mode to any other.
+"""LION's precision modes train GPT-2 inside DistributedOptimizer, and each mode loads the checkpoints of all others.
 
-Exact modes are held to an fp32 master bit for bit. A split master rounds its bf16 copy half up, Megatron's shards and
-the fp32 master to nearest even; the reference for the first is an fp32 master whose copy is rounded half up too.
+Exact modes must equal an fp32 master bit for bit. A split master rounds its bf16 copy half up, Megatron's shards and the
+fp32 master round to nearest even. So the reference for split masters is an fp32 master whose copy is rounded half up.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_lion.config import CheckpointConfig
 
 OVERLAP = {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}
 LAYOUTS = {**tiny.LAYOUTS, "DP2 overlap": (2, OVERLAP)}
-# A power of two as rate: of the undecayed norms and biases many lie half-way between two bf16 numbers; the matrices, which
-# decay, need all their bits.
+# The rate is a power of two: many norms and biases, which do not decay, are then half-way between two bf16 numbers. The
+# matrices, which decay, need all their bits.
 TIES = {
     "optimizer__lr": 2.0**-10, "optimizer__weight_decay": 0.1, "schedule__kind": "constant", "schedule__warmup_steps": 0,
     "train__precision": "bf16",
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_with_copies_rounded_half_up(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
-    """`tiny.train_each` in a process whose fp32 masters write their bf16 copies as split masters do."""
+    """Runs `tiny.train_each` in a process whose fp32 masters round their bf16 copies as split masters do."""
     from megatron_lion.optim.layouts import PackedLayout
     from megatron_lion.optim.precision import split_master
 
@@ -61,7 +61,7 @@ def train_with_copies_rounded_half_up(rank: int, configs: dict[str, Any]) -> dic
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, Any]:
-    """ "LAYOUT MODE": outcome of five steps; "half up" is the fp32 master with such copies."""
+    """ "LAYOUT MODE": outcome of five steps; mode "half up" is the fp32 master with copies rounded half up."""
     corpus = tiny.write_corpus(folder / "corpus")
     jobs: dict[str, tuple[int, Any]] = {}
     half_up: dict[str, tuple[int, Any]] = {}
@@ -90,7 +90,7 @@ def test_exact_modes_are_the_fp32_master_bit_for_bit(runs: dict[str, Any], layou
     assert_same(runs[f"{layout} fp32/fp32"], runs[f"{layout} shards/fp32"])
     assert_same(runs[f"{layout} split32/fp32"], runs[f"{layout} half up"])
     apart = runs[f"{layout} split32/fp32"]["losses"][-1] - runs[f"{layout} fp32/fp32"]["losses"][-1]
-    assert apart != 0, "the case is about ties"
+    assert apart != 0, "the test needs ties"
     assert abs(apart) < 5e-3
 
 
@@ -101,7 +101,7 @@ def test_reduced_modes_keep_near(runs: dict[str, Any], layout: str) -> None:
         losses = runs[f"{layout} {name}"]["losses"]
         assert losses[0] == reference["losses"][0]
         assert losses != reference["losses"], "something was rounded"
-        # A sign that turns moves a weight by 2η = 2^-9, as a tie does; a wrong step would be off by tenths.
+        # A sign that flips moves a weight by 2η = 2^-9, as a tie does; a wrong step would change the loss by tenths.
         assert max(abs(a - b) for a, b in zip(losses, reference["losses"], strict=True)) < 5e-3
 
 
@@ -111,7 +111,7 @@ def test_overlapped_communication_changes_nothing(runs: dict[str, Any]) -> None:
 
 
 class ReadOnTheHost(TorchDispatchMode):
-    """Counts values that the host reads from the device, each of which would make it wait on CUDA."""
+    """Counts values that the host reads from the device; on CUDA each would make it wait."""
 
     count = 0
 
@@ -121,7 +121,7 @@ class ReadOnTheHost(TorchDispatchMode):
 
 
 def read_by_the_norm(rank: int, config: Any) -> tuple[int, bool]:
-    """(values read on the host by the gradient's norm, whether it is upstream's, bit for bit)."""
+    """Returns (number of values that the gradient's norm reads on the host, whether it equals upstream's norm)."""
     with tiny.opened_run(config) as run:
         tiny.step_once(run, run.train_batches())
         megatron = run.optimizer.megatron
@@ -142,7 +142,7 @@ def test_nothing_waits_for_the_norm(folder: Path, layout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_five_hundred_steps(folder: Path) -> None:
-    """Exact: every loss bit for bit. Reduced: the last hundred steps' mean within 0.2 % of what training gained."""
+    """Exact modes: every loss bit for bit. Reduced: the mean of the last 100 steps within 0.2 % of the loss decrease."""
     corpus = tiny.write_corpus(folder / "corpus-500", documents=400)
     small = {
         "model__num_layers": 1, "model__hidden_size": 16, "model__num_attention_heads": 2, "train__steps": 500,
@@ -179,7 +179,7 @@ def test_five_hundred_steps(folder: Path) -> None:
 
 
 def replicas_agree(run: Any) -> bool:
-    """Whether all data-parallel ranks hold the same weights."""
+    """Returns whether all data-parallel ranks hold the same weights."""
     mine = torch.cat([param.detach().view(-1).view(torch.int16) for param in run.model[0].parameters()]).to(torch.int32)
     largest, smallest = mine.clone(), mine.clone()
     group = run.model[0].dp_group
@@ -189,7 +189,7 @@ def replicas_agree(run: Any) -> bool:
 
 
 def save_after_two_steps(rank: int, jobs: dict[str, Any]) -> dict[str, int]:
-    """Two steps and a checkpoint in either layout; returns how many elements of padding this rank's buckets hold."""
+    """Takes two steps and saves a checkpoint in each layout; returns the padding of this rank's buckets, in elements."""
     from megatron_lion.train.run import save_run
 
     padding = {}
@@ -209,7 +209,7 @@ def save_after_two_steps(rank: int, jobs: dict[str, Any]) -> dict[str, int]:
 
 
 def load_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, tuple[bool, float]]:
-    """Loads a checkpoint in another mode and layout, saves it elsewhere, then takes a step; (replicas agree, its loss)."""
+    """Loads a checkpoint in another mode and layout, saves it again, takes a step; returns (replicas agree, loss)."""
     from megatron_lion.runs.steps import open_checkpoint, step_folder
     from megatron_lion.train.restore import restore_run
     from megatron_lion.train.run import save_run
@@ -225,9 +225,9 @@ def load_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, tuple[bool, floa
 
 
 def near(kept: torch.Tensor, saved: torch.Tensor, form: str, layout: str) -> bool:
-    """Whether `kept`, in a form, is what `saved` becomes there. Bounds as in tests/optim/test_precision.py.
+    """Returns whether `kept` is `saved` rounded to a form. The bounds are those of tests/optim/test_precision.py.
 
-    `form` is "" where nothing is rounded; `layout` is that of `kept`.
+    `form` is "" if nothing is rounded; `layout` is that of `kept`.
     """
     kept, saved = kept.double().view(-1), saved.double().view(-1)
     apart = (kept - saved).abs()
@@ -235,9 +235,9 @@ def near(kept: torch.Tensor, saved: torch.Tensor, form: str, layout: str) -> boo
         return bool((apart <= 2.0**-16 * saved.abs().clamp(min=2.0**-126)).all())
     if form == "bf16":
         return bool((apart <= 2.0**-8 * saved.abs()).all())
-    if form == "int8":  # half a step of the largest of the block, wherever it begins; TP puts others side by side
+    if form == "int8":  # half a step of the block's maximum, for any block that holds the element
         reach = torch.nn.functional.max_pool1d(saved.abs()[None, None], 63, stride=1, padding=31)[0, 0]
-        if layout == "TP2":
+        if layout == "TP2":  # other elements are neighbours there
             reach = saved.abs().max()
         return bool((apart <= reach * 0.502 / 127).all())
     return torch.equal(kept, saved)
@@ -245,11 +245,11 @@ def near(kept: torch.Tensor, saved: torch.Tensor, form: str, layout: str) -> boo
 
 @pytest.fixture(scope="module")
 def saved(folder: Path) -> tuple[str, dict[str, Any]]:
-    """A corpus, and the settings under which every mode left folder/MODE-LAYOUT/checkpoints at step 2, at DP2."""
+    """A corpus, and the settings with which every mode saved folder/MODE-LAYOUT/checkpoints at step 2, at DP2."""
     corpus = tiny.write_corpus(folder / "corpus-100", vocab_size=100)
     settings = {**TIES, **PADDED, "train__steps": 3}
     jobs = {name: (2, tiny.tiny_config(folder / file_name(name), corpus, **settings, **mode(name))) for name in MODES}
-    assert min(tiny.run_all(jobs, save_after_two_steps).values()) > 0, "the case is about padded buckets"
+    assert min(tiny.run_all(jobs, save_after_two_steps).values()) > 0, "the test needs padded buckets"
     return corpus, settings
 
 
@@ -260,11 +260,11 @@ def file_name(text: str) -> str:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("layout", ["fully_reshardable", "dp_reshardable"])
 def test_checkpoints_cross_modes_and_layouts(folder: Path, saved: tuple[str, dict[str, Any]], layout: str) -> None:
-    """Element by element, with padded buckets: what a mode can hold it holds, the rest is rounded as stated."""
+    """Element by element, with padded buckets: a mode keeps the bits that it can hold and rounds the rest as documented."""
     corpus, settings = saved
     pairs = list(itertools.product(MODES, MODES))
     places = ("TP2", "DP4", "PP2", "DP2 overlap", "DP1", "DP2")
-    if layout == "dp_reshardable":  # to other data-parallel sizes only; half of the pairs will do
+    if layout == "dp_reshardable":  # loads at other data-parallel sizes only; half of the pairs are enough
         pairs = [pair for pair in pairs if sum(map(MODES.index, pair)) % 2 == 0]
         places = ("DP2", "DP4", "DP1")
     jobs, layouts = {}, {}
@@ -288,5 +288,5 @@ def test_checkpoints_cross_modes_and_layouts(folder: Path, saved: tuple[str, dic
                 form = ""
             assert near(after[name], expected, form, layouts[key]), (key, layouts[key], name)
         agree, loss = results[key]
-        assert agree, f"{key}: data-parallel ranks begin with different weights"
+        assert agree, f"{key}: data-parallel ranks start with different weights"
         assert loss == pytest.approx(results[f"{MODES[0]} to {MODES[0]}"][1], abs=5e-3)

@@ -1,4 +1,4 @@
-"""What this project knows of megatron-core's and torch's inner parts. A failure here after an update says where to look."""
+"""Facts about private parts of megatron-core and torch that this project relies on; run after an update of either."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_lion"
 
 
 def test_version() -> None:
-    """Another version: read what is below, then every 'mcore 0.19.2:' comment, then change this line."""
+    """For another version, check the tests below and every 'mcore 0.19.2:' comment, then change this line."""
     assert metadata.version("megatron-core") == "0.19.2"
 
 
@@ -86,12 +86,12 @@ def test_parameters_that_we_name(function: Any, needed: str) -> None:
 
 
 def test_groups_are_kept_in_a_list_that_can_be_emptied() -> None:
-    """Why parallel.py takes the groups from there when a run ends."""
+    """parallel.py takes the groups from this list when a run ends."""
     assert isinstance(parallel_state._global_process_group_list, list | None)
 
 
 def private_uses(path: Path) -> set[str]:
-    """Names with a leading underscore that a file takes from megatron-core or reads from an object that is not its own."""
+    """Returns the private names that a file imports from megatron-core or reads from an object of other code."""
     ours = {"_replace", "_exit", "_inductor", "_disable_dynamo", "_time"}  # of tuples, os, torch and our timer
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -108,7 +108,7 @@ def private_uses(path: Path) -> set[str]:
 
 
 def test_private_parts_are_marked_and_listed() -> None:
-    """A file that uses private parts says so, and docs/design.md lists exactly the files that say so."""
+    """A file that uses private parts has a 'mcore 0.19.2:' comment, and docs/design.md lists exactly these files."""
     files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     marked = {name for name, path in files.items() if "mcore 0.19.2: " in path.read_text(encoding="utf-8")}
     assert {name for name, path in files.items() if private_uses(path)} <= marked
@@ -118,30 +118,30 @@ def test_private_parts_are_marked_and_listed() -> None:
 
 
 def test_state_keys_come_from_the_optimizers_name() -> None:
-    """Why StatefulDistributedOptimizer says its own."""
+    """Therefore StatefulDistributedOptimizer has its own keys."""
     source = inspect.getsource(DistributedOptimizer.optimizer_state_keys.fget)  # type: ignore[attr-defined]
     assert '{"lion": ("exp_avg",)}' in source
     assert '("exp_avg", "exp_avg_sq")' in source
 
 
 def test_torch_norm_refuses_sequence_parallelism() -> None:
-    """Why model/mcore_settings.py has a norm of its own."""
+    """Therefore model/mcore_settings.py builds the norm itself."""
     assert "sequence parallel not supported by torch LayerNorm" in inspect.getsource(torch_norm)
 
 
 def test_a_save_would_spawn_a_manager() -> None:
-    """Why train/checkpoint_tensors.py gives the writer a queue."""
+    """Therefore train/checkpoint_tensors.py gives the writer a queue."""
     assert "Manager()" in inspect.getsource(filesystem_async.get_write_results_queue)
     assert hasattr(filesystem_async, "_results_queue")
 
 
 def test_torchs_checkpoint_exception_is_no_exception() -> None:
-    """Why `except Exception` is not enough around a load."""
+    """Therefore `except Exception` around a load is not enough."""
     assert not issubclass(CheckpointException, Exception)
 
 
 def test_torch_reads_tensors_with_weights_only() -> None:
-    """Why a verified `.metadata` without pickled objects is enough to be safe."""
+    """Therefore a load is safe if `.metadata` was verified to hold no pickled objects."""
     source = inspect.getsource(FileSystemReader.read_data)
     assert source.count("torch.load(") == source.count("weights_only=True") == 1
 
@@ -153,7 +153,7 @@ def test_loss_scaler_keeps_its_counters_where_we_read_them() -> None:
 
 
 def inner_facts(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
-    """Facts that only show in an optimizer that was built: padded buckets, and the `step` of AdamW."""
+    """Returns facts that need a built optimizer: padded buckets, and the `step` of AdamW."""
     found: dict[str, Any] = {}
     for name, config in configs.items():
         with tiny.opened_run(config) as run:
@@ -192,4 +192,4 @@ def test_facts_of_a_built_optimizer(tmp_path: Path) -> None:
             assert facts["upstream"] == facts["unpadded"] < facts["whole"], "upstream drops the padding"
             assert facts["unpadded"] < facts["ours"] <= facts["whole"], "and we put it back"
             assert facts["complaint"] == ("'step'" if name == "adamw" else None), "loaded tensors hold no step"
-        assert result["sgd"]["keys"] == ("exp_avg", "exp_avg_sq"), "an SGD is taken for Adam"
+        assert result["sgd"]["keys"] == ("exp_avg", "exp_avg_sq"), "upstream gives SGD Adam's keys"
