@@ -20,7 +20,7 @@ CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Makes what runs inside reproducible bit for bit, and restores every setting after it, also after an exception.
+    """Makes the block reproducible bit for bit, and restores every setting at its end, also after an exception.
 
     Enter it before process groups and model are made: cuBLAS and NCCL read their variables when they start. A process
     in which cuBLAS has already run without CUBLAS_WORKSPACE_CONFIG cannot change it any more; torch then raises at the
@@ -42,7 +42,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def _variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the libraries need in the environment; suitable values set by the user are kept."""
+    """Returns the environment variables that the libraries need; suitable values set by the user are kept."""
     workspace = environment.get("CUBLAS_WORKSPACE_CONFIG")
     return {
         "CUBLAS_WORKSPACE_CONFIG": workspace if workspace in CUBLAS_WORKSPACES else CUBLAS_WORKSPACES[0],
@@ -72,8 +72,8 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def _torch_switches() -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn
     inductor = _inductor_config()
-    # Without it inductor may take another reduction kernel in another run, by what it timed. Not every torch has it, and
-    # torch 2.13 keeps it per thread; autograd's threads then go by torch.are_deterministic_algorithms_enabled alone.
+    # Without it inductor may choose another reduction kernel in another run, by timing. Not every torch has it. torch 2.13
+    # keeps it per thread, so autograd's threads see only torch.are_deterministic_algorithms_enabled.
     has_inductor = hasattr(inductor, "deterministic")
     was_on, warned_only = (
         torch.are_deterministic_algorithms_enabled(),

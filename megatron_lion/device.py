@@ -1,9 +1,8 @@
-"""CUDA or CPU: the device, its dtypes, memory and timers, and the stand-in that lets megatron-core run on CPU.
+"""The device, CUDA or CPU: its dtypes, memory and peak, and a CPU replacement for megatron-core's CUDA calls.
 
-megatron-core 0.19.2 names CUDA in its source (`device="cuda"`, `torch.cuda.current_stream()`, …) and never asks
-whether a device is there. Where none is, `install_cpu_stand_in` answers those calls with their CPU meaning, once and
-only in this process, so that the same models, buckets, optimizer, schedules and checkpoints run with gloo. Nothing
-else in the project branches on the device.
+megatron-core 0.19.2 names CUDA in its source (`device="cuda"`, `torch.cuda.current_stream()`, …) and never checks
+whether a device exists. If none exists, `install_cpu_stand_in` replaces these calls by their CPU equivalents, once and
+only in this process. The same models, buckets, optimizer, schedules and checkpoints then run with gloo.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ _installed = False
 
 @dataclass(frozen=True)
 class Device:
-    """Where tensors live and how ranks talk.
+    """The device of tensors and the backend of collectives.
 
     Attributes:
         kind: "cuda" or "cpu".
@@ -77,26 +76,29 @@ class Device:
 
     @property
     def torch_device(self) -> torch.device:
+        """The device as torch names it."""
         return torch.device("cuda", self.index) if self.kind == "cuda" else torch.device("cpu")
 
     @property
     def has_fused_kernels(self) -> bool:
-        """Whether megatron-core's torch.compile'd fusions are worth their warm-up (they need a compiler on CPU)."""
+        """Whether megatron-core's torch.compile'd fusions are used; on a CPU they would need a compiler and a warm-up."""
         return self.kind == "cuda"
 
     def synchronize(self) -> None:
+        """Waits for the device; timers need it, because CUDA launches return before the work is done."""
         if self.kind == "cuda":
             torch.cuda.synchronize(self.index)
 
     def max_memory_gib(self) -> float:
-        """Peak memory of this process: allocated on the CUDA device, or the resident set on CPU (GiB)."""
+        """Returns this process's peak memory in GiB: allocated on the CUDA device, or the resident set on CPU."""
         if self.kind == "cuda":
             return torch.cuda.max_memory_allocated(self.index) / 2**30
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts it in KiB
 
     def name(self) -> str:
+        """Returns the name of the CUDA device or of the processor."""
         if self.kind == "cuda":
             return torch.cuda.get_device_name(self.index)
         with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
@@ -106,12 +108,16 @@ class Device:
         return "cpu"
 
     def peak_flops(self, precision: str) -> float | None:
-        """Dense peak of the device in FLOP/s for `precision`, from the vendor's data sheet; None if not known."""
+        """Returns the device's dense peak in FLOP/s for `precision`, from the vendor's data sheet, or None if unknown."""
         return None if self.kind != "cuda" else peak_flops_of(self.name(), precision)
 
 
 def peak_flops_of(name: str, precision: str) -> float | None:
-    """Dense matrix peak in FLOP/s of a device with this name, as nvidia-smi prints it; None if not known.
+    """Returns the dense matrix peak in FLOP/s of a device, or None if unknown.
+
+    Args:
+        name: as nvidia-smi prints it.
+        precision: "bf16" or "fp16"; others have no peak in the table.
 
     Example:
         >>> peak_flops_of("NVIDIA H100 PCIe", "bf16"), peak_flops_of("NVIDIA A10", "bf16"), peak_flops_of("cpu", "bf16")
@@ -126,13 +132,13 @@ def peak_flops_of(name: str, precision: str) -> float | None:
 
 
 def select_device(wanted: str = "auto") -> Device:
-    """Chooses the device of this process and, on CPU, installs the stand-in for megatron-core.
+    """Chooses the device of this process; on CPU, installs the replacement of CUDA calls.
 
     Args:
-        wanted: "auto" (CUDA if there is one), "cuda" or "cpu".
+        wanted: "auto" (CUDA if a device is visible), "cuda" or "cpu".
 
     Raises:
-        EnvironmentFault: CUDA was asked for and none is visible.
+        EnvironmentFault: CUDA is requested and no device is visible, or a node has more processes than CUDA devices.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     available = torch.cuda.is_available()
@@ -141,7 +147,7 @@ def select_device(wanted: str = "auto") -> Device:
     if wanted != "cpu" and available:
         if local_rank >= torch.cuda.device_count():
             raise EnvironmentFault(
-                f"local rank {local_rank} has no CUDA device of its own ({torch.cuda.device_count()} visible): "
+                f"local rank {local_rank} has no CUDA device ({torch.cuda.device_count()} visible): "
                 "start at most that many processes a node, or use --device cpu"
             )
         torch.cuda.set_device(local_rank)
@@ -151,7 +157,7 @@ def select_device(wanted: str = "auto") -> Device:
 
 
 def quiet_known_warnings() -> None:
-    """Silences exactly the messages that megatron-core 0.19.2 gives for every correct use of it."""
+    """Silences the messages that megatron-core 0.19.2 prints for every correct use of it, and no others."""
     for message in (
         "Transformer Engine and Apex are not installed",
         "Apex is not installed",
@@ -191,7 +197,7 @@ def quiet_known_warnings() -> None:
 
 
 class _Stream:
-    """A stream that is always drained: CPU work is done when its call returns."""
+    """A stream without pending work: a CPU operation is finished when its call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.cuda_stream = 0
@@ -213,6 +219,8 @@ class _Stream:
 
 
 class _Event:
+    """A CUDA event's interface over the host's clock; times are in milliseconds."""
+
     def __init__(self, *_: Any, **__: Any) -> None:
         import time
 
@@ -258,21 +266,19 @@ def _stream_context(stream: Any) -> Iterator[Any]:
 
 
 def install_cpu_stand_in() -> None:
-    """Lets megatron-core run without CUDA; does nothing the second time.
+    """Replaces CUDA calls by their CPU equivalents so that megatron-core runs without CUDA; a second call does nothing.
 
     mcore 0.19.2: device names are literal in its source; remove when it takes the device from its config.
-
-    Raises:
-        EnvironmentFault: a CUDA device is there, so that the stand-in would hide it from everything else.
     """
     global _installed
     if _installed:
         return
     if torch.cuda.is_available():
-        # --device cpu on a machine with GPUs: hide them before anything touches them.
+        # --device cpu on a machine with GPUs: hide them before any code uses them.
         torch.cuda.is_available = lambda: False
     cpu = torch.device("cpu")
-    with torch.device(cpu):  # torch learns its factories when it first needs them: it must not take ours for them
+    # torch collects its factory functions at the first use of a device context: that must be before they are wrapped.
+    with torch.device(cpu):
         torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -311,10 +317,10 @@ def install_cpu_stand_in() -> None:
 
     from megatron.core.tensor_parallel import random as megatron_random
 
-    # On CPU the tracker's generators and the default generator are one: a fork swaps its state in and out.
+    # On CPU the tracker's streams share the default generator: a fork swaps its state in and out.
     megatron_random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     _installed = True
 
 
-quiet_known_warnings()  # at import: megatron-core warns while it is imported
+quiet_known_warnings()  # at import of this module, because megatron-core warns while it is imported

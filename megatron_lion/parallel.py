@@ -1,7 +1,7 @@
-"""torchrun's environment, process groups, seeds and an orderly end.
+"""Process groups, random seeds, collectives, and errors that all ranks raise together.
 
-Every collective of ours goes through here or through megatron-core. Ranks fail together: an error found on one rank
-before a collective is raised on all of them by `agree`.
+Ranks fail together: `agree` raises an error of one rank on all ranks, before a collective in which the others would
+wait for it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Ranks:
     """This process's place in the job.
 
     Attributes:
-        rank, world_size: over all processes.
-        dp_rank, dp_size, tp_rank, tp_size, pp_rank, pp_size: in megatron-core's groups.
+        rank, world_size: rank and number of processes of the whole job.
+        dp_rank, dp_size, tp_rank, tp_size, pp_rank, pp_size: the same in megatron-core's data-, tensor- and
+            pipeline-parallel groups.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
 
@@ -52,10 +54,10 @@ def _init_process_group(device: Device, timeout_s: float) -> None:
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(**options)
     else:
-        # One process by itself: a file, so that no port is opened.
+        # A single process without torchrun: a file store opens no port; a TCPStore listens on all interfaces.
         handle, path = tempfile.mkstemp(prefix="megatron-lion-")
         os.close(handle)
-        os.unlink(path)
+        os.unlink(path)  # the store creates its file itself; only the unused name is needed
         dist.init_process_group(store=dist.FileStore(path, 1), rank=0, world_size=1, **options)
 
 
@@ -67,16 +69,19 @@ def process_groups(
     pipeline_model_parallel_size: int = 1,
     timeout_s: float = 1800,
 ) -> Iterator[Ranks]:
-    """Joins the job, builds megatron-core's groups and leaves them in order, whatever happens inside.
+    """Joins the job, builds megatron-core's groups, and destroys them at the end, also after an exception.
 
     Args:
         device: from `select_device`.
         tensor_model_parallel_size, pipeline_model_parallel_size: their product must divide the world size.
-        timeout_s: how long a collective waits for a peer.
+        timeout_s: longest time that a collective waits for a peer, seconds.
+
+    Yields:
+        This process's ranks.
 
     Raises:
         ConfigError: the layout does not fit the number of processes.
-        PeerError: the other processes did not come.
+        PeerError: the other processes did not join the job.
     """
     from megatron.core import parallel_state
 
@@ -122,12 +127,14 @@ def process_groups(
             dist.destroy_process_group()
         elif dist.is_initialized():
             for group in groups:
-                if group is not None:  # stands for the default group
+                if group is not None:  # None means the default group, which its owner destroys
                     dist.destroy_process_group(group)
 
 
 def derive_seed(seed: int, stream: str) -> int:
-    """A seed of its own for each use of randomness ("init", "data", "dropout", "masking", "probe"), from the run's one.
+    """Derives a seed for one use of randomness ("init", "data", "dropout", "masking", "probe") from the run's seed.
+
+    The seed is below 2^31. A hash separates the streams, so that no use shares or shifts the numbers of another.
 
     Example:
         >>> derive_seed(1234, "init") == derive_seed(1234, "init") != derive_seed(1234, "data")
@@ -140,12 +147,17 @@ def derive_seed(seed: int, stream: str) -> int:
 
 
 def seed_everything(seed: int, ranks: Ranks) -> None:
-    """Seeds dropout: equal within a tensor-parallel group where Megatron needs it, different on every data rank."""
+    """Seeds all generators for dropout: equal within a tensor-parallel group, different on every data-parallel rank and stage.
+
+    Inside regions that are split over the tensor-parallel group, Megatron's tracked stream differs on each of its ranks.
+    """
     import random
 
     import numpy as np
     from megatron.core import tensor_parallel
 
+    # Megatron seeds its tracked stream with base + 2718 + tp_rank. Bases that are 100 apart for stages and 1,000,003
+    # apart for data ranks keep these seeds different too. Both large terms are below 2^30.
     base = derive_seed(seed, "dropout") // 2 + 100 * ranks.pp_rank + 1_000_003 * ranks.dp_rank % (2**30)
     random.seed(base)
     np.random.seed(base % 2**32)
@@ -154,21 +166,33 @@ def seed_everything(seed: int, ranks: Ranks) -> None:
 
 
 def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
-    """Sums `values` (any dtype the backend takes) over a group, in place, and returns it."""
+    """Sums `values` over a group, in place, and returns it.
+
+    Args:
+        values: any shape, any dtype that the backend supports.
+        group: all processes by default.
+    """
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
     return values
 
 
 def reduce_sums(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], device: torch.device) -> dict[str, float]:
-    """Sums of scalars over micro-batches and data ranks; known on every rank, whatever the pipeline stage."""
+    """Sums scalars over micro-batches and data-parallel ranks; every rank gets the sums, on every pipeline stage.
+
+    Args:
+        outputs: one dict of scalars for each micro-batch; empty except on the last pipeline stage.
+        names: the scalars to sum.
+        device: device of the reduction.
+    """
     from megatron.core import parallel_state
 
+    # One tensor, so one collective and one wait for all names; float64, so that rounding is below float32's digits.
     totals = torch.zeros(len(names), dtype=torch.float64, device=device)
     for output in outputs:
         totals += torch.stack([output[name].double() for name in names])
     if dist.get_world_size() > 1:
-        # Only the last stage has losses, and every tensor-parallel rank has the same: count each once.
+        # Only the last stage has losses, and all its tensor-parallel ranks have the same: count each once.
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             totals.zero_()
         dist.all_reduce(totals)
@@ -176,7 +200,7 @@ def reduce_sums(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], de
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
-    """Gives every rank the plain Python value of rank `source`."""
+    """Returns the plain Python value of rank `source` on every rank; a collective call."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -186,12 +210,16 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 @contextmanager
 def agree(what: str) -> Iterator[None]:
-    """Runs a block that may fail on some ranks only, and raises on all of them together if it did on any.
+    """Runs a block that may fail on some ranks only; if it fails on any, raises the error on all ranks.
 
-    Use it around work that must be followed by a collective: reading files, checking data, writing.
+    Use it around work that a collective follows: reading files, checking data, writing. Otherwise the other ranks would
+    wait in that collective for the failed one until the timeout. It is itself a collective call.
 
     Args:
         what: the stage's name, for the message on ranks that did not fail themselves.
+
+    Raises:
+        MegatronLionError: of this rank, or else of the lowest rank that failed.
     """
     error: MegatronLionError | None = None
     try:
@@ -205,6 +233,6 @@ def agree(what: str) -> Iterator[None]:
         if failed:
             rank, (kind, message) = failed[0]
             error = error or kind(f"{what} failed on rank {rank}: {message}")
-            error.told_by = rank
+            error.told_by = rank  # all ranks raise it, one rank reports it
     if error is not None:
         raise error

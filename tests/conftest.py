@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests share."""
+"""Settings and fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import properties
 import pytest
 import skips
 
-# Two test processes on two cores: more threads would only fight each other.
+# Two test processes on two cores: more threads would only compete for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The kernels run in Triton's interpreter where there is no GPU; it must be chosen before triton is imported.
+# Without a GPU the kernels run in Triton's interpreter, which must be chosen before triton is imported.
 if "TRITON_INTERPRET" not in os.environ and not any(
     Path(name).exists() for name in ("/proc/driver/nvidia", "/dev/nvidiactl")
 ):
     os.environ["TRITON_INTERPRET"] = "1"
 
-# torch.cuda.is_available() then asks the driver's library instead of CUDA itself. A process that has initialised CUDA
-# cannot fork one that uses it, and tests/distributed.py forks every worker from one server.
+# With this variable torch.cuda.is_available() queries the driver's library and does not initialise CUDA. A process that
+# has initialised CUDA cannot fork one that uses it, and tests/distributed.py forks every worker from one server.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 # A shell's background job ignores Ctrl-C, and every process that a test starts and interrupts would inherit that.
@@ -45,13 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> str:
-    """What a test's runs are on: each test that uses it runs on the CPU, and again on CUDA if a device is visible."""
+    """Device of a test's runs; each test that uses it runs on the CPU, and again on CUDA if a device is visible."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with real text and vocabularies that lies beside a developer's checkout; tests skip without it."""
+    """Folder with real text and vocabularies, next to a developer's checkout; tests that need it are skipped without it."""
     for parent in REPO.parents:
         folder = parent / "shared" / "data"
         if folder.is_dir():

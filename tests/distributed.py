@@ -1,7 +1,7 @@
 """Runs a function on several processes with a real process group (gloo on CPU, nccl on CUDA).
 
-The processes are forked from a server that imported torch and megatron-core once: starting four takes 0.3 s, where
-importing in each takes 10 s and more.
+The processes are forked from a server that imported torch and megatron-core once. Starting four takes 0.3 s; imports in
+each process would take 10 s or more.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def _worker(
         LOCAL_WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1",
     )
-    multiprocessing.set_start_method(None, force=True)  # a run starts its loader workers as it does outside of tests
+    multiprocessing.set_start_method(None, force=True)  # loader workers start as outside of tests
     torch.set_num_threads(1)
-    gc.freeze()  # what the server imported is never garbage: collecting in here is then quick
+    gc.freeze()  # the server's imports are never garbage; without them a collection is fast
     if device == "cuda":
         torch.cuda.set_device(rank)
     else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # in time: the server has imported torch, nothing has used CUDA
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # early enough: the server imported torch but did not use CUDA
     backend = "nccl" if device == "cuda" else "gloo"
     store = dist.FileStore(os.path.join(folder, "rendezvous"), world_size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
@@ -50,12 +50,12 @@ def _worker(
         dist.barrier()
     except BaseException:
         Path(folder, f"error{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)  # peers may sit in a collective: do not wait for them
+        os._exit(1)  # do not wait for peers, which may be blocked in a collective
     dist.destroy_process_group()
 
 
 def fits(device: str, world_size: int) -> bool:
-    """Whether this machine has a device for each process; a CPU is shared by all of them."""
+    """Returns whether this machine has a device for each process; processes share the CPU."""
     return device == "cpu" or torch.cuda.device_count() >= world_size
 
 
@@ -68,14 +68,13 @@ def skip_unless_fits(device: str, world_size: int) -> None:
 def run_distributed(
     fn: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu", timeout_s: float = 240
 ) -> list[Any]:
-    """Runs `fn(rank, *args)` on `world_size` new processes and returns their results in rank order, tensors on the CPU.
+    """Runs `fn(rank, *args)` in `world_size` new processes and returns their results in rank order, tensors on the CPU.
 
-    `fn` must be importable (module level) and return something torch.save can write with tensors and plain values.
-    With device "cpu" the processes see no CUDA device; with "cuda" each has one of its own, and the test is skipped if
-    there are too few.
+    `fn` must be importable (module level) and return tensors and plain values that torch.save can write. With device
+    "cpu" the processes see no CUDA device. With "cuda" each has its own device; with too few devices the test is skipped.
 
     Raises:
-        AssertionError: a rank raised; carries that rank's traceback.
+        AssertionError: a rank raised an exception; the message holds that rank's traceback.
         TimeoutError: the processes did not end within `timeout_s`.
     """
     skip_unless_fits(device, world_size)

@@ -1,7 +1,7 @@
-"""Slow, independent implementations that the fast ones are held to. numpy only; nothing here imports the package.
+"""Slow, independent implementations to compare the fast ones with. numpy only; this file does not import the package.
 
 `lion_float64` follows Algorithm 1 of arXiv 2411.07724 line by line. `lion_float32` rounds after every operation in
-the documented order; numpy neither fuses nor reorders. `LionFloat32` adds what is stored between steps.
+the documented order; numpy neither fuses nor reorders. `LionFloat32` adds the state between steps.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 
 
 def lion_float64(theta, exp_avg, grad, *, lr, betas, weight_decay):
-    """(θ_{k+1}, m_k) in double precision."""
+    """Returns (θ_{k+1}, m_k) in double precision."""
     beta1, beta2 = betas
     c = beta1 * exp_avg + (1 - beta1) * grad
     return theta - lr * (np.sign(c) + weight_decay * theta), beta2 * exp_avg + (1 - beta2) * grad
 
 
 def lion_float32(theta, exp_avg, grad, *, lr, betas, weight_decay):
-    """(θ_{k+1}, m_k) in float32, each operation rounded once."""
+    """Returns (θ_{k+1}, m_k) in float32, each operation rounded once."""
     f32 = np.float32
     beta1, beta2 = betas
     with np.errstate(all="ignore"):
@@ -30,7 +30,7 @@ def lion_float32(theta, exp_avg, grad, *, lr, betas, weight_decay):
 
 
 def round_to_bfloat16(values, *, halves_up):
-    """float32 values rounded to 16 bits, still as float32; halves away from zero, or to even."""
+    """Returns float32 values rounded to 16 bits, still as float32; halves away from zero, or to even."""
     bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
     half = np.uint64(0x8000) if halves_up else np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))
     rounded = ((bits + half) & np.uint64(0xFFFF0000)).astype(np.uint32).view(np.float32)
@@ -57,7 +57,7 @@ class LionFloat32:
 
 
 def cautious_lion_float64(theta, exp_avg, grad, *, lr, betas, weight_decay):
-    """Cautious LION: only coordinates whose update agrees with the gradient move, and they move further for it."""
+    """Cautious LION: only coordinates whose update has the sign of the gradient move, by a larger step."""
     beta1, beta2 = betas
     sign = np.sign(beta1 * exp_avg + (1 - beta1) * grad)
     mask = (sign * grad > 0).astype(np.float64)

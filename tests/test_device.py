@@ -1,4 +1,4 @@
-"""What the device module knows about hardware by name."""
+"""The device module: peak FLOP/s by a device's name."""
 
 from __future__ import annotations
 
