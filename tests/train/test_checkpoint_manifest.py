@@ -1,0 +1,88 @@
+"""Each reason to refuse a checkpoint's manifest.json has a message of its own; and whose random states are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_lion.errors import CheckpointError
+from megatron_lion.parallel import Ranks
+from megatron_lion.train import checkpoint as ckpt
+
+ALONE = Ranks(0, 1, 0, 1, 0, 1, 0, 1)
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    """A manifest with a digest that fits."""
+    content = {"format": 1, "step": 3, "files": {}, "layout": ckpt.layout_facts(ALONE), **changes}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": digest}))
+    return folder
+
+
+def test_a_whole_manifest_opens_without_its_digest(tmp_path: Path) -> None:
+    opened = ckpt.open_checkpoint(written(tmp_path))
+    assert opened.step == 3
+    assert "sha256" not in opened.manifest
+
+
+@pytest.mark.parametrize("found", [2, 0, None, "1"])
+def test_another_format_is_refused(tmp_path: Path, found: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"{tmp_path.name}: format {found}, this version reads format 1"):
+        ckpt.open_checkpoint(written(tmp_path, format=found))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", r"manifest\.json: damaged \(Expecting value.*move this step's folder away"),
+        (b"\xff\xfe", r"manifest\.json: damaged \('utf-8' codec"),
+        (b"9" * 5000, r"manifest\.json: damaged \(Exceeds the limit"),
+        (b"[]", "format None, this version reads format 1"),
+        (b"null", "format None, this version reads format 1"),
+        (b"{}", "format None, this version reads format 1"),
+        (b'{"format": 1, "step": 3}', r"manifest\.json: does not match its own sha256: .*move this step's folder away"),
+    ],
+)
+def test_damaged_manifests_are_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        ckpt.open_checkpoint(tmp_path)
+
+
+def test_a_changed_value_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path) / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4'))
+    with pytest.raises(CheckpointError, match="does not match its own sha256"):
+        ckpt.open_checkpoint(tmp_path)
+
+
+def test_a_manifest_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, so this is no complete checkpoint"):
+        ckpt.open_checkpoint(tmp_path)
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged \(.*Is a directory"):
+        ckpt.open_checkpoint(tmp_path)
+
+
+def test_random_states_are_read_at_their_own_layout_only(tmp_path: Path) -> None:
+    state = torch.arange(5, dtype=torch.uint8)
+    save_file({"torch": state}, tmp_path / "rng_00000.safetensors")
+    checkpoint = ckpt.open_checkpoint(written(tmp_path))
+    found = ckpt.read_rng(checkpoint, ALONE)
+    assert found is not None
+    assert torch.equal(found["torch"], state)
+    for other in (
+        Ranks(0, 2, 0, 2, 0, 1, 0, 1),  # data parallel 2
+        Ranks(0, 2, 0, 1, 0, 2, 0, 1),  # tensor parallel 2
+        Ranks(0, 2, 0, 1, 0, 1, 0, 2),  # pipeline parallel 2
+    ):
+        assert ckpt.read_rng(checkpoint, other) is None
+    (tmp_path / "rng_00000.safetensors").unlink()
+    assert ckpt.read_rng(checkpoint, ALONE) is None
