@@ -129,8 +129,10 @@ def test_the_plain_job_launches_its_arguments_and_queues_itself_again(tmp_path: 
     job = ["bash", str(REPO / "launch" / "slurm.sbatch"), "run.yaml", "--data.path", "[a b]"]
     before = set(tmp_path.iterdir())
     for code in (0, 5, 75):
-        done = subprocess.run(job, check=False, env={**slurm, "CODE": str(code)}, cwd=tmp_path)
-        assert done.returncode == code
+        done = subprocess.run(
+            job, check=False, env={**slurm, "CODE": str(code)}, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (code, "")
         assert (tmp_path / "launched").read_text() == "run.yaml|--data.path|[a b]|"
         assert (tmp_path / "scontrol.log").read_text().count("requeue 77") == (code == 75)
     assert {path.name for path in set(tmp_path.iterdir()) - before} == {"launched", "scontrol.log"}
