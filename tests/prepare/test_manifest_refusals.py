@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lion.data.indexed import IndexedWriter, check_indexed
+from megatron_lion.data.indexed_writer import IndexedWriter, check_indexed
 from megatron_lion.data.manifest import Manifest, TokenizerInfo, read_manifest, write_manifest
 from megatron_lion.errors import DataError
 
