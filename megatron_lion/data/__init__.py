@@ -1,1 +1,1 @@
-"""From token files to resumable batches."""
+"""Reads tokenized corpora: file checks, tokenizers, datasets and the order of samples."""

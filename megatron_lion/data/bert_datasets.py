@@ -1,8 +1,8 @@
-"""BERT's samples: two segments of one document, masked and perhaps swapped, by Megatron's own dataset.
+"""BERT's training samples from Megatron's dataset: two segments of one document, masked, in either order.
 
-A sample is [CLS] A [SEP] B [SEP] of consecutive sentences, and with p = ½ B comes first, which the 2-way head must see
-(sentence order). 15 % of the tokens are chosen as whole words in runs of up to three, and become [MASK] (80 %), a random
-token (10 %) or stay (10 %). Which ones depends on the seed and the sample's number alone.
+A sample is [CLS] A [SEP] B [SEP] of consecutive sentences. With p = ½, B comes first; the 2-way head predicts the order
+(sentence order prediction). 15 % of the tokens are chosen as whole words in runs of up to three. They become [MASK]
+(80 %), a random token (10 %) or stay (10 %). The choice depends on the seed and the sample's number alone.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError
 
 LONGEST_SENTENCE = 512
-"""Megatron's sample index passes over every document with a longer sentence (LONG_SENTENCE_LEN in its helpers)."""
+"""Megatron's sample index skips every document with a longer sentence (LONG_SENTENCE_LEN in its helpers)."""
 
 
 BertDatasetConfig = BERTMaskedWordPieceDatasetConfig
 
 
 class WordPieceIds:
-    """What Megatron's BERT dataset asks of a tokenizer.
+    """The attributes of a tokenizer that Megatron's BERT dataset reads.
 
-    mcore 0.19.2: the dataset writes the padding id into masks and token types and takes every token of that id for
-    padding; -1 is no token's id, and `BertDataset` puts the real one in; remove when padding is told by position.
+    mcore 0.19.2: the dataset writes the padding id into masks and token types and treats every token of that id as
+    padding; remove when padding is marked by position. -1 is no token's id, and `BertDataset` puts the real id in.
     """
 
     pad = -1
@@ -41,28 +41,34 @@ class WordPieceIds:
         self.cls, self.sep, self.mask = special["[CLS]"], special["[SEP]"], special["[MASK]"]
         self.padding = special["[PAD]"]
         self.inv_vocab = {index: token for token, index in tokenizer.backend.get_vocab().items()}
+        # Part of the name of Megatron's index cache: a hash of the content, so that new data never meets an old index.
         self.unique_identifiers = {"tokenizer": tokenizer.sha256, "data": digest}
 
 
 class BertDataset(BERTMaskedWordPieceDataset):
-    """Megatron's samples, with the masked tokens as a list of places.
+    """Megatron's samples, with the masked tokens as a list of positions.
 
-    Item i is a dict of int64 arrays. Over the S tokens: tokens, types (0 first segment, 1 second) and padding_mask (1 where
-    there is a token). Over the M = `most_masked` tokens that can be masked at all: positions, labels (the true tokens)
-    and loss_mask (1 where there is one, 0 where fewer are masked), so that the vocabulary's matrix works for these alone.
-    And is_random, 1 where the segments are swapped.
+    Item i is a dict of int64 arrays:
+
+    - (S,) for the S tokens: tokens, types (0 first segment, 1 second), padding_mask (1 token, 0 padding);
+    - (M,) for the M = `most_masked` tokens that can be masked at most: positions, labels (the true tokens) and
+      loss_mask (1 masked token, 0 unused entry);
+    - (), a scalar: is_random, 1 if the segments are swapped.
+
+    With positions the vocabulary's matrix multiplies M vectors instead of S, about a seventh.
     """
 
     def __getitem__(self, idx: int) -> dict[str, Any]:
         sample = super().__getitem__(idx)
         real = sample["padding_mask"] > 0
         masked = np.flatnonzero(sample["loss_mask"])
+        # A fixed size, whatever this sample masked, so that samples can be stacked into a batch.
         size = most_masked(self.config.sequence_length, self.config.masking_probability)
         positions, labels, loss_mask = np.zeros((3, size), dtype=np.int64)
         positions[: masked.size], labels[: masked.size], loss_mask[: masked.size] = masked, sample["labels"][masked], 1
         return {
             "tokens": np.where(real, sample["text"], self.config.tokenizer.padding),
-            "types": np.maximum(sample["types"], 0),
+            "types": np.maximum(sample["types"], 0),  # Megatron fills padding with the padding id, here -1
             "padding_mask": real.astype(np.int64),
             "positions": positions,
             "labels": labels,
@@ -72,8 +78,10 @@ class BertDataset(BERTMaskedWordPieceDataset):
 
     @functools.cached_property
     def samples_in_one_pass(self) -> int:
-        """Samples before any text comes again; later passes cut the documents elsewhere."""
+        """Number of samples before any text repeats; later passes cut the documents at other places."""
         config = self.config
+        # The call that Megatron's dataset makes, but for one epoch and without a limit. Three tokens of a sample are
+        # [CLS] and two [SEP]; a sample needs two sentences.
         index = helpers.build_mapping(
             self.dataset.document_indices[np.append(self.indices, self.indices[-1] + 1)],
             self.dataset.sequence_lengths,
@@ -89,7 +97,11 @@ class BertDataset(BERTMaskedWordPieceDataset):
 
 
 def most_masked(seq_length: int, probability: float) -> int:
-    """Masked tokens of a sample at most: Megatron masks no more than this share of what [CLS] and two [SEP] leave.
+    """Largest number of masked tokens in a sample: the share of the tokens other than [CLS] and two [SEP], at least 1.
+
+    Args:
+        seq_length: tokens of a sample.
+        probability: share of the tokens that are masked, in (0, 1).
 
     >>> most_masked(512, 0.15), most_masked(128, 0.15)
     (76, 18)
@@ -98,7 +110,16 @@ def most_masked(seq_length: int, probability: float) -> int:
 
 
 def bert_settings(tokenizer: Tokenizer, digest: str, data: DataConfig) -> dict[str, Any]:
-    """The settings of Megatron's BERT dataset besides those that every dataset has."""
+    """Settings of Megatron's BERT dataset that other datasets do not have.
+
+    Args:
+        tokenizer: WordPiece tokenizer of the data.
+        digest: content hash of the data (`Corpora.digest`).
+        data: masking settings.
+
+    Raises:
+        DataError: the tokenizer is no WordPiece or lacks a special token.
+    """
     return {
         "tokenizer": WordPieceIds(tokenizer, digest),
         "masking_probability": data.mask_probability,
@@ -113,17 +134,17 @@ def bert_settings(tokenizer: Tokenizer, digest: str, data: DataConfig) -> dict[s
 
 
 def check_sentences(info: IndexedInfo, begin: float, end: float) -> None:
-    """Refuses a part of the documents that would give no sample.
+    """Rejects a part of the documents that gives no sample.
 
-    Megatron's index passes over documents of one sentence and over those with a sentence beyond 512 tokens, and
-    looks for ever where that leaves none.
+    Megatron's index skips documents of one sentence and documents with a sentence of more than 512 tokens. If no
+    document is left, it loops without end.
 
     Args:
-        info: the files.
-        begin, end: the part, as shares of the documents.
+        info: the pair of token files.
+        begin, end: range of the documents, as shares in [0, 1].
 
     Raises:
-        DataError: not one usable document in it.
+        DataError: the part has no usable document.
     """
     sentences, longest = _documents(info)
     usable = (sentences >= 2) & (longest <= LONGEST_SENTENCE)
@@ -133,18 +154,18 @@ def check_sentences(info: IndexedInfo, begin: float, end: float) -> None:
         single, long = int((sentences[part] == 1).sum()), int((longest[part] > LONGEST_SENTENCE).sum())
         raise DataError(
             f"{info.prefix}: none of its documents {first} to {last} can be used: {single} have one sentence (sentence order "
-            f"needs two), {long} have a sentence of more than {LONGEST_SENTENCE} tokens; make it with `megatron-lion "
-            "prepare --task bert`, give more text, or larger shares for the splits"
+            f"needs two), {long} have a sentence of more than {LONGEST_SENTENCE} tokens; make the data with `megatron-lion "
+            "prepare --task bert`, or give more text or larger shares for the splits"
         )
 
 
 def _documents(info: IndexedInfo) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(number of sentences, tokens of the longest) of each document."""
+    """(number of sentences, tokens of the longest sentence) of each document, two (D,) arrays."""
     index = info.idx_path.read_bytes()
     lengths = np.frombuffer(index, "<i4", info.num_sequences, HEADER.size).astype(np.int64)
     boundaries = np.frombuffer(index, "<i8", info.num_documents + 1, HEADER.size + 12 * info.num_sequences)
     sentences = np.diff(boundaries)
     longest = np.zeros(info.num_documents, np.int64)
-    filled = np.flatnonzero(sentences)
+    filled = np.flatnonzero(sentences)  # reduceat gives an empty document its neighbour's first length
     longest[filled] = np.maximum.reduceat(lengths, boundaries[filled])
     return sentences, longest

@@ -1,4 +1,4 @@
-"""BERT's vocab.txt: one WordPiece a line, its number its id; what it must hold and whether it is cased."""
+"""Reads and checks BERT's vocab.txt (one WordPiece a line; the line number from 0 is its id)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ MAX_WORD_CHARACTERS = 100
 
 
 def parse_wordpieces(data: bytes, where: str) -> dict[str, int]:
-    """Token -> id from vocab.txt.
+    """Parses vocab.txt into a dictionary from token to id.
+
+    Args:
+        data: content of the file.
+        where: name of the file, for messages.
 
     Raises:
-        DataError: not UTF-8, a token twice, no continuation pieces, or no [UNK].
+        DataError: the file is not UTF-8, has a token twice, no continuation pieces (##…), or no [UNK].
     """
     try:
         lines = data.decode("utf-8").removesuffix("\n").split("\n")
@@ -26,7 +30,7 @@ def parse_wordpieces(data: bytes, where: str) -> dict[str, int]:
         token = line.rstrip("\r")
         if token in vocab:
             raise DataError(
-                f"{where}: line {index + 1}: {token!r} is line {vocab[token] + 1} too; each token needs one line"
+                f"{where}: line {index + 1}: {token!r} is also line {vocab[token] + 1}; each token needs one line"
             )
         vocab[token] = index
     if not any(token.startswith("##") for token in vocab):
@@ -37,7 +41,7 @@ def parse_wordpieces(data: bytes, where: str) -> dict[str, int]:
 
 
 def is_cased(vocab: dict[str, int]) -> bool:
-    """Whether a vocabulary tells capitals from small letters: it has a capital besides those of [UNK] and the like.
+    """Whether a vocabulary has capital letters, not counting tokens in square brackets such as [UNK].
 
     >>> is_cased({"[UNK]": 0, "the": 1, "##s": 2}), is_cased({"[UNK]": 0, "The": 1})
     (False, True)
@@ -48,11 +52,12 @@ def is_cased(vocab: dict[str, int]) -> bool:
 def wordpiece_definition(vocab: dict[str, int], *, lowercase: bool) -> dict[str, Any]:
     """BERT's tokenizer as a tokenizer.json document.
 
-    Control characters are dropped, Chinese characters stand alone, accents go with the capitals, punctuation divides.
+    Control characters are dropped. Each Chinese character and each punctuation mark is a word. `lowercase` also strips
+    accents.
 
     Args:
-        vocab: from `parse_wordpieces`.
-        lowercase: for an uncased vocabulary.
+        vocab: dictionary from `parse_wordpieces`.
+        lowercase: true for an uncased vocabulary.
     """
     special = [
         {"id": vocab[token], "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -67,7 +72,7 @@ def wordpiece_definition(vocab: dict[str, int], *, lowercase: bool) -> dict[str,
             "type": "BertNormalizer",
             "clean_text": True,
             "handle_chinese_chars": True,
-            "strip_accents": None,
+            "strip_accents": None,  # None: as `lowercase`
             "lowercase": lowercase,
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},

@@ -1,4 +1,4 @@
-"""The data of a run: dataset folders or .bin/.idx prefixes, opened and checked, before anything is read from them."""
+"""Opens and checks the data of a run: dataset folders of `prepare`, or prefixes of .bin/.idx files."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError
 
 DATA_KINDS = {"gpt2": "gpt", "bert": "bert"}
-"""What `prepare --task` calls the data of each kind of model."""
+"""model.kind to the name of its data in `prepare --task`."""
 
 
 @dataclass(frozen=True)
 class Corpora:
-    """The data of a run, checked.
+    """The checked data of a run.
 
     Attributes:
-        prefixes: for each of train, valid, test the prefixes to draw from; the same list three times where the split
+        prefixes: prefixes to draw from, for each of train, valid and test; the same list three times if the split
             is made by document position.
-        infos: what each distinct prefix holds.
-        weights: draw weights a path, or None for sizes.
+        infos: counts, dtype and hashes of each distinct prefix.
+        weights: draw weight of each path, or None to draw in proportion to sizes.
         split: Megatron's split string for plain prefixes, None for dataset folders.
-        tokenizer: of the data.
-        vocab_size: ids before padding.
-        digest: SHA-256 over the data's content hashes, weights and split: equal means the same data.
-        settings: the config's section, for what is decided when samples are drawn (BERT's masking).
+        tokenizer: tokenizer of the data, or None if only the vocabulary's size is known.
+        vocab_size: number of ids before padding.
+        digest: SHA-256 over the data's content hashes, weights and split; equal digests mean the same data.
+        settings: the config's data section, for settings that apply when samples are drawn (BERT's masking).
     """
 
     prefixes: dict[str, list[Path]]
@@ -48,16 +48,20 @@ class Corpora:
 
     @property
     def train_tokens(self) -> int:
+        """Tokens of the training split; estimated from the split's share for plain prefixes."""
         total = sum(self.infos[prefix].num_tokens for prefix in self.prefixes["train"])
         return total if self.split is None else int(total * shares(self.split)[0])
 
 
 def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
-    """Opens and checks everything that `data.path` names; reads headers and hashes, not the tokens of prepared folders.
+    """Opens and checks everything that `data.path` names.
+
+    Of prepared folders it reads manifests and index files. Plain prefixes have no manifest, so their tokens are read
+    as well, for the content hash and the largest id.
 
     Raises:
-        ConfigError: no path, folders mixed with prefixes.
-        DataError: files missing, damaged, of another tokenizer, or with ids beyond the vocabulary.
+        ConfigError: no path is given, or folders are mixed with prefixes.
+        DataError: files are missing, damaged, of another tokenizer, or have ids beyond the vocabulary.
     """
     if not data.path:
         raise ConfigError(
@@ -68,7 +72,7 @@ def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
     if folders and len(folders) != len(paths):
         other = next(path for path in paths if path not in folders)
         raise ConfigError(
-            f"data.path: {other} has no {MANIFEST_NAME} while {folders[0]} is a prepared dataset folder; give all folders or all prefixes"
+            f"data.path: {other} has no {MANIFEST_NAME} while {folders[0]} is a prepared dataset folder; give only folders or only prefixes"
         )
     return _open_folders(paths, data, model) if folders else _open_prefixes(paths, data, model)
 
@@ -80,7 +84,7 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest.kind != DATA_KINDS[model.kind]:
             raise DataError(
-                f"{path}: made for {manifest.kind}, model.kind is {model.kind}; make it again in another folder with "
+                f"{path}: prepared for {manifest.kind}, but model.kind is {model.kind}; prepare it in another folder with "
                 f"`megatron-lion prepare --task {DATA_KINDS[model.kind]}`, or give another model.kind"
             )
         if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
@@ -102,8 +106,9 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
     if tokenizer.sha256 != manifests[0].tokenizer.sha256:
         raise DataError(
             f"data.tokenizer: {data.tokenizer} has hash {tokenizer.sha256[:12]}, the data in {paths[0]} was made with "
-            f"{manifests[0].tokenizer.sha256[:12]}; leave data.tokenizer out to take the data's own"
+            f"{manifests[0].tokenizer.sha256[:12]}; leave data.tokenizer out to use the data's tokenizer"
         )
+    # From the manifests: hashing the tokens here would cost a second for every 1.9 GB.
     hashes = [[s.idx_sha256 + s.bin_sha256 for s in manifest.splits.values()] for manifest in manifests]
     return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, _digest([hashes, data.weights]), data)
 
@@ -115,10 +120,12 @@ def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) 
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
     if tokenizer is None and model.kind == "bert":
         raise ConfigError(
-            "data.tokenizer: masking needs the vocabulary that the .bin/.idx files were made with; give its vocab.txt"
+            "data.tokenizer: not given; masking needs the vocabulary of the .bin/.idx files; give its vocab.txt"
         )
     if tokenizer is None and model.vocab_size is None:
-        raise ConfigError("model.vocab_size: plain .bin/.idx files do not say it; give it, or data.tokenizer")
+        raise ConfigError(
+            "model.vocab_size: not given, and plain .bin/.idx files do not store it; give it, or data.tokenizer"
+        )
     wanted = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     for path, info in infos.items():
         if info.num_tokens and info.token_range[0] < 0:
@@ -138,13 +145,13 @@ def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) 
 
 
 def _check_sequences(path: Path, info: IndexedInfo, kind: str) -> None:
-    """Tells sentences from documents where no manifest does."""
+    """Rejects plain prefixes of the other kind of data; without a manifest, only the counts show the kind."""
     by_sentences = info.num_sequences > info.num_documents
     if by_sentences == (kind == "bert"):
         return
     held = "sentences (several sequences a document)" if by_sentences else "whole documents (one sequence each)"
     raise DataError(
-        f"{path}: holds {held}, model.kind is {kind}; make it with `megatron-lion prepare --task {DATA_KINDS[kind]}`, or with "
+        f"{path}: holds {held}, but model.kind is {kind}; make it with `megatron-lion prepare --task {DATA_KINDS[kind]}`, or with "
         f"Megatron-LM's preprocess_data {'with' if kind == 'bert' else 'without'} --split-sentences"
     )
 
@@ -153,13 +160,17 @@ def _check_vocab_size(model: ModelConfig, found: int, where: str) -> int:
     if model.vocab_size is not None and model.vocab_size < found:
         raise DataError(
             f"model.vocab_size: {model.vocab_size} is smaller than the {found} ids of the data ({where}); "
-            "leave it out to take the data's"
+            "leave it out to use the data's vocabulary size"
         )
     return model.vocab_size or found
 
 
 def shares(split: str) -> list[float]:
-    """The shares of train, valid and test in a split string, adding up to 1."""
+    """Shares of train, valid and test in a split string such as "99.9,0.05,0.05", scaled to sum to 1.
+
+    Raises:
+        ConfigError: the text is not three finite numbers ≥ 0, or all are 0.
+    """
     try:
         parts = [float(part) for part in split.split(",")]
     except ValueError:

@@ -1,8 +1,9 @@
-"""From dataset folders or .bin/.idx prefixes to Megatron datasets and resumable micro-batches.
+"""Builds Megatron's datasets from a run's corpora and yields resumable micro-batches of them.
 
-The sample order depends on the seed and the sample number alone: step k reads samples [k·G, (k+1)·G) of one shuffled
-sequence, whatever the number of processes, and a resumed run goes on at the very next sample. Index caches are keyed
-by the content of the data, so that re-made data never meets an old cache.
+The sample order depends on the seed and the sample number alone. Step k reads samples [k·G, (k+1)·G) of one shuffled
+sequence at any number of processes (G: global batch size), so a resumed run continues with the next sample. Index
+caches are keyed by the content of the data: a cache keyed by path gave 152 of 289 wrong samples after the data at that
+path had been made again.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from megatron_lion.signals import GROUP_SIGNALS, blocked, obey_only_the_parent
 
 
 class _DatasetTokenizer:
-    """What Megatron's datasets ask of a tokenizer, with a content hash in their cache key.
+    """The attributes of a tokenizer that Megatron's GPT dataset reads, with a content hash for its cache key.
 
-    There is no padding id: GPT samples are cut from one stream and are always full.
+    The padding id is -1, no token's id: GPT samples are cut from one stream and are always full.
     """
 
     def __init__(self, vocab_size: int, eod: int, digest: str) -> None:
@@ -45,18 +46,21 @@ def build_datasets(
     seed: int,
     cache: Path,
 ) -> list[Any]:
-    """Builds Megatron's train, validation and test datasets; index files are made on the first rank and shared.
+    """Builds Megatron's train, validation and test datasets; a collective call.
 
     Args:
         corpora: from `open_corpora`.
-        model: for the sequence length.
-        num_samples: how many samples of each split are needed; 0 builds none.
-        seed: of the shuffle and of BERT's masks.
-        cache: folder for the index files; a subfolder a content digest.
+        model: model settings; the kind and the sequence length are used.
+        num_samples: number of samples needed of train, valid and test; 0 builds no dataset.
+        seed: seed of the shuffle and of BERT's masks.
+        cache: folder for the index files, with one subfolder for each content digest.
 
     Returns:
-        Three datasets (or None). For GPT-2 item i is a dict of int64 [S] tokens, labels, position_ids and float [S]
-        loss_mask; for BERT see `BertDataset`.
+        Three datasets, None for a split with 0 samples. For GPT-2, item i is a dict of int64 (S,) tokens, labels,
+        position_ids and float32 (S,) loss_mask. For BERT see `BertDataset`.
+
+    Raises:
+        DataError: a split has too few documents or tokens for a sample.
     """
     blends = []
     for split, count in zip(SPLITS, num_samples, strict=True):
@@ -75,7 +79,10 @@ def build_datasets(
         settings = config_class(blend=(paths, corpora.weights), split=corpora.split, **common)
     sizes = [count or None for count in num_samples]
     if corpora.split is not None:
+        # Megatron then builds every split that has a share, wanted or not, and needs a size for each.
         sizes = [count or 1 for count in num_samples]
+    # lambda: True builds on every rank, behind Megatron's barrier: rank 0 writes the index files first. Without it, ranks
+    # race for the same files.
     try:
         built = BlendedMegatronDatasetBuilder(dataset_class, sizes, lambda: True, settings).build()
     except (AssertionError, IndexError, ValueError, ZeroDivisionError) as error:
@@ -87,26 +94,27 @@ def build_datasets(
 
 
 def _parts_in_use(corpora: Corpora, num_samples: Sequence[int | None]) -> Iterator[tuple[IndexedInfo, float, float]]:
-    """The documents that datasets are built of: the files of each split, and the shares of them where it begins and ends."""
+    """Yields (files, begin, end) for the documents of each split that is built; begin and end are shares in [0, 1]."""
     ends = [0.0, *np.cumsum(shares(corpora.split))] if corpora.split else None
     for number, (split, count) in enumerate(zip(SPLITS, num_samples, strict=True)):
         begin, end = (float(ends[number]), float(ends[number + 1])) if ends else (0.0, 1.0)
-        # Where the split is made by position, Megatron builds all three that have a share.
+        # If the split is made by position, Megatron builds all three that have a share.
         if begin < end if ends else count:
             for prefix in corpora.prefixes[split]:
                 yield corpora.infos[prefix], begin, end
 
 
 def check_documents(info: IndexedInfo, begin: float, end: float) -> None:
-    """Refuses a part of the documents that is empty: Megatron's index counts its epochs for ever.
+    """Rejects a part of the documents that is empty; Megatron would count its epochs without end.
 
     Args:
-        info: the files.
-        begin, end: the part, as shares of the documents.
+        info: the pair of token files.
+        begin, end: range of the documents, as shares in [0, 1].
 
     Raises:
-        DataError: no document is in it.
+        DataError: the part has no document.
     """
+    # Rounded as Megatron rounds its split matrix; another rounding would check other documents.
     first, last = round(begin * info.num_documents), round(end * info.num_documents)
     if first == last or info.num_tokens == 0:
         raise DataError(
@@ -118,17 +126,18 @@ def check_documents(info: IndexedInfo, begin: float, end: float) -> None:
 def _dataset_classes(
     corpora: Corpora, model: ModelConfig, num_samples: Sequence[int | None]
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Megatron's dataset and config class for a kind of model, and the settings that only these have."""
+    """Returns Megatron's dataset class, its config class and the settings that only this kind of model has."""
     if model.kind == "bert":
         from megatron_lion.data import bert_datasets as bert
 
-        assert corpora.tokenizer is not None, "open_corpora has asked for it"
+        assert corpora.tokenizer is not None, "open_corpora requires a tokenizer for BERT"
         for info, begin, end in _parts_in_use(corpora, num_samples):
             bert.check_sentences(info, begin, end)
         special = bert.bert_settings(corpora.tokenizer, corpora.digest, corpora.settings)
         return bert.BertDataset, bert.BertDatasetConfig, special
     for info, begin, end in _parts_in_use(corpora, num_samples):
         check_documents(info, begin, end)
+    # Without a tokenizer the last id stands in: no mask or position is reset at this token, so its value has no effect.
     eod = corpora.tokenizer.eod_id if corpora.tokenizer is not None else corpora.vocab_size - 1
     return (
         GPTDataset,
@@ -144,9 +153,16 @@ def _dataset_classes(
 
 
 def sample_ids(start: int, step_samples: int, micro_batch_size: int, ranks: Ranks) -> Iterator[list[int]]:
-    """Sample numbers of this data rank's micro-batches from `start` on, for ever.
+    """Yields the sample numbers of this data rank's micro-batches from `start` on, without end.
 
     Micro-batch j of a global batch takes, over all data ranks, the j-th run of `micro_batch_size × dp_size` samples.
+    So the samples of a step are the same at every data-parallel size; only their distribution over ranks differs.
+
+    Args:
+        start: number of the first sample of a global batch.
+        step_samples: samples of a global batch over all ranks.
+        micro_batch_size: samples of a micro-batch on one rank.
+        ranks: this process's place; the data-parallel rank and size are used.
 
     Example:
         >>> one = Ranks(0, 1, 0, 1, 0, 1, 0, 1)
@@ -189,26 +205,37 @@ def micro_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields this rank's micro-batches of samples [start, end) on the device, read ahead by worker processes.
 
+    The default random state does not change.
+
     Args:
         dataset: from `build_datasets`.
-        start, end: sample numbers; both multiples of `global_batch_size`.
-        num_workers: default 2 with CUDA, 0 on CPU. The default random state is not touched.
-        vocab_size: ids of the vocabulary, to tell a damaged token file by.
+        start, end: sample numbers, both multiples of `global_batch_size`.
+        global_batch_size: samples of a step over all ranks.
+        micro_batch_size: samples of a micro-batch on one rank.
+        ranks: this process's place among the ranks.
+        device: target device of the tensors.
+        num_workers: worker processes; None starts 2 with CUDA and none on CPU.
+        vocab_size: number of ids of the vocabulary, to detect a damaged token file; None skips this check.
+
+    Yields:
+        Dictionaries of (micro_batch_size, …) tensors, with the keys of the dataset's items.
 
     Raises:
-        DataError: an id beyond the vocabulary.
+        DataError: a token id is beyond the vocabulary.
     """
     workers = num_workers if num_workers is not None else (2 if device.kind == "cuda" else 0)
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=_Sampler(start, end, global_batch_size, micro_batch_size, ranks),
         num_workers=workers,
-        pin_memory=device.kind == "cuda",
+        pin_memory=device.kind == "cuda",  # only a copy from pinned memory runs beside the kernels (non_blocking below)
+        # A loader draws its workers' base seed. From the default generator, every held-out loss and every probe would
+        # advance the state that dropout uses, and a resumed run would no longer repeat bit for bit.
         generator=torch.Generator().manual_seed(derive_seed(start, "loader")),
         worker_init_fn=obey_only_the_parent,
     )
-    # A worker calls obey_only_the_parent only after it has set itself up. Every test of the held-out loss and every
-    # probe starts new workers, and a signal to the process group in these milliseconds would kill one.
+    # A worker calls obey_only_the_parent only after its own set-up. Without the block, a signal to the process group in
+    # these milliseconds kills it. Every held-out loss and every probe starts new workers.
     with blocked(GROUP_SIGNALS):
         batches = iter(loader)
     for batch in batches:
@@ -222,10 +249,13 @@ def micro_batches(
 
 
 def _check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Before the embedding meets them: beyond its end it fails without a word of the data, or reads what is not there."""
+    """Rejects ids beyond the vocabulary, for which the embedding fails without naming the data or reads other memory.
+
+    The tokens are on the CPU here, so the check does not wait for the device.
+    """
     low, high = (int(end) for end in torch.aminmax(tokens))
     if low < 0 or high >= vocab_size:
         raise DataError(
             f"the data holds token id {high if high >= vocab_size else low}, the vocabulary has {vocab_size}: a .bin file is damaged, "
-            "or of another tokenizer; prepare it again"
+            "or was made with another tokenizer; prepare the data again"
         )

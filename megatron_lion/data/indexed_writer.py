@@ -1,4 +1,4 @@
-"""Writes Megatron's `.bin/.idx` token files; `check_indexed` verifies them (see indexed_check.py)."""
+"""Writes Megatron's `.bin/.idx` token files (layout and checks: indexed_check.py)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = ["IndexedInfo", "IndexedWriter", "check_indexed", "token_dtype", "with
 class IndexedWriter:
     """Writes PREFIX.bin and PREFIX.idx, byte-identical to Megatron-Core's IndexedDatasetBuilder.
 
-    Both are written under temporary names and renamed by `finalize`, the index last: a PREFIX.idx that
-    exists belongs to a whole pair. Leaving the `with` block by an exception removes what was written.
+    Both files have temporary names until `finalize` renames them, the index last: if PREFIX.idx exists, the pair is
+    complete. An exception in the `with` block removes the temporary files.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, IndexedWriter(f"{folder}/a", vocab_size=300) as writer:
@@ -47,10 +47,10 @@ class IndexedWriter:
 
         Args:
             prefix: path without ending; its folder must exist.
-            vocab_size: number of token ids; decides the dtype and bounds every id.
+            vocab_size: number of token ids; determines the dtype and bounds every id.
 
         Raises:
-            StorageError: the file cannot be made.
+            StorageError: the file cannot be created.
         """
         self.prefix = Path(prefix)
         self.dtype = token_dtype(vocab_size)
@@ -67,7 +67,11 @@ class IndexedWriter:
 
         Args:
             tokens: (N,) token ids.
-            lengths: (S,) tokens of each of its sequences (sentences), summing to N; None makes it one.
+            lengths: (S,) tokens of each of its sequences (sentences), summing to N; None stores one sequence.
+
+        Raises:
+            DataError: an id is beyond the vocabulary, or a sequence is longer than 2³¹ − 1 tokens.
+            StorageError: the tokens cannot be written.
         """
         tokens = np.asarray(tokens)
         sequences = np.asarray([tokens.size] if lengths is None else lengths, dtype=np.int64)
@@ -79,9 +83,13 @@ class IndexedWriter:
         """Appends many documents.
 
         Args:
-            tokens: (N,) their token ids one after another.
+            tokens: (N,) token ids of all documents one after another.
             lengths: (S,) tokens of each sequence, summing to N.
-            sequences: (D,) sequences (sentences) of each document, summing to S; None makes every sequence one.
+            sequences: (D,) sequences (sentences) of each document, summing to S; None makes each sequence a document.
+
+        Raises:
+            DataError: an id is beyond the vocabulary, or a sequence is longer than 2³¹ − 1 tokens.
+            StorageError: the tokens cannot be written.
         """
         counts = np.ones(len(lengths), dtype=np.int64) if sequences is None else np.asarray(sequences, dtype=np.int64)
         self._append(tokens, np.asarray(lengths, dtype=np.int64), counts)
@@ -92,7 +100,8 @@ class IndexedWriter:
         assert int(lengths.sum()) == tokens.size, f"lengths sum to {lengths.sum()}, there are {tokens.size} tokens"
         assert int(sequences.sum()) == lengths.size, f"{sequences.sum()} sequences in documents, {lengths.size} lengths"
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
-            raise DataError(f"{self.prefix}: a document of {lengths.max()} tokens; the index holds at most {2**31 - 1}")
+            raise DataError(f"{self.prefix}: a document has {lengths.max()} tokens; at most {2**31 - 1} are possible")
+        # Before the cast below: an id beyond uint16 would wrap to another token without an error.
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             raise DataError(
                 f"{self.prefix}: token ids from {tokens.min()} to {tokens.max()} do not fit a vocabulary of "
@@ -106,10 +115,10 @@ class IndexedWriter:
         self._sequences_per_document.append(sequences)
 
     def finalize(self) -> IndexedInfo:
-        """Writes the index, makes both files durable, gives them their names and verifies them.
+        """Writes the index, syncs both files to disk, renames them to their final names and checks them.
 
         Raises:
-            StorageError: the disk is full or refused.
+            StorageError: the file system refused, for instance because the disk is full.
             DataError: no document was added.
         """
         none: npt.NDArray[Any] = np.zeros(0)
@@ -120,7 +129,7 @@ class IndexedWriter:
         code = next(code for code, dtype in DTYPE_CODES.items() if dtype == self.dtype)
         with storage_errors(self.prefix):
             self._stream.flush()
-            os.fsync(self._stream.fileno())
+            os.fsync(self._stream.fileno())  # before the renames: after a power loss a name must not refer to lost data
             self._stream.close()
             with open(self._temporary[".idx"], "wb") as stream:
                 stream.write(HEADER.pack(MAGIC, VERSION, code, lengths.size, boundaries.size))
@@ -129,13 +138,13 @@ class IndexedWriter:
                 stream.write(boundaries.astype("<i8").tobytes())
                 stream.flush()
                 os.fsync(stream.fileno())
-            # An older index must never stand beside newer tokens.
+            # A crash between the renames must not leave an older index beside newer tokens.
             with_ending(self.prefix, ".idx").unlink(missing_ok=True)
             for ending in (".bin", ".idx"):
                 os.replace(self._temporary[ending], with_ending(self.prefix, ending))
         sync_folder(self.prefix.parent)
         info = check_indexed(self.prefix)
-        info.__dict__["bin_sha256"] = self._digest.hexdigest()  # known already: no need to read it again
+        info.__dict__["bin_sha256"] = self._digest.hexdigest()  # hashed while writing: saves reading the file again
         return info
 
     def __enter__(self) -> Self:
@@ -144,7 +153,7 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # a full disk refuses the last buffer, which is not wanted any more
+        with suppress(OSError):  # on a full disk, close fails to flush the last buffer, which is discarded anyway
             self._stream.close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""manifest.json of a dataset folder: what the tokens were made from, how, and the hashes of the result.
+"""Reads and writes manifest.json of a dataset folder: sources, settings, counts and hashes of the token files.
 
-The manifest is written last, when everything it names is on the disk, and carries a hash of itself, so a
-folder whose manifest reads is a whole one.
+The manifest is written last, after every file that it names is on the disk, and contains a hash of itself. So a
+folder with a readable manifest is complete.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class SplitInfo:
-    """One split's pair of files.
+    """The pair of token files of one split.
 
     Attributes:
         prefix: file name without .bin/.idx, inside the dataset folder.
-        documents, tokens: counts; tokens include the end-of-document tokens.
-        bin_bytes, idx_bytes: sizes.
+        documents, tokens: counts; the tokens include the end-of-document tokens.
+        bin_bytes, idx_bytes: sizes of the two files in bytes.
         bin_sha256, idx_sha256: hashes of the two files.
     """
 
@@ -43,7 +43,7 @@ class SplitInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceInfo:
-    """One input file: where it was, its size and hash as stored (compressed ones as they lay)."""
+    """One input file: its path, size in bytes and hash as stored (before decompression), and its documents."""
 
     path: str
     bytes: int
@@ -53,7 +53,7 @@ class SourceInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerInfo:
-    """What a checkpoint and an evaluation compare: the vocabulary's hash, kind and size."""
+    """Identity of a tokenizer, compared by training and evaluation: hash, kind, size, end-of-document token."""
 
     sha256: str
     kind: str
@@ -64,22 +64,25 @@ class TokenizerInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that is known about a dataset folder.
+    """Description of a dataset folder.
 
     Attributes:
-        version: version of megatron-lion that wrote it.
+        version: version of megatron-lion that wrote the folder.
         encoder: library that made the ids, with its version.
-        kind: "gpt" (one sequence a document) or "bert" (one a sentence).
-        dtype: of the token files: "uint16" or "int32".
-        split: share of the documents of train, valid and test in percent; sums to 100.
-        options: the other settings that decide the result (JSON key, what to do on errors, …).
-        documents, tokens, text_bytes: totals over all splits; text_bytes is UTF-8 text without markup.
-        duplicate_documents: how many documents have the text of an earlier one.
-        sentences: for "bert", how many there are, how many documents have a single one (BERT's samples need two, so
-            these are not read in training) and how many were so long that they were divided.
-        skipped: what was passed over without being an error (blank lines, empty documents), by kind.
-        rejected: what was passed over because of `--on-error skip`, by kind.
-        splits: by name; a split without documents is absent.
+        kind: "gpt" (one sequence for each document) or "bert" (one for each sentence).
+        sources: the input files, in order.
+        tokenizer: identity of the tokenizer.
+        dtype: dtype of the token files, "uint16" or "int32".
+        split: shares of the documents of train, valid and test in percent; they sum to 100.
+        seed: seed of the hashes that assign documents to splits.
+        options: other settings that affect the result (JSON key, handling of errors, …).
+        documents, tokens, text_bytes: totals over all splits; text_bytes counts UTF-8 text without markup.
+        duplicate_documents: number of documents whose text equals an earlier one's.
+        skipped: number of lines and documents skipped without an error (blank, empty), by kind.
+        rejected: number of lines skipped because of `--on-error skip`, by kind.
+        splits: files of each split by name; a split without documents is absent.
+        sentences: for "bert", the number of sentences, of documents with a single sentence (training skips these,
+            since a sample needs two) and of sentences that were divided because they were too long.
     """
 
     version: str
@@ -101,14 +104,14 @@ class Manifest:
     sentences: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The manifest as JSON text with its format number and its own hash."""
+        """Returns the manifest as JSON text with its format number and its own hash."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         return json.dumps({**content, "sha256": _digest(content)}, indent=2, ensure_ascii=False) + "\n"
 
     def differences(self, other: Manifest) -> list[str]:
-        """What in the input or the settings of two preparations differs; empty if they make the same tokens.
+        """Returns the differences in input and settings between two preparations; empty if their tokens are equal.
 
-        Where a file lay, who wrote the manifest and by which encoder do not matter.
+        Paths of the sources, the version that wrote the manifest and the encoder are not compared.
         """
         found = [] if _contents(self) == _contents(other) else ["the input files"]
         for name in ("kind", "dtype", "split", "seed"):
@@ -129,12 +132,17 @@ def _contents(manifest: Manifest) -> list[tuple[str, int]]:
 
 
 def _digest(content: dict[str, Any]) -> str:
+    # One canonical text for equal content, whatever the order of keys or the indentation of the file.
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
-    """Writes manifest.json into the folder, whole or not at all, and returns its path."""
+    """Writes manifest.json into the folder atomically and returns its path.
+
+    Raises:
+        StorageError: the file system refused.
+    """
     path = Path(folder) / NAME
     write_whole(path, manifest.to_json().encode("utf-8"))
     return path
@@ -144,7 +152,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Reads and verifies the manifest of a dataset folder.
 
     Raises:
-        DataError: there is none, it was changed since it was written, or it is of another format.
+        DataError: it is missing, changed since it was written, or of another format.
     """
     path = Path(folder) / NAME
     again = f"make the dataset again: megatron-lion prepare … --output {folder} --overwrite"
@@ -159,7 +167,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not isinstance(content, dict):
         raise DataError(f"{path}: damaged (a JSON object is needed); {again}")
     if content.get("format") != FORMAT:
-        raise DataError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}; {again}")
+        raise DataError(f"{path}: format {content.get('format')!r}; this version reads format {FORMAT}; {again}")
     stated = content.pop("sha256", None)
     if stated != _digest(content):
         raise DataError(f"{path}: does not match its own sha256, so it was changed or damaged; {again}")
@@ -175,4 +183,4 @@ def read_manifest(folder: str | Path) -> Manifest:
             }
         )
     except (TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: lacks or has an unknown entry ({error}); {again}") from None
+        raise DataError(f"{path}: an entry is missing or unknown ({error}); {again}") from None

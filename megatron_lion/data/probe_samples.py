@@ -1,4 +1,4 @@
-"""The samples of the full-gradient probe: a shuffle of its own, never repeated within a probe, independent of training."""
+"""Samples of the full-gradient probe, shuffled independently of training and without repeats in a probe."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SPLIT_NAMES = ("training", "validation", "test")
 
 @dataclass(frozen=True)
 class ProbeSamples:
-    """Where a probe draws from.
+    """Source of a probe's samples.
 
     Attributes:
         dataset: Megatron's dataset, shuffled for the probe.
-        available: samples in one pass over it.
-        seed: of the run, for "fresh" samples; None where every probe reads the same.
+        available: number of samples in one pass over it.
+        seed: seed of the run for "fresh" samples, or None if every probe reads the same samples.
     """
 
     dataset: Any
@@ -33,14 +33,14 @@ class ProbeSamples:
     seed: int | None
 
     def at(self, step: int) -> Any:
-        """The dataset whose samples 0, 1, 2, … a probe at `step` reads."""
+        """Returns the dataset whose samples 0, 1, 2, … a probe at `step` reads."""
         if self.seed is None:
             return self.dataset
         return _Rotated(self.dataset, derive_seed(self.seed, f"probe at {step}") % self.available, self.available)
 
 
 class _Rotated(torch.utils.data.Dataset[Any]):
-    """A dataset that begins at another sample and goes round: no sample comes twice in one pass."""
+    """A dataset rotated by `start` samples; a pass over it reads each sample once."""
 
     def __init__(self, dataset: Any, start: int, length: int) -> None:
         self.dataset, self.start, self.length = dataset, start, length
@@ -58,19 +58,20 @@ def open_probe_samples(
     """Builds the probe's dataset; a collective call.
 
     Args:
-        corpora: the run's data.
-        model: for the sequence length.
-        probe: which data, and how many batches.
-        global_batch_size: samples a batch.
-        seed: of the run.
+        corpora: data of the run.
+        model: model settings; the kind and the sequence length are used.
+        probe: probe settings; the data and the number of batches are used.
+        global_batch_size: samples of a batch.
+        seed: seed of the run.
         cache: folder for the index files.
 
     Raises:
-        ConfigError: a probe would read samples twice; says how many batches there are.
+        ConfigError: a probe would read samples twice; the message gives the largest possible number of batches.
+        DataError: the split has too little data for a sample.
     """
     split = 2 if probe.data == "test" else 0
     needed = probe.num_batches * global_batch_size
-    shuffle = derive_seed(seed, "probe")
+    shuffle = derive_seed(seed, "probe")  # not training's seed: the probe must not follow the order of training
 
     def build(count: int) -> Any:
         counts = [0, 0, 0]
@@ -82,7 +83,7 @@ def open_probe_samples(
     if needed > available:
         raise ConfigError(
             f"probe.num_batches: {probe.num_batches:,} batches of {global_batch_size:,} are {needed:,} samples, the {_SPLIT_NAMES[split]} "
-            f"data holds {available:,} of {model.seq_length:,} tokens: at most {available // global_batch_size:,} batches"
+            f"data holds {available:,} of {model.seq_length:,} tokens; give at most {available // global_batch_size:,} batches"
             + ("" if probe.data != "test" else ", or probe.data fixed")
         )
     if probe.data != "fresh":
@@ -91,11 +92,12 @@ def open_probe_samples(
 
 
 def samples_in_one_pass(dataset: Any) -> int:
-    """Samples of a Megatron dataset before any text comes again; of a blend, before that happens in any part."""
+    """Returns the number of samples of a Megatron dataset before any text repeats; for a blend, in any of its parts."""
     parts = getattr(dataset, "datasets", None)
     if parts is None:
         if hasattr(dataset, "samples_in_one_pass"):
             return int(dataset.samples_in_one_pass)
+        # GPT: a sample of S tokens needs the token after it as its last label, hence the - 1.
         lengths = dataset.dataset.sequence_lengths[dataset.indices]
         return max(0, (int(lengths.sum()) - 1) // int(dataset.config.sequence_length))
     weights = dataset.weights if dataset.weights is not None else [_size(part) for part in parts]

@@ -1,9 +1,14 @@
-"""Reads a tokenizer's files, says what is wrong with them, and hashes what they mean.
+"""Reads and checks a tokenizer's files, converts them to one definition and hashes it.
 
-Three forms are read: GPT-2's pair `vocab.json` + `merges.txt` (also under the names `gpt2-vocab.json` +
-`gpt2-merges.txt` and `encoder.json` + `vocab.bpe`), BERT's `vocab.txt` (given as a file, under any name that ends
-in .txt) and Hugging Face's single `tokenizer.json`. All become one *definition*, the dictionary that `tokenizers`
-itself serialises, so that the rest of the project never asks which form it was.
+Three forms are read:
+
+- GPT-2's pair `vocab.json` + `merges.txt`, also named `gpt2-vocab.json` + `gpt2-merges.txt` or `encoder.json` +
+  `vocab.bpe`;
+- BERT's `vocab.txt`; if a file is given, any name that ends in .txt;
+- Hugging Face's single `tokenizer.json`.
+
+All become one *definition*, the dictionary that `tokenizers` serialises. The rest of the project does not depend on the
+form.
 """
 
 from __future__ import annotations
@@ -22,23 +27,23 @@ WORDPIECES = "vocab.txt"
 CONFIG = "tokenizer_config.json"
 WANTED = "a folder with vocab.json + merges.txt, vocab.txt or tokenizer.json, one of these files, or hf:NAME"
 
-# A pre-tokenizer's or a model's settings that cannot change a token id; libraries of different versions
-# write them or leave them out, and the hash must not notice.
+# Settings of a pre-tokenizer or model that cannot change a token id. Some library versions write them and some do not,
+# so they must not change the hash.
 _WITHOUT_EFFECT = frozenset({"trim_offsets", "dropout"})
 
 
 def read_files(source: Path) -> dict[str, bytes]:
-    """Collects the files of the tokenizer at `source`, under their canonical names.
+    """Reads the files of the tokenizer at `source`, under their canonical names.
 
     Args:
-        source: a folder, or any one of the tokenizer's files.
+        source: a folder, or any of the tokenizer's files.
 
     Returns:
-        {"tokenizer.json": …}, {"vocab.json": …, "merges.txt": …} or {"vocab.txt": …}, and
-        "tokenizer_config.json" where the folder has one.
+        Contents by name: {"tokenizer.json": …}, {"vocab.json": …, "merges.txt": …} or {"vocab.txt": …}, and
+        "tokenizer_config.json" if the folder has one.
 
     Raises:
-        DataError: nothing there, or half of a pair.
+        DataError: there is no tokenizer, one file of a pair is missing, or a file cannot be read.
     """
     folder = source if source.is_dir() else source.parent
     candidates: list[tuple[str, ...]] = [(SINGLE,), *PAIRS, (WORDPIECES,)]
@@ -56,11 +61,11 @@ def read_files(source: Path) -> dict[str, bytes]:
         if (folder / CONFIG).is_file():
             found[CONFIG] = read_bytes(folder / CONFIG)
         return found
-    raise DataError(f"{source}: holds no tokenizer; needed: {WANTED}")
+    raise DataError(f"{source}: contains no tokenizer; needed: {WANTED}")
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes, or a DataError that names it."""
+    """Returns the content of a file; raises a DataError that names the file if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -68,17 +73,17 @@ def read_bytes(path: Path) -> bytes:
 
 
 def build_definition(files: dict[str, bytes], where: str) -> dict[str, Any]:
-    """Turns the files into the definition that `tokenizers.Tokenizer.from_str` takes.
+    """Converts the files to the definition that `tokenizers.Tokenizer.from_str` accepts.
 
-    What would make encoding depend on anything but the text is switched off: truncation, padding, BPE
-    dropout and the post-processor that wraps a text in special tokens.
+    Truncation, padding, BPE dropout and the post-processor (which adds special tokens) are switched off: encoding must
+    depend on the text alone.
 
     Args:
-        files: from `read_files`.
-        where: how to call the source in messages.
+        files: contents by name, from `read_files`.
+        where: name of the source, for messages.
 
     Raises:
-        DataError: a file is not what its name says, with its line where there is one.
+        DataError: a file has the wrong content; the message names the file and, if possible, the line.
     """
     if SINGLE in files:
         definition = parse_json(files[SINGLE], f"{where}: {SINGLE}")
@@ -108,7 +113,7 @@ def build_definition(files: dict[str, bytes], where: str) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object, or a DataError with the line where reading it failed."""
+    """Parses a JSON object; raises a DataError with the line of a syntax error."""
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -122,11 +127,15 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_vocab(data: bytes, where: str) -> dict[str, int]:
-    """GPT-2's vocab.json: token -> id, every one of the 256 byte letters among the tokens."""
+    """Parses GPT-2's vocab.json into a dictionary from token to id.
+
+    Raises:
+        DataError: an id is no integer from 0, two tokens share an id, or one of the 256 byte letters is missing.
+    """
     vocab = parse_json(data, where)
     for token, index in vocab.items():
         if type(index) is not int or index < 0:
-            raise DataError(f"{where}: token {token!r} has id {index!r}; a whole number from 0 is needed")
+            raise DataError(f"{where}: token {token!r} has id {index!r}; an integer of at least 0 is needed")
     if len(set(vocab.values())) != len(vocab):
         raise DataError(f"{where}: two tokens share an id; {len(vocab)} tokens have {len(set(vocab.values()))} ids")
     absent = [letter for letter in byte_letters() if letter not in vocab]
@@ -139,7 +148,11 @@ def parse_vocab(data: bytes, where: str) -> dict[str, int]:
 
 
 def parse_merges(data: bytes, vocab: dict[str, int], where: str) -> list[list[str]]:
-    """GPT-2's merges.txt: one pair a line in order of rank, after an optional `#version` line."""
+    """Parses GPT-2's merges.txt: one pair on each line in order of rank, after an optional `#version` line.
+
+    Raises:
+        DataError: a line is no pair, a token is not in `vocab`, or there are no merges.
+    """
     try:
         lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -150,20 +163,20 @@ def parse_merges(data: bytes, vocab: dict[str, int], where: str) -> list[list[st
         if line.startswith("#version") or pair == [""]:
             continue
         if len(pair) != 2 or not all(pair):
-            raise DataError(f"{where}: line {number}: two parts with one blank between are needed, got {line[:60]!r}")
+            raise DataError(f"{where}: line {number}: two parts separated by one space are needed, got {line[:60]!r}")
         for token in (*pair, "".join(pair)):
             if token not in vocab:
                 raise DataError(f"{where}: line {number}: {token!r} is not in vocab.json; are the two files a pair?")
         merges.append(pair)
     if not merges:
-        raise DataError(f"{where}: holds no merges; is this the right file?")
+        raise DataError(f"{where}: contains no merges; is this the right file?")
     return merges
 
 
 def byte_letters() -> list[str]:
-    """The 256 letters that stand for the byte values 0..255 in a byte-level vocabulary.
+    """Returns the 256 letters that represent the byte values 0..255 in a byte-level vocabulary.
 
-    Printable bytes of Latin-1 stand for themselves, the others are moved to code points from 256 up.
+    Printable bytes of Latin-1 represent themselves; the others map to code points from 256 up.
 
     >>> byte_letters()[ord("a")], byte_letters()[ord(" ")]
     ('a', 'Ġ')
@@ -179,11 +192,11 @@ def byte_letters() -> list[str]:
 
 
 def definition_sha256(definition: dict[str, Any]) -> str:
-    """Hash of everything that decides which ids a text gets, and of nothing else.
+    """Returns the SHA-256 of everything that determines the ids of a text, and of nothing else.
 
-    The pair vocab.json + merges.txt and the tokenizer.json that says the same have one hash: it covers the
-    vocabulary with special tokens, the merges in order, the normaliser, the pre-tokenizer and those
-    added tokens that are cut out of ordinary text.
+    It covers the vocabulary with special tokens, the merges in order, the normaliser, the pre-tokenizer and the added
+    tokens that are cut out of ordinary text. So vocab.json + merges.txt and an equivalent tokenizer.json have the same
+    hash.
     """
     model = {key: value for key, value in definition["model"].items() if key not in ("vocab", "merges")}
     added = definition.get("added_tokens") or []
@@ -191,8 +204,9 @@ def definition_sha256(definition: dict[str, Any]) -> str:
     if isinstance(vocab, dict):
         ids = {**vocab, **{token["content"]: token["id"] for token in added}}
         table: list[Any] = sorted(([index, token] for token, index in ids.items()), key=lambda row: (row[0], row[1]))
-    else:  # Unigram: a list of (token, score) in order of id
+    else:  # Unigram: a list of (token, score) pairs, ordered by id
         table = [vocab, sorted([token["id"], token["content"]] for token in added)]
+    # A tokenizer.json stores a pair as one string "a b" or as a list, depending on the version that wrote it.
     merges = [
         pair.split(" ", 1) if isinstance(pair, str) else list(pair) for pair in definition["model"].get("merges", [])
     ]
@@ -209,9 +223,9 @@ def definition_sha256(definition: dict[str, Any]) -> str:
 
 
 def _essential(value: Any) -> Any:
-    """Drops what is unset, false or without effect, so that absent and default hash alike.
+    """Removes entries that are unset, false or without effect: an absent entry and its default must hash alike.
 
-    `use_regex` is true by default, so there it is the false that is kept.
+    The default of `use_regex` is true, so only false is kept there.
     """
     if isinstance(value, list):
         return [_essential(item) for item in value]

@@ -1,7 +1,7 @@
-"""Text to token ids and back: GPT-2's byte-level BPE, BERT's WordPiece or any tokenizer.json, from local files.
+"""Encodes and decodes text: GPT-2's byte-level BPE, BERT's WordPiece or any tokenizer.json, from local files.
 
-Built on the `tokenizers` library alone. Document text is only ever text: the end-of-document marker and
-other special tokens written inside it are encoded letter by letter and never become the special id.
+It needs the `tokenizers` library only. A special token inside a document, such as the end-of-document marker, is
+ordinary text: it is encoded letter by letter and never becomes the special id.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ DEFAULT_EOD = "<|endoftext|>"
 class Tokenizer:
     """A loaded tokenizer.
 
-    Pickles by its files, so that worker processes rebuild exactly this one.
+    It is pickled as the contents of its files, so a worker process rebuilds the same tokenizer.
 
     Attributes:
-        kind: the model's type as `tokenizers` names it: "BPE", "WordPiece", "Unigram", "WordLevel".
-        vocab_size: number of token ids, special ones included: the largest id + 1 (GPT-2: 50257).
-        sha256: hash of what decides the ids (see `tokenizer_files.definition_sha256`): the same for the same
-            vocabulary and merges wherever they lie and in whichever of the two forms.
-        eod_token: the end-of-document token's text, or None when the tokenizer has none.
-        source: how the tokenizer was named when it was loaded, for messages.
+        kind: type of the model in `tokenizers`: "BPE", "WordPiece", "Unigram" or "WordLevel".
+        vocab_size: number of token ids with special tokens, the largest id + 1 (GPT-2: 50257).
+        sha256: hash of everything that determines the ids (`tokenizer_files.definition_sha256`); independent of the
+            files' form and path.
+        eod_token: text of the end-of-document token, or None if the tokenizer has none.
+        source: name under which the tokenizer was loaded, for messages.
     """
 
     def __init__(self, files: dict[str, bytes], *, source: str, eod_token: str | None = None) -> None:
@@ -52,9 +52,12 @@ class Tokenizer:
         Args:
             files: contents by canonical name: "tokenizer.json", "vocab.txt", or "vocab.json" and
                 "merges.txt"; optionally "tokenizer_config.json".
-            source: how to call it in messages.
+            source: name of the tokenizer in messages.
             eod_token: end-of-document token; None takes <|endoftext|> if the vocabulary has it, else the
                 eos_token of tokenizer_config.json.
+
+        Raises:
+            DataError: the files are damaged, or the vocabulary lacks `eod_token`.
         """
         import tokenizers
 
@@ -62,9 +65,9 @@ class Tokenizer:
         self._definition = text = json.dumps(definition)
         try:
             self._backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception for a definition it does not take
-            raise DataError(f"{source}: the tokenizers library refuses these files: {error}") from None
-        self._backend.encode_special_tokens = True  # a marker inside a document is text
+        except Exception as error:  # for a rejected definition, the library raises a plain Exception
+            raise DataError(f"{source}: the tokenizers library rejects these files: {error}") from None
+        self._backend.encode_special_tokens = True  # encodes a marker inside a document as text
         self._files = dict(files)
         self.source = source
         self.kind = str(definition["model"].get("type") or "BPE")
@@ -96,7 +99,7 @@ class Tokenizer:
         """Id of the end-of-document token (GPT-2: 50256).
 
         Raises:
-            DataError: the tokenizer has no such token and none was named.
+            DataError: the tokenizer has no such token.
         """
         if self.eod_token is None:
             raise DataError(
@@ -108,14 +111,14 @@ class Tokenizer:
         return index
 
     def bert_special_ids(self) -> dict[str, int]:
-        """Ids of [PAD], [UNK], [CLS], [SEP] and [MASK], all of which BERT needs.
+        """Returns the ids of [PAD], [UNK], [CLS], [SEP] and [MASK], all of which BERT needs.
 
         Raises:
-            DataError: the tokenizer is no WordPiece, or lacks some of them; names them.
+            DataError: the tokenizer is no WordPiece, or lacks some of these tokens; the message names them.
         """
         if self.kind != "WordPiece":
             raise DataError(
-                f"{self.source}: a {self.kind} tokenizer; BERT needs a WordPiece vocabulary (vocab.txt, one token a line)"
+                f"{self.source}: is a {self.kind} tokenizer; BERT needs a WordPiece vocabulary (vocab.txt, one token a line)"
             )
         ids = {token: self._backend.token_to_id(token) for token in SPECIAL_TOKENS}
         absent = [token for token, index in ids.items() if index is None]
@@ -128,25 +131,29 @@ class Tokenizer:
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
-        """The `tokenizers.Tokenizer` inside, for what this class does not offer."""
+        """The wrapped `tokenizers.Tokenizer`."""
         return self._backend
 
     @property
     def definition(self) -> dict[str, Any]:
-        """The tokenizer as one tokenizer.json document, parsed."""
+        """The tokenizer as a parsed tokenizer.json document; a new copy at each access."""
         parsed: dict[str, Any] = json.loads(self._definition)
         return parsed
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one text; nothing is added before or after it.
+        """Returns the token ids of one text, without special tokens around it.
 
         Raises:
-            DataError: the text holds half of a surrogate pair, which no encoding of characters has.
+            DataError: the text has half of a surrogate pair, which is not valid Unicode.
         """
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of many texts, on all cores unless TOKENIZERS_PARALLELISM is false."""
+        """Returns the token ids of each text, using all cores unless TOKENIZERS_PARALLELISM is false.
+
+        Raises:
+            DataError: a text has half of a surrogate pair, which is not valid Unicode.
+        """
         try:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:
@@ -155,14 +162,14 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; special tokens are written out, ids beyond the vocabulary are left out."""
+        """Returns the text of token ids; includes special tokens and skips ids beyond the vocabulary."""
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Writes the tokenizer's files into `folder`; `load_tokenizer(folder)` gives the same `sha256`.
+        """Writes the tokenizer's files into `folder`; `load_tokenizer(folder)` has the same `sha256`.
 
-        A tokenizer_config.json is written as well, so that the end-of-document token stays known and Hugging
-        Face's AutoTokenizer loads the folder.
+        It also writes tokenizer_config.json, which stores the end-of-document token and lets Hugging Face's
+        AutoTokenizer load the folder.
 
         Returns:
             The written paths.
@@ -184,12 +191,12 @@ class Tokenizer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                temporary = folder / f".{name}.tmp"
+                temporary = folder / f".{name}.tmp"  # renamed when complete: no reader sees half a file
                 temporary.write_bytes(content)
                 os.replace(temporary, folder / name)
                 written.append(folder / name)
         except OSError as error:
-            raise StorageError(f"{folder}: the tokenizer cannot be saved: {error.strerror}") from None
+            raise StorageError(f"{folder}: cannot save the tokenizer: {error.strerror}") from None
         return written
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -205,17 +212,17 @@ def _rebuild(files: dict[str, bytes], source: str, eod_token: str | None) -> Tok
 
 
 def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Tokenizer:
-    """Loads a tokenizer from local files, or from Hugging Face's hub when that is asked for.
+    """Loads a tokenizer from local files, or from Hugging Face's hub for `hf:NAME`.
 
     Args:
         source: a folder with vocab.json + merges.txt (GPT-2), vocab.txt (BERT) or tokenizer.json; one of these
-            files; or `hf:NAME`, which may download. A bare NAME that is no path is looked for among the files
-            that were downloaded earlier, without using the network.
-        eod_token: end-of-document token, where it is not <|endoftext|> or the eos_token of the folder.
+            files; or `hf:NAME`, which may download. A bare NAME that is no path is searched among earlier downloads,
+            without network.
+        eod_token: end-of-document token, if it is neither <|endoftext|> nor the eos_token of the folder.
 
     Raises:
-        DataError: nothing usable there; the message names the file and what is needed.
-        EnvironmentFault: hf:NAME was asked for and the hub could not be reached.
+        DataError: there is no usable tokenizer; the message names the file and what is needed.
+        EnvironmentFault: `hf:NAME` was given and the hub cannot be reached.
     """
     name = str(source)
     if name.startswith("hf:"):
@@ -228,14 +235,14 @@ def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Token
         if files:
             return Tokenizer(files, source=name, eod_token=eod_token)
         raise DataError(
-            f"{name}: no such file or folder, and no tokenizer of that name was downloaded before; "
-            f"give a path, or hf:{name} to fetch it from Hugging Face's hub"
+            f"{name}: no such file or folder, and no downloaded tokenizer has that name; "
+            f"give a path, or hf:{name} to download it from Hugging Face's hub"
         )
     raise DataError(f"{name}: no such file or folder; needed: {WANTED}")
 
 
 def looks_like_hub_name(name: str) -> bool:
-    """Whether a string could be a repository name on the hub: NAME or OWNER/NAME, no file ending.
+    """Whether a string has the form of a repository name on the hub: NAME or OWNER/NAME, without a file ending.
 
     >>> looks_like_hub_name("gpt2"), looks_like_hub_name("./gpt2"), looks_like_hub_name("a/b/c")
     (True, False, False)
@@ -249,7 +256,7 @@ def looks_like_hub_name(name: str) -> bool:
 
 
 def _hub_files(name: str, *, download: bool) -> dict[str, bytes]:
-    """The tokenizer's files of a hub repository; {} when not downloaded before and not to be now."""
+    """Returns the tokenizer's files of a hub repository; {} if they are not downloaded and `download` is false."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -266,16 +273,16 @@ def _hub_files(name: str, *, download: bool) -> dict[str, bytes]:
     try:
         single, config = fetch(SINGLE), fetch(CONFIG)
         pair = {} if single else {part: fetch(part) for part in ("vocab.json", "merges.txt")}
-    except Exception as error:  # the client's errors have many unrelated classes; none is ours to mend
+    except Exception as error:  # the client raises many unrelated classes; all mean that the hub is not usable
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EnvironmentFault(
-            f"hf:{name}: not among the downloaded files and the hub cannot be used ({reason}); "
-            "download it where there is a network and give its folder"
+            f"hf:{name}: not downloaded, and the hub cannot be used ({reason}); "
+            "download it on a machine with network access and give its folder"
         ) from None
     found = {SINGLE: single, **pair, CONFIG: config}
     files = {part: content for part, content in found.items() if content is not None}
     if SINGLE not in files and not {"vocab.json", "merges.txt"} <= files.keys():
         if download:
-            raise DataError(f"hf:{name}: that repository has no tokenizer.json and no vocab.json + merges.txt")
+            raise DataError(f"hf:{name}: the repository has no tokenizer.json and no vocab.json + merges.txt")
         return {}
     return files

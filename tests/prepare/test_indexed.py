@@ -1,4 +1,4 @@
-"""Token files: byte-identical to Megatron-Core's builder, and no damage gets past opening them."""
+"""Token files are byte-identical to those of Megatron-Core's builder, and opening them detects damage."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_no_flip_in_the_index_passes_beside_a_manifest(
     with pytest.raises(DataError):
         check_indexed(folder / "a")
     (folder / "manifest.json").rename(folder / "aside")
-    try:  # without a manifest a shifted document boundary can pass, a wrong length or pointer cannot
+    try:  # without a manifest, a shifted document boundary can pass, but no wrong length or pointer
         assert check_indexed(folder / "a").num_tokens == 6
     except DataError:
         pass
@@ -192,7 +192,7 @@ def test_no_flip_in_the_index_passes_beside_a_manifest(
 
 def test_content_is_verified_by_the_manifest(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2], [3]])
-    with pytest.raises(DataError, match="nothing to verify by"):
+    with pytest.raises(DataError, match="cannot be verified"):
         check_indexed(tmp_path / "a").verify_content()
     write_manifest(tmp_path, make_manifest(tmp_path / "a"))
     check_indexed(tmp_path / "a").verify_content()

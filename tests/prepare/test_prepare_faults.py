@@ -181,7 +181,7 @@ def test_command_refuses_on_one_line_with_the_tables_code(corpus: Path, tmp_path
     cases = (
         (["--input", str(tmp_path / "bad.jsonl")], 3, "bad.jsonl:2: no key 'text' (its keys: 'txt')"),
         (["--input", str(tmp_path / "none.jsonl")], 3, "no such file or folder"),
-        (["--tokenizer", str(tmp_path)], 3, "holds no tokenizer"),
+        (["--tokenizer", str(tmp_path)], 3, "contains no tokenizer"),
         (["--split", "a,b"], 2, "split 'a,b'"),
         (["--output", str(tmp_path / "bad.jsonl")], 2, "is not a folder"),
         (["--output", "/proc/none/out"], 5, "cannot be made"),

@@ -1,4 +1,4 @@
-"""Tokenizers: token-identical to transformers, hashed by meaning, markers stay text, errors name the file."""
+"""Tokenizers: same ids as transformers, content hashes, markers encoded as text, errors that name the file."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def test_tokenizer_json_extras_do_not_change_encoding(tmp_path: Path) -> None:
         ("vocab.json", b"\xff\xfe", "not UTF-8"),
         ("merges.txt", b"#version: 0.2\nt h\nth\n", "merges.txt: line 3"),
         ("merges.txt", b"t h\nz q\n", "line 2: 'zq' is not in vocab.json"),
-        ("merges.txt", b"#version: 0.2\n", "holds no merges"),
+        ("merges.txt", b"#version: 0.2\n", "contains no merges"),
         ("tokenizer.json", b"{}", "no model with a vocabulary"),
-        ("tokenizer.json", b'{"model": {"type": "Odd", "vocab": {}}}', "refuses these files"),
+        ("tokenizer.json", b'{"model": {"type": "Odd", "vocab": {}}}', "rejects these files"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -157,7 +157,7 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes, said
 def test_missing_files_and_tokens(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder; needed"):
         load_tokenizer(tmp_path / "none.json")
-    with pytest.raises(DataError, match="holds no tokenizer"):
+    with pytest.raises(DataError, match="contains no tokenizer"):
         load_tokenizer(tmp_path)
     small_files(tmp_path, eod=None)
     with pytest.raises(DataError, match="--eod-token"):
@@ -187,7 +187,7 @@ def test_hub_is_used_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"hf:some/name"):
         load_tokenizer("some/name")
-    assert {local for _, local in calls} == {True}, "a bare name must not reach for the network"
+    assert {local for _, local in calls} == {True}, "a bare name must not use the network"
     calls.clear()
     with pytest.raises(EnvironmentFault, match="give its folder"):
         load_tokenizer("hf:some/name")

@@ -1,4 +1,4 @@
-"""BERT's samples: the statistics Megatron's masking promises, masks by seed and sample number alone, and refusals."""
+"""BERT's samples: statistics of the masking, dependence on seed and sample number only, and refusals."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ IS_CONTINUATION = np.array([token.startswith("##") for token in VOCAB])
 def build(path: str, cache: Path, count: int, *, seed: int = 7, seq_length: int = 64, **data: Any) -> Any:
     model = ModelConfig(kind="bert", seq_length=seq_length, make_vocab_size_divisible_by=64)
     corpora = open_corpora(DataConfig(path=[path], **data), model)
-    with process_groups(Device("cpu", 0, "gloo")):  # Megatron's index is made by the first rank for all
+    with process_groups(Device("cpu", 0, "gloo")):  # the first rank builds Megatron's index for all
         return build_datasets(corpora, model, (count, 0, 0), seed=seed, cache=cache)[0]
 
 
 @pytest.fixture(scope="module")
 def long_documents(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Few, long documents: what is at their ends does not blur the statistics."""
+    """Few, long documents, so that samples at their ends hardly affect the statistics."""
     return write_bert_corpus(tmp_path_factory.mktemp("long"), documents(30, 2400, seed=3))
 
 
@@ -47,7 +47,7 @@ def samples(long_documents: str, tmp_path_factory: pytest.TempPathFactory) -> li
 
 
 def originals(sample: dict[str, Any]) -> np.ndarray:
-    """The tokens before masking."""
+    """Returns the tokens before masking."""
     tokens = np.array(sample["tokens"])
     used = np.array(sample["loss_mask"]) > 0
     tokens[sample["positions"][used]] = sample["labels"][used]
@@ -82,11 +82,11 @@ def test_a_seventh_of_the_tokens_is_masked_80_10_10(samples: list[dict[str, Any]
         outcomes["mask"] += int((shown == MASK).sum())
         outcomes["kept"] += int((shown == labels).sum())
         outcomes["random"] += int(((shown != MASK) & (shown != labels)).sum())
-    # Fewer than 15 %: the share is rounded down, and a word that would exceed it is passed over.
+    # Fewer than 15 %: the share is rounded down, and a word that would exceed it is skipped.
     assert 0.125 < masked / total <= 0.15
     for name, share in (("mask", 0.8), ("kept", 0.1), ("random", 0.1)):
         error = (share * (1 - share) / masked) ** 0.5
-        # A random token is the true one once in a vocabulary's size: less than a third of a percent of all.
+        # A random token equals the true one with p = 1 / vocabulary size: less than a third of a percent of all.
         assert abs(outcomes[name] / masked - share) < 5 * error + 0.002, outcomes
 
 
@@ -95,7 +95,7 @@ def test_words_are_masked_whole_in_runs(samples: list[dict[str, Any]]) -> None:
     for sample in samples:
         tokens = originals(sample)
         places = set(sample["positions"][sample["loss_mask"] > 0].tolist())
-        # A segment may begin within a word, where its beginning was cut off to fit; [CLS] and [SEP] are no words.
+        # A segment can begin within a word if its beginning was cut off to fit; [CLS] and [SEP] are no words.
         after_special = np.isin(np.roll(tokens, 1), SPECIAL)
         starts = np.flatnonzero((~IS_CONTINUATION[tokens] | after_special) & (sample["padding_mask"] > 0))
         words = [
@@ -110,8 +110,8 @@ def test_words_are_masked_whole_in_runs(samples: list[dict[str, Any]]) -> None:
                 runs.append(length)
             length = length + 1 if is_chosen else 0
     shares = np.bincount(runs, minlength=8) / len(runs)
-    assert shares[1] > shares[2] > shares[3] > 0.02  # n-grams of 1, 2, 3 words, the shorter the likelier
-    assert shares[4:].sum() < shares[3]  # longer runs only where two n-grams touch
+    assert shares[1] > shares[2] > shares[3] > 0.02  # n-grams of 1, 2, 3 words; shorter ones are more likely
+    assert shares[4:].sum() < shares[3]  # longer runs occur only if two n-grams touch
 
 
 def test_half_of_the_segments_are_swapped_and_the_sample_says_which(
@@ -125,7 +125,7 @@ def test_half_of_the_segments_are_swapped_and_the_sample_says_which(
         first, last = np.flatnonzero(tokens == SEP)
         one, two = tokens[1:first].astype(np.uint16), tokens[first + 1 : last].astype(np.uint16)
         if one.size + two.size < 20:
-            continue  # so short that it may be in the text both ways
+            continue  # so short that the text may contain it in both orders
         # Consecutive in the corpus in one of the two orders (unless an end was cut off to fit).
         if one.tobytes() + two.tobytes() in text:
             assert not sample["is_random"]
@@ -137,7 +137,7 @@ def test_one_sample_in_ten_is_short(long_documents: str, samples: list[dict[str,
     def short(found: list[dict[str, Any]]) -> float:
         return float(
             np.mean([sample["padding_mask"].sum() < 45 for sample in found])
-        )  # a full one lacks a sentence at most
+        )  # a full sample lacks one sentence at most
 
     none = build(long_documents, tmp_path, 1000, short_sequence_probability=0.0)
     assert short([none[number] for number in range(1000)]) < 0.02
@@ -178,7 +178,7 @@ def test_megatron_lm_files_are_read_by_prefix(long_documents: str, tmp_path: Pat
 
 
 def test_documents_of_one_sentence_are_counted_and_kept_out(tmp_path: Path) -> None:
-    alone = [text.split(".")[0] + " xyz." for text in documents(40, 2)]  # xyz is [UNK], which nothing else here has
+    alone = [text.split(".")[0] + " xyz." for text in documents(40, 2)]  # xyz is [UNK], which no other text has
     options = PrepareOptions(
         tokenizer=write_vocab(tmp_path), output=tmp_path / "data", split="80,10,10", task="bert", workers=1, encoder="tokenizers"
     )  # fmt: skip

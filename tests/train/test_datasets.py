@@ -1,4 +1,4 @@
-"""Samples depend on the seed, the content and the sample number alone."""
+"""Samples depend only on the seed, the content of the data and the sample number."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GLOBAL = 8
 
 
 def place(rank: int, size: int) -> Ranks:
-    """A data-parallel rank."""
+    """Returns the ranks of one data-parallel process."""
     return Ranks(rank, size, rank, size, 0, 1, 0, 1)
 
 
@@ -49,7 +49,7 @@ def batches_of(dataset: Any, ranks: Ranks, micro: int, *, start: int = 0, steps:
 
 
 def read_together(dataset: Any, size: int, micro: int, **position: int) -> np.ndarray:
-    """What all data ranks read, in sample order: [samples, tokens]."""
+    """Returns the tokens that all data ranks read, in sample order: (samples, tokens)."""
     ranks = [batches_of(dataset, place(rank, size), micro, **position) for rank in range(size)]
     return np.concatenate([batch for step in zip(*ranks, strict=True) for batch in step])
 
@@ -130,7 +130,7 @@ def test_the_seed_decides_the_order(corpus: str, tmp_path: Path) -> None:
 
 
 def numbered(prefix: Path, first: int, count: int) -> str:
-    """Documents of 20-40 tokens, each of one id of its own."""
+    """Writes documents of 20-40 tokens; document i repeats the id first + i."""
     random = np.random.default_rng(first)
     with IndexedWriter(prefix, tiny.VOCAB) as writer:
         for token in range(first, first + count):
@@ -168,14 +168,14 @@ def test_weights_and_sizes_decide_how_often_a_corpus_is_drawn(tmp_path: Path) ->
     counts = ids_in(datasets([two, long], tmp_path / "cache", (100, 0, 0))[0])
     sizes = [Path(f"{path}.bin").stat().st_size for path in (two, long)]
     expected = sizes[0] / sum(sizes)
-    # Both corpora hold ids from 60 on; those of `two` are equally many each, those of `long` rare.
+    # Both corpora have ids from 60 on: in `two` each id is equally frequent, in `long` they are rare.
     assert sum(counts[token] for token in range(100, 120)) / counts.total() == pytest.approx(
         expected * 20 / 60, abs=0.05
     )
 
 
 def test_data_made_again_at_the_same_path_gives_new_samples(tmp_path: Path) -> None:
-    """A stale index would silently read the old order out of the new text."""
+    """A stale index would read the new text in the old order without an error."""
     prefix, cache = tmp_path / "text", tmp_path / "cache"
     first_config = DataConfig(path=[tiny.write_corpus(prefix, seed=1)], split="80,10,10")
     first = open_corpora(first_config, MODEL)
@@ -209,7 +209,7 @@ def test_several_epochs_repeat_the_data_in_another_order(tmp_path: Path) -> None
     read = read_together(dataset, 1, GLOBAL, steps=count // GLOBAL)
     assert len({row.tobytes() for row in read}) > len(read) // 3
     counts = Counter(read.ravel().tolist())
-    assert min(counts.values()) > 40, "every document comes in every epoch"
+    assert min(counts.values()) > 40, "every epoch reads every document"
 
 
 @pytest.mark.parametrize(

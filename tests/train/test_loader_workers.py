@@ -1,4 +1,4 @@
-"""Loader workers: they leave stop signals to the process that started them, and never outlive it."""
+"""Loader workers ignore stop signals that are not from their parent, and never outlive it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ held: Any = None
 
 
 def batches(start_method: str | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches in a process that starts its workers by a method; None is the platform's, as in a training process."""
+    """Yields batches, with workers of this start method; None is the platform's default, as in a training process."""
     multiprocessing.set_start_method(start_method, force=True)
     one, cpu = Ranks(0, 1, 0, 1, 0, 1, 0, 1), Device("cpu", 0, "gloo")
     return micro_batches(
@@ -54,7 +54,7 @@ def read_with_a_signal_at_each_fork(pipe: Connection) -> None:
 
 
 def leave_with_the_loader_open(pipe: Connection) -> None:
-    """What an uncaught exception leaves: its traceback refers to the loader until the process has gone."""
+    """Ends as after an uncaught exception, whose traceback refers to the loader until the process ends."""
     global held
     held = batches()
     next(held)
@@ -70,7 +70,7 @@ def wait_with_workers_of_a_fork_server(pipe: Connection) -> None:
 
 @contextmanager
 def running(target: Any) -> Iterator[tuple[Any, Connection, list[psutil.Process]]]:
-    """A process that runs `target`, a pipe to it, and its loader workers."""
+    """Yields a process that runs `target`, a pipe to it, and its loader workers."""
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs,))
@@ -87,7 +87,7 @@ def running(target: Any) -> Iterator[tuple[Any, Connection, list[psutil.Process]
 
 
 def still_there(workers: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those that live after `seconds`; an orphan that nobody has reaped yet is dead."""
+    """Returns the workers that are alive after `seconds`; a zombie that is not reaped yet counts as dead."""
     end = time.monotonic() + seconds
     while workers and time.monotonic() < end:
         time.sleep(0.02)
@@ -117,7 +117,7 @@ def test_a_stop_signal_does_not_end_a_worker_that_is_starting() -> None:
 
 
 def test_the_signal_of_the_parent_ends_its_workers() -> None:
-    """Else a process that fails would wait for its workers for ever, once everything else has ended."""
+    """Otherwise a process that fails would wait for its workers without end at exit."""
     with running(leave_with_the_loader_open) as (process, _, workers):
         process.join(10)
         assert process.exitcode == 0
@@ -126,7 +126,7 @@ def test_the_signal_of_the_parent_ends_its_workers() -> None:
 
 @pytest.mark.parametrize("target", [read, wait_with_workers_of_a_fork_server])
 def test_a_killed_parent_leaves_no_workers(target: Any) -> None:
-    """Workers look for their parent every 5 seconds; a fork server is the default from Python 3.14 on."""
+    """Workers check their parent every 5 seconds; a fork server is the default from Python 3.14 on."""
     with running(target) as (process, _, workers):
         process.kill()
         assert not still_there(workers, 12)
