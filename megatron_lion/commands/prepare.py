@@ -1,4 +1,4 @@
-"""`megatron-lion prepare`: text files to a dataset folder of Megatron token files."""
+"""`megatron-lion prepare`: converts text files to a dataset folder of Megatron token files."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ if TYPE_CHECKING:
 
     from megatron_lion.prepare.pipeline import Manifest
 
-HELP = "turn text (jsonl, txt, parquet; plain or compressed) into a dataset folder of Megatron .bin/.idx files"
+HELP = "convert text (jsonl, txt, parquet; plain or compressed) to a dataset folder of Megatron .bin/.idx files"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Declares the verb's flags."""
+    """Adds the subcommand's flags to its parser."""
     add = parser.add_argument
-    add("--input", type=str, nargs="+", required=True, metavar="FILE", help="files, folders, glob patterns")
+    add("--input", type=str, nargs="+", required=True, metavar="FILE", help="input files, folders or glob patterns")
     add(
         "--tokenizer",
         type=str,
         required=True,
         metavar="PATH",
         help="folder with vocab.json + merges.txt (GPT-2) or tokenizer.json, one of these files, or hf:NAME to "
-        "fetch it from Hugging Face's hub",
+        "download it from Hugging Face's hub",
     )
     add("--output", type=str, required=True, metavar="DIR", help="dataset folder to make")
     add("--split", type=str, default="99.9,0.05,0.05", help="relative shares of documents: train,valid,test")
-    add("--seed", type=int, default=1234, help="of the hashes that decide a document's split")
-    add("--workers", type=int, default=0, help="processes; 0 takes one a core")
+    add("--seed", type=int, default=1234, help="seed of the hashes that determine a document's split")
+    add("--workers", type=int, default=0, help="number of processes; 0 starts one for each core")
     add(
         "--on-error",
         type=Literal["stop", "skip"],
         default="stop",
-        help="at a bad line: stop and name it, or skip and count it",
+        help="at a bad line: stop and report it, or skip and count it",
     )
     add(
         "--task",
         type=Literal["gpt", "bert"],
         default="gpt",
-        help="gpt: one sequence a document; bert: one a sentence, for a WordPiece vocabulary",
+        help="gpt: one sequence for each document; bert: one for each sentence, with a WordPiece vocabulary",
     )
     add(
         "--splitter",
         type=Literal["rules", "punkt"],
         default="rules",
-        help="of sentences, for --task bert; punkt needs NLTK and its model, and is several times slower",
+        help="sentence splitter for --task bert; punkt needs NLTK and its model, and is several times slower",
     )
     add("--append-eod", type=bool, default=True, help="true or false: end each document with the end-of-document token")
-    add("--json-key", type=str, default="text", help="key (jsonl) or column (parquet) that holds the text")
+    add("--json-key", type=str, default="text", help="key (jsonl) or column (parquet) of the text")
     add(
         "--txt-documents",
         type=Literal["file", "blank-line"],
         default="file",
-        help="a .txt file is one document, or blank lines divide it",
+        help="file: a .txt file is one document; blank-line: blank lines divide it into documents",
     )
     add(
         "--format",
         type=Literal["auto", "jsonl", "txt", "parquet"],
         default="auto",
-        help="of the input files; auto goes by their endings",
+        help="format of the input files; auto detects it by their endings",
     )
     add(
         "--eod-token",
@@ -73,13 +73,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--encoder",
         type=Literal["auto", "tokenizers", "gigatoken"],
         default="auto",
-        help="library that encodes, the ids are the same; auto takes gigatoken where it is installed",
+        help="library that encodes; the ids are the same; auto uses gigatoken if it is installed",
     )
-    add("--overwrite", action="store_true", help="replace a dataset folder that was made otherwise")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset folder that was made from other input or with other settings",
+    )
 
 
 def run(args: Any) -> None:
-    """Prepares, and shows on stdout what was made."""
+    """Prepares the dataset and prints a summary on stdout."""
     from megatron_lion.errors import StoppedOnRequest
     from megatron_lion.logs import only_last_resort
     from megatron_lion.prepare.pipeline import PrepareOptions, prepare
@@ -109,12 +113,12 @@ def run(args: Any) -> None:
         with ConsoleProgress() as progress:
             manifest = prepare(options, progress=progress)
     except KeyboardInterrupt:
-        raise StoppedOnRequest("stopped; the same command goes on from the pieces that are encoded") from None
+        raise StoppedOnRequest("stopped; run the same command again to continue after the encoded pieces") from None
     sys.stdout.write(summary(args.output, manifest))
 
 
 def summary(output: str, manifest: Manifest) -> str:
-    """The dataset in a few lines: splits, what was passed over, the tokenizer."""
+    """Returns a summary of the dataset in a few lines: splits, vocabulary, skipped and rejected lines."""
     lines = [f"{output}"]
     for name, split in manifest.splits.items():
         size = f"{split.bin_bytes / 1e6:>12,.2f} MB"
@@ -129,7 +133,7 @@ def summary(output: str, manifest: Manifest) -> str:
         )
     if manifest.duplicate_documents:
         lines.append(f"  {manifest.duplicate_documents:,} documents repeat an earlier one")
-    for what, counts in (("passed over", manifest.skipped), ("rejected", manifest.rejected)):
+    for what, counts in (("skipped", manifest.skipped), ("rejected", manifest.rejected)):
         if counts:
             lines.append(f"  {what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
     return "\n".join(lines) + "\n"

@@ -1,1 +1,1 @@
-"""From text to Megatron token files: readers, encoders, the demo corpus."""
+"""Converts text to Megatron token files: readers, encoders, vocabularies, the demo corpus."""

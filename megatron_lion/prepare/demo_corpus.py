@@ -1,8 +1,8 @@
-"""A small English corpus that is on every machine, for the demo: no download, the same for the same versions.
+"""Collects a small English corpus for the demo from installed Python packages, without a download.
 
-Training text: the docstrings of Python's standard library and of three packages that this project needs
-anyway (numpy, networkx, matplotlib), taken from their source files without importing them. Held-out text,
-of another kind and never trained on: the language reference's topics that Python's `help()` shows.
+Training text: docstrings of Python's standard library and of three packages that this project depends on (numpy,
+networkx, matplotlib), read from their source files without importing them. Held-out text of another kind, not used in
+training: the language reference's topics that Python's `help()` shows. The same versions give the same corpus.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ _WORD = re.compile(r"[A-Za-z']+")
 
 @dataclass(frozen=True)
 class DemoCorpus:
-    """Files of the demo's corpus.
+    """Files and sizes of the demo's corpus.
 
     Attributes:
-        train: JSON lines with a `text` field.
-        held_out: plain text for zero-shot evaluation; no line of 40 or more characters is in `train`.
-        documents, train_bytes, held_out_bytes: counts, of UTF-8 text.
+        train: path of the training text, JSON lines with a `text` field.
+        held_out: path of the plain text for zero-shot evaluation; none of its lines of 40 or more characters is in
+            `train`.
+        documents: number of documents in `train`.
+        train_bytes, held_out_bytes: sizes of the text in bytes of UTF-8.
     """
 
     train: Path
@@ -50,11 +52,11 @@ class DemoCorpus:
 
 
 def build_demo_corpus(folder: str | Path, max_train_bytes: int = MAX_TRAIN_BYTES) -> DemoCorpus:
-    """Collects the demo's corpus into `folder`: train.jsonl and held_out.txt.
+    """Writes the demo's corpus into `folder`: train.jsonl and held_out.txt.
 
     Args:
-        folder: is made if it is not there.
-        max_train_bytes: stop collecting training text at this size.
+        folder: output folder; created if it does not exist.
+        max_train_bytes: size in bytes at which collecting training text stops.
 
     Raises:
         EnvironmentFault: this Python has no source files or no help topics.
@@ -85,13 +87,17 @@ def build_demo_corpus(folder: str | Path, max_train_bytes: int = MAX_TRAIN_BYTES
 
 
 def held_out_text() -> str:
-    """The language reference's topics, each once, by name."""
+    """Returns the language reference's topics, sorted by name, without duplicates.
+
+    Raises:
+        EnvironmentFault: this Python has no help topics.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError:
         raise EnvironmentFault(
             f"{sys.executable}: this Python lacks the module pydoc_data, whose text the demo evaluates on; "
-            "use a Python of python.org or your system's full package"
+            "use a Python from python.org or your system's full package"
         ) from None
     distinct = dict.fromkeys(topics[name].strip() for name in sorted(topics))
     return "\n\n".join(distinct) + "\n"
@@ -107,7 +113,7 @@ def _roots() -> list[Path]:
 
 
 def _docstrings() -> Iterator[list[str]]:
-    """For each source file, by path, its docstrings in order."""
+    """Yields the docstrings of each source file, in order; files are sorted by path for a reproducible corpus."""
     found = False
     for root in _roots():
         for path in sorted(root.rglob("*.py")):
@@ -115,12 +121,12 @@ def _docstrings() -> Iterator[list[str]]:
                 found = True
                 yield _docstrings_of(path)
     if not found:
-        raise EnvironmentFault(f"{_roots()[0]}: no source files of Python's standard library here; the demo reads them")
+        raise EnvironmentFault(f"{_roots()[0]}: no source files of Python's standard library, which the demo reads")
 
 
 def _docstrings_of(path: Path) -> list[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escapes
+        warnings.simplefilter("ignore")  # SyntaxWarnings about invalid escapes in third-party code
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):  # templates and files for other versions
@@ -131,14 +137,14 @@ def _docstrings_of(path: Path) -> list[str]:
         node = pending.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             texts.append(ast.get_docstring(node) or "")
-        # Definitions stand in statements' bodies only: no need to walk expressions.
+        # Definitions occur in the bodies of statements only, so expressions are not walked.
         inner = [*getattr(node, "body", ()), *getattr(node, "orelse", ()), *getattr(node, "handlers", ())]
         pending += reversed([child for child in inner if isinstance(child, ast.stmt | ast.excepthandler)])
     return [text for text in texts if text]
 
 
 def _documents(files: Iterator[list[str]], forbidden: set[str]) -> Iterator[str]:
-    """Joins the prose among a file's docstrings into documents of about 2,000 characters; none comes twice."""
+    """Joins a file's prose docstrings into documents of about 2,000 characters, without duplicate docstrings."""
     seen: set[str] = set()
     for docstrings in files:
         parts: list[str] = []
@@ -157,10 +163,10 @@ def _documents(files: Iterator[list[str]], forbidden: set[str]) -> Iterator[str]
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text reads as English sentences rather than code or a table.
+    """Whether a text consists of English sentences rather than code or a table.
 
-    At least 12 words, four fifths of the characters letters and blanks, a sixth of the words among the
-    commonest of English.
+    It needs at least 12 words, four fifths of its characters must be letters or blanks, and a sixth of its words must
+    be common English function words.
 
     >>> is_prose("The size of the buffer is given in bytes, and it has to be a multiple of the page size.")
     True

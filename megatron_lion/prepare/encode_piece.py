@@ -1,9 +1,13 @@
 """Encodes one piece of a corpus into a shard: its tokens, and each document's length and hash.
 
-A shard is three files in the work folder: NAME.tokens (ids one after another), NAME.documents (int32
-lengths, then uint64 hashes; for BERT then int32 sentences of each document and int32 lengths of the sentences) and,
-written last, NAME.json with counts and the SHA-256 of the other two. A shard whose NAME.json reads and whose files
-match it is whole, and a later run takes it as it is.
+A shard consists of three files in the work folder:
+
+- NAME.tokens: ids one after another;
+- NAME.documents: int32 lengths, then uint64 hashes; for BERT also the int32 number of sentences of each document and
+  the int32 lengths of the sentences;
+- NAME.json, written last: counts and the SHA-256 of the other two.
+
+If NAME.json is readable and the two hashes match, the shard is complete and a later run reuses it.
 """
 
 from __future__ import annotations
@@ -32,14 +36,14 @@ _BATCH_DOCUMENTS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
-    """What a worker needs besides the tokenizer.
+    """Settings of a worker, without the tokenizer.
 
     Attributes:
-        read: how documents are taken from files.
-        eod_id: appended to every document, or None.
-        seed: of the documents' hashes.
-        vocab_size: decides the dtype of the tokens.
-        splitter: of sentences where documents are to be sequences of them (BERT), else None.
+        read: how documents are read from files.
+        eod_id: id that is appended to every document, or None.
+        seed: seed of the documents' hashes.
+        vocab_size: number of token ids; determines the dtype of the tokens.
+        splitter: sentence splitter if documents are stored as sentences (BERT), else None.
     """
 
     read: ReadOptions
@@ -51,10 +55,16 @@ class EncodeSettings:
 
 @dataclass(kw_only=True)
 class Shard:
-    """What encoding a piece gave: counts, hashes of the shard's files, and what reading met.
+    """Description of an encoded piece, as stored in NAME.json.
 
-    The counts of sentences are 0 where documents are not divided: all of them, documents of a single one, and
-    sentences that were divided because they were too long.
+    Attributes:
+        name: name of the shard's files, without ending.
+        documents, tokens, text_bytes: counts; text_bytes is UTF-8.
+        tokens_sha256, documents_sha256: hashes of NAME.tokens and NAME.documents.
+        read: counts of lines read, skipped and rejected.
+        sentences: number of sentences; 0, as the next two, if documents are not divided.
+        single_sentence_documents: number of documents of one sentence.
+        divided_sentences: number of sentences that were divided because they were too long.
     """
 
     name: str
@@ -69,7 +79,7 @@ class Shard:
     divided_sentences: int = 0
 
     def sentence_counts(self) -> dict[str, int]:
-        """The counts of sentences under the names they have in the manifest; empty where documents are not divided."""
+        """Returns the counts of sentences with the manifest's names; empty if documents are not divided."""
         if not self.sentences:
             return {}
         return {
@@ -82,18 +92,18 @@ class Shard:
 def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings, encoder: Encoder) -> Shard:
     """Reads, encodes and writes one piece.
 
-    With on_error "stop", a piece with a bad line gives a shard whose `read.problems` names it; nothing is
-    kept on the disk for it.
+    With on_error "stop", a bad line ends the piece: the returned shard lists it in `read.problems`, and no files of
+    the shard are kept.
 
     Args:
-        piece: what to encode.
-        folder: the work folder's shards.
-        name: of the shard.
-        settings: see there.
+        piece: piece to encode.
+        folder: folder of the shards.
+        name: name of the shard.
+        settings: settings of the worker.
         encoder: from `build_encoder`.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the input file is damaged.
         StorageError: the shard cannot be written.
     """
     tokens_path = folder / f"{name}.tokens"
@@ -108,13 +118,14 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
     if settings.read.on_error == "stop" and count.problems:
         tokens_path.unlink()
         return shard
+    # NAME.tokens is not synced: NAME.json contains its hash, so a file that a power loss cut short is encoded again.
     write_whole(folder / f"{name}.documents", documents.to_bytes())
     write_whole(folder / f"{name}.json", json.dumps(dataclasses.asdict(shard)).encode())
     return shard
 
 
 class _Documents:
-    """What a shard says of its documents, filled batch by batch."""
+    """Collects lengths, hashes and sentence counts of a shard's documents, batch by batch."""
 
     def __init__(self, settings: EncodeSettings) -> None:
         self._seed = settings.seed
@@ -128,11 +139,11 @@ class _Documents:
         self._text_bytes = self._divided = 0
 
     def add(self, texts: Sequence[str], encoder: Encoder, count: ReadCount) -> bytes:
-        """Encodes and records documents; returns their tokens as they are stored."""
+        """Encodes and records documents; returns the bytes of their tokens for NAME.tokens."""
         parts: list[npt.NDArray[Any]] = []
         for text, encoded in zip(texts, encoder.encode_documents(texts), strict=True):
             if self._by_sentences:
-                if not encoded.lengths.size:  # nothing but control characters: a document of no sentence is none
+                if not encoded.lengths.size:  # a text of control characters alone has no token, so it is no document
                     count.skip("document without a token")
                     continue
                 self._sentences.append(encoded.lengths.size)
@@ -146,14 +157,14 @@ class _Documents:
         return np.concatenate(parts).tobytes() if parts else b""
 
     def to_bytes(self) -> bytes:
-        """NAME.documents."""
+        """Returns the content of NAME.documents."""
         arrays = [np.array(self._lengths, dtype="<i4"), np.array(self._hashes, dtype="<u8")]
         if self._by_sentences:
             arrays += [np.array(self._sentences, dtype="<i4"), *(part.astype("<i4") for part in self._sentence_lengths)]
         return b"".join(array.tobytes() for array in arrays)
 
     def shard(self, name: str, tokens_sha256: str, count: ReadCount) -> Shard:
-        """The shard's description."""
+        """Returns the shard's description."""
         return Shard(
             name=name,
             documents=len(self._lengths),
@@ -182,7 +193,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def load_shard(folder: Path, name: str) -> Shard | None:
-    """The shard of an earlier run if it is whole and undamaged, else None."""
+    """Returns the shard of an earlier run if it is complete and undamaged, else None."""
     try:
         content = json.loads((folder / f"{name}.json").read_bytes())
         shard = Shard(**{**content, "read": ReadCount(**content["read"])})
@@ -194,7 +205,11 @@ def load_shard(folder: Path, name: str) -> Shard | None:
 
 
 def shard_documents(folder: Path, shard: Shard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
-    """(lengths, hashes) of a shard's documents."""
+    """Returns (lengths, hashes) of a shard's D documents, arrays of shape (D,).
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
     with storage_errors(folder / shard.name, "read"):
         data = (folder / f"{shard.name}.documents").read_bytes()
     return np.frombuffer(data, "<i4", shard.documents), np.frombuffer(
@@ -203,20 +218,28 @@ def shard_documents(folder: Path, shard: Shard) -> tuple[npt.NDArray[np.int32], 
 
 
 def shard_sentences(folder: Path, shard: Shard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
-    """(sentences of each document, lengths of the sentences) of a shard, or None where documents are not divided."""
+    """Returns (sentences of each document (D,), lengths of the sentences (S,)), or None if documents are not divided.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
     if not shard.sentences:
         return None
     with storage_errors(folder / shard.name, "read"):
         data = (folder / f"{shard.name}.documents").read_bytes()
-    start = 12 * shard.documents
+    start = 12 * shard.documents  # int32 lengths and uint64 hashes come first
     counts = np.frombuffer(data, "<i4", shard.documents, offset=start)
     return counts, np.frombuffer(data, "<i4", shard.sentences, offset=start + 4 * shard.documents)
 
 
 def shard_tokens(folder: Path, shard: Shard, vocab_size: int) -> npt.NDArray[Any]:
-    """All tokens of a shard, mapped from the disk."""
+    """Returns all tokens of a shard, shape (N,), as a read-only memory map.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
     dtype = token_dtype(vocab_size)
-    if shard.tokens == 0:
+    if shard.tokens == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=dtype)
     with storage_errors(folder / shard.name, "read"):
         return np.memmap(folder / f"{shard.name}.tokens", dtype=dtype, mode="r", shape=(shard.tokens,))

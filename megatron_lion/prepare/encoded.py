@@ -1,4 +1,4 @@
-"""A document as token ids: what every encoder returns."""
+"""EncodedDocument, the token ids of one document: the return type of every encoder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class EncodedDocument:
-    """A document as ids.
+    """Token ids of a document.
 
     Attributes:
-        ids: (N,) in the dtype they are stored in.
-        lengths: (S,) tokens of each sentence, none 0; empty where documents are not divided into sentences.
-        divided: sentences that were divided because they were too long.
+        ids: (N,) token ids in the dtype of the token files.
+        lengths: (S,) tokens of each sentence, all above 0; empty if documents are not divided into sentences.
+        divided: number of sentences that were divided because they were too long.
     """
 
     ids: npt.NDArray[Any]

@@ -1,8 +1,8 @@
-"""Text to arrays of token ids, fast: the plain encoder, and gigatoken where it is installed.
+"""Encodes batches of text to arrays of token ids, with `tokenizers` or the faster gigatoken.
 
 `tokenizers` is the reference. gigatoken (optional: pip install "megatron-lion[fast]") gives the same ids about
-fifty times as fast; it is compared with the reference on hard text before it is used and on a
-sample of the documents all along, and the first difference ends the preparation.
+fifty times as fast. It is compared with the reference on difficult texts before its first use and on a sample of the
+documents during the preparation; the first difference ends the preparation.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from megatron_lion.prepare.sentences import SplitterName
 
 EncoderName = Literal["auto", "tokenizers", "gigatoken"]
 
-# gigatoken keeps every word it ever met; starting afresh bounds a worker's memory to about a gigabyte.
+# gigatoken caches every word it has encoded. Rebuilding it after 512 Mi characters limits a worker to about 1 GB.
 _RENEW_BYTES = 1 << 29
-# One document in 512 is encoded twice: about a tenth of the time at gigatoken's speed.
+# One document in 512 is also encoded by the reference, which takes about a tenth of the time.
 _SAMPLE_EVERY = 512
 
 HARD_TEXTS = (
@@ -43,27 +43,27 @@ HARD_TEXTS = (
 
 
 class Encoder(Protocol):
-    """Encodes batches of documents."""
+    """Interface of an encoder for batches of documents; `name` contains the library and its version."""
 
     name: str
 
     def encode_documents(self, texts: Sequence[str]) -> list[EncodedDocument]:
-        """Each text as ids, nothing added."""
+        """Returns the ids of each text, without special tokens."""
 
 
 class _WholeDocuments:
-    """Documents of one sequence."""
+    """Base of encoders that store each document as one sequence."""
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         raise NotImplementedError
 
     def encode_documents(self, texts: Sequence[str]) -> list[EncodedDocument]:
-        """Each text as ids, nothing added."""
+        """Returns the ids of each text, without special tokens."""
         return [EncodedDocument(ids) for ids in self.encode(texts)]
 
 
 class ReferenceEncoder(_WholeDocuments):
-    """The `tokenizers` library, as `Tokenizer` uses it."""
+    """Encoder that uses the `tokenizers` library through `Tokenizer`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = f"tokenizers {importlib.metadata.version('tokenizers')}"
@@ -71,16 +71,20 @@ class ReferenceEncoder(_WholeDocuments):
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Token ids of each text."""
+        """Returns the token ids of each text, arrays of shape (N,)."""
         return [np.array(ids, dtype=self._dtype) for ids in self._tokenizer.encode_batch(texts)]
 
 
 class GigatokenEncoder(_WholeDocuments):
-    """gigatoken's byte-level BPE on the calling thread, watched by the reference.
+    """gigatoken's byte-level BPE on the calling thread, compared with the reference on a sample.
+
+    Args:
+        tokenizer: tokenizer to encode with.
+        sample_every: the reference also encodes one document in this many.
 
     Raises:
-        EnvironmentFault: gigatoken is not installed or cannot take this tokenizer.
-        DataError: it gives other ids than the reference.
+        EnvironmentFault: gigatoken is not installed or does not support this tokenizer.
+        DataError: gigatoken gives other ids than the reference.
     """
 
     def __init__(self, tokenizer: Tokenizer, sample_every: int = _SAMPLE_EVERY) -> None:
@@ -89,7 +93,7 @@ class GigatokenEncoder(_WholeDocuments):
         self._source = tokenizer.source
         self._dtype = token_dtype(tokenizer.vocab_size)
         definition = tokenizer.definition
-        # gigatoken would cut special tokens out of the text; here a marker in a document is text.
+        # gigatoken would encode a marker inside a document as the special id; `Tokenizer` encodes it as text.
         definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
         self._definition = json.dumps(definition)
         self._sample_every = sample_every
@@ -101,9 +105,9 @@ class GigatokenEncoder(_WholeDocuments):
     def _renew(self) -> None:
         try:
             self._backend = importlib.import_module("gigatoken.gigatoken_rs").load_hf_json(self._definition)
-        except Exception as error:  # the library's own choice of classes
+        except Exception as error:  # the library raises its own, undocumented classes
             raise EnvironmentFault(
-                f"{self._source}: gigatoken does not take this tokenizer ({error}); use --encoder tokenizers"
+                f"{self._source}: gigatoken does not support this tokenizer ({error}); use --encoder tokenizers"
             ) from None
         self._bytes = 0
 
@@ -115,8 +119,9 @@ class GigatokenEncoder(_WholeDocuments):
             )
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
-        """Token ids of each text; every `sample_every`-th also by the reference."""
+        """Returns the token ids of each text; the reference checks every `sample_every`-th."""
         found = [self._backend.encode(text) for text in texts]
+        # Counted over all batches, so that small batches are sampled too.
         first = -self._seen % self._sample_every
         sample = list(range(first, len(texts), self._sample_every))
         for index, expected in zip(sample, self._reference.encode([texts[i] for i in sample]), strict=True):
@@ -138,16 +143,16 @@ def _gigatoken_version() -> str:
 
 
 def build_encoder(name: EncoderName, tokenizer: Tokenizer, splitter: SplitterName | None = None) -> Encoder:
-    """The encoder of that name; "auto" takes gigatoken where it is installed and takes the tokenizer.
+    """Builds the encoder of a name; "auto" uses gigatoken if it is installed and supports the tokenizer.
 
     Args:
-        name: see there; of no effect with a splitter.
-        tokenizer: what to encode with.
-        splitter: documents become sequences of sentences, as BERT needs them.
+        name: "auto", "tokenizers" or "gigatoken"; ignored if a splitter is given.
+        tokenizer: tokenizer to encode with.
+        splitter: splitter that divides documents into sentences, as BERT needs; None keeps each document whole.
 
     Raises:
-        EnvironmentFault: gigatoken or punkt was asked for and cannot be used.
-        DataError: the tokenizer is not fit for BERT.
+        EnvironmentFault: gigatoken or punkt was requested and cannot be used.
+        DataError: the tokenizer is not suitable for BERT.
     """
     if splitter is not None:
         return SentenceEncoder(tokenizer, splitter)

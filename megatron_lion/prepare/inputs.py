@@ -1,7 +1,7 @@
-"""Finds the files of a corpus and opens them.
+"""Finds the input files of a corpus and opens them, decompressed.
 
-JSON lines (`.jsonl`, `.ndjson`, `.json`), plain text (`.txt`, `.text`) and Parquet (`.parquet`); the first
-two also compressed (`.gz`, `.zst`, `.xz`, `.bz2`). pieces.py cuts them into pieces and reads the documents.
+Formats: JSON lines (`.jsonl`, `.ndjson`, `.json`), plain text (`.txt`, `.text`) and Parquet (`.parquet`). The first two
+may be compressed (`.gz`, `.zst`, `.xz`, `.bz2`). pieces.py cuts the files into pieces and reads the documents.
 """
 
 from __future__ import annotations
@@ -34,7 +34,15 @@ COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of a corpus: path, format ("jsonl", "txt", "parquet"), compression ("" if none), size and time."""
+    """One input file.
+
+    Attributes:
+        path: path of the file.
+        format: "jsonl", "txt" or "parquet".
+        compression: ending of the compression such as ".gz", or "".
+        bytes: size as stored.
+        modified_ns: time of the last modification in nanoseconds.
+    """
 
     path: Path
     format: str
@@ -44,17 +52,18 @@ class InputFile:
 
 
 def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[InputFile]:
-    """The files that a list of files, folders and glob patterns stands for.
+    """Returns the files that a list of files, folders and glob patterns names.
 
-    Folders are searched to any depth for known endings; the result of a folder or pattern is sorted by path,
-    the order of the list is kept.
+    Folders are searched to any depth for known endings. The files of a folder or pattern are sorted by path; the order
+    of the list is kept.
 
     Args:
-        inputs: paths or patterns.
-        format: "auto" by the file's ending, or "jsonl", "txt", "parquet" for every file named.
+        inputs: files, folders or glob patterns.
+        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet" for all files.
 
     Raises:
-        DataError: nothing found, an unknown ending, or a file that comes twice.
+        ConfigError: the list is empty.
+        DataError: a path or pattern matches no file, an ending is unknown, or a file occurs twice.
     """
     found: list[InputFile] = []
     for given in inputs:
@@ -62,7 +71,7 @@ def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[Inpu
         if path.is_dir():
             paths = sorted(inner for inner in path.rglob("*") if inner.is_file() and _kind(inner) is not None)
             if not paths:
-                raise DataError(f"{given}: no file in this folder ends in {', '.join(FORMATS)} (or those + .gz, .zst)")
+                raise DataError(f"{given}: no file in this folder ends in {', '.join(FORMATS)} (or these + .gz, .zst)")
         elif path.is_file():
             paths = [path]
         else:
@@ -74,15 +83,15 @@ def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[Inpu
         raise ConfigError("no input given; name at least one file: --input FILE")
     seen: set[Path] = set()
     for file in found:
-        real = file.path.resolve()
+        real = file.path.resolve()  # also finds a file that is named by two links
         if real in seen:
-            raise DataError(f"{file.path}: named twice, so its documents would count twice; name it once")
+            raise DataError(f"{file.path}: named twice, so its documents would be counted twice; name it once")
         seen.add(real)
     return found
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
-    """(format, compression) by the path's endings, or None."""
+    """Returns (format, compression) by the path's endings, or None if the ending is unknown."""
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
     ending = Path(path.stem).suffix if compression else path.suffix
     kind = FORMATS.get(ending.lower())
@@ -90,17 +99,21 @@ def _kind(path: Path) -> tuple[str, str] | None:
 
 
 def input_file(path: Path, format: str = "auto") -> InputFile:
-    """One file as `find_inputs` gives it.
+    """Returns the description of one file.
+
+    Args:
+        path: path of the file.
+        format: as for `find_inputs`.
 
     Raises:
-        DataError: it cannot be read, or "auto" does not know its ending.
+        DataError: the file cannot be read, or its ending is unknown with "auto".
     """
     kind = _kind(path)
     if format != "auto":
         kind = (format, path.suffix if path.suffix in COMPRESSIONS and format != "parquet" else "")
     if kind is None:
         endings = ", ".join(FORMATS)
-        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {endings}; or say --format jsonl|txt|parquet")
+        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {endings}; or give --format jsonl|txt|parquet")
     try:
         status = path.stat()
     except OSError as error:
@@ -110,21 +123,23 @@ def input_file(path: Path, format: str = "auto") -> InputFile:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a damaged or unreadable file raises in the block into a DataError that names it."""
+    """Converts the exceptions of a damaged or unreadable file in the block to a DataError that names the file."""
     try:
         yield
     except (EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: damaged or cut short: {error}; fetch it again") from None
+        raise DataError(f"{path}: damaged or cut short: {error}; download it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 @contextmanager
 def opened(file: InputFile) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Opens a file: (stream of its decompressed bytes, the file as stored, for its position).
+    """Opens a file and yields (stream of its decompressed bytes, stream of the stored file).
+
+    The position of the second stream shows the progress.
 
     Raises:
-        EnvironmentFault: a .zst file, and the package zstandard is not installed.
+        EnvironmentFault: the file ends in .zst and the package zstandard is not installed.
     """
     with open(file.path, "rb", buffering=1 << 20) as stored, _decompressing(file, stored) as stream:
         yield stream, stored
@@ -143,9 +158,9 @@ def _decompressing(file: InputFile, stored: IO[bytes]) -> IO[bytes]:
 
 
 class _ZstdStream(io.RawIOBase):
-    """The content of a .zst file of one or more frames.
+    """Decompressed content of a .zst file of one or more frames.
 
-    The library's own stream reader ends without a word where a file is cut short; this one raises EOFError.
+    If the file is cut short, this stream raises EOFError; the library's own stream reader ends without an error.
     """
 
     def __init__(self, library: Any, stored: IO[bytes]) -> None:
@@ -160,7 +175,7 @@ class _ZstdStream(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._content:
-            # Small bites: 16 KiB can hold half a gigabyte of repeated bytes.
+            # 16 KiB at a time: they can decompress to half a gigabyte of repeated bytes, all held in memory.
             stored = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._in_frame = self._library.ZstdDecompressor().decompressobj(), False
@@ -182,10 +197,14 @@ class _ZstdStream(io.RawIOBase):
 
 
 def optional_package(module: str, path: Path) -> Any:
-    """Imports a package that only some formats need.
+    """Imports and returns a module that only some formats need.
+
+    Args:
+        module: name of the module.
+        path: input file that needs it, for the message.
 
     Raises:
-        EnvironmentFault: it is not installed; the message says what to type.
+        EnvironmentFault: the package is not installed; the message gives the command that installs it.
     """
     try:
         return importlib.import_module(module)

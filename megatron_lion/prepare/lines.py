@@ -1,16 +1,16 @@
-"""One line of JSON or one row of a table: its text, or what is wrong with it.
+"""Extracts the text from one line of JSON or one row of a table, and classifies bad lines.
 
-The rules, and the kind under which each refusal is counted:
+The rules, and the kind under which a line that breaks each is counted:
 
 - bytes are strict UTF-8 (`not_utf8`); nothing is normalised, replaced or stripped;
-- a byte-order mark may begin a file, not a later line (`byte_order_mark`);
-- the line is one JSON value and nothing after it (`not_json`), nested at most 100 deep (`too_deep`);
-  NaN, huge numbers and repeated keys are let pass, the last of equal keys counting, as Python does;
-- the value is an object (`not_an_object`) with the text's key (`missing_key`), which holds a string
+- a byte-order mark may begin a file, but no later line (`byte_order_mark`);
+- the line is one JSON value with nothing after it (`not_json`), nested at most 100 deep (`too_deep`);
+  NaN, huge numbers and repeated keys are accepted; of equal keys the last counts, as in Python;
+- the value is an object (`not_an_object`) with the text's key (`missing_key`), whose value is a string
   (`not_a_string`) without half surrogate pairs (`lone_surrogate`).
 
-A blank line (`blank_line`) and a text of white space only (`empty_document`) are no errors: they are
-passed over and counted.
+A blank line (`blank_line`) and a text of white space only (`empty_document`) are not errors: they are skipped and
+counted.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 MAX_DEPTH = 100
 BOM = b"\xef\xbb\xbf"
 
-# Other fields' numbers are of no interest: as floats, none of them is too long to convert.
+# Numbers in other fields are not used. Parsed as floats they have no limit; Python refuses an int of over 4,300 digits.
 _DECODER = json.JSONDecoder(parse_int=float)
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", float: "a number", bool: "true or false"}
 
 
 class BadLine(Exception):
-    """A line that gives no document.
+    """Raised for a line that breaks a rule.
 
     Attributes:
-        kind: the name it is counted under.
-        what: what is wrong, for a message.
+        kind: name under which the line is counted.
+        what: description of the error, for a message.
     """
 
     def __init__(self, kind: str, what: str) -> None:
@@ -41,7 +41,7 @@ class BadLine(Exception):
 
 
 class Skip(Exception):
-    """A line that is passed over without being an error; `kind` is the name it is counted under."""
+    """Raised for a line that is skipped but is no error; `kind` is the name under which it is counted."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
@@ -49,15 +49,15 @@ class Skip(Exception):
 
 
 def text_of_line(line: bytes, key: str = "text") -> str:
-    r"""The document's text in one line of JSON.
+    r"""Returns the document's text in one line of JSON.
 
     Args:
-        line: the bytes of the line, with or without its ending (LF or CR LF).
-        key: the top-level key that holds the text.
+        line: bytes of the line, with or without its ending (LF or CR LF).
+        key: top-level key of the text.
 
     Raises:
-        BadLine: by the rules above.
-        Skip: blank line or empty document.
+        BadLine: the line breaks one of the module's rules.
+        Skip: the line is blank or the document is empty.
 
     >>> text_of_line(b'{"text": "caf\\u00e9", "id": 7}\r\n')
     'café'
@@ -73,7 +73,7 @@ def text_of_line(line: bytes, key: str = "text") -> str:
     if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
         raise BadLine("too_deep", f"nested more than {MAX_DEPTH} deep")
     if not isinstance(value, dict):
-        raise BadLine("not_an_object", f'{_name(value)} where an object {{"{key}": "…"}} is needed')
+        raise BadLine("not_an_object", f'is {_name(value)}; an object {{"{key}": "…"}} is needed')
     if key not in value:
         keys = ", ".join(map(repr, list(value)[:5])) or "none"
         raise BadLine("missing_key", f"no key {key!r} (its keys: {keys}); name the text's key with --json-key")
@@ -81,7 +81,11 @@ def text_of_line(line: bytes, key: str = "text") -> str:
 
 
 def decode_utf8(data: bytes) -> str:
-    """Strict UTF-8 without a byte-order mark at its start, or BadLine."""
+    """Decodes strict UTF-8.
+
+    Raises:
+        BadLine: the bytes are not UTF-8 or begin with a byte-order mark.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -92,15 +96,20 @@ def decode_utf8(data: bytes) -> str:
 
 
 def checked_text(text: Any, key: str) -> str:
-    """The value of the text's key if it is a usable, non-empty string; BadLine or Skip if not."""
+    """Returns the value of the text's key if it is a usable, non-empty string.
+
+    Raises:
+        BadLine: it is no string, or has half of a surrogate pair.
+        Skip: it is empty or white space only.
+    """
     if not isinstance(text, str):
-        raise BadLine("not_a_string", f"{key!r} holds {_name(text)} where a string is needed")
+        raise BadLine("not_a_string", f"{key!r} is {_name(text)}; a string is needed")
     if not text or text.isspace():
         raise Skip("empty_document")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        what = f"{key!r} holds half of a surrogate pair at character {error.start + 1}"
+        what = f"{key!r} has half of a surrogate pair at character {error.start + 1}"
         raise BadLine("lone_surrogate", what) from None
     return text
 
@@ -110,7 +119,7 @@ def _name(value: Any) -> str:
 
 
 def _deeper_than(value: Any, limit: int) -> bool:
-    """Whether a JSON value is nested deeper than `limit`; level by level, so no stack can overflow."""
+    """Whether a JSON value is nested deeper than `limit`; iterative, since recursion could overflow the stack."""
     level = [value]
     for _ in range(limit + 1):
         inner: list[Any] = []

@@ -1,4 +1,4 @@
-"""Puts the shards of a corpus together into one pair of token files a split."""
+"""Merges the shards of a corpus into one pair of token files for each split."""
 
 from __future__ import annotations
 
@@ -27,19 +27,25 @@ def write_splits(
     result: Path,
     progress: Progress,
 ) -> tuple[dict[str, SplitInfo], int]:
-    """Writes NAME_text_document.bin/.idx, or NAME_text_sentence, for every split with documents, in the corpus's order.
+    """Writes NAME_text_document.bin/.idx (BERT: NAME_text_sentence) for every split that has documents.
+
+    Documents keep the order of the corpus.
 
     Args:
-        shards: in the corpus's order, with at least one document among them.
-        shards_folder: where they lie.
-        split: shares in percent.
-        vocab_size: decides the dtype.
+        shards: shards in the corpus's order, with at least one document in total.
+        shards_folder: folder of the shards.
+        split: shares of train, valid and test in percent.
+        vocab_size: number of token ids; determines the dtype.
         result: folder to write into.
-        progress: is told the bytes written.
+        progress: receives the number of bytes written.
 
     Returns:
-        (splits by name, number of documents whose text came before).
+        (splits by name, number of documents whose text equals an earlier one's).
+
+    Raises:
+        StorageError: a shard cannot be read or a token file cannot be written.
     """
+    # All hashes at once: an empty split takes the nearest document of the whole corpus, whatever its piece.
     hashes = np.concatenate([shard_documents(shards_folder, shard)[1] for shard in shards])
     distinct = np.unique(hashes).size
     members = assign_splits(hashes, split)
@@ -51,7 +57,7 @@ def write_splits(
             splits[name] = _write_split(shards, shards_folder, members == index, vocab_size, prefix, progress)
     for name in split_names(split):
         if name not in splits:
-            logger.warning("too few different documents (%d) for a %s split: it is left out", distinct, name)
+            logger.warning("only %d distinct documents: too few for a %s split, which is left out", distinct, name)
     return splits, int(hashes.size - distinct)
 
 
@@ -63,7 +69,7 @@ def _write_split(
     prefix: Path,
     progress: Progress,
 ) -> SplitInfo:
-    """Copies the chosen documents, run by run of neighbours."""
+    """Copies the chosen documents; each run of neighbours is one write."""
     first = 0
     with IndexedWriter(prefix, vocab_size) as writer:
         for shard in shards:

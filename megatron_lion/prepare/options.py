@@ -1,4 +1,4 @@
-"""The settings of a preparation, checked when they are made."""
+"""PrepareOptions: the settings of a preparation, checked when created, and the manifest they lead to."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from megatron_lion.prepare.splits import parse_split
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What to prepare, from what, how.
+    """Input, output and settings of a preparation.
 
     Attributes:
-        inputs: files, folders and glob patterns; may be empty when `prepare` is given documents.
-        tokenizer: what `load_tokenizer` takes, or a loaded tokenizer.
+        inputs: files, folders and glob patterns; may be empty if `prepare` is called with documents.
+        tokenizer: source for `load_tokenizer`, or a loaded tokenizer.
         output: dataset folder to make.
         split: relative shares of train, valid, test, as "99.9,0.05,0.05" or numbers.
-        seed: of the documents' hashes that decide the split.
-        workers: processes; 0 takes one a usable core.
-        on_error: "stop" at the first bad line, or "skip" and count.
-        append_eod: end every document with the end-of-document token.
+        seed: seed of the documents' hashes that determine the split.
+        workers: number of processes; 0 starts one for each usable core.
+        on_error: "stop" at the first bad line, or "skip" and count bad lines.
+        append_eod: whether the end-of-document token follows every document.
         json_key: key (JSON lines) or column (Parquet) of the text.
         txt_documents: "file" makes a text file one document, "blank-line" divides it at blank lines.
-        task: "gpt" (one sequence a document) or "bert" (one sequence a sentence, WordPiece).
-        splitter: of sentences, for "bert": "rules" or "punkt".
-        format: "auto" by the files' endings, or "jsonl", "txt", "parquet".
-        eod_token: end-of-document token where the tokenizer does not say it.
-        encoder: "tokenizers", "gigatoken", or "auto": gigatoken where it is installed; same ids either way.
-        overwrite: replace an existing dataset folder that differs.
+        task: "gpt" (one sequence for each document) or "bert" (one for each sentence, WordPiece).
+        splitter: sentence splitter for "bert": "rules" or "punkt".
+        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet".
+        eod_token: end-of-document token, if the tokenizer does not define it.
+        encoder: "tokenizers", "gigatoken", or "auto" (gigatoken if it is installed); the ids are the same.
+        overwrite: whether a dataset folder that differs is replaced.
+
+    Raises:
+        ConfigError: `workers` is negative or a choice is unknown.
     """
 
     inputs: Sequence[str | Path] = ()
@@ -60,7 +63,7 @@ class PrepareOptions:
 
     def __post_init__(self) -> None:
         if self.workers < 0:
-            raise ConfigError(f"workers {self.workers}: 0 (one a core) or more is needed")
+            raise ConfigError(f"workers {self.workers}: must be 0 (one for each core) or more")
         choices = {
             "on_error": ("stop", "skip"),
             "txt_documents": ("file", "blank-line"),
@@ -71,21 +74,26 @@ class PrepareOptions:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} {getattr(self, name)!r}: one of {', '.join(allowed)} is needed")
+                raise ConfigError(f"{name} {getattr(self, name)!r}: must be one of {', '.join(allowed)}")
 
     @property
     def output_folder(self) -> Path:
-        """The dataset folder's path."""
+        """Path of the dataset folder."""
         return Path(self.output).expanduser()
 
     @property
     def ends_documents(self) -> bool:
-        """Whether the end-of-document token follows every document; BERT's samples have their own marks."""
+        """Whether the end-of-document token follows every document; never for BERT, whose samples have [SEP]."""
         return self.append_eod and self.task == "gpt"
 
 
 def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
-    """The manifest as far as it is known before the first document is read."""
+    """Returns the manifest as far as it is known before reading documents; counts are 0 and `splits` is empty.
+
+    Raises:
+        ConfigError: the split is invalid.
+        DataError: the end-of-document token is needed and unknown.
+    """
     has_eod = options.ends_documents or tokenizer.eod_token is not None
     by_sentences = {"splitter": options.splitter} if options.task == "bert" else {}
     return Manifest(

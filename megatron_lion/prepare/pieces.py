@@ -1,7 +1,7 @@
 """Cuts input files into pieces of work and reads the documents of a piece.
 
-Pieces are cut by the content and size of the files, never by the number of workers. Lines end at LF
-alone: a carriage return, U+2028 or U+0085 inside a text divides nothing.
+Pieces depend on the content and size of the files, not on the number of workers, so the result does not either. Lines
+end at LF only: a carriage return, U+2028 or U+0085 inside a text is no line end.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Piece:
     """A part of an input file that one worker encodes.
 
     Attributes:
-        file: where it is from.
-        number: counts the pieces of that file from 0.
-        start, end: the lines that begin in this range of (decompressed) bytes; for Parquet, row groups.
-        data: the bytes themselves where the file can only be read from its beginning, else None.
-        stored_bytes: how much of the file as stored it stands for (for progress).
+        file: input file of the piece.
+        number: number of the piece in the file, from 0.
+        start, end: range of (decompressed) bytes in which the piece's lines begin; for Parquet, of row groups.
+        data: the bytes of a piece of a compressed file, which can only be read from its beginning; else None.
+        stored_bytes: size of the piece in the stored file, for progress.
     """
 
     file: InputFile
@@ -43,12 +43,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How documents are taken from files.
+    """Settings for reading documents from files.
 
     Attributes:
-        json_key: key of JSON lines, column of Parquet, that holds the text.
-        txt_documents: whether a text file is one document, or blank lines divide it.
-        on_error: whether the first bad line ends the reading or is passed over and counted.
+        json_key: key (JSON lines) or column (Parquet) of the text.
+        txt_documents: "file" if a text file is one document, "blank-line" if blank lines divide it.
+        on_error: "stop" ends the reading at the first bad line, "skip" skips and counts bad lines.
     """
 
     json_key: str = "text"
@@ -58,12 +58,13 @@ class ReadOptions:
 
 @dataclass
 class ReadCount:
-    """What reading met.
+    """Counts of lines while reading.
 
     Attributes:
-        lines: lines (Parquet: rows) read.
-        skipped, rejected: how many were passed over, by kind.
-        problems: [line within the piece from 1, kind, what] of the first few rejected.
+        lines: number of lines (Parquet: rows) read.
+        skipped: number of lines skipped without an error, by kind.
+        rejected: number of bad lines, by kind.
+        problems: (line in the piece from 1, kind, description) of the first few bad lines.
     """
 
     lines: int = 0
@@ -72,25 +73,25 @@ class ReadCount:
     problems: list[tuple[int, str, str]] = field(default_factory=list)
 
     def skip(self, kind: str) -> None:
-        """Counts one that is passed over without being an error."""
+        """Counts a line that is skipped without an error."""
         self.skipped[kind] = self.skipped.get(kind, 0) + 1
 
     def reject(self, line: int, bad: BadLine) -> None:
-        """Counts one that is wrong and keeps the first few for messages."""
+        """Counts a bad line and keeps the first few for messages."""
         self.rejected[bad.kind] = self.rejected.get(bad.kind, 0) + 1
         if len(self.problems) < KEPT_PROBLEMS:
             self.problems.append((line, bad.kind, bad.what))
 
 
 def cut_pieces(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
-    """The pieces of one file, in order.
+    """Yields the pieces of one file, in order.
 
-    Plain JSON lines are cut at byte offsets and read by the workers; compressed ones are decompressed
-    here, once, and handed over as bytes; a text file is one piece; Parquet is cut at its row groups.
+    Plain JSON lines are cut at byte offsets and read by the workers. Compressed ones are decompressed here, once, and
+    passed on as bytes. A text file is one piece. Parquet is cut at its row groups.
 
     Args:
-        file: the file.
-        piece_bytes: about how much text a piece holds.
+        file: input file.
+        piece_bytes: approximate size of a piece in bytes of text.
 
     Raises:
         DataError: the file is damaged or cannot be read.
@@ -112,20 +113,21 @@ def cut_pieces(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
 
 
 def _cut_stream(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
-    start = number = told = 0
+    start = number = counted = 0
     with opened(file) as (stream, stored):
         carry = b""
         while True:
             block = stream.read(piece_bytes)
             data = carry + block
+            # Whole lines only; the rest of the last line begins the next piece.
             cut = data.rfind(b"\n") + 1 if block else len(data)
             if len(data) - cut > MAX_LINE_BYTES:
                 raise _too_long(file, start + cut)
             carry = data[cut:]
             if cut:
                 read = stored.tell() if block else file.bytes
-                yield Piece(file, number, start, start + cut, data[:cut], read - told)
-                start, number, told = start + cut, number + 1, read
+                yield Piece(file, number, start, start + cut, data[:cut], read - counted)
+                start, number, counted = start + cut, number + 1, read
             if not block:
                 return
 
@@ -133,19 +135,23 @@ def _cut_stream(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
 def _too_long(file: InputFile, offset: int) -> DataError:
     return DataError(
         f"{file.path}: the line that begins at byte {offset} is longer than {MAX_LINE_BYTES >> 20} MiB; "
-        "JSON lines with one document a line are needed"
+        "JSON lines with one document on each line are needed"
     )
 
 
 def read_piece(piece: Piece, options: ReadOptions, count: ReadCount) -> Iterator[str]:
-    """The documents of a piece, in order.
+    """Yields the documents of a piece, in order.
 
-    With `options.on_error` "stop" the first bad line ends the piece; it is then in `count.problems`.
+    With `options.on_error` "stop", the first bad line ends the piece and is recorded in `count.problems`.
 
     Args:
         piece: from `cut_pieces`.
-        options: how to read.
-        count: is filled while reading.
+        options: settings for reading.
+        count: counts of lines; updated while reading.
+
+    Raises:
+        DataError: the file is damaged, has a line of more than 512 MiB or, in Parquet, no string column of that name.
+        EnvironmentFault: a package for the format is not installed.
     """
     if piece.file.format == "parquet":
         candidates = _parquet_texts(piece, options)
@@ -177,7 +183,7 @@ def _jsonl_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
 
 
 def _lines_of(piece: Piece) -> Iterator[bytes]:
-    """Lines that begin within the piece, the last one read to its end beyond it."""
+    """Yields the lines that begin in the piece; the last one may end beyond it."""
     first_of_file = piece.start == 0
     if piece.data is not None:
         lines: Iterator[bytes] = (line + b"\n" for line in piece.data.removesuffix(b"\n").split(b"\n"))
@@ -190,6 +196,7 @@ def _lines_of(piece: Piece) -> Iterator[bytes]:
 
 def _lines_of_range(piece: Piece) -> Iterator[bytes]:
     with reading(piece.file.path), open(piece.file.path, "rb", buffering=1 << 20) as stream:
+        # From one byte before the piece: if that byte is LF, the first line of the piece begins exactly at its start.
         position = max(piece.start - 1, 0)
         stream.seek(position)
         if piece.start > 0:
@@ -254,7 +261,7 @@ def _parquet_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
         kind = schema.field(key).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
             raise DataError(f"{path}: column {key!r} holds {kind}, strings are needed; give another --json-key")
-        # As bytes: the library does not check that strings are UTF-8.
+        # Read as bytes and decoded here, since pyarrow does not check that strings are UTF-8.
         column = table.read_row_group(piece.start, columns=[key]).column(key).cast(pyarrow.large_binary())
     for number, data in enumerate((value for chunk in column.chunks for value in chunk.to_pylist()), start=1):
         try:
@@ -264,23 +271,30 @@ def _parquet_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
 
 
 def problem_message(path: Path, line: int, what: str, *, row: bool = False) -> str:
-    """FILE:LINE: what is wrong, and what to type."""
+    """Returns the message for a bad line: FILE:LINE, the error, and what to do.
+
+    Args:
+        path: input file.
+        line: number of the line (or row) in the file, from 1.
+        what: description of the error.
+        row: whether `line` is a row of a table.
+    """
     where = f"{path}: row {line}" if row else f"{path}:{line}"
-    return f"{where}: {what}; mend it, or pass over such {'rows' if row else 'lines'} with --on-error skip"
+    return f"{where}: {what}; fix it, or skip such {'rows' if row else 'lines'} with --on-error skip"
 
 
 def read_documents(
     inputs: Sequence[str | Path], options: ReadOptions | None = None, count: ReadCount | None = None
 ) -> Iterator[str]:
-    """All documents of a corpus, one after another, in this process.
+    """Yields all documents of a corpus in order, without worker processes.
 
     Args:
         inputs: files, folders and patterns, as for `find_inputs`.
-        options: how to read; the default stops at the first bad line.
-        count: is filled with the totals, where given; problem lines then count from the file's beginning.
+        options: settings for reading; the default stops at the first bad line.
+        count: receives the totals if given; its line numbers count from the beginning of the file.
 
     Raises:
-        DataError: a bad line (FILE:LINE: what) unless they are to be passed over; a damaged file.
+        DataError: a line is bad and `on_error` is "stop" (the message begins with FILE:LINE), or a file is damaged.
     """
     options, count = options or ReadOptions(), count or ReadCount()
     for file in find_inputs(inputs):

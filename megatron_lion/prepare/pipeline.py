@@ -1,8 +1,7 @@
-"""Text files to a dataset folder: train, valid and test token files, a manifest and the tokenizer.
+"""`prepare`: converts text files to a dataset folder with token files, a manifest and the tokenizer.
 
-The result depends on the input files' content, the tokenizer and the settings alone: not on the number of
-workers, on interruptions, or on where anything lies. It is made in a hidden folder beside the output and
-gets its name when it is whole.
+The result depends only on the content of the input files, the tokenizer and the settings. The number of workers,
+interruptions and paths do not affect it. It is made in a hidden folder beside the output and renamed when complete.
 """
 
 from __future__ import annotations
@@ -51,23 +50,26 @@ _SHARDS_FORMAT = 1
 def prepare(
     options: PrepareOptions, documents: Iterable[str] | None = None, progress: Progress | None = None
 ) -> Manifest:
-    """Makes a dataset folder, or finds that it is already there.
+    """Makes a dataset folder, or verifies the one that exists with the same input and settings.
+
+    With more than one worker, a script that calls this needs `if __name__ == "__main__":`, because worker processes
+    are spawned and import the script.
 
     Args:
-        options: see there. With more than one worker, scripts that call this need the usual
-            `if __name__ == "__main__":`, as worker processes are spawned.
-        documents: texts to prepare in place of `options.inputs`.
-        progress: where to report bytes done.
+        options: input, output and settings.
+        documents: texts to prepare before the files of `options.inputs`, which may then be empty.
+        progress: receives the number of bytes done; None reports nothing.
 
     Returns:
         The manifest of the dataset folder.
 
     Raises:
-        ConfigError: impossible options, or an output that is another dataset or no dataset.
-        DataError: bad lines, damaged files, no documents.
-        StorageError: not enough room, or the disk refused.
+        ConfigError: options are invalid, or the output is another dataset or no dataset.
+        DataError: a line is bad, a file is damaged, or there are no documents.
+        StorageError: the disk has too little space, or the file system refused.
         BusyError: another prepare is writing the same output.
-        PeerError: a worker was killed.
+        PeerError: a worker process was killed.
+        EnvironmentFault: a package for an input format, the encoder or the splitter is not installed.
     """
     progress = progress or NoProgress()
     output = options.output_folder
@@ -75,7 +77,7 @@ def prepare(
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = load_tokenizer(tokenizer, eod_token=options.eod_token)
     if options.task == "bert":
-        tokenizer.bert_special_ids()  # before an hour is spent on reading
+        tokenizer.bert_special_ids()  # fails now rather than after an hour of hashing and reading
     check_output(output, options.overwrite)
     planned = plan_manifest(options, tokenizer)
     with locked_work_folder(output) as work:
@@ -91,7 +93,7 @@ def prepare(
 
 
 def _spool(documents: Iterable[str], work: Path, key: str) -> InputFile:
-    """Writes documents that came as objects into a file of the work folder, so that they are read like any."""
+    """Writes documents that are Python objects into a file of the work folder, which is then read as any other."""
     path = work / "documents.jsonl"
     with storage_errors(path), open(path, "w", encoding="ascii") as stream:
         for text in documents:
@@ -105,17 +107,17 @@ def _hash_sources(files: Sequence[InputFile], work: Path, progress: Progress) ->
     for file in files:
         with reading(file.path):
             digest = sha256_file(file.path, progress.advance)
-        path = file.path.name if file.path.parent == work else str(file.path)  # the work folder will be gone
+        path = file.path.name if file.path.parent == work else str(file.path)  # the work folder is removed
         sources.append(SourceInfo(path=path, bytes=file.bytes, sha256=digest, documents=0))
     return sources
 
 
 def _existing(output: Path, planned: Manifest, overwrite: bool) -> Manifest | None:
-    """The dataset that is already at `output` if it is the one asked for; None if one is to be made.
+    """Returns the manifest of the dataset at `output` if it is the requested one, or None if it must be made.
 
     Raises:
-        ConfigError: another dataset is there and is not to be replaced.
-        DataError: the one there is damaged.
+        ConfigError: `output` is another dataset and `overwrite` is false.
+        DataError: the dataset is damaged and `overwrite` is false.
     """
     if not (output / NAME).exists():
         return None
@@ -125,7 +127,7 @@ def _existing(output: Path, planned: Manifest, overwrite: bool) -> Manifest | No
         if not different:
             for split in found.splits.values():
                 check_indexed(output / split.prefix).verify_content()
-            logger.info("%s is complete already, made from the same input with the same settings", output)
+            logger.info("%s is already complete, made from the same input with the same settings", output)
             return found
     except DataError:
         if overwrite:
@@ -134,12 +136,12 @@ def _existing(output: Path, planned: Manifest, overwrite: bool) -> Manifest | No
     if overwrite:
         return None
     raise ConfigError(
-        f"{output}: holds another dataset ({'; '.join(different)}); choose another --output, or replace it: --overwrite"
+        f"{output}: contains another dataset ({'; '.join(different)}); choose another --output, or replace it with --overwrite"
     )
 
 
 class _Preparation:
-    """One run of `prepare`: encodes into shards, then puts the splits together."""
+    """One run of `prepare`: encodes pieces into shards, then merges these into splits."""
 
     def __init__(
         self,
@@ -165,12 +167,13 @@ class _Preparation:
         )
         self.encoder: Encoder = build_encoder(options.encoder, tokenizer, self.settings.splitter)
         total = sum(file.bytes for file in files)
-        # A power of two, so that a small change of the corpus leaves the cuts of the other files where they are.
+        # A power of two: after a small change of the corpus, the other files are cut at the same places and their shards
+        # are reused.
         self.piece_bytes = min(max(1 << (total // _PIECES).bit_length(), _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
         self.shards_folder = work / f"shards-{self._shards_key()[:16]}"
 
     def _shards_key(self) -> str:
-        """What the shards depend on; shards of another key are never taken."""
+        """Returns a hash of everything that the shards depend on; shards with another key are not reused."""
         parts = (
             _SHARDS_FORMAT,
             self.planned.tokenizer.sha256,
@@ -181,7 +184,7 @@ class _Preparation:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def run(self, output: Path) -> Manifest:
-        """Encodes, splits, merges and publishes."""
+        """Encodes and merges the corpus, then moves the result to `output`; returns its manifest."""
         began = time.monotonic()
         for old in self.work.glob("shards-*"):
             if old != self.shards_folder:
@@ -204,7 +207,7 @@ class _Preparation:
         return manifest
 
     def _named_pieces(self) -> Iterator[tuple[str, Piece]]:
-        """Shards are named by the content of their file: one that was mended is encoded again, the others stay."""
+        """Yields (shard name, piece). The name contains the file's hash, so only a changed file is encoded again."""
         times: Counter[str] = Counter()
         for source, file in zip(self.planned.sources, self.files, strict=True):
             content = f"{source.sha256[:24]}-{file.format}{file.compression}"
@@ -219,6 +222,7 @@ class _Preparation:
             "about %s tokens, %s MB of disk while working, %.0f s on %d processes",
             f"{estimate.tokens:,.0f}", f"{estimate.disk_bytes / 1e6:,.0f}", estimate.core_seconds / workers, workers,
         )  # fmt: skip
+        # Shards of an earlier run already occupy part of the estimated space.
         there = sum(path.stat().st_size for path in self.shards_folder.iterdir())
         check_free_space(self.work, estimate.disk_bytes - there)
 
@@ -231,21 +235,22 @@ class _Preparation:
         encoder: EncoderName = "gigatoken" if self.encoder.name.startswith("gigatoken") else "tokenizers"
         workers = self.options.workers or usable_cores()
         if sum(file.bytes for file in self.files) < 2 * _MIN_PIECE_BYTES:
-            workers = 1  # starting processes would take longer than the work
+            workers = 1  # below 512 KiB, starting processes takes longer than encoding
         return encode_pieces(
             self._named_pieces(), self.shards_folder, self.settings, self.tokenizer, encoder, workers, on_shard
         )
 
     def _check_unchanged(self) -> None:
+        """Rejects files that changed since they were hashed; the manifest would describe other content than the tokens."""
         for file, source in zip(self.files, self.planned.sources, strict=True):
             with reading(file.path):
                 now = file.path.stat()
             if (now.st_size, now.st_mtime_ns) != (source.bytes, file.modified_ns):
-                raise DataError(f"{file.path}: changed while it was read; give the same command again")
+                raise DataError(f"{file.path}: changed while it was read; run the same command again")
 
     def _merge(self, collector: Collector, shards: Sequence[Shard], result: Path) -> Manifest:
         """Writes the splits' token files, the tokenizer and the manifest into `result`."""
-        shutil.rmtree(result, ignore_errors=True)
+        shutil.rmtree(result, ignore_errors=True)  # left by a run that stopped while merging
         with storage_errors(result, "made"):
             result.mkdir()
         if not any(shard.documents for shard in shards):
@@ -294,4 +299,4 @@ def _no_documents(files: Sequence[InputFile], shards: Sequence[Shard]) -> str:
     names = str(files[0].path) if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
     passed = {**_total([s.read.skipped for s in shards]), **_total([s.read.rejected for s in shards])}
     met = ", ".join(f"{count} × {kind}" for kind, count in passed.items()) or "no lines at all"
-    return f"{names}: no documents in it ({met}); is this the right file, and --json-key the right key?"
+    return f"{names}: contains no documents ({met}); is this the right file, and --json-key the right key?"

@@ -1,4 +1,4 @@
-"""Encodes the pieces of a corpus on several processes and returns their shards in the corpus's order."""
+"""Encodes the pieces of a corpus in several worker processes and collects their shards."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _worker: tuple[EncodeSettings, Encoder] | None = None
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, encoder: EncoderName) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be blocked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for platforms without pthread_sigmask
     signal_when_parent_ends(signal.SIGKILL)  # a killed parent must not leave workers behind
-    if sys.platform == "linux" and os.getppid() != parent:
+    if sys.platform == "linux" and os.getppid() != parent:  # the parent ended before the line above, which has no effect then
         os._exit(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
     _worker = settings, build_encoder(encoder, tokenizer, settings.splitter)
 
 
 @contextmanager
 def _interrupts_blocked_in_children() -> Iterator[None]:
-    """Processes started within inherit a blocked SIGINT, and keep it.
+    """Blocks SIGINT; processes started in the block inherit this.
 
-    An interrupt from the terminal reaches every process, also one that is still importing; the parent alone
-    decides. It gets an interrupt that comes within at the end.
+    An interrupt from the terminal reaches every process, and would end a worker that is still importing with a
+    traceback. Only the parent handles it; an interrupt during the block is delivered at its end.
     """
     if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # its start, within a worker's start, would unblock SIGINT
+        resource_tracker.ensure_running()  # otherwise the first worker starts it, which unblocks SIGINT
     with blocked([signal.SIGINT]):
         yield
 
@@ -59,11 +59,12 @@ def _work(piece: Piece, folder: Path, name: str) -> Shard:
 
 
 class Collector:
-    """Takes shards as they get ready, and knows the first bad line of the corpus.
+    """Collects shards as they are completed, and finds the first bad line of the corpus.
 
     Attributes:
-        shards: by the pieces' place in the corpus.
-        reused: how many came from an earlier run.
+        shards: (piece, shard) by the piece's position in the corpus.
+        reused: number of shards from an earlier run.
+        stopped: whether a bad line ends the preparation.
     """
 
     def __init__(self, on_shard: Callable[[Piece, Shard], None], stop_on_problem: bool) -> None:
@@ -74,13 +75,13 @@ class Collector:
         self._stop = stop_on_problem
 
     def take(self, place: int, piece: Piece, shard: Shard) -> None:
-        """Records one shard."""
+        """Records the shard of the piece at position `place` in the corpus."""
         self.shards[place] = piece, shard
         self.stopped |= self._stop and bool(shard.read.problems)
         self._on_shard(piece, shard)
 
     def raise_first_problem(self) -> None:
-        """Raises DataError FILE:LINE for the first bad line in the corpus's order, if there is one."""
+        """Raises a DataError with FILE:LINE for the first bad line in the corpus's order, if there is one."""
         lines_before: dict[Path, int] = {}
         for _, (piece, shard) in sorted(self.shards.items()):
             path = piece.file.path
@@ -100,18 +101,21 @@ def encode_pieces(
     workers: int,
     on_shard: Callable[[Piece, Shard], None],
 ) -> Collector:
-    """Encodes all pieces; shards that an earlier run left whole are taken as they are.
+    """Encodes all pieces, reusing the complete shards of an earlier run.
 
     Args:
         pieces: (shard name, piece) in the corpus's order.
-        folder: where shards go.
-        settings, tokenizer, encoder: what the workers are given.
-        workers: processes; 1 works in this one.
-        on_shard: called for every shard, as it gets ready, in any order.
+        folder: folder of the shards.
+        settings, tokenizer, encoder: arguments of each worker.
+        workers: number of processes; 1 encodes in this process.
+        on_shard: called for every shard when it is complete, in any order.
+
+    Returns:
+        The collected shards, by position in the corpus.
 
     Raises:
-        DataError: the first bad line of the corpus (on_error "stop"), or a damaged file.
-        PeerError: a worker was killed.
+        DataError: a line is bad and `on_error` is "stop" (names the first in the corpus), or a file is damaged.
+        PeerError: a worker process was killed.
         StorageError: a shard cannot be written.
     """
     collector = Collector(on_shard, settings.read.on_error == "stop")
@@ -136,7 +140,8 @@ def _encode_in_pool(
     workers: int,
     collector: Collector,
 ) -> None:
-    # spawn: a fork would copy the locks of this process's other threads in whatever state they are.
+    # spawn, because a fork copies locks that other threads hold, and nothing in the child releases them.
+    # ProcessPoolExecutor raises if a worker is killed; multiprocessing's Pool.imap would wait without end.
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(), *given)
     )
@@ -156,17 +161,17 @@ def _encode_in_pool(
             else:
                 with _interrupts_blocked_in_children():  # the pool's processes start within its first submit
                     pending[pool.submit(_work, piece, folder, name)] = place, piece
-            collect(limit=2 * workers)
+            collect(limit=2 * workers)  # bounds the memory of queued pieces, which may hold their bytes
             if collector.stopped:
                 break
         collect(limit=0)
     except BrokenProcessPool:
         raise PeerError(
-            "a worker process of prepare was killed, most often for lack of memory; what is done is kept: give the "
+            "a worker process of prepare was killed, most often because memory ran out; finished pieces are kept; run the "
             f"same command again, with fewer workers if memory is short (--workers {max(1, workers // 2)})"
         ) from None
     except BaseException:
-        # Do not wait for pieces whose shards nobody will use.
+        # Killed, because shutdown below would wait for running pieces, whose shards are no longer needed.
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.kill()
         raise

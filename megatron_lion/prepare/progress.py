@@ -1,4 +1,4 @@
-"""Progress of long jobs on stderr: a bar with MB/s and time left on a terminal, a line now and then elsewhere."""
+"""Reports progress of long jobs on stderr: a bar with MB/s on a terminal, else a log line every 30 s."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ _LINE_EVERY_S = 30.0
 
 
 class Progress(Protocol):
-    """What a job reports to."""
+    """Interface to which a job reports its progress."""
 
     def stage(self, name: str, total_bytes: int) -> None:
-        """A stage begins; the one before it has ended."""
+        """Begins a stage of `total_bytes` bytes and ends the previous one."""
 
     def advance(self, num_bytes: int) -> None:
-        """So many more bytes of the stage are done."""
+        """Reports that `num_bytes` more bytes of the stage are done."""
 
 
 class NoProgress:
     """Reports nothing."""
 
     def stage(self, name: str, total_bytes: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def advance(self, num_bytes: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class ConsoleProgress:
     """Shows progress on stderr; use as a context manager.
 
-    On a terminal a rich bar; elsewhere (log files, batch jobs) one log line every 30 s.
+    It shows a rich bar on a terminal, and one log line every 30 s otherwise (log files, batch jobs).
     """
 
     def __init__(self) -> None:
@@ -62,23 +62,23 @@ class ConsoleProgress:
             console=console,
             disable=not self._live,
         )
-        self._name, self._total, self._done, self._began, self._told = "", 0, 0, 0.0, 0.0
+        self._name, self._total, self._done, self._began, self._logged = "", 0, 0, 0.0, 0.0
         self._task = self._bar.add_task("", visible=False)
 
     def stage(self, name: str, total_bytes: int) -> None:
         """Begins a new bar."""
         self._end_stage()
         self._name, self._total, self._done = name, total_bytes, 0
-        self._began = self._told = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self._task = self._bar.add_task(name, total=total_bytes)
 
     def advance(self, num_bytes: int) -> None:
-        """Moves the bar, or logs a line if the last is 30 s old."""
+        """Moves the bar, or logs a line if the last one is 30 s old."""
         self._done += num_bytes
         self._bar.update(self._task, advance=num_bytes)
         now = time.monotonic()
-        if not self._live and now - self._told > _LINE_EVERY_S:
-            self._told = now
+        if not self._live and now - self._logged > _LINE_EVERY_S:
+            self._logged = now
             rate = self._done / max(now - self._began, 1e-9)
             left = (self._total - self._done) / max(rate, 1e-9)
             share = 100 * self._done / max(self._total, 1)

@@ -1,9 +1,9 @@
-"""Documents to sentences to WordPiece ids, fast: every distinct word is tokenized once.
+"""Splits documents into sentences and encodes them with WordPiece; each distinct word is tokenized once.
 
-BERT's tokenization of a text is that of its blank-separated words one after another, so a table from words to their ids
-gives the ids of most text without tokenizing it. Words that are not in the table yet, and
-documents with control characters (which BERT drops, so that they join what they part), go to `tokenizers`, whose ids
-are the reference; a sample of the documents is encoded by both all along.
+BERT's tokenization of a text is the tokenization of its blank-separated words one after another. So a table from words
+to ids replaces the tokenizer for most text. `tokenizers` is the reference: it encodes words that are not in the table,
+and documents with control characters (BERT drops these, which joins the words around them). One document in 512 is
+encoded both ways and compared.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from megatron_lion.prepare.encoded import EncodedDocument
 from megatron_lion.prepare.sentences import SplitterName, load_splitter
 
 LONGEST_SENTENCE = 512
-"""Megatron's dataset passes over every document with a longer sentence (LONG_SENTENCE_LEN), so longer ones are divided."""
+"""Megatron's dataset skips every document with a longer sentence (LONG_SENTENCE_LEN), so longer ones are divided."""
 
-# A word and its ids take some 150 bytes: a quarter of a gigabyte a worker at most.
+# An entry takes about 150 bytes, so the table of a worker takes at most about 300 MB.
 _TABLE_WORDS = 1 << 21
 _SAMPLE_EVERY = 512
 _ASCII_PARTS = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9]")
-# White space to str.split, but control characters to BERT.
+# str.split treats these as white space, BERT as control characters, so the table would give other ids.
 _DROPPED = frozenset("\x0b\x0c\x1c\x1d\x1e\x1f\x85")
 
 
 class _WordTable(dict[str, bytes]):
-    """Word -> its ids as the bytes they are stored as; learns what it is asked for."""
+    """Maps a word to the bytes of its ids; a missing word is tokenized and added."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
         self._encode = tokenizer.backend.encode
@@ -44,12 +44,12 @@ class _WordTable(dict[str, bytes]):
     def __missing__(self, word: str) -> bytes:
         ids = self._learn(word)
         if len(self) >= _TABLE_WORDS:
-            self.clear()
+            self.clear()  # frequent words return at once; no bookkeeping of uses is needed
         self[word] = ids
         return ids
 
     def _learn(self, word: str) -> bytes:
-        """In printable ASCII each mark of punctuation is a word of its own, and small letters are one operation."""
+        """Encodes a word. Printable ASCII is first cut at punctuation and lowercased, which finds more words in the table."""
         if word.isascii() and word.isprintable():
             parts = _ASCII_PARTS.findall(word)
             if len(parts) > 1:
@@ -63,19 +63,19 @@ class SentenceEncoder:
     """Splits documents into sentences and encodes these with BERT's WordPiece.
 
     Args:
-        tokenizer: a WordPiece with BERT's special tokens.
-        splitter: "rules" or "punkt".
-        sample_every: every such document is encoded by the reference too.
+        tokenizer: WordPiece tokenizer with BERT's special tokens.
+        splitter: sentence splitter, "rules" or "punkt".
+        sample_every: the reference also encodes one document in this many.
 
     Raises:
-        DataError: another kind of tokenizer, or special tokens are missing.
+        DataError: the tokenizer is no WordPiece or lacks special tokens.
         EnvironmentFault: punkt is not installed.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, splitter: SplitterName = "rules", sample_every: int = _SAMPLE_EVERY
     ) -> None:
-        tokenizer.bert_special_ids()  # raises DataError unless it is fit for BERT
+        tokenizer.bert_special_ids()  # raises DataError if the tokenizer is not suitable
         self.name = f"tokenizers {importlib.metadata.version('tokenizers')} by words, sentences by {splitter}"
         self.split = load_splitter(splitter)
         self._tokenizer = tokenizer
@@ -86,7 +86,7 @@ class SentenceEncoder:
         self._seen = 0
 
     def encode_documents(self, texts: Sequence[str]) -> list[EncodedDocument]:
-        """Each text as the ids of its sentences; one without any token has no sentence."""
+        """Returns the ids and sentence lengths of each text; a text without tokens has no sentences."""
         documents = []
         for text in texts:
             sentences = self.split(text)
@@ -108,7 +108,7 @@ class SentenceEncoder:
     def _compare(self, text: str, found: list[bytes], expected: list[bytes]) -> None:
         if found != expected:
             raise DataError(
-                f"{self._tokenizer.source}: encoding by words gives other ids than the tokenizer for the text that begins "
+                f"{self._tokenizer.source}: encoding by words and the tokenizer give different ids for the text that begins "
                 f"{text[:40]!r}; please report this tokenizer"
             )
 
@@ -121,7 +121,7 @@ class SentenceEncoder:
         return EncodedDocument(ids, lengths[lengths > 0], long)
 
     def _divide(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Lengths with long sentences cut into pieces of at most `LONGEST_SENTENCE`, at words' beginnings."""
+        """Returns the lengths with long sentences cut into at most `LONGEST_SENTENCE` tokens, at beginnings of words."""
         divided: list[int] = []
         start = 0
         for length in lengths.tolist():
@@ -137,7 +137,7 @@ class SentenceEncoder:
 
 
 def _continuation_ids(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
-    """(V,) whether an id goes on a word (##…)."""
+    """Returns a (V,) array that is true for ids of continuation pieces (##…)."""
     continues = np.zeros(tokenizer.vocab_size, dtype=np.bool_)
     continues[[index for token, index in tokenizer.backend.get_vocab().items() if token.startswith("##")]] = True
     return continues

@@ -1,18 +1,17 @@
-"""Divides English text into sentences: by our rules, fast, or by NLTK's Punkt if it is installed.
+"""Splits English text into sentences, by rules or by NLTK's Punkt.
 
-Sentence-order tasks need the boundaries. The rules:
+BERT's sentence-order task needs the boundaries. A blank line ends a sentence. White space after `.`, `!`, `?` or `…`, with
+closing quotes, brackets and note numbers ([7]) between them, may end one. For a full stop the words before and after it
+decide:
 
-A sentence may end where `.`, `!`, `?` or `…`, with closing quotes, brackets and note numbers ([7]) after it, is followed
-by white space, and at a blank line. Whether a full stop does end it is decided by the word before and the word after:
+1. A word that begins with a small letter begins a sentence only after a bare ! or ? ("Why?" she asked).
+2. Titles and other words that belong to the next word (Mr., Dr., St., vs., e.g., Fig. 3) end no sentence.
+3. A single capital is an initial (J. R. R. Tolkien), except "I", and except if the next word commonly begins sentences.
+4. Abbreviations that can end a sentence (Inc., a.m., U.S., Jan.) end it if the next word commonly begins sentences.
+5. A number alone before the stop, at the beginning of a line, numbers an item of a list and ends no sentence.
 
-1. A word that begins with a small letter begins a sentence after a bare ! or ? only ("Why?" she asked).
-2. Titles and other words that lead to what follows (Mr., Dr., St., vs., e.g., Fig. 3) end none.
-3. Single capitals are initials (J. R. R. Tolkien), save "I" and where the next word commonly begins sentences.
-4. Abbreviations that can end a sentence (Inc., a.m., U.S., Jan.) do so where the next word commonly begins sentences.
-5. A number alone before the stop, at the beginning of a line, counts an item of a list.
-
-Decimals, versions and addresses (3.14, v1.2, example.com) have no white space after the point and are never divided.
-Nothing but the white space between sentences is lost.
+Decimals, versions and addresses (3.14, v1.2, example.com) have no white space after the point and are not divided.
+Only the white space between sentences is lost.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Never at a sentence's end.
+# These never end a sentence.
 _LEADING = _words(
     """
     mr mrs ms messrs dr prof rev hon st sgt capt col gen lt cmdr adm maj gov sen rep pres supt det insp mt ft
     vs v c cf viz e.g i.e eg ie approx ca op trans
     """
 )
-# Not at a sentence's end before a number.
+# These do not end a sentence before a number.
 _COUNTING = _words("no nos p pp fig figs eq eqs sec secs ch chap vol vols art ed par")
-# At a sentence's end if what follows commonly begins one.
+# These end a sentence if the next word commonly begins one (_STARTERS).
 _TRAILING = _words(
     """
     inc ltd corp bros llc plc jr sr esq etc al a.m p.m b.c a.d ph.d sept oct nov dec feb aug tues thu thur thurs wed
     ave blvd rd bldg dept univ assn hrs lb lbs oz calif colo conn fla mich minn okla tenn tex wis ariz
     """
 )
-# The same where they are written with a capital; without, they are words.
+# The same if written with a capital; without one they are ordinary words.
 _TRAILING_CAPITAL = _words(
     "Co Jan Mar Apr Jun Jul Sep Mon Tue Fri Sat Sun La Ill Ind Mass Miss Del Va Pa Md Ga Ala Mo Wash Ore"
 )
@@ -60,8 +59,9 @@ _STARTERS = _words(
     """
 )
 
-# A run of end marks and what closes after it, before white space or the end; or a blank line.
-# Possessive, and begun at the first mark or white space of a run alone: a megabyte of "!!!!" is read once.
+# A run of end marks with closing characters, before white space or the end of the text; or a blank line.
+# Possessive quantifiers, and matches only at the first mark or white space of a run, keep the time linear for a
+# megabyte of "!!!!"; backtracking would take minutes.
 _CANDIDATE = re.compile(
     r"""(?<![.!?…])[.!?…]++(?:["'”’»)\]}]|\[\d++\])*+(?=(\s++|\Z))|(?<!\s)(?=([^\S\n]*+\n[^\S\n]*+\n\s*+))"""
 )
@@ -72,12 +72,12 @@ _LOOK_BACK, _LOOK_AHEAD = 30, 24
 
 
 def load_splitter(name: SplitterName) -> Splitter:
-    """The splitter of that name; its sentences are not empty and have no white space around them.
+    """Returns the splitter of a name, a function from a text to its sentences.
 
-    With Punkt too a blank line ends a sentence, as it does in every document that a person laid out.
+    The sentences are not empty and have no white space around them. A blank line ends a sentence with Punkt too.
 
     Raises:
-        EnvironmentFault: Punkt was asked for and NLTK or its English model is not installed.
+        EnvironmentFault: Punkt was requested and NLTK or its English model is not installed.
     """
     if name == "rules":
         return split_sentences
@@ -88,7 +88,7 @@ def load_splitter(name: SplitterName) -> Splitter:
     except (ImportError, LookupError):
         raise EnvironmentFault(
             "--splitter punkt: needs NLTK and its English model (pip install nltk; python -m nltk.downloader punkt_tab, "
-            "or a folder that holds tokenizers/punkt_tab in NLTK_DATA); or use --splitter rules"
+            "or set NLTK_DATA to a folder with tokenizers/punkt_tab); or use --splitter rules"
         ) from None
 
     def split(text: str) -> list[str]:
@@ -99,13 +99,13 @@ def load_splitter(name: SplitterName) -> Splitter:
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Begin and end of each sentence in the text, without the white space around it.
+    """Returns the begin and end of each sentence in a text, without the white space around it.
 
     Args:
-        text: a document.
+        text: text of a document.
 
     Returns:
-        [(begin, end), …] in order; empty for a text of white space.
+        [(begin, end), …] in characters, in order; empty for a text of white space only.
 
     >>> text = 'Mr. J. Smith paid $3.50 at 5 p.m. He left. "Why?" she asked.'
     >>> [text[begin:end] for begin, end in sentence_spans(text)]
@@ -126,7 +126,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text; see `sentence_spans`.
+    """Returns the sentences of a text; see `sentence_spans`.
 
     >>> split_sentences("It works. Version 2.0 does, too! See Fig. 3 for more.")
     ['It works.', 'Version 2.0 does, too!', 'See Fig. 3 for more.']
@@ -140,11 +140,11 @@ def _ends_sentence(text: str, begin: int, mark: int, end: int, after: int) -> bo
     word_after = following[0].lstrip(_OPENING).rstrip(_CLOSING) if following else ""
     bare = end - mark == 1
     if following and not word_after and following[0][0] in _CLOSING:
-        return False  # the mark stands inside brackets, or between other marks
+        return False  # the mark is inside brackets or between other marks
     if word_after[:1].islower():
         return bare and text[mark] in "!?"
     if not bare or text[mark] != ".":
-        return True  # !, ?, an ellipsis, or a stop with something closed after it
+        return True  # !, ?, an ellipsis, or a stop with a closing character after it
     before = text[max(begin, mark - _LOOK_BACK) : mark].split()
     word_before = before[-1].lstrip(_OPENING) if before else ""
     lowered = word_before.lower()

@@ -1,4 +1,4 @@
-"""How many tokens, how much disk and how much time a corpus will take, from a small sample of it."""
+"""Estimates the tokens, disk space and time of a preparation from a small sample of the corpus."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from megatron_lion.prepare.inputs import InputFile
 from megatron_lion.prepare.pieces import ReadCount, cut_pieces, read_piece
 
 _SAMPLE_BYTES = 1 << 18
-# Where a compressed file cannot tell from its beginning: English text shrinks to about a quarter.
+# Used if the beginning of a compressed file does not show its ratio: English text shrinks to about a quarter.
 _USUAL_COMPRESSION = 4.0
 _FIXED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What to expect.
+    """Expected size and cost of a preparation.
 
     Attributes:
-        tokens: of the whole corpus.
-        disk_bytes: needed at the peak, when shards and merged files lie side by side.
-        core_seconds: of encoding, on one core.
+        tokens: number of tokens of the whole corpus.
+        disk_bytes: disk space in bytes at the peak, when both shards and merged files exist.
+        core_seconds: time of encoding on one core, in seconds.
     """
 
     tokens: float
@@ -35,10 +35,15 @@ class Estimate:
 
 
 def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder: Encoder) -> Estimate:
-    """Encodes the first 256 KiB of the largest file and scales up.
+    """Encodes the first 256 KiB of the largest file and scales the result to the corpus.
+
+    Args:
+        files: input files, at least one.
+        settings: settings of the workers.
+        encoder: from `build_encoder`.
 
     Raises:
-        DataError: that file is damaged at its beginning.
+        DataError: the largest file is damaged at its beginning.
     """
     file = max(files, key=lambda candidate: candidate.bytes)
     piece = next(cut_pieces(file, _SAMPLE_BYTES), None)
@@ -46,6 +51,7 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         return Estimate(0.0, _FIXED_BYTES, 0.0)
     texts: list[str] = []
     characters = 0
+    # The estimate skips bad lines; the preparation itself reports them with their line numbers.
     lenient = dataclasses.replace(settings.read, on_error="skip")
     for text in read_piece(piece, lenient, ReadCount()):
         texts.append(text[:_SAMPLE_BYTES])
@@ -62,6 +68,6 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         growth = (piece.end - piece.start) / piece.stored_bytes if known else _USUAL_COMPRESSION
     scale = sum(each.bytes for each in files) * growth / sample_bytes
     tokens, documents = num_tokens * scale, len(texts) * scale
-    # Tokens and documents once in shards (12 bytes a document) and once merged (20); a tenth for what was not seen.
+    # Tokens and documents are stored in shards (12 bytes a document) and merged (20); 10 % more for the rest of the text.
     peak = 1.1 * (2 * tokens * token_dtype(settings.vocab_size).itemsize + 32 * documents)
     return Estimate(tokens, int(peak) + _FIXED_BYTES, seconds * scale)

@@ -1,7 +1,7 @@
-"""Which documents are for training, validation and test: decided by each document's own hash.
+"""Assigns documents to train, validation and test by a hash of their text.
 
-A document belongs to the same split whatever stands around it, however many files or workers there are,
-and equal texts go together. So a corpus can grow without a test document becoming a training one.
+The split of a document does not depend on the other documents, the files or the number of workers, and equal texts get
+the same split. So a test document stays a test document when the corpus grows.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _END = 1 << 64
 
 
 def parse_split(text: str | Sequence[float]) -> tuple[float, float, float]:
-    """Shares of train, valid and test in percent, from up to three relative weights.
+    """Returns the shares of train, valid and test in percent, from one to three relative weights.
 
     >>> parse_split("969,30,1"), parse_split("1")
     ((96.9, 3.0, 0.1), (100.0, 0.0, 0.0))
 
     Raises:
-        ConfigError: not one to three numbers ≥ 0, or all are 0.
+        ConfigError: the weights are not one to three finite numbers ≥ 0, or all are 0.
     """
     parts = text.split(",") if isinstance(text, str) else list(text)
     try:
@@ -40,27 +40,27 @@ def parse_split(text: str | Sequence[float]) -> tuple[float, float, float]:
 
 
 def document_hash(utf8: bytes, seed: int) -> int:
-    """The 64 bits that place a document: the first 8 bytes of SHA-256 over the seed and the text."""
+    """Returns the 64-bit hash that determines a document's split: the first 8 bytes of SHA-256 over seed and text."""
     return int.from_bytes(hashlib.sha256(b"%d\0" % seed + utf8).digest()[:8], "little")
 
 
 def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, float]) -> npt.NDArray[np.uint8]:
-    """The split of each document: 0 train, 1 valid, 2 test.
+    """Returns the split of each document: 0 train, 1 valid, 2 test.
 
-    The range of the 64-bit hash is divided in proportion to the shares. If a split with a share above zero
-    gets no document, it is given the one whose hash lies nearest to its part of the range, with its
-    duplicates, from the split with the most distinct texts, as long as that one keeps some. So three
-    distinct texts are enough for three splits.
+    The range of the 64-bit hash is divided in proportion to the shares. If a split with a share above zero gets no
+    document, it takes one with its duplicates from the split with the most distinct texts, if that split keeps at least
+    one. It takes the document whose hash is nearest to its part of the range. So three distinct texts fill three splits.
 
     Args:
         hashes: (D,) uint64, from `document_hash`.
         split: shares in percent.
 
     Returns:
-        (D,) uint8. A split may still be empty where there are fewer distinct texts than splits.
+        (D,) uint8. A split can still be empty if there are fewer distinct texts than splits.
     """
     bounds = [0, round(split[0] / 100 * _END), round((split[0] + split[1]) / 100 * _END), _END]
-    bounds = [min(bound, _END) for bound in bounds]
+    bounds = [min(bound, _END) for bound in bounds]  # rounded shares can sum to a little more than 100
+    # Duplicates share a hash, so a split is chosen for each distinct hash and copied to all documents with it.
     texts, inverse = np.unique(hashes, return_inverse=True)
     members = np.zeros(texts.size, dtype=np.uint8)
     for index in (1, 2):
@@ -72,6 +72,7 @@ def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, flo
         if split[index] == 0 or counts[index] > 0 or counts[donor] < 2:
             continue
         low, high = (np.uint64(min(bound, _END - 1)) for bound in (bounds[index], bounds[index + 1]))
+        # uint64 has no negative numbers: each difference is taken on the side where it is not below 0.
         distance = np.where(texts < low, low - texts, texts - np.minimum(texts, high))
         candidates = np.flatnonzero(members == donor)
         members[candidates[distance[candidates].argmin()]] = index
@@ -79,5 +80,5 @@ def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, flo
 
 
 def split_names(split: tuple[float, float, float]) -> list[str]:
-    """Names of the splits with a share above zero."""
+    """Returns the names of the splits with a share above zero."""
     return [name for name, share in zip(SPLITS, split, strict=True) if share > 0]

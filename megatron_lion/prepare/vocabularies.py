@@ -1,6 +1,6 @@
 """Trains small vocabularies on a corpus: byte-level BPE for GPT-2 and WordPiece for BERT, with `tokenizers`.
 
-The same files give the same vocabulary, byte for byte, whatever the number of threads.
+The same files give the same vocabulary, byte for byte, at any number of threads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_lion.files import storage_errors, write_whole
 from megatron_lion.prepare.pieces import read_documents
 
 ALPHABET = 60
-"""Single characters in a WordPiece vocabulary: the commonest; words keep only these in training."""
+"""Number of single characters in a WordPiece vocabulary, the most common ones; training drops all others."""
 
 _CONTINUING = 0xF0000  # private-use plane: one code point for each "##c"
 
@@ -28,19 +28,21 @@ def train_bpe(files: Sequence[str | Path], vocab_size: int, folder: str | Path) 
     <|endoftext|> is the last id, as in GPT-2. The same files give the same vocabulary.
 
     Args:
-        files: as for `find_inputs`.
-        vocab_size: number of ids, 257 (the bytes and the end marker) or more; fewer come out where the corpus
-            is too small for as many merges.
-        folder: where to save.
+        files: inputs as for `find_inputs`.
+        vocab_size: number of ids, at least 257 (the bytes and the end marker). The vocabulary is smaller if the corpus
+            has too few pairs to merge.
+        folder: output folder.
 
     Returns:
         The tokenizer, loaded from `folder`.
 
     Raises:
         ConfigError: vocab_size is below 257.
+        DataError: an input has a bad line or is damaged.
+        StorageError: the folder cannot be written.
     """
     if vocab_size < 257:
-        raise ConfigError(f"vocab_size {vocab_size}: at least 257 are needed, the 256 bytes and {DEFAULT_EOD}")
+        raise ConfigError(f"vocab_size {vocab_size}: at least 257 are needed, for the 256 bytes and {DEFAULT_EOD}")
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -65,24 +67,26 @@ def train_bpe(files: Sequence[str | Path], vocab_size: int, folder: str | Path) 
 def train_wordpiece(files: Sequence[str | Path], vocab_size: int, folder: str | Path) -> Tokenizer:
     """Trains an uncased WordPiece vocabulary with BERT's special tokens on a corpus and saves it as vocab.txt.
 
-    Special tokens come first, then the pieces by alphabet. The pieces are those that `tokenizers`'
-    WordPieceTrainer chooses, pair by pair the commonest; among equally common pairs, where that trainer
-    follows the order of a hash table, the first by alphabet is taken.
+    Special tokens come first, then the pieces in alphabetical order. As in `tokenizers`' WordPieceTrainer, each step
+    merges the most common pair. Among equally common pairs that trainer follows the order of a hash table; here the
+    first in alphabetical order is merged.
 
     Args:
-        files: as for `find_inputs`.
-        vocab_size: number of ids, special tokens and single characters among them.
-        folder: where to save.
+        files: inputs as for `find_inputs`.
+        vocab_size: number of ids with special tokens and single characters, at least 200.
+        folder: output folder.
 
     Returns:
         The tokenizer, loaded from `folder`.
 
     Raises:
-        ConfigError: vocab_size has no room for pieces beside the characters.
+        ConfigError: vocab_size is below 200, which leaves no room for pieces of several characters.
+        DataError: an input has a bad line or is damaged.
+        StorageError: the folder cannot be written.
     """
     if vocab_size < 200:
         raise ConfigError(
-            f"vocab_size {vocab_size}: at least 200 are needed, special tokens and characters with and without ##"
+            f"vocab_size {vocab_size}: at least 200 are needed, for special tokens and characters with and without ##"
         )
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
@@ -111,7 +115,7 @@ def train_wordpiece(files: Sequence[str | Path], vocab_size: int, folder: str | 
 
 
 def _count_words(documents: Iterable[str]) -> Counter[str]:
-    """Words as BERT's basic tokenizer splits them, lower case without accents, and how often each occurs."""
+    """Counts the words of BERT's basic tokenizer, in lower case without accents."""
     from tokenizers import normalizers, pre_tokenizers
 
     normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -123,7 +127,7 @@ def _count_words(documents: Iterable[str]) -> Counter[str]:
 
 
 def _commonest_characters(words: Counter[str]) -> str:
-    """The `ALPHABET` commonest characters of a corpus in their order; of equally common ones the first."""
+    """Returns the `ALPHABET` most common characters, sorted; ties go to the lower code point."""
     counts: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -132,17 +136,17 @@ def _commonest_characters(words: Counter[str]) -> str:
 
 
 def _spell(word: str, alphabet: str) -> str:
-    """A word with a code point of its own for each character after the first: the trainer then needs no "##".
+    """Writes each character after a word's first as a private code point, so that the trainer needs no "##".
 
-    With its "##" the trainer numbers these characters in the order of a hash table, and ties follow the numbers.
-    Characters outside the alphabet are left out, as the trainer does.
+    With "##", the trainer numbers these characters in the order of a hash table and breaks ties by these numbers, so
+    the vocabulary would differ between runs. Characters outside the alphabet are dropped, as in the trainer.
     """
     places = ((index, alphabet.find(character)) for index, character in enumerate(word))
     return "".join(chr(_CONTINUING + place) if index else alphabet[place] for index, place in places if place >= 0)
 
 
 def _read_back(piece: str, alphabet: str) -> str:
-    """A piece of spelled words as WordPiece writes it.
+    """Converts a piece of words written by `_spell` back to WordPiece's form.
 
     >>> _read_back(_spell("aba", "ab"), "ab"), _read_back(_spell("aba", "ab")[1:], "ab")
     ('aba', '##ba')
@@ -152,7 +156,7 @@ def _read_back(piece: str, alphabet: str) -> str:
 
 
 def _repeated(words: Counter[str]) -> Iterator[str]:
-    """Every word as often as it occurs, a thousand at a time: the trainer counts what it is given."""
+    """Yields every word as often as it occurs, up to 1,000 in a text: the trainer takes texts, not counts."""
     for word, count in words.items():
         for start in range(0, count, 1000):
             yield f"{word} " * min(1000, count - start)

@@ -1,4 +1,4 @@
-"""The hidden folder beside the output in which a dataset is made, and the step that gives it its name."""
+"""Manages the hidden folder in which a dataset is made, and its final rename to the output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def work_folder(output: Path) -> Path:
-    """OUTPUT's neighbour `.NAME.preparing`, on the same disk, so that renaming is one step."""
+    """Returns the path of the work folder, `.NAME.preparing` beside OUTPUT; on the same disk, a rename is atomic."""
     output = output.absolute()
     return output.parent / f".{output.name}.preparing"
 
@@ -44,10 +44,14 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuses an output that is not ours to replace.
+    """Rejects an output that `prepare` must not replace.
+
+    Args:
+        output: dataset folder to make.
+        overwrite: whether --overwrite was given, for the message.
 
     Raises:
-        ConfigError: a file, or a folder with other things in it.
+        ConfigError: the output is a file, a link, or a folder with files but without a manifest.
     """
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise ConfigError(f"{output}: exists and is not a folder; choose another --output")
@@ -58,32 +62,42 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def publish(result: Path, output: Path, work: Path) -> None:
-    """Gives the finished folder its name, in place of an older dataset or nothing, and removes the work folder.
+    """Renames the finished folder to the output, replacing an older dataset, and removes the work folder.
+
+    Args:
+        result: finished dataset folder, inside `work`.
+        output: final path.
+        work: work folder, on the same disk.
 
     Raises:
-        StorageError: a rename failed; the finished folder stays where it is.
+        StorageError: a rename failed; the finished folder and the older dataset are kept.
     """
     replaced = work / "replaced"
     with storage_errors(output):
         shutil.rmtree(replaced, ignore_errors=True)
         if output.exists():
-            os.rename(output, replaced)
+            os.rename(output, replaced)  # a folder cannot be renamed onto one that is not empty
         try:
             os.rename(result, output)
         except OSError:
             if replaced.exists():
                 os.rename(replaced, output)
             raise
+    # On disk before the shards, from which the result could be made again, are removed.
     sync_folder(output.absolute().parent)
     shutil.rmtree(work, ignore_errors=True)
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Raises StorageError if the disk of `folder` has less than `needed_bytes` left."""
+    """Checks that the disk of `folder` has `needed_bytes` of free space.
+
+    Raises:
+        StorageError: the free space is smaller.
+    """
     with storage_errors(folder, "read"):
         free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise StorageError(
-            f"{folder}: {free / 1e9:.1f} GB free, about {needed_bytes / 1e9:.1f} GB needed (the tokens, "
-            "twice while they are put together); make room or choose an --output on another disk"
+            f"{folder}: {free / 1e9:.1f} GB free, about {needed_bytes / 1e9:.1f} GB needed (the tokens "
+            "twice, while shards are merged); make room or choose an --output on another disk"
         )

@@ -1,4 +1,4 @@
-"""Readers: every hostile line decided, every compression, no line divided or lost at the cuts."""
+"""Readers: the outcome of each hostile line, every compression, and no line divided or lost by cutting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_lion.prepare.pieces import ReadCount, ReadOptions, cut_pieces, rea
 
 SKIP = ReadOptions(on_error="skip")
 
-# What becomes of each line of the hostile file: "document", or the kind under which it is counted.
+# Outcome of each line of the hostile file: "document", or the kind under which it is counted.
 NASTY = {
     **dict.fromkeys(range(1, 63), "document"),
     **dict.fromkeys((5, 6, 7), "blank_line"),
@@ -53,7 +53,7 @@ def test_each_hostile_line_is_decided(shared_data: Path) -> None:
     assert "\r\n" in text[4]
     assert len(text[32]) == 12, "the second of two equal keys"
     assert "\x00" in text[41]
-    assert len(text[45]) == 54, "U+2028, U+2029 and U+0085 divide nothing"
+    assert len(text[45]) == 54, "U+2028, U+2029 and U+0085 are no line ends"
     assert "\U0001f600" in text[47]
     assert len(text[48]) == 54, "nothing is normalised"
     assert text[54] == "<|endoftext|>"
@@ -155,7 +155,7 @@ def test_parquet(tmp_path: Path) -> None:
     documents = list(read_documents([tmp_path], SKIP, count))
     assert documents == [text for text in texts if text]
     assert (count.lines, count.rejected, count.skipped) == (14, {"not_a_string": 1}, {"empty_document": 1})
-    with pytest.raises(DataError, match=r"a\.parquet: row 2: 'text' holds null"):
+    with pytest.raises(DataError, match=r"a\.parquet: row 2: 'text' is null"):
         list(read_documents([tmp_path]))
     for key, said in (
         ("body", "no column 'body' .its columns: text, n"),

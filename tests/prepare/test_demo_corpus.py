@@ -1,4 +1,4 @@
-"""The demo's corpus: English, large enough, the same twice, and nothing of the held-out text in training."""
+"""The demo's corpus is English, large enough and reproducible, and the training text has no held-out text."""
 
 from __future__ import annotations
 

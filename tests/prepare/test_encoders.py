@@ -36,7 +36,7 @@ def test_gigatoken_is_token_identical_on_real_and_hard_text(shared_data: Path) -
     gpt2 = load_tokenizer(shared_data / "gpt2")
     lines = (shared_data / "corpus/sample.jsonl").read_bytes().split(b"\n")
     texts = [json.loads(line)["text"] for line in (*lines[:100], *lines[1000:1020])]
-    # Every character of the basic plane in four surroundings.
+    # Every character of the basic multilingual plane in four contexts.
     characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code <= 0xDFFF]
     texts += ["".join(f"{c}a {c}1{c}!{c}" for c in characters[i : i + 500]) for i in range(0, len(characters), 500)]
     found, expected = GigatokenEncoder(gpt2).encode(texts), ReferenceEncoder(gpt2).encode(texts)
@@ -44,7 +44,7 @@ def test_gigatoken_is_token_identical_on_real_and_hard_text(shared_data: Path) -
 
 
 class Backend:
-    """Stands in for gigatoken's: right ids until `wrong_after` texts were encoded."""
+    """Stub of gigatoken's backend: gives wrong ids after `wrong_after` texts."""
 
     def __init__(self, tokenizer: Tokenizer, wrong_after: int) -> None:
         self.tokenizer, self.left = tokenizer, wrong_after
@@ -56,7 +56,7 @@ class Backend:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, wrong_after: int) -> list[str]:
-    """Puts a module gigatoken in place; returns the definitions it is given."""
+    """Installs a stub of the module gigatoken; returns the list of definitions that it receives."""
     given: list[str] = []
 
     def load(definition: str) -> Backend:

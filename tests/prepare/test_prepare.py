@@ -1,4 +1,4 @@
-"""prepare: what lands where, the same whatever happens on the way, and refusals that say what to type."""
+"""prepare: contents of the splits, reproducibility after interruptions and at any number of workers, refusals."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def read_split(folder: Path, manifest: Manifest, name: str) -> list[list[int]]:
-    """Documents of a split, read by Megatron-Core."""
+    """Returns the documents of a split, read by Megatron-Core."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(folder / manifest.splits[name].prefix))
@@ -132,7 +132,7 @@ def test_first_bad_line_is_named_in_the_corpus_order(tmp_path: Path, tokenizer: 
     assert manifest.documents == len(texts) - 2
 
 
-def test_mended_file_reuses_the_shards_of_the_others(
+def test_fixed_file_reuses_the_shards_of_the_others(
     tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = write_jsonl(tmp_path / "a.jsonl", TEXTS[:200])
@@ -144,10 +144,10 @@ def test_mended_file_reuses_the_shards_of_the_others(
         prepare(options)
     assert "the same command goes on from there" in caplog.text
     write_jsonl(bad, TEXTS[200:])
-    mended = prepare(options)
+    fixed = prepare(options)
     assert "1 of 2 pieces from an earlier run" in caplog.text
     fresh = prepare(dataclasses.replace(options, output=tmp_path / "fresh"))
-    assert mended.splits == fresh.splits
+    assert fixed.splits == fresh.splits
 
 
 def test_damaged_shards_are_made_again(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +176,8 @@ def test_existing_output(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCapt
     first = prepare(options)
     caplog.set_level("INFO")
     assert prepare(options) == first
-    assert "complete already" in caplog.text
-    with pytest.raises(ConfigError, match=r"holds another dataset .seed 1234 instead of 7.*--overwrite"):
+    assert "already complete" in caplog.text
+    with pytest.raises(ConfigError, match=r"contains another dataset .seed 1234 instead of 7.*--overwrite"):
         prepare(dataclasses.replace(options, seed=7))
     write_jsonl(source, TEXTS[:-1])
     with pytest.raises(ConfigError, match="the input files"):
@@ -209,7 +209,7 @@ def test_refusals(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPat
     empty = tmp_path / "empty.jsonl"
     empty.write_text('\n{"text": ""}\n')
     options = PrepareOptions(inputs=[empty], tokenizer=tokenizer, output=tmp_path / "out")
-    with pytest.raises(DataError, match=r"empty\.jsonl: no documents in it \(1 × blank_line, 1 × empty_document\)"):
+    with pytest.raises(DataError, match=r"empty\.jsonl: contains no documents \(1 × blank_line, 1 × empty_document\)"):
         prepare(options)
     empty.write_text("")
     with pytest.raises(DataError, match="no lines at all"):
@@ -244,7 +244,7 @@ def test_small_corpora_fill_every_split_they_can(
     manifest = prepare(dataclasses.replace(options, output=tmp_path / "two"), documents=["one", "two", "one"])
     assert len(manifest.splits) == 2
     assert manifest.duplicate_documents == 1
-    assert "too few different documents (2) for a test split" in caplog.text
+    assert "only 2 distinct documents: too few for a test split" in caplog.text
 
 
 @examples(80)

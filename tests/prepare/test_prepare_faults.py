@@ -1,4 +1,4 @@
-"""prepare under faults: killed processes, a full disk, an interrupt. What remains is whole or resumes."""
+"""prepare under faults (killed processes, a full disk, an interrupt): no partial result, and the rerun resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DOCUMENTS = 1500
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer and a corpus of several pieces; some seconds of encoding on one core."""
+    """A folder with a tokenizer and a corpus of several pieces, which take some seconds to encode on one core."""
     folder = tmp_path_factory.mktemp("corpus")
     tokens = [*byte_letters(), "wo", "rd", "word", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
@@ -81,7 +81,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def start_and_wait_for_shards(corpus: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     """Starts prepare and returns when its first shards are on the disk, long before its last.
 
-    It runs at the lowest priority: on a busy machine it could otherwise end before this process looks again.
+    It runs at the lowest priority; otherwise, on a busy machine, it could end before this process checks again.
     """
     process = subprocess.Popen(
         ["nice", "-n", "19", *command(corpus, output, *more)],
@@ -134,11 +134,11 @@ def test_killed_parent_leaves_no_workers_and_resumes(corpus: Path, tmp_path: Pat
 
 def test_interrupt_stops_at_once_and_resumes(corpus: Path, tmp_path: Path, undisturbed: dict[str, str]) -> None:
     process = start_and_wait_for_shards(corpus, tmp_path / "out")
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers
+    os.killpg(process.pid, signal.SIGINT)  # to parent and workers, as a terminal does
     _, said = process.communicate(timeout=30)
     assert process.returncode == 75
     assert "Traceback" not in said
-    assert "the same command goes on" in said.splitlines()[-1]
+    assert "run the same command again" in said.splitlines()[-1]
     assert finish(corpus, tmp_path / "out").returncode == 0
     assert hashes(tmp_path / "out") == undisturbed
 
@@ -146,10 +146,10 @@ def test_interrupt_stops_at_once_and_resumes(corpus: Path, tmp_path: Path, undis
 def test_workers_are_deaf_to_interrupts_from_their_first_moment(
     corpus: Path, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
-    """A terminal's interrupt reaches them too; one that still imports would die of it with a traceback."""
+    """A terminal's interrupt reaches workers too, and would end one that is still importing with a traceback."""
     process = subprocess.Popen(command(corpus, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (workers := workers_of(process)):  # they are importing for some tenths of a second from here
+    while not (workers := workers_of(process)):  # from here they import for some tenths of a second
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.005)

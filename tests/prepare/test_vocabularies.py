@@ -1,4 +1,4 @@
-"""Vocabularies trained on a corpus: the same again, whatever the threads and ties, and fit for `prepare`."""
+"""Vocabularies trained on a corpus: reproducible at any number of threads, even with ties; usable by `prepare`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_wordpiece_prepares(text: Path, tmp_path: Path) -> None:
 
 
 def test_ties_do_not_change_a_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words of which most occur once: nearly every choice of a pair, and the last characters, are ties."""
+    """Most words occur once, so nearly every choice of a pair, and the last characters, are ties."""
     draw = random.Random(0)
     letters = (
         "abcdefghijklmnopqrstuvwxyz" + "".join(map(chr, range(0x3B1, 0x3C9))) + "".join(map(chr, range(0x430, 0x450)))
@@ -72,7 +72,7 @@ def test_ties_do_not_change_a_vocabulary(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_wordpiece_are_the_pieces_that_the_trainer_of_tokenizers_chooses(text: Path, tmp_path: Path) -> None:
-    """Held against WordPieceTrainer on the same text; ties, which it breaks by a hash table, may differ."""
+    """Compares with WordPieceTrainer on the same text; ties, which it breaks by a hash table, may differ."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     train_wordpiece([text], 1024, tmp_path / "ours")
