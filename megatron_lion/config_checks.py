@@ -1,4 +1,4 @@
-"""Which settings are possible: checks of a `RunConfig` that need no device, each problem one line with its key."""
+"""Checks the settings of a `RunConfig` without a device; each problem is one line that begins with its key."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from megatron_lion.errors import ConfigError
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
-    """Refuses impossible settings; all problems are told in one message.
+    """Raises one ConfigError that lists all invalid settings.
 
     Args:
-        config: the resolved settings.
+        config: settings to check.
         world_size: number of processes of the job.
 
     Raises:
-        ConfigError: one line a problem, each with the key, what was given and what is possible.
+        ConfigError: a setting is invalid; one line for each problem, with the key, the requirement and the value.
     """
     problems = [
         *_check_numbers(config),
@@ -34,7 +34,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
 
     def need(ok: bool, key: str, given: object, expected: str) -> None:
         if not ok:
-            problems.append(f"{key}: {given} is not possible; expected {expected}")
+            problems.append(f"{key}: must be {expected}, got {given}")
 
     for section, keys in {
         "model": ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by"),
@@ -49,7 +49,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
     for section, keys in {"train": ("test_every",), "checkpoint": ("every", "keep"), "probe": ("every",)}.items():
         for key in keys:
             value = getattr(getattr(config, section), key)
-            need(value >= 0, f"{section}.{key}", value, "an integer of at least 0 (0 switches it off)")
+            need(value >= 0, f"{section}.{key}", value, "an integer of at least 0 (0 disables it)")
     need(
         model.num_attention_heads >= 1 and model.hidden_size % max(1, model.num_attention_heads) == 0,
         "model.num_attention_heads",
@@ -62,6 +62,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
         value = getattr(optimizer, key)
         need(value >= 0 and value != float("inf"), f"optimizer.{key}", value, "a finite number of at least 0")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "a number in [0, 1)")
+    # Packed master weights exist only in LION's fused step, which works on the distributed optimizer's bf16 shards.
     packed = optimizer.master_weights != "shards"
     if packed and (
         optimizer.name != "lion" or train.precision != "bf16" or not config.parallel.use_distributed_optimizer
@@ -78,7 +79,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
         probe.mode == "frozen" or not 0 < probe.every < probe.num_batches,
         "probe.every",
         probe.every,
-        f"at least probe.num_batches {probe.num_batches} with probe.mode moving: windows must not overlap",
+        f"at least probe.num_batches {probe.num_batches} with probe.mode moving (windows must not overlap)",
     )
     for beta in optimizer.resolved_betas():
         need(0 <= beta < 1, "optimizer.betas", beta, "two numbers in [0, 1)")
@@ -87,13 +88,13 @@ def _check_numbers(config: RunConfig) -> list[str]:
         or (len(config.data.weights) == len(config.data.path) and all(0 < w < math.inf for w in config.data.weights)),
         "data.weights",
         config.data.weights,
-        f"one positive weight for each of the {len(config.data.path)} data.path",
+        f"one positive weight for each of the {len(config.data.path)} paths in data.path",
     )
     return problems
 
 
 def _check_ranges(config: RunConfig) -> list[str]:
-    """Numbers that have a range of their own, and those of the schedule, which bound each other."""
+    """Checks numbers with individual ranges, and those of the schedule, which limit each other."""
     model, schedule, train = config.model, config.schedule, config.train
     positive, share = "a finite number above 0", "a number in [0, 1]"
     count = "an integer of at least 1, or null"
@@ -108,36 +109,36 @@ def _check_ranges(config: RunConfig) -> list[str]:
         ("checkpoint.at_steps", config.checkpoint.at_steps, min(config.checkpoint.at_steps, default=1) >= 1, "steps of at least 1"),
         ("schedule.warmup_fraction", schedule.warmup_fraction, 0 <= schedule.warmup_fraction <= 1, share),
         ("schedule.wsd_decay_fraction", schedule.wsd_decay_fraction, 0 <= schedule.wsd_decay_fraction <= 1, share),
-        ("schedule.min_lr", schedule.min_lr, 0 <= schedule.min_lr <= config.optimizer.lr, f"0 to optimizer.lr {config.optimizer.lr}"),
+        ("schedule.min_lr", schedule.min_lr, 0 <= schedule.min_lr <= config.optimizer.lr, f"in [0, optimizer.lr {config.optimizer.lr}]"),
     ]  # fmt: skip
-    problems = [f"{key}: {given} is not possible; expected {wanted}" for key, given, ok, wanted in rules if not ok]
+    problems = [f"{key}: must be {wanted}, got {given}" for key, given, ok, wanted in rules if not ok]
     if not any(problem.startswith("schedule.") for problem in problems):
         decay = round(schedule.wsd_decay_fraction * train.steps) if schedule.kind == "wsd" else 0
         if not 0 <= config.warmup_steps <= train.steps - decay:
-            before = f" before the last {decay} that wsd decays over" if decay else ""
+            before = f", without the last {decay}, over which wsd decays" if decay else ""
             problems.append(
-                f"schedule.warmup_steps: {config.warmup_steps} is not possible; expected 0 to {train.steps - decay} of train.steps "
-                f"{train.steps}{before}"
+                f"schedule.warmup_steps: must be between 0 and {train.steps - decay} (train.steps {train.steps}{before}), "
+                f"got {config.warmup_steps}"
             )
     return problems
 
 
 def _check_masking(config: RunConfig) -> list[str]:
-    """What BERT's samples need."""
+    """Checks the settings of BERT's samples."""
     if config.model.kind != "bert":
         return []
     data, length, probability = config.data, config.model.seq_length, config.data.mask_probability
     short = data.short_sequence_probability
-    # [CLS] A [SEP] B [SEP]: what three marks leave must be worth one masked token.
+    # [CLS] A [SEP] B [SEP]: without the three marks, mask_probability x length must be at least one token.
     least = 3 + (math.ceil(1 / probability) if 0 < probability < 1 else 2)
-    segments = f"at least {least} tokens: [CLS], two segments with a [SEP] each, one masked token at data.mask_probability {probability}"
+    segments = f"at least {least} tokens ([CLS], two segments with a [SEP] each, one masked token at data.mask_probability {probability})"
     rules: list[tuple[str, object, bool, str]] = [
         ("data.mask_probability", probability, 0 < probability < 1, "a number in (0, 1)"),
         ("data.mask_max_ngram", data.mask_max_ngram, data.mask_max_ngram >= 1, "an integer of at least 1"),
         ("data.short_sequence_probability", short, 0 <= short <= 1, "a number in [0, 1]"),
         ("model.seq_length", length, length >= least, segments),
     ]  # fmt: skip
-    return [f"{key}: {given} is not possible; expected {wanted}" for key, given, ok, wanted in rules if not ok]
+    return [f"{key}: must be {wanted}, got {given}" for key, given, ok, wanted in rules if not ok]
 
 
 def _check_layout(config: RunConfig, world_size: int) -> list[str]:

@@ -1,17 +1,16 @@
-"""One exception class per thing the user can do about a failure, and the exit code it ends with.
+"""Exception classes, one for each kind of failure that a user can fix, and their exit codes.
 
-Raise these with a one-line message that says what was given, what is needed and what to type. The
-command line prints that line and leaves with `exit_code`; nothing else in the project calls sys.exit.
-Use `assert` only for mistakes of our own.
+Their messages are one line: what happened, what is needed, what to run. The command line prints the line and exits with
+`exit_code`; nothing else in the project calls sys.exit. `assert` is only for errors in this project's code.
 """
 
 
 class MegatronLionError(Exception):
-    """Base of every error that a user can mend.
+    """Base class of errors that a user can fix.
 
     Attributes:
-        exit_code: process exit status; see docs/exit-codes.md for the table.
-        told_by: rank that tells the user of it where all ranks raise it together; None where each speaks for itself.
+        exit_code: process exit status; the table is in docs/exit-codes.md.
+        told_by: rank that prints the message if all ranks raise the error together; None leaves the choice to the command line.
     """
 
     exit_code = 1
@@ -19,7 +18,7 @@ class MegatronLionError(Exception):
 
 
 class ConfigError(MegatronLionError):
-    """A setting, flag or combination of settings is impossible (exit code 2)."""
+    """A setting, a flag or a combination of settings is invalid (exit code 2)."""
 
     exit_code = 2
 
@@ -61,7 +60,7 @@ class PeerError(MegatronLionError):
 
 
 class EnvironmentFault(MegatronLionError):
-    """A package, device or version that is needed is not there (exit code 9)."""
+    """A required package, device or version is missing (exit code 9)."""
 
     exit_code = 9
 

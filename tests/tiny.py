@@ -1,4 +1,4 @@
-"""Tiny corpora, configs and runs: two layers, a second to train, and every code path of the big ones."""
+"""Tiny corpora, configs and runs: two layers, a second of training, the same code paths as large models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ VOCAB = 120
 
 
 def write_corpus(prefix: Path, *, seed: int = 0, documents: int = 160, vocab_size: int = VOCAB) -> str:
-    """Random documents of 10-60 tokens; ids fall off as 1/rank, so that there is something to learn."""
+    """Writes random documents of 10-60 tokens; ids have frequencies 1/rank, so that there is something to learn."""
     random = np.random.default_rng(seed)
     chances = 1.0 / np.arange(1, vocab_size + 1)
     with IndexedWriter(prefix, vocab_size) as writer:
@@ -40,12 +40,12 @@ def write_corpus(prefix: Path, *, seed: int = 0, documents: int = 160, vocab_siz
 
 
 def cuda_settings() -> dict[str, Any]:
-    """Settings of every run on CUDA: tests compare runs bit for bit, and CUDA's default backward passes add atomically."""
+    """Settings of every run on CUDA: tests compare runs bit for bit, but CUDA's default backward passes add atomically."""
     return {"train__deterministic": True}
 
 
 def tiny_config(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
-    """A config whose every part is small; `changes` are dotted keys with `__` for the dot (`optimizer__lr=1e-3`)."""
+    """Returns a config of a small run; `changes` are dotted keys with `__` for the dot (`optimizer__lr=1e-3`)."""
     if changes.get("device") == "cuda":
         changes = {**cuda_settings(), **changes}
     config = RunConfig(
@@ -73,17 +73,17 @@ def tiny_config(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
 
 
 def train(config: RunConfig) -> dict[str, Any]:
-    """Runs `pretrain` (in every process of the job) and returns what it left: losses, norms, newest manifest."""
+    """Runs `pretrain` (in every process of the job) and returns its `outcome`."""
     from megatron_lion.train.loop import pretrain
 
     with contextlib.redirect_stderr(io.StringIO()):
         pretrain(config)
-    gc.collect()  # a run's gloo threads, each awake a hundred times a second, end with its model
+    gc.collect()  # ends the run's gloo threads with its model; each wakes a hundred times a second
     return outcome(config.run_dir)
 
 
 def outcome(run_dir: Path | str) -> dict[str, Any]:
-    """Per-step losses and gradient norms of a run and the manifest of its newest checkpoint."""
+    """Returns per-step losses and gradient norms of a run, its probes and the manifest of its newest checkpoint."""
     lines = read_metrics(run_dir)
     steps = {line["step"]: line for line in lines if "train/loss" in line}
     checkpoints = sorted(Path(run_dir, "checkpoints").glob("step_*/manifest.json"))
@@ -101,7 +101,7 @@ def read_metrics(run_dir: Path | str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def opened_run(config: RunConfig) -> Iterator[Any]:
-    """Process groups and a built run, without the loop around it."""
+    """Yields a built run inside its process groups, without the training loop."""
     from megatron_lion.determinism import deterministic
     from megatron_lion.device import select_device
     from megatron_lion.parallel import process_groups
@@ -121,7 +121,7 @@ CHECKPOINTED = {"train__steps": 4, "checkpoint__every": 2, "checkpoint__layout":
 
 
 def newest_checkpoint(run_dir: Path | str) -> Any:
-    """The newest checkpoint of a run, opened; there must be one."""
+    """Opens the newest checkpoint of a run; there must be one."""
     from megatron_lion.runs.steps import find_latest
 
     found = find_latest(Path(run_dir))
@@ -130,7 +130,7 @@ def newest_checkpoint(run_dir: Path | str) -> Any:
 
 
 def step_once(run: Any, batches: Any) -> Any:
-    """One optimizer step of an opened run."""
+    """Takes one optimizer step of an opened run."""
     from megatron_lion.train.schedule import lr_at
     from megatron_lion.train.step import train_step
 
@@ -143,7 +143,7 @@ def step_once(run: Any, batches: Any) -> Any:
 
 
 def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
-    """(class name, message) of the MegatronLionError that a call raises; ("", "") where it raises none."""
+    """Returns (class name, message) of the MegatronLionError that a call raises, or ("", "") if it raises none."""
     from megatron_lion.errors import MegatronLionError
 
     try:
@@ -164,11 +164,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xDP2": (4, {"parallel__tensor_model_parallel_size": 2}),
     "TP2xPP2": (4, {"parallel__tensor_model_parallel_size": 2, "parallel__pipeline_model_parallel_size": 2}),
 }
-"""Processes and settings of each layout."""
+"""Number of processes and settings of each layout."""
 
 
 def train_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
-    """Work of one process: the runs one after another; one that fails leaves its traceback instead of its outcome."""
+    """Work of one process: runs all configs in turn; a failed run gives its traceback instead of its outcome."""
     results: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
         try:
@@ -179,14 +179,14 @@ def train_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, dict[str, 
 
 
 def errors_of_each(rank: int, configs: dict[str, RunConfig]) -> dict[str, tuple[str, str]]:
-    """Work of one process: what each run is refused for."""
+    """Work of one process: the error of each run."""
     return {name: error_of(train, config) for name, config in configs.items()}
 
 
 def run_all(
     jobs: dict[str, tuple[int, RunConfig]], work: Callable[..., Any] = train_each, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Runs jobs of (processes, config), those of one size together, and returns the first rank's results by name."""
+    """Runs jobs of (processes, config), grouped by size; returns the first rank's results by name."""
     from distributed import run_distributed
 
     results: dict[str, Any] = {}
@@ -197,7 +197,7 @@ def run_all(
 
 
 def same_bits(one: Any, other: Any) -> bool:
-    """Whether two tensors are equal in every bit (NaNs and zeros' signs included)."""
+    """Whether two tensors are equal in every bit, including NaNs and the signs of zeros."""
     import torch
 
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
@@ -205,7 +205,7 @@ def same_bits(one: Any, other: Any) -> bool:
 
 
 def read_weights(run_dir: Path | str, step: int, prefix: str = "model.") -> dict[str, Any]:
-    """Whole tensors of a checkpoint by name (the weights' names begin with "model."), read with torch's own reader."""
+    """Returns whole tensors of a checkpoint by name (weights begin with "model."), read with torch's own reader."""
     import torch
     from torch.distributed.checkpoint import FileSystemReader, load
 

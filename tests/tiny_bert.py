@@ -38,7 +38,7 @@ def write_vocab(folder: Path, tokens: list[str] = VOCAB) -> Path:
 
 
 def documents(count: int, sentences: int, seed: int = 0) -> list[str]:
-    """Prose of a kind: words of one and of several pieces, sentences of 3-9 words."""
+    """Returns random documents with words of one and of several pieces, and sentences of 3-9 words."""
     dice = random.Random(seed)
 
     def word() -> str:
@@ -51,7 +51,7 @@ def documents(count: int, sentences: int, seed: int = 0) -> list[str]:
 
 
 def write_bert_corpus(folder: Path, texts: list[str] | None = None) -> str:
-    """A dataset folder for BERT."""
+    """Writes a dataset folder for BERT and returns its path."""
     options = PrepareOptions(
         tokenizer=write_vocab(folder), output=folder / "data", split="80,10,10", task="bert", workers=1, encoder="tokenizers"
     )  # fmt: skip
@@ -60,6 +60,6 @@ def write_bert_corpus(folder: Path, texts: list[str] | None = None) -> str:
 
 
 def tiny_bert(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
-    """`tiny.tiny_config` for a BERT of two layers."""
+    """Returns `tiny.tiny_config` for a BERT of two layers."""
     settings = {"model__kind": "bert", "model__seq_length": SEQ_LENGTH, "model__vocab_size": None, **changes}
     return tiny_config(run_dir, corpus, **settings)

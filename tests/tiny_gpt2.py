@@ -1,4 +1,4 @@
-"""A small text corpus with a byte-level BPE of its own, and the config of a tiny GPT-2 on it."""
+"""A small text corpus with its own byte-level BPE, and the config of a tiny GPT-2 for it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ VOCAB = 300
 
 
 def prose(count: int, seed: int = 0) -> list[str]:
-    """Documents of 20-80 words of a small vocabulary."""
+    """Returns documents of 20-80 words of a small vocabulary."""
     dice = random.Random(seed)
     return [" ".join(dice.choices(WORDS, k=dice.randint(20, 80))) + "." for _ in range(count)]
 
 
 def write_text_corpus(folder: Path, documents: int = 160) -> str:
-    """A dataset folder with its tokenizer."""
+    """Writes a dataset folder and its tokenizer; returns the folder's path."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = prose(documents)
     (folder / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
@@ -37,5 +37,5 @@ def write_text_corpus(folder: Path, documents: int = 160) -> str:
 
 
 def tiny_gpt2(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
-    """`tiny.tiny_config` with a vocabulary that needs padding."""
+    """Returns `tiny.tiny_config` with a vocabulary that needs padding."""
     return tiny_config(run_dir, corpus, **{"model__vocab_size": None, **changes})

@@ -1,4 +1,4 @@
-"""BERT: every layout computes what one process computes, a resumed run is the undisturbed one, and the probe counts right."""
+"""BERT: layouts equal one process, a resumed run equals the uninterrupted one, the probe counts parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs: what is written is what is read back, and a file's mistakes are all told, with their lines."""
+"""Configs are read back as written, and all mistakes in a file are reported with their lines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AWKWARD = ["no", "yes", "1e-4", "0x10", "a: b", "#x", "a #b", "~", "- #", "1_000
 
 
 def values_of(kind: Any) -> st.SearchStrategy[Any]:
-    """Any value that a field of this type may hold, awkward ones included."""
+    """Returns a strategy for any value of a field's type, including awkward ones."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return configs_of(kind)
