@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# WikiText-103 and LAMBADA for `megatron-lion evaluate`: checks that the files are the published ones and puts them
-# into one folder. Evaluation reads the text itself, so that no token files are made.
+# WikiText-103 and LAMBADA for `megatron-lion evaluate`: checks that the files are the published ones and copies them
+# into one folder. Evaluation reads the text, so no token files are made.
 #
 #   WIKITEXT=downloads/wiki.test.tokens LAMBADA=downloads/lambada_test.jsonl data_prep/evaluation_texts.sh
 #
-# wiki.test.tokens is in the archive wikitext-103-v1.zip, wiki.test.raw in wikitext-103-raw-v1.zip; lambada_test.jsonl is
-# the set as OpenAI processed it.
+# wiki.test.tokens is in the archive wikitext-103-v1.zip, wiki.test.raw in wikitext-103-raw-v1.zip. lambada_test.jsonl is
+# the set as processed by OpenAI.
 set -euo pipefail
 
-WIKITEXT=${WIKITEXT-wiki.test.tokens}   # wiki.test.tokens or wiki.test.raw; empty: leave it out
-LAMBADA=${LAMBADA-lambada_test.jsonl}   # empty: leave it out
+WIKITEXT=${WIKITEXT-wiki.test.tokens}   # wiki.test.tokens or wiki.test.raw; empty: skip it
+LAMBADA=${LAMBADA-lambada_test.jsonl}   # empty: skip it
 OUTPUT=${OUTPUT:-data/evaluation}        # folder for both
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -19,6 +19,7 @@ mkdir -p "$OUTPUT"
 words=()
 for file in ${WIKITEXT:+"$WIKITEXT"} ${LAMBADA:+"$LAMBADA"}; do
     "$PYTHON" -m megatron_lion.evaluate.known_texts "$file" || exit $?
+    # Copied under a temporary name and renamed, so that an interrupted copy leaves no partial text.
     cp "$file" "$OUTPUT/.$(basename "$file").tmp"
     mv "$OUTPUT/.$(basename "$file").tmp" "$OUTPUT/$(basename "$file")"
 done

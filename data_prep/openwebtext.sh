@@ -7,14 +7,14 @@
 # The same command continues an interrupted preparation. docs/data.md describes every option.
 set -euo pipefail
 
-INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by blanks: .jsonl (.zst, .gz, .xz), .txt, .parquet
-JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) that holds the text
+INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by spaces: .jsonl (.zst, .gz, .xz), .txt, .parquet
+JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) of the text
 TOKENIZER=${TOKENIZER:-gpt2}             # folder with GPT-2's vocab.json and merges.txt
 OUTPUT=${OUTPUT:-data/openwebtext}       # dataset folder to make
 SPLIT=${SPLIT:-99.9,0.05,0.05}           # shares of documents: training, validation, test
-SEED=${SEED:-1234}                       # of the hashes that decide a document's split
-WORKERS=${WORKERS:-0}                    # processes; 0: one a core
-ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and name it, or skip and count it
+SEED=${SEED:-1234}                       # seed of the hashes that determine a document's split
+WORKERS=${WORKERS:-0}                    # number of processes; 0: one for each core
+ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and report it, or skip and count it
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# OpenWebText for BERT: one sequence a sentence, WordPiece ids.
+# OpenWebText for BERT: one sequence for each sentence, WordPiece ids.
 #
 #   data_prep/openwebtext_bert.sh                                 # with the values below
 #   INPUT=downloads/owt OUTPUT=/scratch/owt-bert data_prep/openwebtext_bert.sh
@@ -7,15 +7,15 @@
 # The same command continues an interrupted preparation. docs/bert.md describes what training needs of the data.
 set -euo pipefail
 
-INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by blanks: .jsonl (.zst, .gz, .xz), .txt, .parquet
-JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) that holds the text
+INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by spaces: .jsonl (.zst, .gz, .xz), .txt, .parquet
+JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) of the text
 VOCAB=${VOCAB:-vocab.txt}                # BERT's WordPiece vocabulary, one token a line
-SPLITTER=${SPLITTER:-rules}              # of sentences: rules, or punkt (needs NLTK, slower)
+SPLITTER=${SPLITTER:-rules}              # sentence splitter: rules, or punkt (needs NLTK, slower)
 OUTPUT=${OUTPUT:-data/openwebtext-bert}  # dataset folder to make
 SPLIT=${SPLIT:-99.9,0.05,0.05}           # shares of documents: training, validation, test
-SEED=${SEED:-1234}                       # of the hashes that decide a document's split
-WORKERS=${WORKERS:-0}                    # processes; 0: one a core
-ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and name it, or skip and count it
+SEED=${SEED:-1234}                       # seed of the hashes that determine a document's split
+WORKERS=${WORKERS:-0}                    # number of processes; 0: one for each core
+ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and report it, or skip and count it
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}

@@ -7,14 +7,14 @@
 # The same command continues an interrupted preparation.
 set -euo pipefail
 
-INPUT=${INPUT:-text}                     # files, folders or patterns, separated by blanks: .txt, .jsonl, .parquet
-JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) that holds the text
-TXT_DOCUMENTS=${TXT_DOCUMENTS:-blank-line}  # blank lines divide a .txt file into documents; "file": it is one document
+INPUT=${INPUT:-text}                     # files, folders or patterns, separated by spaces: .txt, .jsonl, .parquet
+JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) of the text
+TXT_DOCUMENTS=${TXT_DOCUMENTS:-blank-line}  # blank lines divide a .txt file into documents; file: a .txt file is one document
 OUTPUT=${OUTPUT:-data/own}               # dataset folder to make
 TOKENIZER=${TOKENIZER:-gpt2}             # folder with vocab.json and merges.txt, or tokenizer.json
 SPLIT=${SPLIT:-90,5,5}                   # shares of documents: training, validation, test
-SEED=${SEED:-1234}                       # of the hashes that decide a document's split
-WORKERS=${WORKERS:-0}                    # processes; 0: one a core
+SEED=${SEED:-1234}                       # seed of the hashes that determine a document's split
+WORKERS=${WORKERS:-0}                    # number of processes; 0: one for each core
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
