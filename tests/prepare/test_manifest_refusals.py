@@ -48,14 +48,14 @@ def test_the_hash_of_this_test_fits(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda content: content.update(format=2), "format 2, this version reads 1"),
-        (lambda content: content.update(format="1"), "format '1', this version reads 1"),
-        (lambda content: content.pop("format"), "format None, this version reads 1"),
-        (lambda content: content.pop("tokenizer"), r"lacks or has an unknown entry \('tokenizer'\)"),
-        (lambda content: content.pop("seed"), "lacks or has an unknown entry .*seed"),
-        (lambda content: content.update(shuffle=True), "lacks or has an unknown entry .*shuffle"),
-        (lambda content: content.update(splits=[]), "lacks or has an unknown entry"),
-        (lambda content: content["tokenizer"].update(size=1), "lacks or has an unknown entry .*size"),
+        (lambda content: content.update(format=2), "format 2; this version reads format 1"),
+        (lambda content: content.update(format="1"), "format '1'; this version reads format 1"),
+        (lambda content: content.pop("format"), "format None; this version reads format 1"),
+        (lambda content: content.pop("tokenizer"), r"an entry is missing or unknown \('tokenizer'\)"),
+        (lambda content: content.pop("seed"), "an entry is missing or unknown .*seed"),
+        (lambda content: content.update(shuffle=True), "an entry is missing or unknown .*shuffle"),
+        (lambda content: content.update(splits=[]), "an entry is missing or unknown"),
+        (lambda content: content["tokenizer"].update(size=1), "an entry is missing or unknown .*size"),
     ],
 )
 def test_manifests_of_another_form_are_refused(path: Path, change: Callable[[dict[str, Any]], None], said: str) -> None:

@@ -118,7 +118,7 @@ def test_a_run_is_its_settings_not_how_it_is_watched(config: Path, tmp_path: Pat
         (["--grid", "optimizer.name=lion,sgd", "--grid", "optimizer.momentum=0.9,0.8"], ["sgd:optimizer.momentum"]),
         (["--grid", "optimizer.eps=1e-3,-1"], ["lion does not read it"]),
         (["--grid", "optimizer.weight_decay=0,-1"], ["lion-weight_decay_-1: optimizer.weight_decay", "finite number of at least 0"]),
-        (["--grid", "optimizer.lr=1e-3,1e-4", "--train.steps", "0"], ["train.steps: 0"]),
+        (["--grid", "optimizer.lr=1e-3,1e-4", "--train.steps", "0"], ["train.steps: must be an integer of at least 1, got 0"]),
         (["--grid", "optimizer.lr=1", "--train.test_every", "0"], ["train.test_every", "no validation loss"]),
         (["--grid", "optimizer.lr=1", "--data.path", "[]"], ["data.path: no dataset"]),
         (["--grid", "optimizer.lr=1", "--run_dir", "x"], ["--run_dir", "--output"]),
