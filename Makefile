@@ -45,6 +45,7 @@ test-nightly: $(STAMP)
 lint: $(STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) .ci/words.py
 	@$(VENV)/bin/lint-imports --no-cache >$(VENV)/.imports 2>&1 || { cat $(VENV)/.imports; exit 1; }
 
 types: $(STAMP)
