@@ -1,10 +1,10 @@
-"""Tensors of a checkpoint folder: megatron-core's torch_dist format, written and read in this process.
+"""Writes and reads a checkpoint's tensors in megatron-core's torch_dist format, without a helper process.
 
-Upstream writes through a manager process that it spawns at the first save, which costs seconds, outlives a killed
-rank and turns "disk full" into a nameless failure. Its planner and its writer are used here without that process.
+Upstream writes through a manager process that it spawns at the first save. That process costs seconds, outlives a
+killed rank, and reports a full disk as an unspecific failure. This module uses upstream's planner and writer without it.
 
-Upstream's `.metadata` is a pickle: before megatron-core opens it, its opcodes are replayed by an unpickler that knows
-the sixteen classes such a file may hold.
+Upstream's `.metadata` is a pickle, which may run code when it is loaded. Before megatron-core opens it, an unpickler
+that allows only the sixteen classes of checkpoint metadata reads it.
 """
 
 from __future__ import annotations
@@ -55,48 +55,54 @@ _METADATA_CLASSES = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Refuses every class but those that torch's checkpoint metadata is made of."""
+    """Rejects every class except those that torch's checkpoint metadata consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
         plain_torch_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _METADATA_CLASSES or plain_torch_dtype:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise pickle.UnpicklingError(f"it references {module}.{name}")
 
 
 def check_metadata(path: Path, files: Collection[str]) -> None:
-    """Replays a `.metadata` pickle with the allow-list; nothing else in it can run.
+    """Loads a `.metadata` pickle with an allow-list of classes; nothing else in it can run.
 
     Args:
         path: the file.
-        files: names of the checkpoint's files; it may point to no other.
+        files: names of the checkpoint's files; the metadata may point to no other.
 
     Raises:
-        CheckpointError: it holds anything but checkpoint metadata.
+        CheckpointError: the file contains anything but checkpoint metadata.
     """
     try:
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         kinds = [type(item).__name__ for item in found.state_dict_metadata.values()]
         places = {item.relative_path for item in found.storage_data.values()}
-    except Exception as error:  # a pickle can fail in any way; nothing of it was kept
+    except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
     if pickled := kinds.count("BytesStorageMetadata"):
         raise CheckpointError(
             f"{path}: holds {pickled} pickled objects; a checkpoint of this project holds tensors only"
         )
     if strange := sorted(places - set(files)):
-        raise CheckpointError(f"{path}: points to {strange[0]}, which is no file of this checkpoint; it was not loaded")
+        raise CheckpointError(
+            f"{path}: points to {strange[0]}, which is not a file of this checkpoint; it was not loaded"
+        )
 
 
 def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
     """Writes ShardedTensors in megatron-core's torch_dist format; a collective call.
 
+    Args:
+        sharded: nested dictionaries of ShardedTensors; plain values are not allowed.
+        folder: an existing folder, the same on all ranks.
+
     Raises:
-        StorageError: the disk refused on some rank; on all ranks.
+        StorageError: a write failed on some rank; on all ranks.
     """
     tensors, plain = save_preprocess(sharded, validate_access_integrity=True)
-    assert not any(True for _ in nested_values(plain)), "plain values belong into the manifest"
-    # mcore 0.19.2: where this is None, a manager process is spawned to hand results from one thread to itself.
+    assert not any(True for _ in nested_values(plain)), "plain values belong in the manifest"
+    # mcore 0.19.2: if this is None, a manager process is spawned that passes results from one thread to itself.
     filesystem_async._results_queue = queue.SimpleQueue()
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
     planner = MCoreSavePlanner(
@@ -107,6 +113,7 @@ def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
     written: list[Any] = []
     with agree("writing the checkpoint"), storage_errors(folder):
         written = _write_files(writer, folder)
+    # The coordinator's .metadata lists where each tensor part is, so it needs the results of all ranks.
     written_by_all = group.gather_object(written)
     with agree("writing the checkpoint's metadata"), storage_errors(folder):
         if group.is_coordinator:
@@ -114,14 +121,14 @@ def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
 
 
 def _write_files(writer: Any, folder: Path) -> list[Any]:
-    """Writes this rank's file, made durable, and returns what was written where."""
+    """Writes this rank's file, with fsync, and returns where each tensor was written."""
     written: list[Any] = []
     for number, bucket in enumerate(writer.write_buckets):
         on_cpu = writer.preload_tensors([bucket])[0]
         _, results = writer.write_preloaded_data([writer.transforms], number, on_cpu, None, None, use_fsync=True)
         if isinstance(results, OSError):
             raise results
-        if isinstance(results, Exception):  # torch's writer passes the system's refusal on, or stumbles over it
+        if isinstance(results, Exception):  # torch's writer re-raises the OSError, or fails with an unrelated exception
             raise StorageError(
                 f"{folder}: cannot be written ({' '.join(str(results).split())[:120]}), as happens on a full disk; make room there or "
                 "choose a folder on another disk, then give the same command again"
@@ -131,7 +138,14 @@ def _write_files(writer: Any, folder: Path) -> list[Any]:
 
 
 def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Reads the tensors that `sharded` describes, at whatever layout it describes them; a collective call.
+    """Reads the tensors that `sharded` describes, at any layout; a collective call.
+
+    Args:
+        sharded: nested dictionaries of ShardedTensors: the parts that this rank needs.
+        folder: a verified checkpoint.
+
+    Returns:
+        The same dictionaries with tensors in place of the ShardedTensors.
 
     Raises:
         CheckpointError: a tensor is not in the checkpoint or has another shape; on all ranks.
@@ -143,7 +157,7 @@ def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
             assert not factories, "no model here has tensors that are split on loading"
             loaded = TorchDistLoadShardedStrategy().load(tensors, folder)
             merge(loaded, local)
-        except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+        except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
             causes = (
                 [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
             )

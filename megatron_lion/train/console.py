@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a paragraph at its start and one line that moves. Everything on stderr."""
+"""Console output of a run, on stderr: a summary at its start and a progress line."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
-    """Says once what is about to happen: the first process on stderr, every process in its log.
+    """Prints a summary of the run: the first process to stderr, every process to its log.
 
     Args:
-        run: about to start.
-        resumed: from a checkpoint of its own.
-        source: where imported weights, if it begins with such, came from.
+        run: the run that is about to start.
+        resumed: whether it continues from its own checkpoint.
+        source: origin of the imported weights, or None if the weights are not imported.
     """
     config = run.config
     size = model_size(config.model, run.corpora.vocab_size)
@@ -48,7 +48,7 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
     if config.probe.every and config.probe.mode == "moving":
         lines.append(window_cost(config, size.num_parameters, run.ranks))
     if source is not None:
-        lines.append(f"beginning with the imported weights of {source}")
+        lines.append(f"starting from the imported weights of {source}")
     if resumed:
         lines.append(f"resuming after step {run.step:,}: checkpoint verified")
     for line in lines:
@@ -58,7 +58,13 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
 
 
 class TrainProgress:
-    """A progress line on a terminal; a plain line every so often where stderr is a file."""
+    """A progress line on a terminal; a plain line about every 15 seconds if stderr is not a terminal.
+
+    Args:
+        config: the run's settings.
+        start: steps done before this job.
+        shown: whether this process prints anything.
+    """
 
     def __init__(self, config: RunConfig, *, start: int, shown: bool) -> None:
         self.total = config.train.steps
@@ -90,6 +96,7 @@ class TrainProgress:
         self._progress.__exit__(kind, error, trace)
 
     def update(self, step: int, values: dict[str, float | int | None]) -> None:
+        """Shows step, loss (nats) and throughput (tokens per second) from the values of a log line."""
         loss, rate = values.get("train/loss") or 0.0, values.get("perf/tokens_per_s") or 0.0
         facts = f"loss {loss:.4f}  {rate:,.0f} tok/s"
         self._progress.update(self._task, completed=step, facts=facts)
@@ -102,5 +109,5 @@ class TrainProgress:
             sys.stderr.flush()
 
     def note(self, text: str) -> None:
-        """Says what interrupts the steps (a probe, a test), until the next update."""
+        """Shows what runs between the steps, such as a probe or a held-out measurement; "" removes it."""
         self._progress.update(self._task, description=f"{self.label} ({text})" if text else self.label)

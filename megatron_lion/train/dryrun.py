@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would be, from its config and its data's headers alone; nothing is written.
+"""`--dry-run`: previews a run (size, memory, tokens, time) from its config and data headers; writes nothing.
 
 torch is imported only on a machine with NVIDIA's driver, to check that LION's kernel compiles there.
 """
@@ -13,17 +13,21 @@ from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, memory_bytes
 # Dense bf16 FLOP/s of one A100 at 40 % utilisation: what well-tuned 124M-350M runs reach (nanoGPT, MPT).
 _ASSUMED_FLOPS = 0.4 * 312e12
 
-# Either is there if NVIDIA's driver is loaded; containers may have only the second.
+# One of these exists if NVIDIA's driver is loaded; containers may have only the second.
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
 
 
 def dry_run(config: RunConfig, world_size: int) -> str:
-    """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory a process, time.
+    """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory per process, time.
 
-    The vocabulary is the config's, else that of the data, else the usual one of the kind.
+    The vocabulary size is the config's, else the data's, else the usual one of the model kind.
+
+    Args:
+        config: the checked settings.
+        world_size: number of processes.
 
     Raises:
-        ConfigError, DataError: what the run itself would say of its data.path.
+        ConfigError, DataError: the run itself would reject its data.path.
     """
     vocab, source, train_tokens = _vocabulary(config)
     size = model_size(config.model, vocab)
@@ -55,7 +59,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
 
 
 def batch_sentence(config: RunConfig, world_size: int) -> str:
-    """The batch arithmetic in one sentence.
+    """Describes the batch arithmetic in one sentence.
 
     Example:
         >>> from megatron_lion.config import TrainConfig
@@ -72,7 +76,7 @@ def batch_sentence(config: RunConfig, world_size: int) -> str:
 
 
 def may_use_triton(config: RunConfig) -> bool:
-    """Whether the run may launch LION's Triton kernel on this machine, as far as can be seen without torch."""
+    """Whether the run may launch LION's Triton kernel on this machine, decided without importing torch."""
     return (
         config.optimizer.name == "lion" and config.device != "cpu" and any(Path(name).exists() for name in DRIVER_FILES)
     )
@@ -88,12 +92,12 @@ def _kernel_lines(config: RunConfig) -> list[str]:
     from megatron_lion.optim.triton_check import triton_kernel
 
     found = triton_kernel()
-    slower = "; LION takes its slower foreach path" if found.startswith("not available") else ""
+    slower = "; LION uses its slower foreach path" if found.startswith("not available") else ""
     return [f"kernel       Triton: {found}{slower}"]
 
 
 def _vocabulary(config: RunConfig) -> tuple[int, str, int | None]:
-    """(ids before padding, whose they are, training tokens); data that is given is opened and checked."""
+    """Returns (ids before padding, their origin, training tokens); opens and checks the data if there is a path."""
     if config.data.path:
         from megatron_lion.data.corpora import open_corpora
 

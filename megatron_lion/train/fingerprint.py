@@ -1,8 +1,8 @@
-"""A hash of weights and optimizer state that does not depend on the layout.
+"""Hash of weights and optimizer state that is the same at every parallel layout.
 
-Every element contributes mix(bits) · (2 · global index + 1) mod 2^64 to its tensor's sum; sums over shards therefore
-add up to the same number at any data-, tensor- or pipeline-parallel size. Two states with equal fingerprints are
-equal bit for bit, up to a chance of about 2^-64; it guards against faults, not against an adversary (file digests do).
+Every element contributes mix(bits) · (2 · global index + 1) mod 2^64 to its tensor's sum. Sums over shards therefore
+add up to the same number at any data-, tensor- or pipeline-parallel size. Two states with equal fingerprints are equal
+bit for bit, except with a probability of about 2^-64. The hash detects faults; file digests detect manipulation.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from megatron_lion.optim.parameter_shards import counts_here, local_shards, name
 from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import all_reduce_sum
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 22  # elements hashed at once: bounds each int64 temporary to 32 MiB
 _MIX = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX2 = -4658895280553007687  # 0xBF58476D1CE4E5B9 as int64
 
 
 @dataclass(frozen=True)
 class _Placement:
-    """Where a tensor-parallel part lies in its whole tensor: local flat index i has global flat index
-    first + (i // columns) · whole_columns + i % columns."""
+    """Position of a tensor-parallel part in its whole tensor.
+
+    Local flat index i has global flat index first + (i // columns) · whole_columns + i % columns.
+    """
 
     columns: int
     whole_columns: int
@@ -46,9 +48,11 @@ def _placement(parameter: torch.nn.Parameter) -> _Placement:
 
 def _tensor_sum(flat: torch.Tensor, start: int, place: _Placement, salt: int) -> int:
     """Sum of a slice's contributions; its element i is flat element start + i of the local tensor."""
+    # int64 arithmetic wraps modulo 2^64, so addition is exact and its order (chunks, shards, ranks) does not matter.
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for chunk_start in range(0, flat.numel(), _CHUNK):
         part = flat[chunk_start : chunk_start + _CHUNK].detach().contiguous()
+        # Bits, not values: they distinguish -0.0 from 0.0 and one NaN from another.
         bits = part.view(torch.int32 if part.element_size() == 4 else torch.int16).to(torch.int64)
         local = torch.arange(part.numel(), dtype=torch.int64, device=flat.device) + (start + chunk_start)
         whole = (
@@ -58,6 +62,8 @@ def _tensor_sum(flat: torch.Tensor, start: int, place: _Placement, salt: int) ->
         )
         mixed = (bits ^ salt) * _MIX
         mixed = (mixed ^ (mixed >> 31)) * _MIX2
+        # The factor is odd, thus invertible modulo 2^64: it never cancels a difference between two mixed values. It
+        # depends on the index, so swapped elements change the sum.
         total += ((mixed ^ (mixed >> 29)) * (2 * (whole + place.first) + 1)).sum()
     return int(total)
 
@@ -69,7 +75,11 @@ def _signed(value: int) -> int:
 
 @torch.no_grad()
 def state_fingerprint(model: list[Any], optimizer: TrainOptimizer) -> str:
-    """Hash of master weights and optimizer state: 32 hexadecimal digits, the same at every layout; a collective call."""
+    """Hash of fp32 master weights and optimizer state; a collective call.
+
+    Returns:
+        32 hexadecimal digits, the same on every rank and at every layout.
+    """
     total = 0
     for shard in local_shards(model, optimizer):
         placement = _placement(shard.parameter)
@@ -80,8 +90,13 @@ def state_fingerprint(model: list[Any], optimizer: TrainOptimizer) -> str:
 
 @torch.no_grad()
 def weights_fingerprint(model: list[Any]) -> str:
-    """Hash of the model's own weights (bf16 where training is bf16), the same at every layout; a collective call."""
+    """Hash of the model's own weights, in the dtype of training (fp32, bf16 or fp16); a collective call.
+
+    Returns:
+        32 hexadecimal digits, the same on every rank and at every layout.
+    """
     total = 0
+    # Data ranks hold copies of the same weights: each weight counts once.
     if parallel_state.get_data_parallel_rank() == 0:
         for chunk in model:
             for name, parameter in named_global_parameters(chunk):
@@ -91,6 +106,7 @@ def weights_fingerprint(model: list[Any]) -> str:
 
 
 def _salt(name: str) -> int:
+    # Depends on the tensor's name, so two swapped tensors change the fingerprint.
     return _signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 

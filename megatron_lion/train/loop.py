@@ -1,4 +1,4 @@
-"""`pretrain`: the loop on one screen.
+"""`pretrain`: the training loop, which steps, logs, probes, measures held-out losses and saves.
 
 build → resume → announce → while steps remain: step, log, probe, test, save → end. The step neither logs nor prints.
 """
@@ -46,17 +46,22 @@ logger = logging.getLogger(__name__)
 def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
     """Trains to `config.train.steps`, or resumes the run in `config.run_dir` from its newest complete checkpoint.
 
+    Args:
+        config: the checked settings.
+        fresh: move an old run in that folder aside and start over.
+
     Raises:
-        StoppedOnRequest: a signal came; a checkpoint was saved first.
-        NumericsError: too many steps in a row had gradients that were not finite.
-        ConfigError, DataError, CheckpointError, StorageError, BusyError: before anything was computed.
+        StoppedOnRequest: a stop signal arrived; a checkpoint was saved first.
+        NumericsError: too many consecutive steps had non-finite gradients.
+        ConfigError, DataError, CheckpointError, BusyError: raised before anything is computed.
+        StorageError: the run folder could not be written.
     """
     device = select_device(config.device)
     with ExitStack() as stack:
         stop, ranks = stack.enter_context(session(config, device))
         run_dir = Path(config.run_dir)
         with agree("opening the run folder"):
-            if ranks.is_main:
+            if ranks.is_main:  # one lock per job: a second rank of this job could not acquire it
                 stack.enter_context(locked(run_dir))
                 prepare_run_folder(config, fresh=fresh)
         stack.enter_context(log_file(rank_log_file(run_dir, ranks.rank)))
@@ -78,7 +83,18 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
 
 
 def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[str, bool]) -> None:
-    """Runs the steps that remain; `stop["now"]` is set by a signal."""
+    """Runs the remaining steps; a collective call.
+
+    Args:
+        run: from `build_run`, restored if it resumes.
+        metrics: receives the log lines.
+        progress: the progress line.
+        stop: flag; a stop signal sets `stop["now"]`.
+
+    Raises:
+        StoppedOnRequest: a rank was asked to stop.
+        NumericsError: too many consecutive steps had non-finite gradients.
+    """
     config, ranks = run.config, run.ranks
     batches = run.train_batches()
     clock = _Clock(run)
@@ -91,7 +107,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
     if run.step == 0 or probe_is_missing(run):
         observe(run, metrics, progress, stop, window, at_start=run.step == 0)
         if _any_rank(stop["now"], run.device):
-            raise StoppedOnRequest(f"stopped before step {run.step + 1} of {last}; the same command starts there")
+            raise StoppedOnRequest(f"stopped before step {run.step + 1} of {last}; run the same command to start there")
     while run.step < stop_after:
         on_gradient = window.add if window is not None and window.wants(run.step + 1) else None
         result = train_step(
@@ -110,7 +126,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
         run.consumed_samples += config.train.global_batch_size
         clock.count(result)
         skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-        if result.skipped:
+        if result.skipped:  # the same on every rank, so the collective in it is safe
             report_skipped(run, metrics, skipped_in_a_row)
         if run.step % config.train.log_every == 0 or run.step in (1, stop_after):
             values = clock.values(result)
@@ -143,9 +159,18 @@ def observe(
     *,
     at_start: bool = False,
 ) -> None:
-    """Probes the full gradient and measures held-out losses where they are due; leaves training untouched.
+    """Probes the full gradient and measures held-out losses if they are due; a collective call.
 
-    A probe that a signal interrupts leaves nothing; the resumed run takes it again before its first step.
+    Training state does not change: parameters, optimizer state, random states and data position stay the same. An
+    interrupted probe leaves no files; the resumed run repeats it before its first step.
+
+    Args:
+        run: the run, between two steps.
+        metrics: receives the measured values.
+        progress: the progress line.
+        stop: flag; a stop signal sets `stop["now"]`.
+        window: gradient sums of `probe.mode` moving, or None.
+        at_start: whether this is before the first step, where enabled measurements are always due.
     """
     config = run.config
     probe_due = is_due(run.step, config.probe.every) or (at_start and config.probe.every > 0)
@@ -168,6 +193,8 @@ def observe(
             values.update(result.metrics() if result is not None else {})
     if values:
         metrics.write(run.step, values)
+    # The file is written last because `probe_is_missing` looks for it. If the job is killed between the two writes, the
+    # probe is repeated, and readers of metrics.jsonl use the last line of a step.
     if result is not None:
         write_probe(run, result)
     progress.note("")
@@ -194,36 +221,47 @@ def write_probe(run: Run, result: ProbeResult) -> None:
 
 
 def probe_is_missing(run: Run) -> bool:
-    """Whether a probe of the step just restored was due and never finished; a collective call."""
+    """Whether a probe was due at the restored step but its file does not exist; a collective call."""
+    # Rank 0 decides for all, because the probe that follows is a collective.
     due = is_due(run.step, run.config.probe.every)
     return bool(broadcast_object(due and not probe_file(run.run_dir, run.step).exists() if run.ranks.is_main else None))
 
 
 def is_due(step: int, every: int) -> bool:
+    """Whether `step` is a positive multiple of `every`; False if `every` is 0."""
     return every > 0 and step > 0 and step % every == 0
 
 
 def report_skipped(run: Run, metrics: MetricsWriter, in_a_row: int) -> None:
-    """Counts a step that changed nothing, names the culprit, and ends the run when it goes on."""
+    """Logs a skipped step and the parameters whose gradient is not finite; a collective call.
+
+    Args:
+        run: the run; its gradient buffers still contain the gradient of the skipped step.
+        metrics: receives the number of skipped steps and the location.
+        in_a_row: consecutive skipped steps, this one included.
+
+    Raises:
+        NumericsError: `in_a_row` reached `optimizer.max_skipped_steps` (ten times as many in fp16).
+    """
     names = nonfinite_gradients(run.model)
     found: list[list[str]] = [[] for _ in range(run.ranks.world_size)]
     dist.all_gather_object(found, names)
     ranks = [rank for rank, items in enumerate(found) if items]
     logger.warning("step %d skipped: gradients not finite on this rank in %s", run.step, names or "none")
-    # A sum over ranks has carried it to others by now; the rank that made it is among those that have it.
+    # The reduction has already spread the value to other ranks; the rank that produced it is one of those listed.
     where = f"first in {found[ranks[0]][0]}, seen on ranks {ranks}" if ranks else "in the reduced gradient or its norm"
     metrics.write(run.step, {"optim/skipped_steps": run.optimizer.num_skipped, "optim/nonfinite_gradient": where})
-    # fp16 finds its loss scale by overflowing now and then; only a long series means trouble.
+    # Dynamic loss scaling of fp16 overflows now and then by design; only a long series indicates a fault.
     limit = run.config.optimizer.max_skipped_steps * (10 if run.config.train.precision == "fp16" else 1)
     if in_a_row >= limit:
         raise NumericsError(
-            f"step {run.step}: gradients were NaN or infinite {in_a_row} times in a row ({where}); nothing was changed by these steps. "
-            "Lower optimizer.lr or look at the data of these steps; the newest checkpoint is from before"
+            f"step {run.step}: gradients were NaN or infinite {in_a_row} times in a row ({where}); these steps changed nothing. "
+            "Lower optimizer.lr or check the data of these steps; the newest checkpoint is older"
         )
 
 
 def describe_run(run: Run) -> None:
-    """Writes run.json, environment.json and the tokenizer into the run folder."""
+    """Writes run.json, environment.json and the tokenizer into the run folder, on the first rank."""
     if not run.ranks.is_main:
         return
     config, tokenizer = run.config, run.corpora.tokenizer
@@ -242,7 +280,7 @@ def describe_run(run: Run) -> None:
 
 
 class _Clock:
-    """Tokens per second since the last time it was read, without the time of probes, tests and saves."""
+    """Measures tokens per second since it was last read, excluding probes, held-out measurements and saves."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -254,7 +292,7 @@ class _Clock:
         self.tokens, self.seconds, self.loss_sum, self.started = 0, 0.0, 0.0, time.perf_counter()
 
     def leave_out(self) -> None:
-        """Does not count the time since the last step."""
+        """Excludes the time since the last step."""
         self.started = time.perf_counter()
 
     def count(self, result: TrainStep) -> None:
@@ -264,7 +302,7 @@ class _Clock:
         self.started = now
 
     def values(self, result: TrainStep) -> dict[str, float | int | None]:
-        """The log line of a step; rates are over the steps since the last line."""
+        """Returns the values of a step's log line; rates cover the steps since the last line."""
         run = self.run
         rate = self.tokens / max(self.seconds, 1e-9)
         self.tokens, self.seconds = 0, 0.0
@@ -284,6 +322,8 @@ class _Clock:
 
 
 def _any_rank(flag: bool, device: Device) -> bool:
+    # A signal reaches the ranks at different times, or only one of them. All must stop after the same step; otherwise a
+    # rank that continues would wait for the others in its next collective.
     if dist.get_world_size() == 1:
         return flag
     box = torch.tensor([int(flag)], device=device.torch_device)

@@ -22,20 +22,28 @@ def unwrap(chunk: Any) -> Any:
 
 
 def model_sharded_state(model: list[Any], prefix: str = "model.") -> dict[str, Any]:
-    """The model's parameters as megatron-core ShardedTensors whose data are the Parameter objects; no pickled extras."""
+    """The model's parameters as megatron-core ShardedTensors whose data are the Parameter objects.
+
+    Upstream's other entries (`_extra_state`) are left out: they would be stored as pickled objects.
+    """
     items = {key: item for chunk in model for key, item in unwrap(chunk).sharded_state_dict(prefix=prefix).items()}
     return {key: item for key, item in items.items() if isinstance(item, ShardedTensor)}
 
 
 def load_model_tensors(model: list[Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Copies loaded weights into the parameters."""
+    """Copies loaded weights into the model's parameters.
+
+    Args:
+        model: DDP-wrapped chunks.
+        tensors: this rank's parts by the keys of `model_sharded_state`; cast to the parameter's dtype.
+    """
     with torch.no_grad():
         for key, target in model_sharded_state(model).items():
             target.data.copy_(tensors[key].view_as(target.data))
 
 
 def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
-    """What must be equal for a checkpoint to fit a model."""
+    """Returns the settings that must be equal for a checkpoint to fit a model."""
     model = config.model
     return {
         "kind": model.kind,
@@ -51,7 +59,7 @@ def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def check_model(config: RunConfig, corpora: Corpora, checkpoint: ckpt.Checkpoint) -> None:
-    """Raises CheckpointError unless the checkpoint is of this model and this data."""
+    """Raises CheckpointError unless the checkpoint belongs to this model and this data."""
     manifest, where = checkpoint.manifest, checkpoint.folder
     ours = model_facts(config, corpora.vocab_size)
     different = [
@@ -61,9 +69,9 @@ def check_model(config: RunConfig, corpora: Corpora, checkpoint: ckpt.Checkpoint
     ]
     if different:
         raise CheckpointError(
-            f"{where}: is of another model: {', '.join(different)}; use its settings or another run_dir"
+            f"{where}: belongs to another model: {', '.join(different)}; use its settings or another run_dir"
         )
-    if manifest["data_digest"] is None:  # imported: the vocabulary is what must fit
+    if manifest["data_digest"] is None:  # imported weights: only the vocabulary must fit
         theirs, now = manifest["tokenizer_sha256"], corpora.tokenizer.sha256 if corpora.tokenizer else None
         if now is not None and theirs != now:
             raise CheckpointError(
@@ -82,7 +90,7 @@ def load_weights(
     """Verifies a checkpoint and loads its weights into the model, at any layout; a collective call.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model or data.
+        CheckpointError: the checkpoint is damaged or belongs to another model or other data.
     """
     with agree("checking the checkpoint"):
         check_model(config, corpora, checkpoint)

@@ -1,4 +1,4 @@
-"""The full-gradient probe after the fact: a run's checkpoints, at any layout, with or without their optimizer state."""
+"""Full-gradient probe of a run's saved checkpoints, at any layout, with or without optimizer state."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _SETTINGS = ("num_batches", "data", "dropout")
 
 @dataclass(frozen=True)
 class ProbedStep:
-    """One step's outcome.
+    """The probe result of one checkpoint.
 
     Attributes:
-        step: optimizer steps.
-        path: the file that holds the result.
-        content: of that file.
-        is_new: computed now; False where the file was there.
+        step: optimizer steps of the checkpoint.
+        path: the result file.
+        content: content of the result file.
+        is_new: whether it was computed now; False if the file already existed.
     """
 
     step: int
@@ -54,18 +54,18 @@ def probe_config(
     micro_batch_size: int | None = None,
     device: str = "auto",
 ) -> RunConfig:
-    """A run's settings with other ones for probing it.
+    """Returns a run's settings, adapted for probing it.
 
     Args:
-        run_dir: made by `pretrain`.
-        probe: fields of `ProbeConfig` that differ from the run's; None values are left out.
+        run_dir: folder of a run that `pretrain` started.
+        probe: fields of `ProbeConfig` that differ from the run's; None values are ignored.
         parallel: the layout of this job.
-        micro_batch_size: default the run's.
+        micro_batch_size: samples per micro-batch, or None for the run's.
         device: "auto", "cuda" or "cpu".
 
     Raises:
-        CheckpointError: no run there.
-        ConfigError: settings that do not fit this number of processes.
+        CheckpointError: the folder is not a run folder.
+        ConfigError: the settings do not fit this number of processes.
     """
     config = read_config(run_dir)
     given = {key: value for key, value in probe.items() if value is not None}
@@ -88,21 +88,24 @@ def probe_checkpoints(
     again: bool = False,
     on_batch: Callable[[int, int], None] = lambda step, done: None,
 ) -> Iterator[ProbedStep]:
-    """Probes checkpoints one after another; on every process of the job.
+    """Probes checkpoints one after another; called on every process of the job.
 
-    A step whose result with the same settings is there is not computed again. Each result is written when it is
-    whole: an interrupted probe leaves nothing and starts over, finished steps stay. Where the run itself has no
-    result for a step, this one is put into metrics.jsonl too; otherwise it gets a file with its settings in the name.
+    A step that already has a result with the same settings is not computed again. Each result is written once it is
+    complete: an interrupted probe leaves no file and starts over, and finished steps are kept. If the run itself has no
+    result for a step, the values are also written to metrics.jsonl; otherwise the file name contains the settings.
 
     Args:
         config: from `probe_config`.
         steps: from `choose_steps`.
-        again: compute even what is there.
-        on_batch: told (step, batches done).
+        again: compute results that already exist, too.
+        on_batch: called with (step, batches done) after each batch.
+
+    Yields:
+        A `ProbedStep` for each step, in order.
 
     Raises:
-        CheckpointError, ConfigError, DataError: what is wrong with the run, the settings or the data.
-        StoppedOnRequest: a signal came.
+        CheckpointError, ConfigError, DataError: the run, the settings or the data are invalid.
+        StoppedOnRequest: a stop signal arrived.
     """
     run_dir = Path(config.run_dir)
     device = select_device(config.device)
@@ -110,6 +113,7 @@ def probe_checkpoints(
         run: Run | None = None
         for step in steps:
             path = _result_path(run_dir, step, config.probe)
+            # Rank 0 decides for all: a rank that skipped a probe would leave the others waiting in its collectives.
             found = broadcast_object(_usable(path, config.probe) if ranks.is_main else None)
             if found is not None and not again:
                 yield ProbedStep(step, path, found, is_new=False)
@@ -124,7 +128,9 @@ def probe_checkpoints(
                 master_weights=masters,
             )
             if result is None:
-                raise StoppedOnRequest(f"stopped in the probe of step {step}; the same command starts that step over")
+                raise StoppedOnRequest(
+                    f"stopped in the probe of step {step}; run the same command to start that step over"
+                )
             with agree("writing the probe"):
                 if ranks.is_main:
                     _write(run_dir, path, result, config)
@@ -132,7 +138,7 @@ def probe_checkpoints(
 
 
 def _restore(run: Run, step: int) -> bool:
-    """Loads a step; returns whether the master weights came with it."""
+    """Loads a checkpoint; returns whether the master weights were loaded with it."""
     checkpoint = open_checkpoint(step_folder(run.run_dir, step))
     reason = why_no_state(run, checkpoint)
     if reason is None:
@@ -145,7 +151,7 @@ def _restore(run: Run, step: int) -> bool:
 
 
 def _result_path(run_dir: Path, step: int, probe: ProbeConfig) -> Path:
-    """The step's own file, unless it holds a result of other settings."""
+    """The step's own file, or one named after the settings if that file has a result of other settings."""
     own = probe_file(run_dir, step)
     if not own.exists() or _usable(own, probe) is not None:
         return own
@@ -153,7 +159,7 @@ def _result_path(run_dir: Path, step: int, probe: ProbeConfig) -> Path:
 
 
 def _usable(path: Path, probe: ProbeConfig) -> dict[str, Any] | None:
-    """The content of a result that was made with these settings, else None."""
+    """Returns the content of a result that was computed with these settings, or None."""
     if not path.exists():
         return None
     content = read_probe(path)
@@ -166,12 +172,13 @@ def _write(run_dir: Path, path: Path, result: ProbeResult, config: RunConfig) ->
         path.parent.mkdir(parents=True, exist_ok=True)
     if path == probe_file(run_dir, result.step):
         try:
+            # The lock keeps a training job from appending to metrics.jsonl at the same time.
             with locked(run_dir):
                 MetricsWriter(run_dir, replace(config, log=type(config.log)()), is_main=True).write(
                     result.step, result.metrics()
                 )
         except BusyError:
             _log.warning(
-                "%s is training now: step %d goes into %s only, not into metrics.jsonl", run_dir, result.step, path
+                "%s is training now: step %d is written to %s only, not to metrics.jsonl", run_dir, result.step, path
             )
     write_json(path, result.as_dict())

@@ -1,4 +1,4 @@
-"""This rank's random states: reading, setting, and keeping them through a block."""
+"""Gets and sets this rank's random states, and restores them after a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from megatron.core import tensor_parallel
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """This rank's random states: torch's default generators and megatron-core's dropout tracker."""
+    """Returns copies of this rank's random states: torch's default generators and megatron-core's dropout tracker.
+
+    Returns:
+        uint8 tensors by name: "torch", "cuda" if a CUDA device is present, and "tracker.NAME".
+    """
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -20,6 +24,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: dict[str, torch.Tensor]) -> None:
+    """Sets the random states that `rng_state` returned."""
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -29,7 +34,7 @@ def set_rng_state(states: dict[str, torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Puts the random states back after a block, so that what ran inside leaves the training that goes on untouched."""
+    """Restores the random states after a block, so that random numbers drawn inside do not change later training."""
     states = rng_state()
     try:
         yield

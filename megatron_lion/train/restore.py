@@ -1,4 +1,4 @@
-"""Puts a checkpoint back into a run: model, optimizer, counters and random states, verified by the state's fingerprint."""
+"""Restores model, optimizer, counters and random states from a checkpoint and compares fingerprints."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
-    """Verifies a checkpoint and puts model, optimizer, counters and random states back; a collective call.
+    """Verifies a checkpoint and restores model, optimizer, counters and random states; a collective call.
+
+    Args:
+        run: from `build_run`; changed in place.
+        checkpoint: from `open_checkpoint`; its layout may differ from the run's.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model, optimizer or data; nothing was changed on disk.
+        CheckpointError: the checkpoint is damaged or belongs to another model, optimizer or data; no file was changed.
     """
     manifest = checkpoint.manifest
     with agree("checking the checkpoint"):
@@ -41,33 +45,36 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     run.step = int(manifest["step"])
     run.consumed_samples = int(manifest["consumed_samples"])
     rng = ckpt.read_rng(checkpoint, run.ranks)
-    # A CUDA generator's state is 16 bytes, a CPU generator's 5,056: neither can be set on the other kind of device.
+    # A CUDA generator's state has 16 bytes, a CPU generator's 5,056: neither can be set on the other kind of device.
     if rng is not None and ("cuda" in rng) == torch.cuda.is_available():
         set_rng_state(rng)
-    else:  # another layout or kind of device has other dropout streams: start fresh ones that depend on the step
+    else:
+        # Another layout or kind of device has other dropout streams. New ones are seeded with the step, so that they do
+        # not repeat the masks of the run's first steps.
         seed_everything(derive_seed(run.config.seed, f"resume at {run.step}"), run.ranks)
+    # The digests cover the files only. The fingerprint covers what arrived in memory after resharding, element by element.
     _compare_fingerprints(run, checkpoint)
 
 
 def restore_weights(run: Run, checkpoint: ckpt.Checkpoint) -> None:
-    """Verifies a checkpoint and loads the model's weights alone, at any layout; a collective call.
+    """Verifies a checkpoint and loads only the model's weights, at any layout; a collective call.
 
-    Master weights and optimizer state stay as they were: for reading, not for training.
+    Master weights and optimizer state do not change, so the run can be measured afterwards but not trained.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model or data.
+        CheckpointError: the checkpoint is damaged or belongs to another model or other data.
     """
     load_weights(run.config, run.corpora, run.model, checkpoint, run.ranks)
     run.step = int(checkpoint.manifest["step"])
 
 
 def is_import(checkpoint: ckpt.Checkpoint) -> bool:
-    """Whether it holds weights from elsewhere, to begin a run with: no optimizer state, no steps."""
+    """Whether the checkpoint holds imported initial weights: step 0, without optimizer state."""
     return checkpoint.step == 0 and checkpoint.manifest.get("state_layout") is None
 
 
 def why_no_state(run: Run, checkpoint: ckpt.Checkpoint) -> str | None:
-    """Why a checkpoint's optimizer state, master weights included, cannot be loaded at this layout; None where it can."""
+    """Returns why optimizer state and master weights cannot be loaded at this layout, or None if they can."""
     if checkpoint.manifest.get("state_layout") is None:
         return "it holds no optimizer state"
     try:
@@ -95,13 +102,14 @@ def _check_state(run: Run, checkpoint: ckpt.Checkpoint) -> None:
 
 
 def _compare_fingerprints(run: Run, checkpoint: ckpt.Checkpoint) -> None:
-    """Raises CheckpointError unless the restored state is the saved one, or had to be rounded to a shorter form."""
+    """Raises CheckpointError if the restored state differs from the saved one without having been rounded."""
     manifest, optimizer = checkpoint.manifest, run.optimizer
     form = manifest.get("state_form", optimizer.state_form())
     found, saved = state_fingerprint(run.model, optimizer), manifest["state_fingerprint"]
     if found == saved:
-        # In half precision the model's own weights are loaded apart from the master weights, and the next step reads
-        # them. Another precision or form of the master weights rounds them differently.
+        # In half precision the model's own weights are loaded separately from the master weights, and the next step
+        # reads them. They are comparable only if precision and form of the master weights are unchanged, because
+        # another precision or form rounds them differently.
         if (manifest["precision"], form) == (run.config.train.precision, optimizer.state_form()):
             found, saved = weights_fingerprint(run.model), manifest["weights_fingerprint"]
             if found != saved:
@@ -115,6 +123,6 @@ def _compare_fingerprints(run: Run, checkpoint: ckpt.Checkpoint) -> None:
 
 def _not_what_was_saved(checkpoint: ckpt.Checkpoint, what: str, found: str, saved: str) -> CheckpointError:
     return CheckpointError(
-        f"{checkpoint.folder}: the restored {what} fingerprint {found[:12]}, saved was {saved[:12]}; "
+        f"{checkpoint.folder}: the restored {what} fingerprint {found[:12]}, but {saved[:12]} was saved; "
         "please report this, and resume from another step"
     )

@@ -1,4 +1,4 @@
-"""One object that holds a run, built by one function and passed explicitly; and saving its state."""
+"""The `Run` object (settings, model, optimizer, data), the function that builds it, and saving its state."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from megatron_lion.train.step import ForwardStep
 
 @dataclass
 class Run:
-    """Everything the loop works with.
+    """Everything the training loop needs.
 
     Attributes:
-        config, device, ranks: settings and place.
+        config, device, ranks: settings, device and ranks of this process.
         model: DDP-wrapped chunks.
-        optimizer: what `build_optimizer` made.
+        optimizer: from `build_optimizer`.
         corpora: the checked data.
-        datasets: Megatron's train, validation and test datasets (None where not needed).
-        probe_samples: what the full-gradient probe reads, a shuffle of its own (None where no probe runs).
-        probe_weight: what the loss must know about all samples of a probe together, once it was found.
-        objective: what the model minimises.
-        step: optimizer steps attempted so far; position in the data and the schedule.
-        consumed_samples: training samples read so far.
+        datasets: Megatron's train, validation and test datasets; None for a dataset that is not used.
+        probe_samples: samples of the full-gradient probe, in a separate shuffle; None if no probe runs.
+        probe_weight: the objective's weights over all samples of a probe; None until they are computed.
+        objective: the loss that the model minimises.
+        step: number of optimizer steps attempted; the position in the data and in the schedule.
+        consumed_samples: number of training samples read.
     """
 
     config: RunConfig
@@ -67,19 +67,19 @@ class Run:
         return Path(self.config.run_dir)
 
     def train_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """This rank's micro-batches from the next unread sample to the last of the run."""
+        """Yields this rank's micro-batches from the next unread sample to the last sample of the run."""
         end = self.config.train.steps * self.config.train.global_batch_size
         batches = self._batches(self.datasets[0], self.consumed_samples, end)
         return self.objective.weigh_steps(batches, self.config.num_microbatches(self.ranks.world_size))
 
     def held_out_batches(self, split: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The same held-out samples every time: split 1 is validation, 2 is test."""
+        """Yields the same held-out micro-batches at every call; split 1 is validation, 2 is test."""
         return self._batches(
             self.datasets[split], 0, self.config.train.test_batches * self.config.train.global_batch_size
         )
 
     def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """What a probe at this step reads, independent of what training has read; a collective call."""
+        """Yields the micro-batches of a probe at this step, independent of the training data position; a collective call."""
         assert self.probe_samples is not None
         end = self.config.probe.num_batches * self.config.train.global_batch_size
         dataset = self.probe_samples.at(self.step)
@@ -113,9 +113,13 @@ def build_run(
     """Opens the data, builds model and optimizer and seeds dropout; a collective call.
 
     Args:
-        config, device, ranks: settings and place.
-        for_training: without it there are samples for probes only.
-        imported: weights to begin with (see `is_import`) in place of random ones.
+        config, device, ranks: settings, device and ranks of this process.
+        for_training: whether to build the training and held-out datasets; otherwise only probe samples are opened.
+        imported: checkpoint with initial weights (see `is_import`), or None for random ones.
+
+    Raises:
+        ConfigError, DataError: the settings or the data are invalid.
+        CheckpointError: the imported weights are damaged or belong to another model.
     """
     with agree("opening the data"):
         corpora = open_corpora(config.data, config.model)
@@ -133,9 +137,9 @@ def build_run(
         probe_samples = open_probe_samples(
             corpora, config.model, config.probe, train.global_batch_size, seed=config.seed, cache=cache
         )
-    seed_everything(config.seed, ranks)
+    seed_everything(config.seed, ranks)  # for dropout; initial weights come from generators seeded by name
     model = build_model(config, device, corpora.vocab_size)
-    if imported is not None:  # before the optimizer takes its master weights from the model
+    if imported is not None:  # before the optimizer copies its master weights from the model
         load_weights(config, corpora, model, imported, ranks)
     optimizer = build_optimizer(config.optimizer, model, precision=train.precision)
     return Run(
@@ -144,12 +148,13 @@ def build_run(
 
 
 def config_digest(config: RunConfig) -> str:
+    """SHA-256 of the settings as config.yaml stores them, in hexadecimal."""
     return hashlib.sha256(dump_config(config).encode()).hexdigest()
 
 
 def save_run(run: Run) -> ckpt.Checkpoint:
-    """Writes and commits a checkpoint of everything that decides how the run goes on; a collective call."""
-    sync_parameters(run.model)
+    """Writes and commits a checkpoint of everything that determines the rest of the run; a collective call."""
+    sync_parameters(run.model)  # otherwise the model's weights of the last step may not be gathered yet
     layout = run.config.checkpoint.layout
     model_state = model_sharded_state(run.model)
     sharded = {
@@ -178,13 +183,13 @@ def save_run(run: Run) -> ckpt.Checkpoint:
 
 
 def bucket_sizes(run: Run) -> Any:
-    """Elements of each gradient bucket without padding, if the optimizer is sharded, else None."""
+    """Returns the number of elements of each gradient bucket without padding, or None if the optimizer is not sharded."""
     megatron = run.optimizer.megatron
     return megatron.bucket_sizes() if isinstance(megatron, StatefulDistributedOptimizer) else None
 
 
 def sync_parameters(model: list[Any]) -> None:
-    """Waits for gathers that overlap_param_gather left for the next forward pass."""
+    """Runs the parameter all-gathers that overlap_param_gather defers to the next forward pass; a collective call."""
     for chunk in model:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

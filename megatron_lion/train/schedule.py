@@ -10,7 +10,7 @@ from megatron_lion.config import RunConfig
 def lr_at(config: RunConfig, step: int) -> float:
     """Learning rate of optimizer step `step` (the first step is 1).
 
-    Warm-up: lr · step / warmup_steps. Then, with t the share of the remaining steps done (1 at the last step):
+    Warm-up: lr · step / warmup_steps. Afterwards, t is the fraction of the remaining steps done (1 at the last step):
     cosine  min + (lr - min)(1 + cos πt)/2 · linear  lr - (lr - min) t · constant  lr ·
     inverse_sqrt  lr · √(w / step), w = max(1, warmup_steps) · wsd  lr, then linear to min over the last
     `wsd_decay_fraction` of the steps.
@@ -40,5 +40,5 @@ def lr_at(config: RunConfig, step: int) -> float:
 
 
 def _line(peak: float, low: float, done: float) -> float:
-    # Rounding would miss `low` by an ulp at the end: 0.3 - (0.3 - 0.03) is below 0.03.
+    # With rounding the formula can miss `low` by an ulp at the end: 0.3 - (0.3 - 0.03) is below 0.03.
     return low if done >= 1.0 else peak - (peak - low) * done

@@ -1,4 +1,4 @@
-"""What surrounds a run's computation on every rank: deterministic kernels, process groups, and a request to stop."""
+"""Context of a run on every rank: stop signals, deterministic kernels and process groups."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from megatron_lion.signals import stop_signals
 
 @contextmanager
 def session(config: RunConfig, device: Device) -> Iterator[tuple[dict[str, bool], Ranks]]:
-    """The flag that a signal sets (`stop["now"]`), and the ranks of the layout that the settings ask for.
+    """Installs stop signals, deterministic kernels and process groups, and removes them after the block.
 
     Args:
-        config: its sections train and parallel count.
-        device: of this process.
+        config: settings; only the sections train and parallel are used.
+        device: this process's device.
+
+    Yields:
+        The flag that a stop signal sets (`stop["now"]`), and this process's ranks.
     """
     parallel = config.parallel
+    # Determinism before process groups: NCCL and cuBLAS read their environment variables when they start.
     with (
         stop_signals() as stop,
         deterministic(config.train.deterministic),

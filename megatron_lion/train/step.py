@@ -1,4 +1,4 @@
-"""One optimizer step, and the loss of a set of samples, through megatron-core's schedules."""
+"""One optimizer step, and the mean losses of a set of samples, through megatron-core's schedules."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ForwardStep = Callable[[Iterator[dict[str, torch.Tensor]], torch.nn.Module], tup
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What one optimizer step did.
+    """Result of one optimizer step.
 
     Attributes:
-        loss: mean over the global batch (nats per token), before the update.
-        grad_l2: norm of the mean gradient before clipping.
-        num_tokens: tokens read, over all ranks (padding included, where there is any).
-        skipped: nothing was changed because a gradient was not finite.
+        loss: mean over the global batch before the update (nats per token).
+        grad_l2: ℓ2 norm of the mean gradient before clipping.
+        num_tokens: tokens read, over all ranks, padding included.
+        skipped: whether the step changed nothing because a gradient was not finite.
         parts: the other means of the objective over the global batch, by name.
     """
 
@@ -50,14 +50,22 @@ def train_step(
 ) -> TrainStep:
     """Forward and backward over the micro-batches of one global batch, then one update.
 
-    `on_gradient` is called when the buffers hold the reduced gradient, before it is measured, clipped and used.
+    Gradients are sums. After the reduction megatron-core divides them by the objective's global count, so a step uses
+    the mean over the global batch at every layout. A collective call.
 
-    Gradients are sums; megatron-core divides them by the global count of the objective after the reduction, so that
-    a step is the mean over the global batch at every layout.
+    Args:
+        model: DDP-wrapped chunks.
+        optimizer: from `build_optimizer`.
+        batches: yields this rank's micro-batches.
+        objective: the loss to minimise.
+        config: the run's settings.
+        ranks: this process's ranks.
+        lr: learning rate of this step.
+        on_gradient: called when the buffers contain the reduced gradient, before it is measured, clipped and used.
     """
     for chunk in model:
         chunk.train()
-        chunk.zero_grad_buffer()
+        chunk.zero_grad_buffer()  # DDP adds every micro-batch to its buffers and never clears them itself
     optimizer.zero_grad()
     optimizer.set_lr(lr)
     settings = model[0].config
@@ -74,7 +82,7 @@ def train_step(
             forward_only=False,
         )
     finally:
-        # A model that refers to its optimizer is never collected: the circle goes through autograd's own nodes.
+        # A model that refers to its optimizer is never garbage-collected: the cycle passes through autograd's own nodes.
         settings.finalize_model_grads_func = settings.grad_scale_func = None
     means = objective.means(reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device))
     if on_gradient is not None:
@@ -92,9 +100,16 @@ def mean_losses(
     config: RunConfig,
     num_microbatches: int,
 ) -> dict[str, float]:
-    """The objective's means by name, `loss` (nats) among them, over `num_microbatches` micro-batches a data rank.
+    """Returns the objective's means by name, including `loss` (nats); a collective call.
 
-    Dropout is off; nothing is changed.
+    Dropout is off. Weights and gradients do not change; the model is in training mode afterwards.
+
+    Args:
+        model: DDP-wrapped chunks.
+        batches: yields this rank's micro-batches.
+        objective: the loss to measure.
+        config: the run's settings.
+        num_microbatches: micro-batches per data rank.
     """
     for chunk in model:
         chunk.eval()

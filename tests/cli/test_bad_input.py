@@ -218,7 +218,7 @@ def test_dry_run_reports_the_kernel_where_it_would_be_used(
     monkeypatch.setattr(triton_check, "why_no_triton", lambda: None)
     assert kernel_lines() in (["kernel       Triton: interpreted"], ["kernel       Triton: compiled"])
     monkeypatch.setattr(triton_check, "why_no_triton", lambda: "no C compiler")
-    assert kernel_lines() == ["kernel       Triton: not available: no C compiler; LION takes its slower foreach path"]
+    assert kernel_lines() == ["kernel       Triton: not available: no C compiler; LION uses its slower foreach path"]
     assert kernel_lines("--optimizer.name", "adamw") == []
     assert kernel_lines("--device", "cpu") == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,4 +1,4 @@
-"""Fixtures of the checkpoint tests: a finished run with two checkpoints, made once a module in its folder `folder`."""
+"""Fixtures of the checkpoint tests: a finished run with two checkpoints, made once per module in the module's fixture `folder`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distributed import fits, run_distributed
 
 @pytest.fixture(scope="module")
 def trained_on_cpu(folder: Path, corpus: str) -> Any:
-    """Config of a finished run of 4 steps on 2 processes with checkpoints at 2 and 4, a file from each process."""
+    """Config of a finished run of 4 steps on 2 processes with checkpoints at 2 and 4; each process writes one tensor file."""
     config = tiny.tiny_config(folder / "run", corpus, **tiny.CHECKPOINTED)
     run_distributed(tiny.train_each, 2, {"": config})
     return config
@@ -20,7 +20,7 @@ def trained_on_cpu(folder: Path, corpus: str) -> Any:
 
 @pytest.fixture(scope="module")
 def size(device: str) -> int:
-    """Processes of a run: 2, but 1 on a machine with one CUDA device."""
+    """Number of processes of a run: 2, or 1 if the machine has one CUDA device."""
     return 2 if fits(device, 2) else 1
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint written on one kind of device resumes on the other: its random states cannot go along."""
+"""A checkpoint written on one kind of device resumes on the other, with new random states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRACKER = "tracker.model-parallel-rng"
 
 
 def resume_from_a_gpu(rank: int, config: Any) -> dict[str, Any]:
-    """Saves a run, restores it with random states as CUDA saves them, and takes a step; (the streams after restoring)."""
+    """Saves a run, restores it with random states as CUDA saves them, and takes a step; returns what changed."""
     from megatron_lion.train import checkpoint as ckpt
     from megatron_lion.train.random_state import rng_state
     from megatron_lion.train.restore import restore_run
@@ -27,7 +27,7 @@ def resume_from_a_gpu(rank: int, config: Any) -> dict[str, Any]:
         assert own is not None
         restore_run(run, checkpoint)
         same_device = rng_state()
-        # A CUDA generator is a seed and an offset, 8 bytes each.
+        # The state of a CUDA generator is a seed and an offset, 8 bytes each.
         of_cuda = {**own, "cuda": torch.zeros(16, dtype=torch.uint8), TRACKER: torch.zeros(16, dtype=torch.uint8)}
         patch = pytest.MonkeyPatch()
         patch.setattr(ckpt, "read_rng", lambda *_: of_cuda)
@@ -47,7 +47,7 @@ def test_a_cpu_resumes_with_dropout_what_a_gpu_saved(tmp_path: Path) -> None:
     corpus = tiny.write_corpus(tmp_path / "corpus")
     config = tiny.tiny_config(tmp_path / "run", corpus, model__hidden_dropout=0.1, model__attention_dropout=0.1)
     found = run_distributed(resume_from_a_gpu, 1, config)[0]
-    assert found["kept"], "on the same kind of device the streams go on"
+    assert found["kept"], "on the same kind of device the streams continue"
     assert found["fresh"]
     assert found["size"]
     assert not found["step"].skipped

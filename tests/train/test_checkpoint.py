@@ -1,4 +1,4 @@
-"""A checkpoint is whole or refused: damage, foreign files, hostile metadata."""
+"""Damaged, foreign and hostile checkpoints are rejected; complete ones are read."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_missing_and_truncated_files_are_named(run_dir: Path, name: str) -> None
     content = path.read_bytes()
     for damaged in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
         path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=rf"{name}: {len(damaged)} bytes, manifest.json says {len(content)}"):
+        with pytest.raises(CheckpointError, match=rf"{name}: {len(damaged)} bytes, manifest.json lists {len(content)}"):
             ckpt.verify_checkpoint(tiny.newest_checkpoint(run_dir))
     path.unlink()
     with pytest.raises(CheckpointError, match=f"{name}: missing"):
@@ -72,7 +72,7 @@ def test_missing_and_truncated_files_are_named(run_dir: Path, name: str) -> None
 
 
 def test_every_flipped_bit_is_found(run_dir: Path) -> None:
-    """Bits all over all files, the manifest's included."""
+    """Flips random bits of all files, including the manifest."""
     draw = random.Random(0)
     checkpoint = tiny.newest_checkpoint(run_dir)
     for _ in range(40):
@@ -98,7 +98,7 @@ def test_swapped_shards_are_found(run_dir: Path) -> None:
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Changes a manifest and gives it a fitting digest, as an attacker would."""
+    """Changes a manifest and updates its digest, as an attacker would."""
     manifest = json.loads((folder / steps.MANIFEST).read_text())
     del manifest["sha256"]
     change(manifest)
@@ -126,7 +126,7 @@ class Hostile:
 
 @pytest.mark.parametrize("call", ["os.system", "builtins.exec", "builtins.eval", "pathlib.Path.touch"])
 def test_hostile_metadata_is_refused_unrun(run_dir: Path, tmp_path: Path, call: str) -> None:
-    """With digests that fit, as in a checkpoint from a stranger."""
+    """The digests match, as in a checkpoint from an untrusted source."""
     proof = tmp_path / "ran"
     attack = {
         "os.system": Hostile(os.system, f"touch {proof}"),
@@ -229,7 +229,7 @@ def test_retention_keeps_the_newest_and_those_asked_for(on_device: Path, corpus:
 
 
 def test_resume_reads_nothing_damaged(trained: Any, on_device: Path, device: str, size: int) -> None:
-    """Through the whole command: damage ends it, and the message says how to go on with the checkpoint before."""
+    """The whole command stops at a damaged file, and its message states how to resume from the previous checkpoint."""
     jobs = {}
     for name in FILES if size == 2 else FILES[:2]:
         copy = Path(shutil.copytree(trained.run_dir, on_device / f"damaged{name}"))
@@ -250,7 +250,7 @@ def test_resume_reads_nothing_damaged(trained: Any, on_device: Path, device: str
 
 
 def test_another_model_optimizer_or_data_is_refused(trained: Any, on_device: Path, corpus: str, device: str) -> None:
-    """With the run's config.yaml out of the way: the checkpoint itself knows what it is of."""
+    """Without the run's config.yaml: the manifest alone identifies model, optimizer and data."""
     other = tiny.write_corpus(on_device / "other-corpus", seed=1)
     changes = {
         "hidden": ({"model__hidden_size": 64}, "hidden_size 32 (now 64)"),

@@ -1,4 +1,4 @@
-"""A save that is cut short by a kill or a full disk leaves the older checkpoint, and the run resumes from it."""
+"""After a kill or a full disk during a save, the older checkpoint remains and the run resumes from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def corpus(folder: Path) -> str:
 
 
 def full_disk(rank: int, config: Any, limit: int) -> list[Any]:
-    """Trains with a limit on file sizes (as a disk that fills up: EFBIG), on the last rank alone."""
+    """Trains with a limit on file sizes on rank 1 only (EFBIG, which is handled like a full disk)."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if rank == 1:
@@ -41,7 +41,7 @@ def full_disk(rank: int, config: Any, limit: int) -> list[Any]:
 
 
 def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained_on_cpu: Any, folder: Path) -> None:
-    trained = trained_on_cpu  # the limit would also hold for NCCL's shared memory
+    trained = trained_on_cpu  # the limit would also apply to NCCL's shared memory
     copy = Path(shutil.copytree(trained.run_dir, folder / "full"))
     shutil.rmtree(steps.step_folder(copy, 4))
     config = dataclasses.replace(trained, run_dir=str(copy))
@@ -59,7 +59,7 @@ def test_full_disk_on_one_rank_ends_all_and_leaves_the_older_checkpoint(trained_
 
 
 def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str, tuple[str, str]]:
-    """Trains with a disk that refuses the n-th file that the saver opens for writing."""
+    """Trains while the n-th file that the saver opens for writing fails with ENOSPC."""
     import builtins
     import errno
     import io
@@ -86,7 +86,7 @@ def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str,
 
 
 def test_no_space_at_any_write_of_the_saver(trained: Any, on_device: Path, device: str) -> None:
-    """Tensors, metadata, random states, manifest: nothing half-written is taken for whole."""
+    """Tensors, metadata, random states, manifest: an incomplete checkpoint is never listed."""
     jobs = {}
     for refused in range(1, 7):
         copy = Path(shutil.copytree(trained.run_dir, on_device / f"space-{refused}"))
@@ -95,7 +95,7 @@ def test_no_space_at_any_write_of_the_saver(trained: Any, on_device: Path, devic
     found = run_distributed(full_at_each_write, 1, jobs, device=device)[0]
     for name, (config, _) in jobs.items():
         kind, message = found[name]
-        # Tensors, their metadata, random states, manifest; the pointer comes when the folder has its name already.
+        # Tensors, their metadata, random states, manifest; the pointer is written after the folder is renamed.
         assert steps.list_steps(Path(config.run_dir)) == ([2] if int(name) <= 4 else [2, 4]), name
         assert kind == ("StorageError" if int(name) <= 5 else ""), (name, message)
         assert name == "6" or "No space left on device" in message
@@ -103,7 +103,7 @@ def test_no_space_at_any_write_of_the_saver(trained: Any, on_device: Path, devic
 
 
 def killed_at(rank: int, config: Any, victim: int, moment: int) -> None:
-    """Trains; the victim is killed (-9) at the given file-system call of its next save."""
+    """Trains; the victim is killed with SIGKILL at the given file-system call of its next save."""
     count = 0
 
     def kill_there(event: str, arguments: tuple[Any, ...]) -> None:
@@ -121,8 +121,8 @@ def killed_at(rank: int, config: Any, victim: int, moment: int) -> None:
     tiny.train(config)
 
 
-# Moments of rank 0: 1 and 2 folder, 3 tensors, 4 and 5 metadata and its name, 6 and 7 random states, 8 and 9 manifest,
-# 10 the folder's name, 11 and 12 the pointer.
+# Moments of rank 0: 1 and 2 mkdir, 3 tensors, 4 and 5 metadata and its rename, 6 and 7 random states, 8 and 9 manifest,
+# 10 rename of the folder, 11 and 12 the pointer.
 @pytest.mark.parametrize(("victim", "moment"), [(0, 3), (0, 5), (0, 9), (0, 10), (0, 11), (1, 1)])
 def test_kill_during_a_save_leaves_no_half_checkpoint(
     trained_on_cpu: Any, tmp_path: Path, victim: int, moment: int

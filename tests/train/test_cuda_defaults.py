@@ -1,7 +1,7 @@
-"""What a run takes by default on CUDA only, on this CPU: loader workers, pinned batches, fusions.
+"""Defaults that apply on CUDA only, tested on a CPU: loader workers, pinned batches, fusions.
 
-`install_cpu_stand_in` maps device names of CUDA to the CPU, so that `Device("cuda", 0, "gloo")` takes every default of
-CUDA at once. Replaced is only what needs a real device: the choice of the device, its name and its memory counter.
+`install_cpu_stand_in` maps CUDA device names to the CPU, so `Device("cuda", 0, "gloo")` uses every default of CUDA.
+The tests replace only what needs a real device: the choice of the device, its name and its memory counter.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def defaults_of_cuda(folder: Path) -> Iterator[Device]:
 
 
 def facts_of(config: Any) -> dict[str, Any]:
-    """What a run on the selected device is built with, and its first batch."""
+    """Returns the settings that a run on the selected device is built with, and its first batch."""
     from torch.utils.data import DataLoader
 
     from megatron_lion.train.fingerprint import weights_fingerprint
@@ -94,7 +94,7 @@ def facts_of(config: Any) -> dict[str, Any]:
 
 
 def facts_of_both(rank: int, folder: Path, config: Any) -> dict[str, dict[str, Any]]:
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # torch reports that there is nothing to pin for
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")  # torch warns that no accelerator is present
     found = {"cpu": facts_of(config)}
     with defaults_of_cuda(folder):
         found["cuda"] = facts_of(config)
@@ -115,7 +115,7 @@ def test_each_default_is_taken_and_changes_neither_weights_nor_batches(folder: P
 
 
 def both_runs(rank: int, folder: Path, configs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each run with the defaults of the CPU, and with those of CUDA."""
+    """Runs each config with the defaults of the CPU and with those of CUDA."""
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     found = {}
     for name, config in configs.items():
@@ -139,7 +139,7 @@ def assert_equal_but_for_rounding(found: dict[str, dict[str, Any]], name: str) -
 
 
 def test_a_run_with_all_defaults_of_cuda_is_the_run_of_the_cpu(folder: Path, corpus: str) -> None:
-    """Its fusions are compiled for the CPU here; the fused GELU is the tanh form, so the erf form must stay unfused."""
+    """The fusions are compiled for the CPU here. The fused GELU is the tanh form, so the erf form must stay unfused."""
     settings = {"train__steps": 3, "train__test_every": 2, "probe__every": 3, "probe__num_batches": 1}
     configs = {
         gelu: tiny.tiny_config(folder / gelu, corpus, model__gelu=gelu, model__init_method_std=0.2, **settings)
@@ -158,6 +158,6 @@ def test_a_run_with_all_defaults_of_cuda_is_the_run_of_the_cpu(folder: Path, cor
 
 @pytest.mark.slow
 def test_two_stages_with_all_defaults_of_cuda_are_those_of_the_cpu(folder: Path, corpus: str) -> None:
-    """Two pipeline stages exchange activations in batches there (batch_p2p_comm)."""
+    """With the defaults of CUDA, two pipeline stages exchange activations in batches (batch_p2p_comm)."""
     config = tiny.tiny_config(folder / "stages", corpus, train__steps=3, parallel__pipeline_model_parallel_size=2)
     assert_equal_but_for_rounding(run_distributed(both_runs, 2, folder, {"": config})[0], "")

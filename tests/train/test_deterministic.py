@@ -1,4 +1,4 @@
-"""`train.deterministic`: what it sets, where it holds, and that nothing of it is left after a run."""
+"""`train.deterministic`: what it sets, where it applies, and that everything is restored after a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1, "optim
 
 
 def switches() -> dict[str, Any]:
-    """Everything that the context sets."""
+    """Returns everything that the context manager sets."""
     import torch._inductor.config
 
     return {
@@ -117,7 +117,7 @@ def test_a_torch_without_inductors_switch(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def watched_runs(rank: int, config: Any, probe_dir: str) -> dict[str, Any]:
-    """Where the setting holds in a run, in a run that fails and in a probe of the run's checkpoint, and what is left."""
+    """Records the switches during and after a run, a failing run, and a probe of the run's checkpoint."""
     from torch.nn import functional as F
 
     from megatron_lion.config import ParallelConfig
@@ -186,7 +186,7 @@ def test_where_it_holds(tmp_path: Path, corpus: str) -> None:
     for key in ("after", "after the probe", "after an error"):
         assert seen[key] == seen["before"], key
     assert seen["error"] == "no model"
-    # The attention core asks with its own device, and runs with what it was given: no kernel that uses atomics.
+    # The attention core passes its own device and uses the kernels it receives: none that uses atomics.
     assert (seen["devices"], seen["math"], seen["efficient"]) == ({"cpu"}, {True}, {False})
 
 
@@ -208,7 +208,7 @@ def test_the_setting_reaches_megatron_core(tmp_path: Path, corpus: str) -> None:
     with deterministic(True):
         assert build_transformer_config(on, device).deterministic_mode is True
         assert build_transformer_config(off, device).deterministic_mode is False
-    # An evaluation builds the model without the context.
+    # An evaluation builds the model outside the context manager.
     assert build_transformer_config(on, device).deterministic_mode is False
 
 

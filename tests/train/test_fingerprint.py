@@ -1,4 +1,4 @@
-"""The fingerprint alone: its value by the formula in plain integers, and that every kind of change alters it."""
+"""The fingerprint equals its formula in Python integers, and every kind of change alters it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ("decoder.weight", "embedding.weight")
 
 
 class Place:
-    """This process's tensor-parallel place, as the fingerprint asks megatron-core for it."""
+    """This process's tensor-parallel rank and size, as the fingerprint reads them from megatron-core."""
 
     rank, size = 0, 1
 
@@ -33,8 +33,8 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Place:
 def expected_sum(salt_name: str, values: torch.Tensor) -> int:
     """Σ mix(bits) · (2 · index + 1) mod 2^64 over a whole tensor, with Python's integers.
 
-    mix multiplies by two odd constants (Fibonacci hashing's and splitmix64's) and folds the upper bits down between,
-    with shifts that keep the sign.
+    mix multiplies by two odd constants (Fibonacci hashing's and splitmix64's) and xors the upper bits into the lower
+    ones after each, with arithmetic shifts.
     """
 
     def signed(number: int) -> int:
@@ -66,7 +66,7 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def found(tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> str:
-    """The fingerprint of such a state."""
+    """Returns the fingerprint of a state made by `state`."""
     shards = []
     for name in NAMES:
         main, momentum = tensors[f"{name}:param"], tensors[f"{name}:exp_avg"]
@@ -79,13 +79,13 @@ def test_state_fingerprint_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> No
     tensors = state()
     expected = as_text(sum(expected_sum(name, values) for name, values in tensors.items()))
     assert found(tensors, monkeypatch) == expected
-    for chunk in (1, 8, 20, 21, 22):  # a tensor of 21 elements in parts: the parts do not show
+    for chunk in (1, 8, 20, 21, 22):  # splitting a tensor of 21 elements does not change the sum
         monkeypatch.setattr(fingerprint, "_CHUNK", chunk)
         assert found(tensors, monkeypatch) == expected, chunk
 
 
 def test_every_change_alters_the_state_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "_CHUNK", 8)  # elements 7 and 8, 15 and 16 lie beside a boundary
+    monkeypatch.setattr(fingerprint, "_CHUNK", 8)  # elements 7 and 8, 15 and 16 are next to a boundary
     before = state()
     seen = {found(before, monkeypatch): "nothing"}
 
@@ -103,7 +103,7 @@ def test_every_change_alters_the_state_fingerprint(monkeypatch: pytest.MonkeyPat
         negative[0] = -0.0
         assert torch.equal(negative, values), "the case is about the sign of zero"
         differs({**before, key: negative}, f"sign of {key}[0]")
-        for one, other in ((0, 1), (7, 8), (1, 9), (3, 19)):  # neighbours, over a boundary, at one place of two chunks
+        for one, other in ((0, 1), (7, 8), (1, 9), (3, 19)):  # neighbours, across a boundary, same offset in two chunks
             swapped = values.clone()
             swapped[[one, other]] = values[[other, one]]
             differs({**before, key: swapped}, f"{key}[{one}] and [{other}] swapped")

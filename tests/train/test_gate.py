@@ -1,4 +1,4 @@
-"""A gradient that is not finite changes nothing, on any rank, and is named; a long series of them ends the run."""
+"""A step with a non-finite gradient is skipped on every rank and reported; a long series ends the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CULPRIT = {True: "decoder.layers.1.mlp.linear_fc1.weight", False: "decoder.layer
 class Poison:
     """An objective that writes a value into one gradient element of the last rank, after its last micro-batch.
 
-    It acts in a hook on the gradient, as a fault in a backward kernel would.
+    It acts in a hook on the gradient, like a fault in a backward kernel.
     """
 
     def __init__(self, inner: Any, value: float, name: str, rank: int) -> None:
@@ -128,7 +128,7 @@ def test_step_is_skipped_on_all_ranks_and_changes_no_bit(
         found = results[f"{layout}/{value}"]
         assert found["skipped"] == [False, True, False], rank
         assert found["changed"] == [], rank
-        assert found["moved"] > 0, "the step after it must go on"
+        assert found["moved"] > 0, "the next step must update"
         good, bad, again = found["norms"]
         assert 0 < good < 100
         assert not (abs(bad) < float("inf"))
@@ -146,7 +146,7 @@ def test_culprit_is_named(poisoned: list[dict[str, Any]], layout: str, value: st
 
 
 def poisoned_run(rank: int, config: Any, first_bad: int, count: int) -> tuple[str, str]:
-    """A whole `pretrain` whose gradients are NaN at `count` steps from `first_bad` on."""
+    """Runs `pretrain` with NaN gradients at `count` steps, starting with step `first_bad`."""
     from megatron_lion.train import loop
 
     build, take_step = loop.build_run, loop.train_step
@@ -208,7 +208,7 @@ def fp16_steps(rank: int, config: Any) -> list[dict[str, Any]]:
         poison = Poison(run.objective, float("inf"), CULPRIT[True], 1)
         poison.install(run)
         run.objective = poison
-        # From a checkpoint's manifest, as a resumed run has it. At 2^16 the sum of a micro-batch's token losses overflows by itself.
+        # The scale is loaded as in a resumed run: at the initial 2^16 a micro-batch's loss sum overflows without Poison.
         scaler = {"scale": 256.0, "growth_tracker": 0, "hysteresis_tracker": 2}
         run.optimizer.load_extra_state({**run.optimizer.extra_state(), "grad_scaler": scaler})
         found = []

@@ -1,4 +1,4 @@
-"""Several runs in one process: what the earlier ones opened is closed."""
+"""Several runs in one process: each run closes its process groups."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lion.parallel import process_groups
 
 
 def threads_after_each(rank: int, configs: list[RunConfig]) -> list[int]:
-    """Threads of this process's gloo groups after each run; the group of all processes has some itself."""
+    """Counts the threads of this process's gloo groups after each run; the default group has some, too."""
     found = []
     for config in configs:
         tiny.train(config)
@@ -25,7 +25,7 @@ def threads_after_each(rank: int, configs: list[RunConfig]) -> list[int]:
 
 
 def test_runs_in_one_process_leave_no_groups_behind(tmp_path: Path) -> None:
-    """megatron-core forgets its groups; each would keep two threads that wake up a hundred times a second."""
+    """megatron-core does not destroy its groups; each would keep two threads that wake up 100 times a second."""
     corpus = tiny.write_corpus(tmp_path / "corpus")
     layouts: list[dict[str, Any]] = [{}, {"parallel__tensor_model_parallel_size": 2}, {}]
     configs = [
@@ -38,7 +38,7 @@ def test_runs_in_one_process_leave_no_groups_behind(tmp_path: Path) -> None:
 
 
 def gloo_groups_for(rank: int, kind: str) -> list[str]:
-    """Names of megatron-core's gloo groups on a device of this kind; the job's own backend stays gloo."""
+    """Returns the names of megatron-core's gloo groups on a device of this kind; the job's backend stays gloo."""
     from megatron.core import parallel_state
 
     install_cpu_stand_in()

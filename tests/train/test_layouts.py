@@ -1,4 +1,4 @@
-"""Every layout computes what one process computes."""
+"""Every parallel layout computes the same losses, norms and weights as one process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import tiny
 from distributed import run_distributed
 
-# Sums of fp32 numbers in another order. One rounding is 2^-24 = 6e-8 relative; a loss or a norm here is the end of
-# chains of some tens of them, of random sign. A gradient scaled or reduced wrongly is off by a factor.
+# Layouts add fp32 numbers in different orders. One rounding is 2^-24 = 6e-8 relative; a loss or norm here results from
+# some tens of them, of random sign. A wrongly scaled or reduced gradient is off by a factor.
 ROUNDING = 2e-6
 LR = {"lion": 1e-3, "sgd": 0.1, "adamw": 1e-3}
 STEPS = 5
@@ -63,7 +63,7 @@ def runs(folder: Path) -> Runs:
     def of(optimizer: str) -> dict[str, dict[str, Any]]:
         jobs = {}
         for layout, (size, changes) in layouts_of(optimizer).items():
-            # A probe has more micro-batches than a step: overlapped reduction must not confuse the two.
+            # A probe has more micro-batches than a step: overlapped reduction must not mix up the two counts.
             config = tiny.tiny_config(
                 folder / f"{layout}-{optimizer}", corpus, train__steps=STEPS, optimizer__clip_grad=0.0,
                 optimizer__name=optimizer, optimizer__lr=LR[optimizer], probe__every=3, probe__num_batches=2, **changes,
@@ -104,8 +104,8 @@ def test_weights(runs: Runs, folder: Path, layout: str, optimizer: str) -> None:
         if optimizer == "sgd":
             assert apart.max() < 1e-6, name
             continue
-        # A gradient that is zero but for rounding has a sign by chance, and LION, like AdamW at its first steps, makes
-        # it a whole step. The bias of the keys is such: softmax does not see it.
+        # If a gradient is zero except for rounding, its sign is random, and LION (like AdamW in its first steps) turns it
+        # into a full step. The bias of the keys is such a parameter: softmax does not depend on it.
         assert apart.max() <= 2 * STEPS * LR[optimizer] * 1.001, name
         rest = apart if "linear_qkv.bias" not in name else apart[:0]
         moved, total = moved + int((rest > 1e-6).sum()), total + rest.numel()

@@ -1,4 +1,4 @@
-"""metrics.jsonl and its sinks: every number arrives, a torn line goes, a resumed run is the same run to them."""
+"""metrics.jsonl and its sinks: every number arrives, torn lines are removed, a resumed run keeps its identity."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
 
 
 class FakeWandb(types.ModuleType):
-    """Keeps what it was told."""
+    """Records the calls it receives."""
 
     def __init__(self) -> None:
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""A resumed run compares what it restored with what was saved: one wrong bit anywhere is refused."""
+"""A resumed run compares the restored state with the saved one: one wrong bit anywhere is an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_lion.optim.parameter_shards import local_shards
 from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.runs.steps import open_checkpoint, step_folder
 
-# Called by restore_run when all tensors are in place and nothing is compared yet.
+# restore_run calls this method after all tensors are loaded and before anything is compared.
 BETWEEN_LOAD_AND_COMPARISON = TrainOptimizer, "load_extra_state"
 
 
@@ -63,7 +63,7 @@ CASES: dict[str, tuple[Callable[[Any], None], str, dict[str, Any]]] = {
 
 
 def refusals(rank: int, jobs: dict[str, Any]) -> dict[str, tuple[str, str, int]]:
-    """(error, message, exit code) of restoring a checkpoint with one wrong bit; ("", "", 0) where it is accepted."""
+    """(error, message, exit code) of restoring a checkpoint with one wrong bit; ("", "", 0) if it is accepted."""
     from megatron_lion.train.restore import restore_run
     from megatron_lion.train.run import save_run
 

@@ -1,4 +1,4 @@
-"""N steps are k steps, a new process, and N - k steps: bit for bit; and a checkpoint loads exactly at other layouts."""
+"""A resumed run equals the undisturbed one bit for bit, and a checkpoint loads exactly at other layouts."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def corpus(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path, corpus: str, device: str) -> dict[str, Any]:
-    """ "NAME/twin": the undisturbed run; "NAME/half": stopped after 3 of 6 steps; "NAME/resumed": the same, gone on.
+    """ "NAME/twin": the undisturbed run; "NAME/half": stopped after 3 of 6 steps; "NAME/resumed": the same, resumed.
 
-    Cases that need more devices than there are have no entry.
+    Cases that need more devices than the machine has have no entry.
     """
     first: dict[str, Any] = {}
     second: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def padded_elements(run: Any) -> int:
 
 
 def train_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, int]:
-    """Two steps and a checkpoint; returns how many elements of padding the buckets of this rank hold."""
+    """Takes two steps and saves; returns the number of padding elements in this rank's buckets."""
     from megatron_lion.train.run import save_run
 
     padding = {}
@@ -123,7 +123,7 @@ def train_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, int]:
 
 
 def load_and_save(rank: int, jobs: dict[str, Any]) -> dict[str, bool]:
-    """Loads a checkpoint of another layout and saves it again elsewhere, untouched."""
+    """Loads a checkpoint of another layout and saves it unchanged in another folder."""
     from megatron_lion.runs.steps import open_checkpoint, step_folder
     from megatron_lion.train.restore import restore_run
     from megatron_lion.train.run import save_run

@@ -100,7 +100,7 @@ def test_schedules_that_cannot_be(change: dict[str, float], key: str) -> None:
         check_config(run_of(steps=100, **change), 1)  # type: ignore[arg-type]
 
 
-def test_a_share_that_is_no_number_is_told_with_the_rest() -> None:
+def test_a_share_that_is_no_number_is_reported_with_the_rest() -> None:
     run = RunConfig(schedule=ScheduleConfig(warmup_fraction=math.nan), optimizer=OptimizerConfig(lr=-1))
     with pytest.raises(ConfigError) as caught:
         check_config(run, 1)

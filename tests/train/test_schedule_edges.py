@@ -18,7 +18,7 @@ def run_of(kind: str, steps: int, warmup: int, lr: float, min_lr: float, decay: 
 @pytest.mark.parametrize(
     ("steps", "warmup", "decay", "rates"),
     [
-        # Worked out by hand at lr = 1 and min_lr = 0.2: the last round(decay · steps) steps go down by equal amounts,
+        # Calculated by hand at lr = 1 and min_lr = 0.2: the last round(decay · steps) steps decrease by equal amounts,
         # and the last of them is at min_lr.
         (10, 0, 0.2, {1: 1.0, 8: 1.0, 9: 0.6, 10: 0.2}),
         (10, 2, 0.4, {1: 0.5, 2: 1.0, 6: 1.0, 7: 0.8, 8: 0.6, 9: 0.4, 10: 0.2}),

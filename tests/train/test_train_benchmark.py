@@ -1,4 +1,4 @@
-"""The benchmark of whole training steps runs, on one process and on two, and its table says what was measured."""
+"""The benchmark of whole training steps runs on one and two processes and writes its table."""
 
 from __future__ import annotations
 
