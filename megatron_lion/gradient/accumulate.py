@@ -1,9 +1,9 @@
-"""The full gradient at frozen parameters: one long accumulation in DDP's own buffers.
+"""The full gradient at frozen parameters, accumulated in DDP's own gradient buffers.
 
-Gradients of all micro-batches of all global batches add up in the fp32 buffers that training uses anyway; nothing is
-reduced until a sum is read. Reading reduces, after which each rank holds its shard of the sum over all ranks; the
-shard stays, every other copy is set to zero, and the accumulation goes on. So the buffers of all ranks always add up
-to the sum of the gradients of all samples so far, with no byte per parameter besides them.
+Gradients of all micro-batches of all global batches are added in the fp32 buffers that training uses anyway. Nothing is
+reduced until the sum is read. A read reduces the buffers, so that each rank holds its shard of the sum over all ranks.
+Each rank then keeps its shard, sets every other copy to zero and continues to accumulate. At any time the sum of the
+buffers over all ranks is the sum of the gradients of all samples so far, without extra memory per parameter.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from megatron_lion.parallel import Ranks
 class FullGradient:
     """Sums loss and gradient over global batches while nothing else of the run changes. A context manager.
 
-    Inside the block the gradient buffers belong to the accumulation; at its end they are zero and the model is in
-    training mode, as a training step expects it. Parameters, optimizer state and data positions are not touched. With
-    dropout on, the random states are: the caller puts them back.
+    Inside the block the accumulation owns the gradient buffers. At the end they are zero and the model is in training
+    mode, as a training step expects. Parameters, optimizer state and data positions do not change. With dropout on, the
+    random states change, and the caller restores them.
 
     Args:
         model: DDP-wrapped chunks.
         optimizer: for master weights, λ and the loss scale.
-        forward_step: as for megatron-core's schedules; its loss function must return (loss sum, count,
-            {"loss_sum": …, "num_tokens": the same count}), of sums, not means.
-        ranks: this process's place.
+        forward_step: as for megatron-core's schedules. Its loss function must return (loss sum, count,
+            {"loss_sum": …, "num_tokens": the same count}), with sums, not means.
+        ranks: this process's ranks.
         num_microbatches: micro-batches of a global batch on one data rank.
         micro_batch_size, seq_length: shape of a micro-batch.
-        vocab_size: ids before padding.
-        dropout_seed: None switches dropout off; else the seed of its masks.
-        master_weights: take θ from the optimizer's fp32 master weights, else from the model's own.
-        sample: keeps track of the sums over disjoint groups of batches for a sample of the coordinates, or None.
+        vocab_size: number of ids before padding.
+        dropout_seed: seed of the dropout masks, or None for no dropout.
+        master_weights: whether θ is the optimizer's fp32 master weights; otherwise the model's own weights.
+        sample: coordinate sample that also follows sums over disjoint groups of batches, or None.
 
     Attributes:
         num_batches: global batches summed so far.
-        count: what the mean is over: all that the loss function counted (tokens of GPT-2, samples of BERT).
+        count: divisor of the mean: everything that the loss function counted (tokens of GPT-2, samples of BERT).
         losses: (loss sum in nats, count) of each batch.
 
     Example:
@@ -101,8 +101,8 @@ class FullGradient:
             _put_back, settings, settings.no_sync_func, settings.grad_scale_func, settings.finalize_model_grads_func
         )
         self._stack.callback(self._leave)
-        # Between batches no bucket may be reduced, overlapped or not: the schedules' own switch would turn that on for
-        # the last micro-batch of each call, so the buckets are told once, for the whole accumulation.
+        # No bucket may be reduced between batches, overlapped or not. The schedules' own no_sync_func would enable the
+        # reduction for the last micro-batch of each call, so it is disabled once for the whole accumulation.
         for chunk in self.model:
             chunk.zero_grad_buffer()
             self._stack.enter_context(chunk.no_sync())
@@ -110,8 +110,11 @@ class FullGradient:
         settings.no_sync_func = None
         settings.finalize_model_grads_func = None
         settings.grad_scale_func = self.optimizer.scale_loss
+        # Constant during the block, because only an optimizer step changes the fp16 loss scale.
         self._loss_scale = float(self.optimizer.scale_loss(torch.ones(1, device=self.device)))
         if self.dropout_seed is not None:
+            # Different masks on every data rank and stage. Tensor-parallel ranks share the seed; megatron-core's tracker
+            # adds their offset where their masks must differ.
             seed = self.dropout_seed + 1_000_003 * self.ranks.dp_rank + 101 * self.ranks.pp_rank
             torch.manual_seed(seed)
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -130,14 +133,14 @@ class FullGradient:
             chunk.zero_grad_buffer()
 
     def add(self, batches: Iterator[dict[str, torch.Tensor]], *, stop: bool = False) -> bool:
-        """Adds one global batch; a collective call.
+        """Adds loss and gradient of one global batch; a collective call.
 
         Args:
             batches: yields this rank's micro-batches.
             stop: whether this process was asked to stop.
 
         Returns:
-            Whether any process was.
+            Whether any process was asked to stop.
         """
         outputs = get_forward_backward_func()(
             forward_step_func=self.forward_step,
@@ -148,8 +151,10 @@ class FullGradient:
             micro_batch_size=self.micro_batch_size,
             forward_only=False,
         )
+        # float64 holds counts exactly up to 2^53; megatron-core's own token counters are int32. The stop flag is in the same
+        # tensor, so that all ranks learn it from one all-reduce and leave after the same batch.
         totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        if self.ranks.tp_rank == 0:  # only the last stage has losses, and every tensor-parallel rank the same
+        if self.ranks.tp_rank == 0:  # only the last stage has losses; all tensor-parallel ranks have the same ones
             for output in outputs:
                 totals[0] += output["loss_sum"]
                 totals[1] += output["num_tokens"]
@@ -165,7 +170,7 @@ class FullGradient:
 
     @torch.no_grad()
     def read(self) -> NormTable:
-        """Norms of the mean gradient over all batches so far; reduces it first. A collective call."""
+        """Reduces the buffers and returns norms of the mean gradient over all batches so far; a collective call."""
         self._reduce()
         scale = 1.0 / (max(1, self.count) * self._loss_scale)
         table = norm_table(
@@ -178,7 +183,7 @@ class FullGradient:
         return table
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's slices; after `read`, `grad` holds the sum over all samples (times the loss scale)."""
+        """Yields this rank's slices; after `read`, `grad` holds the sum over all samples times the loss scale."""
         for shard in local_shards(self.model, self.optimizer):
             if self.master_weights:
                 yield shard
@@ -191,10 +196,13 @@ class FullGradient:
         gathered = [group.param_gather_dispatched for group in groups]
         for chunk in self.model:
             if chunk.ddp_config.overlap_grad_reduce:
+                # Backward hooks normally start the reduction; no_sync prevented it, and finalize only waits for it.
                 chunk.start_grad_sync()
+        # Called without num_tokens, so it does not divide: the buffers must keep the sum, to which more is added.
         finalize_model_grads(self.model)
         for group, was_gathered in zip(groups, gathered, strict=True):
-            # Finishing a reduction announces new parameters; here they are the old ones, and more sums will follow.
+            # A finished reduction marks parameters as not gathered and the reduction as done. Here the parameters are
+            # unchanged, and later reads reduce again.
             group.param_gather_dispatched = was_gathered
             group.grad_reduce_finished = False
 
@@ -204,10 +212,10 @@ def _put_back(settings: Any, no_sync: Any, grad_scale: Any, finalize: Any) -> No
 
 
 def set_dropout(chunk: torch.nn.Module, *, on: bool) -> None:
-    """Training mode with or without dropout.
+    """Sets training mode with dropout, or evaluation mode that keeps activation recomputation.
 
-    Activation recomputation is switched by the training flag of the block itself; it must stay, or a model that fits
-    only with it would not fit into its own probe.
+    TransformerBlock recomputes activations only if its own training flag is set. The flag stays set without dropout, too:
+    a model that needs recomputation to fit in memory would otherwise not fit during the probe.
     """
     chunk.train(on)
     for module in chunk.modules():
@@ -221,17 +229,23 @@ def _bucket_groups(chunk: Any) -> list[Any]:
 
 @torch.no_grad()
 def keep_own_shard(chunk: Any) -> None:
-    """After a reduction: leaves each element of the sum on one rank and sets all its copies to zero."""
+    """After a reduction, keeps each element of the sum on one rank and sets all its copies to zero.
+
+    The next reduction adds the buffers of all ranks again, so every copy would be counted once more.
+    """
     sharded = chunk.ddp_config.use_distributed_optimizer
     for group in _bucket_groups(chunk):
         for bucket in group.buckets:
             if sharded:
+                # A reduce-scatter leaves the sum in this rank's part and unreduced values in the rest of the bucket.
                 size = bucket.grad_data.numel() // group.intra_distributed_optimizer_instance_size
                 first = group.intra_distributed_optimizer_instance_rank * size
                 bucket.grad_data[:first].zero_()
                 bucket.grad_data[first + size :].zero_()
             elif group.data_parallel_group.rank() > 0:
                 bucket.grad_data.zero_()
+    # finalize_model_grads also sums the tied embedding over its two stages, and norms over tensor-parallel ranks if
+    # sequence parallelism is on: the first copy is kept.
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     for parameter in chunk.parameters():
         summed_over_tp = chunk.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)

@@ -1,9 +1,9 @@
-"""Disjoint groups of batches from one accumulation: exact sums over any of them, for a sample of the coordinates.
+"""Gradient sums over disjoint groups of batches, for a fixed sample of the coordinates.
 
-The buffers hold nothing but the running sum, so that batch 7 alone, or batches 5 to 8, cannot be read from them. For
-a fixed sample of coordinates they can: their values before and after a batch differ by that batch's gradient. A few
-vectors as long as the sample, one a level, merge like the digits of a binary counter and give every batch, every
-pair, every four, … once each. The sample's size is constant; it does not grow with the model.
+The buffers contain only the running sum, so batch 7 alone, or batches 5 to 8, cannot be read from them. For a fixed
+sample of coordinates they can: the values before and after a batch differ by that batch's gradient. One vector per
+level, as long as the sample, is merged like the digits of a binary counter. This gives every batch, every pair, every
+group of four, … once each. The sample's size is constant; it does not grow with the model.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from megatron.core.transformer.module import param_is_not_shared
 from megatron_lion.optim.parameter_shards import counts_here, named_global_parameters
 
 SAMPLED_COORDINATES = 1 << 18
-"""Coordinates sampled on a process: about 1 MiB a level, and one level more for every doubling of the batches."""
+"""Coordinates sampled per process: about 1 MiB per level, and one more level for every doubling of the batches."""
 
-_AT_LEAST = 256  # of each tensor: norms and biases are small and hold much of the gradient's energy
+_AT_LEAST = 256  # per tensor: norms and biases are small and contain much of the gradient's energy
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sums over one group of 2^level consecutive batches, on the sampled coordinates, weighted up to the whole model.
+    """Sums over one group of 2^level consecutive batches, on the sampled coordinates, scaled up to the whole model.
 
     Attributes:
-        level: the group has 2^level batches.
+        level: base-2 logarithm of the number of batches in the group.
         l1, squares: estimates of ‖ḡ‖₁ and ‖ḡ‖₂² of the group's mean gradient.
-        count: what the group's mean is over.
-        dot: ⟨ḡ_a, ḡ_b⟩ of the two halves' mean gradients; None for a single batch.
+        count: divisor of the group's mean (tokens or samples).
+        dot: ⟨ḡ_a, ḡ_b⟩ of the two halves' mean gradients, or None for a single batch.
     """
 
     level: int
@@ -49,7 +49,7 @@ class CoordinateSample:
 
     Args:
         model: DDP-wrapped chunks; every data rank samples the same coordinates of its copy.
-        size: about how many on this process, and a few of every tensor; all where the model has no more.
+        size: approximate number of coordinates on this process, at least 256 of every tensor; all if there are fewer.
     """
 
     def __init__(self, model: list[Any], size: int = SAMPLED_COORDINATES) -> None:
@@ -69,8 +69,11 @@ class CoordinateSample:
                 else parameter.numel()
             )
             split = getattr(parameter, "tensor_model_parallel", False)
+            # Replicas draw the same coordinates on every tensor-parallel rank, because sequence parallelism sums their
+            # gradients over the ranks coordinate by coordinate.
             index = _spread(parameter.numel(), count, f"{name}:{tp_rank if split else 0}")
             self._parts.append((parameter, index.to(device) if count < parameter.numel() else None))
+            # Each sampled coordinate represents numel / count of its tensor. Replicas weigh 0 on all ranks but one.
             weight = parameter.numel() / count if counts_here(parameter) else 0.0
             weights.append(torch.full((count,), weight, device=device))
             place = slice(start, start + count)
@@ -92,12 +95,17 @@ class CoordinateSample:
 
     @torch.no_grad()
     def rebase(self) -> None:
-        """Takes the buffers as they are for the state before the next batch."""
+        """Records the current buffers as the state before the next batch. Call it after every reduction."""
         self._before_M = self._values()
 
     @torch.no_grad()
     def add_batch(self, count: int, loss_scale: float = 1.0) -> None:
-        """Takes what the buffers gained since the last call for one global batch; a collective call."""
+        """Records the change of the buffers since the last call as the gradient of one global batch; a collective call.
+
+        Args:
+            count: what the loss function counted over the batch, on all ranks.
+            loss_scale: factor that the buffers carry (fp16 loss scale).
+        """
         now_M = self._values()
         gained_M = (now_M - self._before_M) / loss_scale
         self._before_M = now_M
@@ -108,7 +116,7 @@ class CoordinateSample:
             first_M, first_count = other
             self._levels[level] = None
             dot = (self._weights_M * first_M * vector_M).sum(dtype=torch.float64)
-            sum_M = first_M.add_(vector_M)  # the older half is needed no more
+            sum_M = first_M.add_(vector_M)  # in place: the older half is not needed any more
             level += 1
             self._record(level, sum_M, first_count + count, first_count, count, dot)
             vector_M, count = sum_M, first_count + count
@@ -118,11 +126,11 @@ class CoordinateSample:
 
     @torch.no_grad()
     def groups(self) -> tuple[list[Group], Group]:
-        """Every group so far, and the group of all batches (its level is -1), over all ranks; a collective call."""
+        """Returns every group so far and the group of all batches (level -1), over all ranks; a collective call."""
         rest = [entry for entry in self._levels if entry is not None]
         whole_M = torch.stack([vector_M for vector_M, _ in rest]).sum(0)
         local = torch.stack([*(sums for _, _, sums, _, _ in self._records), self._sums(whole_M, None)])
-        if parallel_state.get_data_parallel_rank() > 0:  # data ranks hold the same sums
+        if parallel_state.get_data_parallel_rank() > 0:  # all data ranks hold the same sums: count them once
             local.zero_()
         if dist.get_world_size() > 1:
             dist.all_reduce(local)
@@ -151,7 +159,7 @@ class CoordinateSample:
         return torch.cat([flat if index is None else flat.index_select(0, index) for flat, index in flats])
 
     def _sum_over_ranks(self, gained_M: torch.Tensor) -> None:
-        """What `finalize_model_grads` does to whole buffers: data ranks, norms of sequence parallelism, tied embedding."""
+        """Sums over the same groups as `finalize_model_grads`: data ranks, sequence-parallel norms, tied embedding."""
         _all_reduce(gained_M, parallel_state.get_data_parallel_group(with_context_parallel=True))
         _all_reduce_slices(gained_M, self._summed_over_tp, parallel_state.get_tensor_model_parallel_group())
         if self._tied and parallel_state.is_rank_in_embedding_group():
@@ -167,14 +175,15 @@ def _all_reduce_slices(values: torch.Tensor, slices: Iterable[slice], group: Any
     pieces = [values[place] for place in slices]
     if not pieces or dist.get_world_size(group) == 1:
         return
-    packed = torch.cat(pieces)
+    packed = torch.cat(pieces)  # one all-reduce instead of one per tensor
     dist.all_reduce(packed, group=group)
     for piece, summed in zip(pieces, packed.split([piece.numel() for piece in pieces]), strict=True):
         piece.copy_(summed)
 
 
 def _spread(numel: int, count: int, key: str) -> torch.Tensor:
-    """`count` of `numel` indices, one in each of as many equal stretches, at places that depend on `key` alone."""
+    """Returns `count` of `numel` indices, int64: one in each of `count` equal intervals, at positions that depend on `key`."""
+    # A CPU generator gives the same indices on every device. float64, because float32 is exact only up to 2^24.
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
     places = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     index = ((torch.arange(count, dtype=torch.float64) + places) * (numel / count)).long()

@@ -1,4 +1,4 @@
-"""The full-gradient probe of a run: accumulate, read the ladder on the way, and put the result together."""
+"""The full-gradient probe of a run: accumulates, reads the ladder on the way, and builds the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 class ProbedRun(Protocol):
-    """What a probe needs of a run."""
+    """The attributes of a run that a probe needs."""
 
     config: RunConfig
     ranks: Ranks
@@ -47,17 +47,17 @@ def probe_run(
 ) -> ProbeResult | None:
     """Averages loss and gradient over `probe.num_batches` global batches and measures the mean gradient.
 
-    Parameters, optimizer state and the data position of training are not touched; with `probe.dropout` the caller
-    puts random states back. A collective call.
+    Parameters, optimizer state and the data position of training do not change. With `probe.dropout` the caller
+    restores the random states. A collective call.
 
     Args:
         run: the run, between two steps.
-        on_batch: told how many batches are done.
-        should_stop: asked on every process after each batch.
-        master_weights: take θ from the optimizer's fp32 master weights, else from the model's own.
+        on_batch: called with the number of batches done after each batch.
+        should_stop: called on every process for each batch; True ends the probe.
+        master_weights: whether θ is the optimizer's fp32 master weights; otherwise the model's own weights.
 
     Returns:
-        The result, or None where any process was asked to stop: the run is then as if the probe had never begun.
+        The result, or None if any process was asked to stop; the run is then unchanged.
     """
     config = run.config
     started = time.perf_counter()
@@ -108,7 +108,7 @@ def _ladder(
 
 
 def standard_error(losses: list[tuple[float, int]]) -> float | None:
-    """Standard error of a mean loss from (loss sum, count) of independent batches; None for a single one.
+    """Standard error of a mean loss from (loss sum, count) of independent batches; None for a single batch.
 
     Example:
         >>> standard_error([(2.0, 1), (4.0, 1)])
@@ -122,7 +122,7 @@ def standard_error(losses: list[tuple[float, int]]) -> float | None:
 
 
 def probe_facts(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """What a probe file states of the run and of the job that probed it."""
+    """Returns the facts that a probe file states about the run and about the job that probed it."""
     return {
         "global_batch_size": config.train.global_batch_size, "seq_length": config.model.seq_length,
         "precision": config.train.precision, "weight_decay": config.optimizer.weight_decay, "optimizer": config.optimizer.name,
@@ -131,7 +131,7 @@ def probe_facts(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def warn_of(result: ProbeResult, ranks: Ranks) -> None:
-    """Says what a reader of the numbers must know and could miss."""
+    """Logs a warning if the gradient is not finite or the KKT residual is undefined."""
     if not ranks.is_main:
         return
     norms = result.table.norms()
@@ -146,6 +146,6 @@ def warn_of(result: ProbeResult, ranks: Ranks) -> None:
         )
     if norms.kkt_residual is None:
         _log.warning(
-            "probe at step %d: no parameter has a weight decay: there is no box, and the KKT residual is not defined",
+            "probe at step %d: no parameter has a weight decay, so there is no box and the KKT residual is undefined",
             result.step,
         )

@@ -1,8 +1,8 @@
-"""The gradient along the way: the mean over the last training steps, each at its own parameters.
+"""Moving-window probe: the mean gradient of the last training steps, each at its own parameters.
 
-Training's own gradients are used, so that no pass is added; but they need a place of their own while the steps go on:
-4 bytes for each parameter of this rank's shard, from the first step of a window to its probe, and one addition over
-them a step. Dropout is on as in training, and no noise can be told from signal, since the parameters move.
+It uses training's own gradients and adds no passes. The sum needs separate memory: 4 bytes for each parameter of this
+rank's shard, from the first step of a window to its probe, and one addition over the shard per step. Dropout is on as in
+training. Because the parameters move, noise cannot be separated from signal.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megatron_lion.parallel import Ranks, all_reduce_sum
 class MovingWindow:
     """Sums the gradients of the last `probe.num_batches` training steps before each probe.
 
-    A resumed run starts its window anew, and the next probe says over how many steps it is.
+    A resumed run starts with an empty window; the next probe reports the number of steps it covers.
 
     Args:
-        config: of the run; `probe.every` must not be smaller than `probe.num_batches`.
+        config: the run's settings; `probe.every` must not be smaller than `probe.num_batches`.
         model: DDP-wrapped chunks.
-        optimizer: of the run.
-        ranks: this process's place.
-        vocab_size: ids before padding.
+        optimizer: the run's optimizer.
+        ranks: this process's ranks.
+        vocab_size: number of ids before padding.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class MovingWindow:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Takes the step's gradient; call it after the reduction, before clipping and the update. A collective call.
+        """Adds the step's gradient; call it after the reduction, before clipping and the update. A collective call.
 
-        A gradient that is not finite is left out, as its step will be.
+        A gradient that is not finite is not added, because its step will be skipped.
         """
         shards = self._shards()
         if not self._sums:
@@ -70,20 +70,22 @@ class MovingWindow:
             [torch.isfinite(_grad(shard)).all() for shard in shards]
             or [torch.ones((), dtype=torch.bool, device=self.device)]
         )
+        # All ranks must decide alike: otherwise their windows would cover different numbers of steps.
         bad = all_reduce_sum((~finite.all()).to(torch.float64))
         if bad.item():
             return
+        # The buffers still carry the fp16 loss scale, which may change between the steps of a window.
         scale = 1.0 / float(self.optimizer.scale_loss(torch.ones(1, device=self.device)))
         for total, shard in zip(self._sums, shards, strict=True):
             total.add_(_grad(shard), alpha=scale)
         self._steps += 1
 
     def add_loss(self, loss: float, num_tokens: int) -> None:
-        """Takes the step's mean loss (nats per token) and token count."""
+        """Adds the step's mean loss (nats per token) and token count."""
         self._losses.append((loss * num_tokens, num_tokens))
 
     def take(self, step: int) -> ProbeResult | None:
-        """Measures the window's mean gradient and lets its memory go; None where no step was taken. A collective call."""
+        """Measures the window's mean gradient and frees its memory; a collective call. Returns None for an empty window."""
         if not self._steps:
             return None
         started = time.perf_counter()
@@ -107,12 +109,12 @@ class MovingWindow:
 
 
 def window_cost(config: RunConfig, num_parameters: int, ranks: Ranks) -> str:
-    """What the moving mode costs this run, in a sentence."""
+    """Describes in one sentence what the moving mode costs this run."""
     shards = ranks.tp_size * ranks.pp_size * (ranks.dp_size if config.parallel.use_distributed_optimizer else 1)
     mebibytes = 4 * num_parameters / shards / 2**20
     return (
-        f"probe.mode moving: the last {config.probe.num_batches:,} steps before every {config.probe.every:,}th keep "
-        f"{mebibytes:,.1f} MiB more a process (4 bytes a parameter of its shard) and read its gradient once more; no passes besides"
+        f"probe.mode moving: the last {config.probe.num_batches:,} steps before every {config.probe.every:,}th use "
+        f"{mebibytes:,.1f} MiB more per process (4 bytes per parameter of its shard) and read its gradient once more; no extra passes"
     )
 
 

@@ -1,8 +1,8 @@
-"""How much of an averaged gradient is noise: unbiased estimates from norms of small and large batches.
+"""Unbiased estimates of the noise in an averaged gradient, from norms of small and large batches.
 
-With independent batches ḡ_k, the mean of k of them, has E‖ḡ_k‖² = ‖∇f‖² + σ²/k, σ² = E‖g − ∇f‖² of one batch. Two
-sizes give both unknowns. The norm of the mean alone tells neither, and its ratio ‖·‖₁/‖·‖₂ tends to 0.798 √d where
-noise prevails, whatever ∇f is.
+For independent batches, the mean ḡ_k of k of them has E‖ḡ_k‖² = ‖∇f‖² + σ²/k, where σ² = E‖g − ∇f‖² of one batch. Two
+sizes give both unknowns. The norm of the mean alone determines neither. Its ratio ‖·‖₁/‖·‖₂ tends to 0.798 √d if noise
+dominates, for any ∇f.
 
 Source: McCandlish et al., "An Empirical Model of Large-Batch Training" (arXiv 1812.06162), appendix A.1.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from megatron_lion.gradient.coordinate_sample import Group
 from megatron_lion.gradient.norms import GradientNorms
 
-_ENOUGH_PAIRS = 4
+_ENOUGH_PAIRS = 4  # fewest pairs of groups that a standard deviation is computed from; 8 batches have so many
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class NoiseEstimate:
     Attributes:
         noise_variance: σ² of one global batch, E‖g − ∇f‖₂².
         noise_variance_standard_error: from the spread of ‖g‖² between batches.
-        signal_l2_squared: ‖∇f‖₂² without the noise, unbiased, hence negative at times where noise drowns it.
-        signal_standard_error: from the spread of ⟨ḡ_a, ḡ_b⟩ between disjoint groups; on the large side. None below 8
+        signal_l2_squared: ‖∇f‖₂² without the noise; unbiased, hence sometimes negative if noise dominates.
+        signal_standard_error: from the spread of ⟨ḡ_a, ḡ_b⟩ between disjoint groups; an overestimate. None below 8
             batches.
-        noise_share: σ²/n of ‖ḡ‖₂²: 0 for a gradient without noise, about 1 where nothing else is left.
-        grad_l2_corrected: √signal_l2_squared, 0 where that is negative.
-        noise_scale_samples: σ²/‖∇f‖² times the batch size, McCandlish's B_simple; None where the signal is not positive.
-        is_resolved: the signal is larger than twice its standard error (None where that is not known).
-        sampled_fraction: share of the coordinates that the estimates of single batches stand on (norms of the whole
-            mean are exact).
+        noise_share: σ²/n divided by ‖ḡ‖₂²: 0 for a gradient without noise, about 1 for pure noise.
+        grad_l2_corrected: √signal_l2_squared, or 0 if that is negative.
+        noise_scale_samples: σ²/‖∇f‖² times the batch size, McCandlish's B_simple; None if the signal is not positive.
+        is_resolved: whether the signal is larger than twice its standard error; None if that error is not known.
+        sampled_fraction: share of the coordinates that the estimates of single batches use (norms of the whole mean are
+            exact).
     """
 
     noise_variance: float
@@ -54,10 +54,11 @@ class Rung:
     """The mean gradient over the first `num_batches` batches.
 
     Attributes:
+        num_batches: number of batches k.
         grad_l1, grad_l2, norm_ratio, norm_ratio_over_sqrt_d: over all coordinates, exact.
-        num_groups: disjoint groups of so many batches in the probe.
-        norm_ratio_std: spread of the ratio between these groups (standard deviation of one), from the sampled
-            coordinates, in units of the exact ratio; None for a single group.
+        num_groups: disjoint groups of k batches in the probe.
+        norm_ratio_std: standard deviation of the ratio between these groups, from the sampled coordinates, scaled to
+            the exact ratio; None for a single group.
     """
 
     num_batches: int
@@ -70,7 +71,7 @@ class Rung:
 
 
 def rungs_of(num_batches: int) -> list[int]:
-    """Numbers of batches at which the running sum is read.
+    """Returns the numbers of batches at which the running sum is read.
 
     Example:
         >>> rungs_of(10), rungs_of(1)
@@ -81,7 +82,7 @@ def rungs_of(num_batches: int) -> list[int]:
 
 
 def mccandlish(small_squares: float, small: float, big_squares: float, big: float) -> tuple[float, float]:
-    """(‖∇f‖², σ² of a batch of size 1) from ‖ḡ‖² at two batch sizes.
+    """Returns (‖∇f‖², σ² of a batch of size 1), from ‖ḡ‖² at two batch sizes.
 
     Example:
         >>> mccandlish(small_squares=5.0, small=1, big_squares=1.4, big=10)  # 1 + 4/1 and 1 + 4/10
@@ -95,19 +96,21 @@ def mccandlish(small_squares: float, small: float, big_squares: float, big: floa
 def estimate_noise(
     groups: Sequence[Group], whole: Group, norms: GradientNorms, *, batch_samples: int, sampled_fraction: float
 ) -> NoiseEstimate | None:
-    """Estimates from all single batches of a probe; None for a probe of one batch or a gradient of zero.
+    """Estimates signal and noise from all single batches of a probe.
+
+    Returns None for a probe of one batch, a gradient of zero or a gradient that is not finite.
 
     Args:
         groups, whole: from a `CoordinateSample`.
-        norms: of the mean gradient, over all coordinates.
-        batch_samples: samples of a global batch.
+        norms: norms of the mean gradient, over all coordinates.
+        batch_samples: number of samples of a global batch.
         sampled_fraction: share of the coordinates in the sample.
     """
     singles = [group.squares for group in groups if group.level == 0]
     n = len(singles)
     if n < 2 or whole.squares <= 0 or not math.isfinite(norms.grad_l2):
         return None
-    to_whole = norms.grad_l2**2 / whole.squares  # 1 where every coordinate is in the sample
+    to_whole = norms.grad_l2**2 / whole.squares  # 1 if every coordinate is in the sample
     mean_single = math.fsum(singles) / n
     signal, variance = mccandlish(mean_single * to_whole, 1, norms.grad_l2**2, n)
     variance_error = _std(singles) / math.sqrt(n) * n / (n - 1) * to_whole
@@ -127,7 +130,7 @@ def estimate_noise(
 
 
 def make_rung(num_batches: int, norms: GradientNorms, groups: Sequence[Group]) -> Rung:
-    """Joins the exact norms of the first batches with the spread between groups of as many."""
+    """Combines the exact norms of the first `num_batches` batches with the spread between groups of that size."""
     level = num_batches.bit_length() - 1
     ratios = [group.l1 / math.sqrt(group.squares) for group in groups if group.level == level and group.squares > 0]
     is_power = num_batches == 1 << level
@@ -139,11 +142,12 @@ def make_rung(num_batches: int, norms: GradientNorms, groups: Sequence[Group]) -
 
 
 def as_dict(item: NoiseEstimate | Rung) -> dict[str, Any]:
+    """Returns the fields by name, ready for JSON."""
     return asdict(item)
 
 
 def _dots_of_best_level(groups: Sequence[Group]) -> list[float]:
-    """Inner products of disjoint halves at the highest level that has enough of them: the larger the less noisy each."""
+    """Inner products of disjoint halves at the highest level that has enough; larger groups are less noisy."""
     for level in range(max((group.level for group in groups), default=0), 0, -1):
         dots = [group.dot for group in groups if group.level == level and group.dot is not None]
         if len(dots) >= _ENOUGH_PAIRS:

@@ -1,6 +1,6 @@
-"""Norms of the gradient over shards: every coordinate once, one read, fp32 block partials, float64 sums.
+"""Gradient norms over shards: each coordinate counted once, one read, fp32 block partials, float64 sums.
 
-A table holds one row a parameter; sums over rows are the norms of the whole model, of a layer, of a kind of
+A table has one row per parameter. Sums over rows are the norms of the whole model, of a layer, of a kind of
 parameter, or of the model without its embeddings or without the rows that pad the vocabulary.
 """
 
@@ -19,30 +19,30 @@ from megatron_lion.optim.parameter_shards import Shard, counts_here, named_globa
 from megatron_lion.parallel import Ranks
 
 GAUSSIAN_RATIO = math.sqrt(2.0 / math.pi)
-"""‖g‖₁ / (√d ‖g‖₂) of pure Gaussian noise as d grows: an under-averaged gradient shows this number by itself."""
+"""Limit of ‖g‖₁ / (√d ‖g‖₂) for pure Gaussian noise as d grows; an under-averaged gradient shows this value."""
 
 BOX_MARGIN = 0.01
-"""A weight with |θ| ≥ (1 − BOX_MARGIN)/λ counts as lying at the edge of the box ‖θ‖∞ ≤ 1/λ."""
+"""A weight with |θ| ≥ (1 − BOX_MARGIN)/λ counts as at the edge of the box ‖θ‖∞ ≤ 1/λ."""
 
-_BLOCK = 1024  # elements a partial sum in fp32 covers: rounding stays near 1e-7 of the block
-_CHUNK_CPU, _CHUNK_CUDA = 1 << 18, 1 << 22  # small enough to stay in cache between the reductions: memory is read once
+_BLOCK = 1024  # elements per fp32 partial sum: its rounding error stays near 1e-7 of the block's sum
+_CHUNK_CPU, _CHUNK_CUDA = 1 << 18, 1 << 22  # stays in cache between the reductions, so memory is read once
 _SUMS = ("l1", "squares", "dot", "decayed_dot", "count", "decayed", "at_edge")
 _PEAKS = ("linf", "theta_linf")
 
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """What the theory of LION speaks of, for one gradient over one set of coordinates.
+    """The quantities of LION's theory, for one gradient over one set of coordinates.
 
     Attributes:
         grad_l1, grad_l2, grad_linf: norms of ∇f.
         grad_dot_theta: ⟨∇f, θ⟩.
-        kkt_residual: Σ_i λ_i g_i θ_i + |g_i| with each parameter group's λ (0 for exempt ones, whose share is |g_i|):
-            zero exactly at KKT points of min f s.t. ‖θ‖∞ ≤ 1/λ, never negative inside the box. None where no
-            coordinate has a λ: there is no box, and the residual is not defined.
+        kkt_residual: Σ_i λ_i g_i θ_i + |g_i| with each parameter group's λ (0 for exempt ones, whose share is |g_i|).
+            Zero exactly at KKT points of min f s.t. ‖θ‖∞ ≤ 1/λ, never negative inside the box. None if no coordinate
+            has a λ: then there is no box and the residual is undefined.
         theta_linf: ‖θ‖∞.
-        box_fraction: share of the coordinates with a λ that lie within 1 % of 1/λ, or beyond; None where none has one.
-        num_parameters: how many coordinates these are (d).
+        box_fraction: share of the coordinates with a λ whose |θ| is at least 0.99/λ; None if no coordinate has a λ.
+        num_parameters: number of coordinates (d).
     """
 
     grad_l1: float
@@ -56,27 +56,28 @@ class GradientNorms:
 
     @property
     def norm_ratio(self) -> float:
-        """r = ‖∇f‖₁ / ‖∇f‖₂, between 1 and √d (NaN where the gradient is zero)."""
+        """r = ‖∇f‖₁ / ‖∇f‖₂, between 1 and √d (NaN if the gradient is zero)."""
         return self.grad_l1 / self.grad_l2 if self.grad_l2 > 0 else float("nan")
 
     @property
     def norm_ratio_over_sqrt_d(self) -> float:
+        """r / √d, at most 1 (NaN if the gradient is zero)."""
         return self.norm_ratio / math.sqrt(self.num_parameters) if self.num_parameters else float("nan")
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """Every number under its name, ratios included."""
+        """Returns every number by name, including the ratios."""
         return {**self.__dict__, "norm_ratio": self.norm_ratio, "norm_ratio_over_sqrt_d": self.norm_ratio_over_sqrt_d}
 
 
 @dataclass(frozen=True)
 class NormTable:
-    """Sums and peaks of each parameter over all ranks; a gradient's norms over any set of parameters follow from it.
+    """Sums and peaks of each parameter over all ranks, from which norms over any set of parameters follow.
 
     Attributes:
-        names: one a row; rows that pad the vocabulary have a row of their own, ending in `PADDING`.
-        sums: float64 [P, 7], of g: Σ|g|, Σg², Σgθ, Σλgθ, and counts of coordinates, of those with λ > 0, of those at the edge.
+        names: one per row; padded vocabulary rows have a separate table row, whose name ends in `PADDING`.
+        sums: float64 [P, 7] over g: Σ|g|, Σg², Σgθ, Σλgθ, and counts of coordinates, of those with λ > 0, of those at the edge.
         peaks: float64 [P, 2]: max|g|, max|θ|.
-        scale: what a value of g is multiplied by to be the mean gradient (1 / number of tokens where g is a sum).
+        scale: factor from g to the mean gradient (1 / number of tokens if g is a sum over tokens).
     """
 
     names: tuple[str, ...]
@@ -85,7 +86,7 @@ class NormTable:
     scale: float = 1.0
 
     def norms(self, keep: Callable[[str], bool] = lambda name: True) -> GradientNorms:
-        """Norms over the parameters whose name `keep` accepts."""
+        """Returns norms over the parameters whose name `keep` accepts."""
         rows = [row for row, name in enumerate(self.names) if keep(name)]
         l1, squares, dot, decayed_dot, count, decayed, at_edge = self.sums[rows].sum(0).tolist()
         linf, theta_linf = self.peaks[rows].amax(0).tolist() if rows else (0.0, 0.0)
@@ -101,13 +102,13 @@ class NormTable:
         )
 
     def grouped(self, group_of: Callable[[str], str]) -> dict[str, GradientNorms]:
-        """Norms of each group of parameters, in the order in which the groups first appear."""
+        """Returns norms of each group of parameters, in the order in which the groups first appear."""
         groups = dict.fromkeys(group_of(name) for name in self.names)
         return {group: self.norms(lambda name, group=group: group_of(name) == group) for group in groups}  # type: ignore[misc]
 
 
 def parameter_rows(model: Sequence[Any]) -> tuple[str, ...]:
-    """Row names of a model's table, the same on every rank and in the order of the network; a collective call."""
+    """Returns the row names of a model's table, equal on every rank, in network order; a collective call."""
     own = [name for chunk in model for name, parameter in named_global_parameters(chunk) if counts_here(parameter)]
     parts: list[Any] = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -130,12 +131,12 @@ def norm_table(
     """Reduces the gradients in `shards` over all ranks; a collective call.
 
     Args:
-        shards: from `local_shards`, after the gradients were reduced; `grad` [N] and `main` [N] of each.
+        shards: from `local_shards`, after the gradients were reduced; `grad` [N] and `main` [N] of each are used.
         rows: from `parameter_rows`.
-        vocab_size: ids before padding.
-        ranks: this process's place.
-        device: of the tensors.
-        scale: turns a value of the buffers into one of the mean gradient.
+        vocab_size: number of ids before padding.
+        ranks: this process's ranks.
+        device: device of the tensors.
+        scale: factor from the values in the buffers to the mean gradient.
     """
     index = {name: row for row, name in enumerate(rows)}
     sums = torch.zeros(len(rows), len(_SUMS), dtype=torch.float64, device=device)
@@ -147,6 +148,7 @@ def norm_table(
             grad, theta = shard.grad[piece], shard.main[piece]
             if grad.numel():
                 _add_block_sums(grad, theta, shard.weight_decay, sums[index[name]], peaks[index[name]])
+    # Every rank contributes to every row, with zeros for parameters it has no shard of: one collective each for all rows.
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
@@ -154,7 +156,7 @@ def norm_table(
 
 
 def vocabulary_pieces(shard: Shard, vocab_size: int, ranks: Ranks) -> Iterator[tuple[str, slice]]:
-    """(row name, slice) of a shard: tensors over the vocabulary are cut where its padding begins."""
+    """Yields (row name, slice) of a shard; tensors over the vocabulary are split at the start of the padding."""
     length = shard.main.numel()
     if not is_vocabulary(shard.name):
         yield shard.name, slice(0, length)
@@ -193,7 +195,7 @@ def _add_blocks(
     if weight_decay > 0:
         decayed = count
         edge = (1 - BOX_MARGIN) / weight_decay
-        # On CPU the peaks are known by now and mostly spare the second look; on CUDA asking them would cost more.
+        # On CPU the peaks are already known, and most blocks need no second read. On CUDA, reading them would synchronise.
         if grad_RB.is_cuda or max(-float(theta_low), float(theta_high)) >= edge:
             at_edge = (theta_RB.abs() >= edge).sum().double()
     sums += torch.stack([l1, squares, dot, weight_decay * dot, count, decayed, at_edge])

@@ -1,4 +1,4 @@
-"""What a parameter's name says: its kind, its place in the network, whether it is padding of the vocabulary."""
+"""A parameter's kind and layer, derived from its name, and whether a table row is vocabulary padding."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import re
 from megatron_lion.optim.parameter_shards import TIED_OUTPUT, TOKEN_EMBEDDING
 
 PADDING = "#padding"
-"""Ends the row name of a vocabulary tensor's padded rows."""
+"""Suffix of the table row for a vocabulary tensor's padded rows."""
 
 KINDS = ("embedding", "attention", "MLP", "norm", "bias", "other")
 
 
 def is_padding(name: str) -> bool:
+    """Whether a table row is vocabulary padding."""
     return name.endswith(PADDING)
 
 
@@ -22,9 +23,9 @@ def is_vocabulary(name: str) -> bool:
 
 
 def kind_of(name: str) -> str:
-    """Kind of a parameter.
+    """Returns the kind of a parameter, one of `KINDS`.
 
-    Gains and shifts of norms are "norm", other one-dimensional shifts "bias", also those of attention and MLP.
+    Gains and shifts of norms are "norm"; all other biases, including those of attention and MLP, are "bias".
 
     Example:
         >>> kind_of("decoder.layers.3.mlp.linear_fc1.weight"), kind_of("decoder.layers.3.mlp.linear_fc1.bias")
@@ -51,7 +52,7 @@ def kind_of(name: str) -> str:
 
 
 def layer_of(name: str) -> str:
-    """Place of a parameter in the network: "layer 0", "layer 1", …, else the first part of its name.
+    """Returns a parameter's layer: "layer 0", "layer 1", …, "final norm", or the first part of its name.
 
     Example:
         >>> layer_of("decoder.layers.3.mlp.linear_fc1.weight"), layer_of("decoder.final_layernorm.bias")

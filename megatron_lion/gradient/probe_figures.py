@@ -1,4 +1,4 @@
-"""Figures of the probes of a run: the ratio over training, the ladder, and the ratio layer by layer."""
+"""Figures of a run's probes: norm ratio over training, the ladder, and norm ratio by layer and kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ DPI = 110
 
 
 def draw_runs(run_dirs: Sequence[str | Path]) -> list[Path]:
-    """Draws all figures of a run, others of its size beside it, into the first run's folder figures/; returns their paths.
+    """Draws all figures of runs of the same size into the first run's folder figures/ and returns their paths.
+
+    Args:
+        run_dirs: the run, followed by runs to draw in the same axes.
 
     Raises:
         DataError: a run has no probe results, or the models differ in size.
@@ -54,7 +57,7 @@ def draw_runs(run_dirs: Sequence[str | Path]) -> list[Path]:
 
 
 def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """r = ‖∇f‖₁/‖∇f‖₂ over the steps of runs, with √d and 0.798 √d; beside it r/√d with and without embeddings."""
+    """Plots r = ‖∇f‖₁/‖∇f‖₂ over the steps with √d and 0.798 √d, and r/√d with and without embeddings."""
     figure, (left, right) = _figure(2)
     d = _same_d(runs)
     for label, probes in runs.items():
@@ -83,7 +86,7 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
 
 
 def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """r against the number of averaged batches, first and last probe of each run, with the spread between groups."""
+    """Plots r against the number of averaged batches for each run's first and last probe, with group spread."""
     figure, (axes,) = _figure(1)
     for label, probes in runs.items():
         color = _color(probes, label)
@@ -106,7 +109,7 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
 
 
 def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> Path:
-    """r/√d of each layer over the steps, and of each layer and kind of parameter at the last probe."""
+    """Plots r/√d of each layer over the steps, and of each layer and parameter kind at the last probe."""
     import numpy as np
 
     layers = list(probes[-1]["layers"])

@@ -1,4 +1,4 @@
-"""What a probe found: the line for metrics.jsonl, and RUN/probe/step_0001000.json with layers, kinds and the ladder."""
+"""Result of a probe: the values for metrics.jsonl and the content of RUN/probe/step_0001000.json."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class ProbeResult:
     """A probe of one step.
 
     Attributes:
-        step: optimizer steps that made the parameters.
-        mode: "frozen" (the gradient of one point) or "moving" (mean of the last training steps' gradients).
+        step: number of optimizer steps before the probe.
+        mode: "frozen" (gradient at one point) or "moving" (mean of the last training steps' gradients).
         data: "fixed", "fresh" or "test" samples; "training" for a moving window.
-        dropout: whether it was on.
-        num_batches, num_samples, num_tokens: averaged over.
-        loss, loss_standard_error: mean over them (nats per token); the error from the spread between batches.
-        table: norms of each parameter.
+        dropout: whether dropout was on.
+        num_batches, num_samples, num_tokens: size of the average.
+        loss, loss_standard_error: mean loss (nats per token) and its standard error from the spread between batches.
+        table: sums and peaks of each parameter.
         seconds: wall time.
-        rungs: the ladder, empty where it was not asked for.
-        noise: None where there is nothing to tell it from.
-        facts: what else a reader wants to know (layout, master weights or not).
+        rungs: the ladder, empty if it is switched off.
+        noise: signal and noise, or None if they cannot be separated.
+        facts: further facts for the reader, such as the layout and which weights θ is.
     """
 
     step: int
@@ -46,7 +46,7 @@ class ProbeResult:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Any]:
-        """Values for metrics.jsonl, each under probe/…; what is not defined is None."""
+        """Returns values for metrics.jsonl by key probe/…; an undefined value is None."""
         norms = self.table.norms()
         unpadded = self.table.norms(lambda name: not is_padding(name))
         inner = self.table.norms(lambda name: kind_of(name) != "embedding")
@@ -81,7 +81,7 @@ class ProbeResult:
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
+        """Returns the full result, ready for JSON."""
         table = self.table
         content = {
             "format": FORMAT, "step": self.step, "mode": self.mode, "data": self.data, "dropout": self.dropout,

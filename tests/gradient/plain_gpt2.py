@@ -1,4 +1,4 @@
-"""GPT-2 in float64 on named weights: a second implementation, from the equations, that the sharded one is held to."""
+"""Reference GPT-2 in float64 on named weights, written from the equations, for comparison with the sharded model."""
 
 from __future__ import annotations
 

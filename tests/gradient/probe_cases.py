@@ -1,4 +1,4 @@
-"""Runs that the tests of the probe are about."""
+"""Config of the small runs that the probe tests use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sharded full gradient against a float64 single-process one, at every layout; the ladder and the noise with it."""
+"""Sharded full gradient, ladder and noise against a float64 single-process reference, at every layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distributed import fits, run_distributed, skip_unless_fits
 from gradient.plain_gpt2 import loss_sum
 from tiny import LAYOUTS, VOCAB, opened_run, run_all, tiny_config, write_corpus
 
-BATCHES, BATCH, WEIGHT_DECAY = 5, 8, 30.0  # 1/30 lies within the initial weights: some are at the edge of the box
+BATCHES, BATCH, WEIGHT_DECAY = 5, 8, 30.0  # some initial weights exceed 1/30, so the edge of the box is tested
 
 CASES = {
     **LAYOUTS,
@@ -42,7 +42,7 @@ def make_config(folder, corpus, **changes):
 
 
 def probe_each(rank, configs):
-    """Work of one process: the result of a probe at each layout, and whether the weights changed."""
+    """Work of one process: probes at each layout; returns the results and whether the weights changed."""
     from megatron_lion.gradient.full_gradient import probe_run
 
     results = {}
@@ -58,7 +58,7 @@ def probe_each(rank, configs):
 
 
 def reference_gradients(rank, config):
-    """Names, weights and the summed gradient of each batch, in float64, from the samples that the probe reads."""
+    """Returns weights by name and the summed float64 gradient of each batch, for the samples that the probe reads."""
     from megatron_lion.optim.parameter_shards import named_global_parameters
 
     with opened_run(config) as run:
@@ -145,11 +145,10 @@ def reference(results):
 
 @pytest.fixture
 def looser(device):
-    """By what factor a comparison with float64 is looser than on the CPU.
+    """Factor by which a comparison with float64 is looser than on the CPU.
 
     CUDA's memory-efficient attention multiplies fp32 numbers as sums of TF32 parts, exact to about 2^-21 instead of
-    2^-24: a factor of 8. The rest is for other orders of summation and for the compiled fusions of bias, GELU and
-    dropout.
+    2^-24: a factor of 8. The rest covers other orders of summation and the compiled fusions of bias, GELU and dropout.
     """
     return 1 if device == "cpu" else 10
 
@@ -166,7 +165,7 @@ def assert_close(found, expected, where, relative=1e-6):
         if value is None or key == "num_parameters":
             assert found[key] == value, (where, key)
         else:
-            # ⟨∇f, θ⟩ is a difference of large sums: hold its error to their size
+            # ⟨∇f, θ⟩ is a difference of large sums: its error is measured relative to their size
             size = expected["grad_l1"] * expected["theta_linf"] if key == "grad_dot_theta" else abs(value)
             assert abs(found[key] - value) <= relative * size + 1e-12, (where, key, found[key], value)
 

@@ -1,4 +1,4 @@
-"""A run with probes is the run without them, bit for bit; an interrupted probe leaves training unharmed."""
+"""A run with probes equals the run without them bit for bit, also after an interrupted probe."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_run_with_probes_is_the_run_without(pairs, device, case):
 
 
 def interrupt_and_resume(rank, config):
-    """Work of one process: SIGTERM arrives in the probe of step 2; then the same command again."""
+    """Work of one process: trains with SIGTERM during the probe of step 2, then runs the same command again."""
     from megatron_lion.gradient.accumulate import FullGradient
 
     untouched = FullGradient.add
@@ -86,7 +86,7 @@ def interrupt_and_resume(rank, config):
 
     def add_and_signal(self, batches, *, stop=False):
         calls.append(self)
-        if len(calls) == 7 and rank == 1:  # probes of steps 0 and 1 took three each; one rank alone is told
+        if len(calls) == 7 and rank == 1:  # probes of steps 0 and 1 took three each; only one rank gets the signal
             os.kill(os.getpid(), signal.SIGTERM)
         return untouched(self, batches, stop=stop)
 
@@ -117,7 +117,7 @@ def test_interrupted_probe_starts_over_and_training_goes_on_as_if_nothing_had_be
 
 
 def interrupt_at_start(rank, config):
-    """Work of one process: SIGTERM in the probe before the first step; then the same command again."""
+    """Work of one process: trains with SIGTERM during the first probe, then runs the same command again."""
     from megatron_lion.gradient.accumulate import FullGradient
 
     untouched = FullGradient.add
@@ -146,7 +146,7 @@ def train_two(rank, config):
 
 
 def moving_and_gradients(rank, config):
-    """Work of one process: a moving probe of a run, and the gradients of its steps taken from the buffers by hand."""
+    """Work of one process: trains with a moving probe, then collects the gradients of the same steps directly."""
     import torch
     from tiny import opened_run
 

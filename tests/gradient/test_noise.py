@@ -1,4 +1,4 @@
-"""The coordinate sample of a probe, and the estimates of gradient noise that are made of it."""
+"""The coordinate sample of a probe, and the estimates of gradient noise that are computed from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_lion.gradient.norms import GAUSSIAN_RATIO, GradientNorms
 
 
 def sampled(rank, config, size):
-    """Work of one process: estimates of a small sample beside exact norms of the same single batches."""
+    """Work of one process: estimates from a small sample, and exact norms of the running mean."""
     from megatron_lion.gradient.accumulate import FullGradient
 
     with opened_run(config) as run:
@@ -51,7 +51,7 @@ def test_small_sample_estimates_the_whole(tmp_path, corpus, size, changes):
     assert [group["level"] for group in groups] == [0, 0, 1, 0, 0, 1, 2]
     assert whole["l1"] == pytest.approx(exact[-1]["grad_l1"], rel=0.05)
     assert whole["squares"] == pytest.approx(exact[-1]["grad_l2"] ** 2, rel=0.15)
-    # the first batch and the first two are prefixes as well: there the exact norms are known
+    # the first batch and the first two are also prefixes, for which the exact norms are known
     for group, norms in ((groups[0], exact[0]), (groups[2], exact[1]), (groups[6], exact[3])):
         assert group["l1"] == pytest.approx(norms["grad_l1"], rel=0.05)
         assert group["squares"] == pytest.approx(norms["grad_l2"] ** 2, rel=0.15)
@@ -119,7 +119,7 @@ def test_standard_error_of_the_signal_covers_the_spread():
     assert 0.7 * spread < mean_stated < 2.5 * spread
 
 
-def test_one_batch_tells_nothing_of_noise():
+def test_one_batch_gives_no_noise_estimate():
     _, groups, whole, norms = simulated_groups(1, 50, 1.0, 1.0, torch.Generator().manual_seed(0))
     assert estimate_noise(groups, whole, norms, batch_samples=8, sampled_fraction=1.0) is None
     assert make_rung(1, norms, groups).norm_ratio_std is None

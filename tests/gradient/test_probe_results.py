@@ -1,4 +1,4 @@
-"""What a probe counts, how much memory it takes, and the results it writes and reads."""
+"""Counts and memory of a probe, and the results it writes and reads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_lion.runs.probes import longest_ladder, read_probe, read_probes
 
 
 def huge_counts_and_memory(rank, config):
-    """Work of one process: a loss function that counts 2^30 a micro-batch; bytes alive after 3 and after 40 batches."""
+    """Work of one process: counts 2^30 per micro-batch; measures live bytes after 3 and after 40 batches."""
     from megatron_lion.gradient.accumulate import FullGradient
 
     def forward_step(batches, model):

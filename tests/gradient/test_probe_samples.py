@@ -9,7 +9,7 @@ from tiny import error_of, opened_run, write_corpus
 
 
 def sample_ids_of(rank, configs):
-    """Work of one process: token sums of the samples that probes at steps 0, 1 and again 0 read, and refusals."""
+    """Work of one process: tokens of the samples that probes at steps 0, 1 and 0 read, or the error."""
     found = {}
     for name, config in configs.items():
         name_of_error, message = error_of(open_and_close, config)
