@@ -1,1 +1,1 @@
-"""What a run folder is: its paths, lock, settings, metrics, checkpoints and probes; needs no torch."""
+"""The run folder: paths, lock, settings, metrics, checkpoints and probe results; imports no torch."""

@@ -1,4 +1,4 @@
-"""The run folder: who may write it, what it says of itself, and which settings may change when it is resumed."""
+"""Creates, locks and checks a run folder, and defines which settings may change when a run resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_lion.runs.paths import (
 )
 from megatron_lion.runs.steps import LATEST, step_folder
 
-# What may differ between the start of a run and its continuation; everything else decides what is computed.
+# Settings that may differ between the start of a run and its continuation; all others determine what is computed.
 CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "data.num_workers", "data.cache", "data.path",
               "train.micro_batch_size", "train.deterministic", "train.test_every", "train.log_every", "train.stop_after", "probe",
               "optimizer.max_skipped_steps", "optimizer.master_weights", "optimizer.momentum_dtype", "name",
@@ -41,26 +41,27 @@ CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "data.num_wo
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Holds the run folder against a second writer; see `file_lock`.
+    """Locks the run folder against a second writer during the block; see `file_lock`.
 
     Raises:
-        BusyError: another process holds it; names host and pid.
-        StorageError: the folder cannot be made or locked.
+        BusyError: another process holds the lock; the message names its host and pid.
+        StorageError: the folder cannot be created or locked.
     """
     with file_lock(lock_file(run_dir), str(run_dir), "wait for it or choose another run_dir"):
         yield
 
 
 def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
-    """Makes the folder of a new run, or checks that this command may go on in an old one.
+    """Creates the folder of a new run, or checks that this command may continue an existing run. Call it under the lock.
 
     Args:
         config: the resolved settings.
-        fresh: move an old run aside (to RUN.old-1, …) and start over, from the imported weights where it began with such.
+        fresh: move an old run aside (to RUN.old-1, …) and start over, with its imported weights if it had any.
 
     Raises:
-        ConfigError: the folder holds something that is no run.
+        ConfigError: the folder is not empty and is not a run folder.
         CheckpointError: the folder holds a run with other settings; lists them.
+        StorageError: a file or folder could not be written.
     """
     run_dir = Path(config.run_dir)
     saved = config_file(run_dir)
@@ -71,11 +72,11 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
         with storage_errors(run_dir):
             aside.mkdir()
             for entry in run_dir.iterdir():
-                if entry.name != LOCK:  # it is held, and must keep others out of the folder that stays
+                if entry.name != LOCK:  # this job holds it; moved, it would no longer protect run_dir
                     os.replace(entry, aside / entry.name)
             _bring_back_imported(aside, run_dir)
     checkpoints = {entry.name for entry in checkpoints_folder(run_dir).glob("*")}
-    # Imported weights alone (step 0) decide nothing but the model, which the checkpoint itself is held against.
+    # Imported weights (step 0) determine only the model, which is compared with the checkpoint when it is loaded.
     begun = has_begun(run_dir) or bool(checkpoints - {LATEST, step_name(0)})
     if saved.is_file() and begun:
         different = differences(load_config(saved), config)
@@ -92,7 +93,7 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
 
 
 def _bring_back_imported(aside: Path, run_dir: Path) -> None:
-    """Lets a run that starts over begin where it began: with the imported weights of step 0, if there were any."""
+    """Copies what a run with imported weights starts from back into its folder: step 0, tokenizer and config."""
     weights = step_folder(aside, 0)
     if not weights.is_dir():
         return
@@ -103,31 +104,32 @@ def _bring_back_imported(aside: Path, run_dir: Path) -> None:
 
 
 def read_config(run_dir: Path) -> RunConfig:
-    """The settings of a run folder.
+    """Reads the settings of a run folder.
 
     Raises:
-        CheckpointError: the folder holds no run.
+        CheckpointError: the folder is not a run folder.
         ConfigError: its config.yaml is damaged.
     """
     if not has_config(run_dir):
         raise CheckpointError(
-            f"{run_dir}: no run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
+            f"{run_dir}: not a run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
         )
     return load_config(config_file(run_dir))
 
 
 def changeable(key: str) -> bool:
+    """Whether a setting, named by its dotted key, may change when a run resumes."""
     return any(key == allowed or key.startswith(allowed + ".") for allowed in CHANGEABLE)
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, str]]:
-    """Dotted keys whose values differ, with 'key: old, now new'."""
+    """Returns (dotted key, 'key: old, now new') of each setting whose value differs."""
     before, after = flatten(asdict(old)), flatten(asdict(new))
     return [(key, f"{key}: {before.get(key)}, now {after[key]}") for key in after if before.get(key) != after[key]]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionary to dotted keys.
+    """Flattens a nested dictionary to dotted keys.
 
     Example:
         >>> flatten({"a": {"b": 1}, "c": 2})
@@ -143,12 +145,20 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes an object whole or not at all; NaN and infinity, which JSON does not have, are a programming error."""
+    """Writes an object as JSON, atomically.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON cannot represent.
+        StorageError: the file could not be written.
+    """
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def environment_facts(device_name: str, world_size: int) -> dict[str, Any]:
-    """Versions, hardware and git state, for environment.json and bug reports; nothing from environment variables."""
+    """Returns versions, hardware and git state for environment.json and bug reports.
+
+    Environment variables are left out, because they may contain secrets.
+    """
     packages = (
         "torch",
         "megatron-core",

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always; TensorBoard, Weights & Biases and a progress line if asked."""
+"""Writes metrics.jsonl and forwards the numbers to TensorBoard and Weights & Biases if they are enabled."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ from megatron_lion.runs.series import parse_line
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to RUN/metrics.jsonl and forwards it to the sinks that were asked for.
+    """Appends one JSON object per line to RUN/metrics.jsonl and forwards it to the enabled sinks.
 
-    Only the first rank writes; on the others every call does nothing.
+    Only the first rank writes; on other ranks every call does nothing.
+
+    Args:
+        run_dir: the run's folder.
+        config: the run's settings; the section log enables the sinks.
+        is_main: whether this process is the first rank.
+
+    Raises:
+        EnvironmentFault: the package of an enabled sink is not installed.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, *, is_main: bool) -> None:
@@ -54,10 +62,11 @@ class MetricsWriter:
             )
 
     def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
-        """Writes values of one step; numbers that are not finite are written as null, which JSON can hold."""
+        """Writes values of one step. Non-finite numbers are written as null, because JSON cannot represent them."""
         if not self.is_main:
             return
         line = {"step": step, "time": round(time.time(), 3), **{key: _jsonable(value) for key, value in values.items()}}
+        # Opened and closed for each line: a killed process loses no line that it has written.
         with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
@@ -75,7 +84,7 @@ class MetricsWriter:
 
 
 def _wandb_id(run_dir: Path) -> str:
-    """The id that a resumed run goes on under, kept in the run folder."""
+    """Returns the run's Weights & Biases id; it is stored in the run folder, so a resumed run keeps it."""
     path = run_dir / "wandb_id"
     with storage_errors(path):
         if not path.exists():
@@ -90,7 +99,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _end_last_line(path: Path) -> None:
-    """Ends a last line that has no line end, or removes it if a kill cut it short; readers do the same."""
+    """Completes a last line without a line end, or removes it if a kill truncated it; readers apply the same test."""
     with storage_errors(path):
         if not path.exists():
             return

@@ -1,4 +1,4 @@
-"""Names and places of the files in a run folder; everything that reads or writes one takes them from here.
+"""Names and paths of the files in a run folder; no other module spells them out.
 
 RUN/config.yaml            settings, resolved
 RUN/run.json               facts: name, optimizer, number of parameters, digests
@@ -18,7 +18,7 @@ LOCK = "lock"
 
 
 def step_name(step: int) -> str:
-    """How file names spell a step, so that they sort by it.
+    """Returns a step as file names spell it, so that names sort by step up to 9,999,999.
 
     >>> step_name(1000)
     'step_0001000'

@@ -1,7 +1,7 @@
-"""RUN/probe/step_0001000.json, found and read; gradient/probe_result.py makes their content.
+"""Finds and reads probe results, RUN/probe/step_0001000.json; gradient/probe_result.py defines their content.
 
-The run's own probe of a step is step_0001000.json; results of other settings at that step carry them in their name,
-such as step_0001000-64-fixed.json.
+The run's own probe of a step is step_0001000.json. Results with other settings at that step have the settings in their
+name, such as step_0001000-64-fixed.json.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def probe_file(run_dir: str | Path, step: int) -> Path:
 
 
 def read_probe(path: str | Path) -> dict[str, Any]:
-    """Reads a result.
+    """Reads a probe result.
 
     Raises:
         DataError: the file is missing, damaged or of another format.
@@ -40,10 +40,10 @@ def read_probe(path: str | Path) -> dict[str, Any]:
 
 
 def read_probes(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The results of a run, by step.
+    """Reads the run's own results, ascending by step.
 
     Raises:
-        DataError: there are none, or one is damaged.
+        DataError: the run has no result, or one is damaged.
     """
     paths = [
         path
@@ -58,7 +58,9 @@ def read_probes(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def longest_ladder(run_dir: str | Path, probe: dict[str, Any]) -> dict[str, Any]:
-    """Of a run's results at the step of `probe`, on the same data and with the same dropout, the one over most batches.
+    """Returns the result over the most batches among those comparable with `probe`.
+
+    Comparable results have the same step, mode, data, dropout and global batch size.
 
     Raises:
         DataError: a result is damaged.

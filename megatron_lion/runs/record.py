@@ -1,4 +1,4 @@
-"""Reads run folders: settings, metrics and evaluations, without torch and without the model."""
+"""Reads a run folder (settings, metrics, evaluations) into a `RunRecord`, without torch or the model."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from megatron_lion.runs.paths import config_file, environment_file, evaluations_
 from megatron_lion.runs.series import Series, read_metrics
 
 LAST_LINES = 10
-"""The training loss of a run's end is the mean over this many logged values."""
+"""Number of logged values in the mean that is a run's final training loss."""
 OPTIMIZER_NAMES = {"lion": "LION", "sgd": "SGD", "adamw": "AdamW"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run folder, read.
+    """The content of one run folder.
 
     Attributes:
-        folder: its path.
-        model: name of the model, the same for runs that may be drawn together.
+        folder: path of the run folder.
+        model: name of the model, equal for runs that may be drawn together.
         optimizer: "lion", "sgd" or "adamw".
-        num_parameters: d, with the padded vocabulary; None where the run does not say.
+        num_parameters: d, with the padded vocabulary; None if the run does not state it.
         facts: run.json.
         settings: config.yaml as dotted keys.
         environment: environment.json.
         metrics: the numbers of metrics.jsonl.
         evaluations: eval/*.json, ascending by step.
-        label: its name in tables and figures; unique within a model after `compare.selection.read_runs`.
+        label: the run's name in tables and figures; unique within a model after `compare.selection.read_runs`.
     """
 
     folder: Path
@@ -52,14 +52,14 @@ class RunRecord:
     label: str = ""
 
     def series(self, key: str) -> Series:
-        """A metric, empty where the run has none."""
+        """Returns a metric; empty if the run does not have it."""
         return self.metrics.get(key, Series())
 
     def need(self, key: str) -> Series:
-        """A metric that the caller cannot do without.
+        """Returns a metric that the caller requires.
 
         Raises:
-            CheckpointError: the run has no number of that key; says what writes it.
+            CheckpointError: the run has no number under that key; the message names the command that writes it.
         """
         if key not in self.metrics:
             raise CheckpointError(
@@ -74,32 +74,32 @@ class RunRecord:
 
     @property
     def dimension(self) -> int:
-        """d, for callers that cannot do without it.
+        """d, for callers that require it.
 
         Raises:
             CheckpointError: the run does not state it.
         """
         if self.num_parameters is None:
             raise CheckpointError(
-                f"{self.folder}: neither run.json nor a probe says num_parameters; train with --probe.every, or run "
+                f"{self.folder}: neither run.json nor a probe has num_parameters; train with --probe.every, or run "
                 f"`megatron-lion probe {self.folder}`"
             )
         return self.num_parameters
 
     @property
     def last_step(self) -> int:
-        """The last step anything was written for."""
+        """The last step that any metric was written for."""
         return max((series.steps[-1] for series in self.metrics.values()), default=0)
 
     @property
     def seed(self) -> int | None:
-        """The run's seed, where config.yaml tells it."""
+        """The run's seed, or None if config.yaml does not state it."""
         seed = self.settings.get("seed")
         return seed if isinstance(seed, int) else None
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Training tokens of one step."""
+        """Training tokens per step, or None if neither metrics nor settings give them."""
         tokens = self.series("progress/consumed_tokens")
         if tokens and tokens.steps[-1] > 0:
             return round(tokens.values[-1] / tokens.steps[-1])
@@ -108,36 +108,36 @@ class RunRecord:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Median training throughput over the whole job."""
+        """Median of the logged training throughput (tokens per second)."""
         values = self.series("perf/tokens_per_s").values
         return median(values) if values else None
 
     @property
     def max_memory_gib(self) -> float | None:
-        """Largest memory seen on the first process."""
+        """Largest logged memory use of the first process (GiB)."""
         return max(self.series("memory/max_gib").values, default=None)
 
     @property
     def end_train_loss(self) -> float | None:
-        """Mean of the last ten logged training losses: single batches scatter."""
+        """Mean of the last ten logged training losses (nats per token); the loss of a single batch varies too much."""
         values = self.series("train/loss").values[-LAST_LINES:]
         return fmean(values) if values else None
 
     @property
     def scheduled_steps(self) -> int | None:
-        """Steps of the whole schedule, if config.yaml states them."""
+        """Steps of the whole schedule, or None if config.yaml does not state them."""
         steps = self.settings.get("train.steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def planned_steps(self) -> int | None:
-        """The step after which the run is finished, if config.yaml states it."""
+        """The step after which the run is finished, or None if config.yaml does not state it."""
         steps, stop = self.scheduled_steps, self.settings.get("train.stop_after")
         return min(steps, stop or steps) if steps is not None else None
 
     @property
     def last_logged(self) -> int:
-        """The last step that was taken and logged; a line that reports a skipped step is none."""
+        """The last step with a log line; the extra line that reports a skipped step does not count."""
         progress = self.series("progress/consumed_tokens")
         return progress.steps[-1] if progress else self.last_step
 
@@ -148,7 +148,7 @@ class RunRecord:
 
     @property
     def diverged(self) -> bool:
-        """Whether the run gave up because its gradients stayed NaN or infinite."""
+        """Whether the run ended because its gradients stayed NaN or infinite."""
         skipped, limit = self.series("optim/skipped_steps"), self.settings.get("optimizer.max_skipped_steps", 1)
         return (
             not self.finished and bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > self.last_logged
@@ -156,20 +156,22 @@ class RunRecord:
 
     @property
     def valid_loss(self) -> float | None:
-        """Validation loss at the run's end (nats per token); None where it is not finished or was not finite there."""
+        """Validation loss at the end (nats per token); None if the run is unfinished or the loss was not finite."""
         series = self.series("valid/loss")
-        due = self.planned_steps == self.settings.get("train.steps")  # a run stopped before measures it earlier
+        due = self.planned_steps == self.settings.get(
+            "train.steps"
+        )  # a run stopped earlier has its last measurement earlier
         if not self.finished or not series or (due and series.steps[-1] < (self.planned_steps or 0)):
             return None
         return series.last
 
     def training_seconds(self, step: int) -> float | None:
-        """Seconds spent in training steps up to `step`: measurements, saves and pauses between jobs left out."""
+        """Seconds spent in training steps up to `step`, excluding measurements, saves and pauses between jobs."""
         seconds = self.seconds_at([step])
         return seconds[0] if seconds else None
 
     def seconds_at(self, steps: Sequence[int]) -> list[float] | None:
-        """`training_seconds` of several steps; None where the run has no throughput."""
+        """Returns `training_seconds` of several steps, or None if the run has no logged throughput."""
         rate, per_step = self.series("perf/tokens_per_s"), self.tokens_per_step
         logged = [(at, value) for at, value in zip(rate.steps, rate.values, strict=True) if value > 0]
         if not logged or per_step is None:
@@ -180,7 +182,7 @@ class RunRecord:
             ends.append(at)
 
         def seconds(step: int) -> float:
-            place = min(bisect_left(ends, step), len(logged))  # the log line that step belongs to, at the end the last
+            place = min(bisect_left(ends, step), len(logged))  # the log line that covers the step, or the last line
             if place == 0:
                 return 0.0
             return spent[place] + (step - ends[place]) * per_step / logged[place - 1][1]
@@ -192,7 +194,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """Reads a run folder.
 
     Raises:
-        CheckpointError: it is no run folder, or one of its files is damaged.
+        CheckpointError: the folder is not a run folder, or one of its files is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -200,7 +202,7 @@ def read_run(folder: str | Path) -> RunRecord:
         raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
     if not any(path.is_file() for path in (config_file(folder), facts_file(folder), metrics_file(folder))):
         raise CheckpointError(
-            f"{folder}: no run folder (no config.yaml, run.json or metrics.jsonl); "
+            f"{folder}: not a run folder (no config.yaml, run.json or metrics.jsonl); "
             "give the run_dir of a `megatron-lion pretrain`"
         )
     facts, settings = _mapping(facts_file(folder)), flatten(_mapping(config_file(folder)))
@@ -222,7 +224,7 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def _dimension(*stated: Any) -> int | None:
-    """The first of several statements of d that is a number of at least 1."""
+    """Returns the first of several values for d that is a number of at least 1, or None."""
     for value in stated:
         if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < math.inf:
             return int(value)
@@ -230,7 +232,7 @@ def _dimension(*stated: Any) -> int | None:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """A JSON or YAML object; {} where there is no file."""
+    """Reads a JSON or YAML object; {} if the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -239,18 +241,18 @@ def _mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: cannot be read: {(str(error).splitlines() or [''])[0]}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: should hold an object, holds a {type(content).__name__}")
+        raise CheckpointError(f"{path}: must contain an object, got {type(content).__name__}")
     return content
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    """The evaluation results, ascending by step."""
+    """Reads the evaluation results, ascending by step."""
     results = []
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith("."):
             continue
         result = _mapping(path)
         if not isinstance(result.get("step"), int) or "kind" not in result:
-            raise CheckpointError(f"{path}: no evaluation result (needs 'kind' and 'step')")
+            raise CheckpointError(f"{path}: not an evaluation result (needs 'kind' and 'step')")
         results.append(result)
     return sorted(results, key=lambda r: int(r["step"]))

@@ -1,12 +1,12 @@
-"""metrics.jsonl, read: each metric as a series over optimizer steps.
+"""Reads metrics.jsonl: each metric as a series over optimizer steps.
 
-Every reader of a run gets its numbers from `read_metrics`, by these rules:
+All code that reads a run uses `read_metrics`, which follows these rules:
 
 - A line is a JSON object with a "step". Blank lines are skipped. Steps may come in any order and repeat after a resume.
-- The last line of a step that has a key decides. If its value is not a finite number (null, NaN, true, text), the step
+- If several lines of a step have a key, the last one counts. If its value is not a finite number (null, NaN, true, text), the step
   has no value of that key, even if an earlier line had one.
-- A last line without a line end is read if it is a whole object with a step: no part of an object is valid JSON, so
-  only the line end is missing. Otherwise a job was stopped while it wrote the line, and the line is left out. The
+- A last line without a line end is read if it is a complete object with a step: no prefix of an object is valid JSON,
+  so only the line end is missing. Otherwise a job was stopped while it wrote the line, and the line is ignored. The
   `MetricsWriter` of the next job keeps or removes the line by the same test.
 """
 
@@ -36,38 +36,38 @@ class Series:
         return bool(self.steps)
 
     def arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Steps and values as numpy arrays of float64."""
+        """Returns steps [N] and values [N] as float64 arrays."""
         import numpy as np
 
         return np.array(self.steps, dtype=np.float64), np.array(self.values, dtype=np.float64)
 
     @property
     def last(self) -> float | None:
-        """The value at the last step."""
+        """The value at the last step, or None if the series is empty."""
         return self.values[-1] if self.values else None
 
     def at_or_before(self, step: float) -> tuple[int, float] | None:
-        """The last (step, value) that is not after `step`."""
+        """Returns the last (step, value) that is not after `step`, or None."""
         found = [pair for pair in zip(self.steps, self.values, strict=True) if pair[0] <= step]
         return found[-1] if found else None
 
     def best(self) -> tuple[int, float] | None:
-        """The (step, value) of the smallest value."""
+        """Returns (step, value) of the smallest value, or None if the series is empty."""
         pairs = list(zip(self.steps, self.values, strict=True))
         return min(pairs, key=lambda pair: pair[1]) if pairs else None
 
     def first_at_most(self, target: float) -> int | None:
-        """The first step at which the value was measured to be `target` or less."""
+        """Returns the first step whose value is at most `target`, or None."""
         return next((s for s, v in zip(self.steps, self.values, strict=True) if v <= target), None)
 
     def smoothed(self, window: int) -> Series:
-        """Mean over the last `window` values at each point."""
+        """Returns the mean over the last `window` values at each step; over fewer at the start."""
         means = (sum(self.values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(self.values)))
         return Series(self.steps, tuple(means))
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Reads metrics.jsonl into a series for each key that has a number; by the rules at the top of this file.
+    """Reads metrics.jsonl into a series for each key that has a number, by the rules of this module.
 
     Raises:
         CheckpointError: the file is missing, or a line is not a JSON object with a step.
@@ -75,7 +75,9 @@ def read_metrics(path: Path) -> dict[str, Series]:
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: has no metrics.jsonl, so it is no run folder or never started") from None
+        raise CheckpointError(
+            f"{path.parent}: has no metrics.jsonl; it is not a run folder, or the run never started"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     table: dict[str, dict[int, float]] = {}
@@ -93,7 +95,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
                 continue
             if found is not None:
                 table.setdefault(key, {})[entry["step"]] = found
-            else:  # an older number must not stand for what could not be measured
+            else:  # an older number must not replace a value that could not be measured
                 table.get(key, {}).pop(entry["step"], None)
     return {
         key: Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
@@ -103,7 +105,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """The object of a line of metrics.jsonl, whose "step" is a whole number of at least 0; None for anything else.
+    """Returns the object of a line of metrics.jsonl, or None if it is not an object with an integer "step" ≥ 0.
 
     >>> parse_line(b'{"step": 1, "train/loss": 2.5}'), parse_line(b'{"step": 1, "train/l')
     ({'step': 1, 'train/loss': 2.5}, None)

@@ -1,7 +1,7 @@
-"""The checkpoints of a run folder, found and identified without torch; train/checkpoint.py reads and writes them.
+"""Finds and identifies a run's checkpoints without torch; train/checkpoint.py writes and verifies them.
 
-RUN/checkpoints/step_0001000/manifest.json makes a folder a checkpoint: it is written last, before the folder gets its
-name. Folders without it are left-overs of attempts that failed.
+A folder is a checkpoint if it contains manifest.json, as in RUN/checkpoints/step_0001000/manifest.json. The manifest is
+written last, before the folder is renamed to its final name. Folders without it remain from failed attempts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_lion.runs.paths import checkpoints_folder, step_name
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
-"""File that names the newest checkpoint, for people and scripts."""
+"""File that contains the name of the newest checkpoint, for people and scripts."""
 GO_BACK = "copy it here again, or move this step's folder away to resume from the checkpoint before it"
 _STEP_NAME = re.compile(r"step_(\d{7,})$")
 
@@ -38,11 +38,12 @@ class Checkpoint:
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
+    """Path of the checkpoint of a step."""
     return checkpoints_folder(run_dir) / step_name(step)
 
 
 def run_and_step(folder: Path) -> tuple[Path, int] | None:
-    """The run and the step of a checkpoint's folder, by its name alone; None if it is not named like one.
+    """Returns (run folder, step) of a checkpoint folder from its path alone, or None if it is not named like one.
 
     >>> run_and_step(Path("run/checkpoints/step_0000100")), run_and_step(Path("run"))
     ((PosixPath('run'), 100), None)
@@ -58,7 +59,7 @@ def is_committed(run_dir: Path, step: int) -> bool:
 
 
 def list_steps(run_dir: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run, ascending."""
+    """Returns the steps of a run's complete checkpoints, ascending."""
     folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
@@ -69,15 +70,15 @@ def list_steps(run_dir: Path) -> list[int]:
 
 
 def choose_steps(asked: str, available: Sequence[int]) -> list[int]:
-    """Checkpoints that `--steps` names.
+    """Returns the steps that `--steps` selects, ascending.
 
     Args:
         asked: "all", "latest" or steps separated by commas.
         available: steps that have a complete checkpoint, ascending.
 
     Raises:
-        ConfigError: not one of these forms.
-        CheckpointError: there is no checkpoint, or not of that step.
+        ConfigError: `asked` has none of these forms.
+        CheckpointError: the run has no checkpoint, or none of a selected step.
 
     >>> choose_steps("latest", [10, 20]), choose_steps("20,10", [10, 20])
     ([20], [10, 20])
@@ -99,7 +100,7 @@ def choose_steps(asked: str, available: Sequence[int]) -> list[int]:
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its own "sha256"."""
+    """SHA-256 of a manifest without its "sha256" entry, in hexadecimal."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -107,29 +108,29 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint's manifest.
 
     Raises:
-        CheckpointError: it is missing, damaged or of a newer format.
+        CheckpointError: the manifest is missing, damaged or of another format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no complete checkpoint") from error
+        raise CheckpointError(f"{folder}: no {MANIFEST}, so the checkpoint is not complete") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); {GO_BACK}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"{folder}: format {found}, this version reads format {FORMAT}")
+        raise CheckpointError(f"{folder}: format {found}; this version reads format {FORMAT}")
     if manifest.pop("sha256", None) != manifest_digest(manifest):
         raise CheckpointError(f"{folder / MANIFEST}: does not match its own sha256: damaged or changed; {GO_BACK}")
     return Checkpoint(folder, manifest)
 
 
 def find_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest complete checkpoint, or None if there is none.
+    """Opens the newest complete checkpoint, or returns None if the run has no checkpoint folder.
 
-    The folders decide, not the pointer, which may be older after a crash.
+    The folders are read, not the pointer `latest`, which may be older after a crash.
 
     Raises:
-        CheckpointError: folders are there but none is complete.
+        CheckpointError: checkpoint folders exist but none is complete; a silent start from step 0 would lose the run.
     """
     steps = list_steps(run_dir)
     if steps:

@@ -1,4 +1,4 @@
-"""`megatron-lion probe`: checkpoints of a run, at other layouts, without optimizer state, interrupted and again."""
+"""`megatron-lion probe` on checkpoints: other layouts, no optimizer state, interruption, repetition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_lion.commands import probe as verb
 
 
 def probe_command(*words):
-    """stdout of the verb, in this process."""
+    """Runs the subcommand in this process and returns its stdout."""
     parser = ArgumentParser(exit_on_error=False)
     verb.add_arguments(parser)
     out = io.StringIO()
@@ -35,7 +35,7 @@ def work(rank, config):
 
 
 def commands(rank, jobs):
-    """Work of one process: the verb with each list of words; what it printed, or how it failed."""
+    """Work of one process: runs the subcommand with each list of arguments; returns its output or its error."""
     found = {}
     for name, words in jobs.items():
         printed = []
@@ -151,7 +151,7 @@ def test_runs_are_drawn_together(trained, tmp_path):
 
 
 def strip_and_probe(rank, config):
-    """Work of one process: a checkpoint of the weights alone, as another tool may write it, and the verb on it."""
+    """Work of one process: saves a checkpoint of the weights alone, as another tool may do, and probes it."""
     from tiny import opened_run
 
     from megatron_lion.runs import steps
@@ -229,7 +229,7 @@ def test_bad_input_is_refused_in_one_line(trained, tmp_path):
     }
     found = {name: error for name, (_, error) in run_distributed(commands, 1, jobs)[0].items()}
     assert found["no run"][0] == "CheckpointError"
-    assert "no run folder" in found["no run"][1]
+    assert "not a run folder" in found["no run"][1]
     assert found["no step"][0] == "CheckpointError"
     assert "there are: 2, 4" in found["no step"][1]
     assert found["too many"][0] == "ConfigError"

@@ -1,4 +1,4 @@
-"""Where things are in a run folder, and that nothing but runs/ spells it out."""
+"""Paths and settings of a run folder; only runs/ spells out its file names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {"config.yaml", "run.json", "environment.json", "metrics.jsonl", "checkp
 
 
 def spelled_out(path: Path) -> list[str]:
-    """Lines that join a name of a run folder to a path, or write a step as file names do."""
+    """Returns lines that join a file name of a run folder to a path, or format a step like a file name."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
@@ -39,7 +39,7 @@ def test_paths_of_run_folders_are_built_in_one_room() -> None:
 
 
 def test_settings_are_read_from_a_run_alone(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no run folder \(no config.yaml\); give the run_dir"):
+    with pytest.raises(CheckpointError, match=r"not a run folder \(no config.yaml\); give the run_dir"):
         read_config(tmp_path)
     config = RunConfig(seed=7, run_dir=str(tmp_path))
     save_config(config, tmp_path / "config.yaml")

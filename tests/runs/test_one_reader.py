@@ -1,6 +1,6 @@
-"""One awkward metrics.jsonl, read by everything that reads runs: each must get the same numbers.
+"""One awkward metrics.jsonl, read by all code that reads runs: each reader must get the same numbers.
 
-EXPECTED is written down by hand. Every trap has a value that changes a minimum, a mean or an end if it is counted.
+EXPECTED was written by hand. Every invalid line has a value that would change a minimum, a mean or an end.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def line(step: int, value: str) -> str:
 
 MIDDLE = [
     line(0, "8"),  # an int is a number
-    line(2, "99.0"),  # of the attempt before the resume
+    line(2, "99.0"),  # from before the resume
     line(3, "1.0"),
     line(5, "1.5"),
     "",
@@ -83,7 +83,7 @@ def write_awkward_run(folder: Path, tail: str, seed: int = 1) -> Path:
 
 @pytest.fixture(params=list(TAILS))
 def folders(request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
-    """A sweep's folder holds the two runs, which differ in their seed."""
+    """Two runs in a sweep's folder, which differ in their seed."""
     return [write_awkward_run(tmp_path / "sweep" / f"seed-{seed}", request.param, seed) for seed in (1, 2)]
 
 
@@ -174,7 +174,7 @@ def test_reproduce(folders: list[Path]) -> None:
 
 
 def test_the_writer_of_the_next_job_agrees_with_the_reader(folders: list[Path], tmp_path: Path) -> None:
-    """What was read before a resume is read after it; a torn line neither stays nor spoils the line after it."""
+    """A resume changes no number that was read before; a torn line is removed and does not affect the next line."""
     before = read_metrics(folders[0] / "metrics.jsonl")
     writer = MetricsWriter(folders[0], tiny_config(tmp_path, "no-corpus"), is_main=True)
     assert read_metrics(folders[0] / "metrics.jsonl") == before
@@ -197,7 +197,7 @@ def test_theory_needs_the_number_of_parameters(make: Callable[[Path], object], t
     folder = write_awkward_run(tmp_path / "run", "whole")
     for content in ({}, {"num_parameters": 0}, {"num_parameters": float("nan")}, {"num_parameters": True}):
         (folder / "run.json").write_text(json.dumps(content))
-        with pytest.raises(CheckpointError, match=r"neither run.json nor a probe says num_parameters"):
+        with pytest.raises(CheckpointError, match=r"neither run.json nor a probe has num_parameters"):
             make(folder)
     with open(folder / "metrics.jsonl", "a") as stream:
         stream.write(json.dumps({"step": 10, "probe/num_parameters": D}) + "\n")

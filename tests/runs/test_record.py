@@ -1,4 +1,4 @@
-"""Run folders, read."""
+"""Reading a run folder into a `RunRecord`."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_a_run_folder_is_read_whole(tmp_path: Path) -> None:
     [
         (lambda p: None, "does not exist"),
         (lambda p: p.write_text(""), "is a file"),
-        (lambda p: p.mkdir(), "no run folder"),
+        (lambda p: p.mkdir(), "not a run folder"),
         (lambda p: (p.mkdir(), (p / "config.yaml").write_text("name: x\n")), "no metrics.jsonl"),
         (lambda p: (p.mkdir(), (p / "config.yaml").write_text("a: [\n")), "config.yaml: cannot be read"),
-        (lambda p: (p.mkdir(), (p / "run.json").write_text("[1]")), "should hold an object"),
-        (lambda p: (write_run(p), (p / "eval" / "x.json").write_text("{}")), "no evaluation result"),
+        (lambda p: (p.mkdir(), (p / "run.json").write_text("[1]")), "must contain an object"),
+        (lambda p: (write_run(p), (p / "eval" / "x.json").write_text("{}")), "not an evaluation result"),
     ],
 )
 def test_what_is_no_run_is_named(tmp_path: Path, make: object, says: str) -> None:

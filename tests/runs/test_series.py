@@ -1,4 +1,4 @@
-"""metrics.jsonl, read."""
+"""Reading metrics.jsonl into series."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_any_cut_of_the_file_gives_what_the_whole_lines_say(
     kept = whole[: max(0, len(whole) - cut)]
     path.write_text(kept)
     expected: dict[str, dict[int, float]] = {}
-    # A last line that is complete but for its line end is as good as any.
+    # A last line that lacks only its line end counts.
     count = kept.count("\n") + (kept.rpartition("\n")[2].endswith("}"))
     for step, key, value in entries[:count]:
         expected.setdefault(key, {})[step] = value

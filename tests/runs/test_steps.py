@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder: which there are, which of them a flag names, and that no torch is needed to know."""
+"""Listing a run's checkpoints and selecting steps by flag, without torch."""
 
 from __future__ import annotations
 

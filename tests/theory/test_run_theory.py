@@ -76,7 +76,7 @@ def call(verb, *words):
 
 def test_run_without_dimension_or_probes_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1, "train/loss": 2.0}\n')
-    with pytest.raises(CheckpointError, match=r"neither run.json nor a probe says num_parameters"):
+    with pytest.raises(CheckpointError, match=r"neither run.json nor a probe has num_parameters"):
         call(theory_verb, tmp_path)
     (tmp_path / "run.json").write_text('{"num_parameters": 10}')
     with pytest.raises(CheckpointError, match=r"no 'probe/grad_l1'; train with --probe.every"):
