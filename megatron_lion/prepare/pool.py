@@ -33,7 +33,8 @@ def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, e
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for platforms without pthread_sigmask
     signal_when_parent_ends(signal.SIGKILL)  # a killed parent must not leave workers behind
-    if sys.platform == "linux" and os.getppid() != parent:  # the parent ended before the line above, which has no effect then
+    # If the parent ended before the line above, that line has no effect.
+    if sys.platform == "linux" and os.getppid() != parent:
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
     _worker = settings, build_encoder(encoder, tokenizer, settings.splitter)

@@ -24,11 +24,11 @@ def work_folder(output: Path) -> Path:
 
 @contextmanager
 def locked_work_folder(output: Path) -> Iterator[Path]:
-    """Makes the work folder and holds it; kept when the block fails, so that the next run can go on.
+    """Creates and locks the work folder; if the block fails, encoded pieces are kept for the next run.
 
     Raises:
         BusyError: another prepare is writing the same output.
-        StorageError: it cannot be made or locked.
+        StorageError: the folder cannot be created or locked.
     """
     folder = work_folder(output)
     remedy = "wait for it or choose another --output"
@@ -37,7 +37,7 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
             yield folder
         except BaseException:
             if any(folder.glob("shards-*/*.json")):
-                logger.info("what is encoded is kept in %s; the same command goes on from there", folder)
+                logger.info("encoded pieces are kept in %s; run the same command again to continue", folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise

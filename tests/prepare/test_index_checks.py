@@ -1,4 +1,4 @@
-"""Indexes that no writer made: boundaries out of order, files beyond 2 GiB, surplus bytes, negative ids."""
+"""Indexes that no writer makes: boundaries out of order, files beyond 2 GiB, surplus bytes, negative ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = ModelConfig(seq_length=8, vocab_size=300, make_vocab_size_divisible_by=4
 
 
 def index_bytes(lengths: list[int], boundaries: list[int], dtype: str = "<u2") -> bytes:
-    """An index as indexed_check.py documents it, with Python's own arithmetic."""
+    """Builds an index with the layout documented in indexed_check.py, using Python integers."""
     size = {"<u2": 2, "<i4": 4}[dtype]
     pointers = [size * sum(lengths[:number]) for number in range(len(lengths))]
     head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(boundaries))
@@ -33,7 +33,7 @@ def index_bytes(lengths: list[int], boundaries: list[int], dtype: str = "<u2") -
 
 
 def write_pair(prefix: Path, lengths: list[int], boundaries: list[int], tokens: Any = None, dtype: str = "<u2") -> None:
-    """An index, and tokens of any values beside it (0 if none are given)."""
+    """Writes an index and a token file with the given tokens (zeros if none are given)."""
     Path(f"{prefix}.idx").write_bytes(index_bytes(lengths, boundaries, dtype))
     values = np.zeros(sum(lengths)) if tokens is None else tokens
     Path(f"{prefix}.bin").write_bytes(np.asarray(values, dtype).tobytes())
@@ -58,7 +58,7 @@ def test_ascending_boundaries_and_empty_documents_are_accepted(tmp_path: Path, b
 
 
 def test_a_negative_length_is_refused(tmp_path: Path) -> None:
-    """With pointers that agree with it, and a sum that fits the tokens."""
+    """The pointers agree with the lengths, and the sum fits the tokens."""
     write_pair(tmp_path / "a", [3, -1, 9], [0, 1, 2, 3])
     with pytest.raises(DataError, match=r"a\.idx: sequence 1 has length -1: damaged"):
         check_indexed(tmp_path / "a")
@@ -83,7 +83,7 @@ def test_an_index_without_documents_is_refused(tmp_path: Path, sequences: int, b
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4"])
 def test_tokens_beyond_2_and_4_gib(tmp_path: Path, dtype: str) -> None:
-    """Offsets that no 32-bit number holds, in a sparse file; megatron-core reads its very end."""
+    """Offsets beyond 32 bits, in a sparse file; megatron-core reads its last tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     lengths = [2**30, 2**30 + 1, 2**30, 3]
@@ -99,10 +99,10 @@ def test_tokens_beyond_2_and_4_gib(tmp_path: Path, dtype: str) -> None:
     info = check_indexed(tmp_path / "a")
     assert (info.num_documents, info.num_sequences, info.num_tokens) == (2, 4, 3 * 2**30 + 4)
     assert info.bin_bytes == size * (3 * 2**30 + 4) > 2**32
-    reader = IndexedDataset(str(tmp_path / "a"))  # what it gives are views of its memory map
+    reader = IndexedDataset(str(tmp_path / "a"))  # it returns views of its memory map
     assert reader[3].tolist() == [7, 8, 9]
     del reader
-    os.truncate(tmp_path / "a.bin", info.bin_bytes - 2**32)  # what a 32-bit size would take for the same file
+    os.truncate(tmp_path / "a.bin", info.bin_bytes - 2**32)  # a 32-bit size would accept this file as the same
     with pytest.raises(DataError, match=rf"a\.bin: {info.bin_bytes - 2**32} bytes, .* = {info.bin_bytes}: truncated"):
         check_indexed(tmp_path / "a")
 
@@ -147,7 +147,7 @@ def test_negative_ids_are_refused_when_the_data_is_opened(tmp_path: Path) -> Non
 
 
 def test_negative_ids_are_refused_before_a_step_reads_them(tmp_path: Path) -> None:
-    """In tokens that were damaged after the data was opened, as a prepared folder's are not scanned."""
+    """The tokens are damaged after opening; those of a prepared folder are not scanned when it is opened."""
     tokens = np.arange(1, 201)
     write_pair(tmp_path / "a", [20] * 10, list(range(11)), tokens, "<i4")
     corpora = open_corpora(DataConfig(path=[str(tmp_path / "a")], split="100,0,0"), MODEL)
@@ -162,7 +162,7 @@ def test_negative_ids_are_refused_before_a_step_reads_them(tmp_path: Path) -> No
 
 
 def test_documents_without_a_token_are_too_little_data(tmp_path: Path) -> None:
-    """The message is about the text, not about what megatron-core makes of it."""
+    """The message describes the text, not the failure in megatron-core."""
     write_pair(tmp_path / "a", [0, 0, 0], [0, 1, 2, 3])
     corpora = open_corpora(DataConfig(path=[str(tmp_path / "a")], split="100,0,0"), MODEL)
     with pytest.raises(DataError, match="too little data: none of its 3 documents"):

@@ -1,4 +1,4 @@
-"""Each reason to refuse a dataset's manifest.json, or a file beside it, has a message of its own."""
+"""Each reason to reject a dataset's manifest.json, or a file beside it, has a distinct message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_lion.errors import DataError
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A whole manifest."""
+    """Path of a valid manifest."""
     tokenizer = TokenizerInfo(sha256="0", kind="BPE", vocab_size=300, eod_token=None, eod_id=None)
     manifest = Manifest(
         version="0", encoder="none", kind="gpt", sources=(), tokenizer=tokenizer, dtype="uint16", split=(100.0, 0.0, 0.0),

@@ -142,7 +142,7 @@ def test_fixed_file_reuses_the_shards_of_the_others(
     caplog.set_level("INFO")
     with pytest.raises(DataError, match=r"b\.jsonl:1: not JSON"):
         prepare(options)
-    assert "the same command goes on from there" in caplog.text
+    assert "run the same command again to continue" in caplog.text
     write_jsonl(bad, TEXTS[200:])
     fixed = prepare(options)
     assert "1 of 2 pieces from an earlier run" in caplog.text
