@@ -1,1 +1,1 @@
-"""Zero-shot evaluation of checkpoints."""
+"""Zero-shot evaluation of checkpoints on WikiText, LAMBADA and other texts, and text sampling."""

@@ -1,4 +1,4 @@
-"""Spot checks of a BERT: what it puts in the place of [MASK], and which of two passages it thinks comes first."""
+"""Spot checks of a BERT: the likeliest tokens for each [MASK], and the probability of a sentence order."""
 
 from __future__ import annotations
 
@@ -17,30 +17,32 @@ MASK = "[MASK]"
 
 @dataclass(frozen=True)
 class Guess:
-    """A token for a masked place and its probability in [0, 1]."""
+    """A predicted token for one [MASK], and its probability in [0, 1]."""
 
     token: str
     probability: float
 
 
 def fill_mask(run: RestoredRun, text: str, top: int = 5) -> list[list[Guess]]:
-    """The likeliest tokens of every [MASK] in a text.
+    """Returns the likeliest tokens for every [MASK] of a text.
 
     Args:
         run: a BERT run with a step loaded.
-        text: UTF-8 text with one or more [MASK]; the model sees all of it at once.
-        top: guesses a place.
+        text: a text with one or more [MASK]; all of them are masked in one forward pass.
+        top: number of guesses for each [MASK].
 
     Returns:
-        A list a [MASK], in order, likeliest first.
+        One list of guesses for each [MASK] in order, likeliest first.
 
     Raises:
-        ConfigError: no [MASK] in the text, or more tokens than the model reads.
+        ConfigError: the text has no [MASK], or more tokens than the model's sequence length.
     """
     special = run.tokenizer.bert_special_ids()
     parts = [run.tokenizer.encode(part) for part in text.split(MASK)]
     if len(parts) < 2:
-        raise ConfigError(f"--fill-mask {text!r}: no {MASK} in it; put {MASK} where the model is to guess")
+        raise ConfigError(
+            f"--fill-mask {text!r}: the text has no {MASK}; put {MASK} in the place of each word to predict"
+        )
     ids = [special["[CLS]"], *parts[0]]
     places = []
     for part in parts[1:]:
@@ -58,14 +60,14 @@ def fill_mask(run: RestoredRun, text: str, top: int = 5) -> list[list[Guess]]:
 
 
 def order_probability(run: RestoredRun, first: str, second: str) -> float:
-    """The model's probability that `first` comes before `second` in their document, from the 2-way head.
+    """Returns the probability, by the sentence-order head, that `first` comes before `second` in their document.
 
     Args:
         run: a BERT run with a step loaded.
-        first, second: consecutive passages of one text, read as [CLS] first [SEP] second [SEP].
+        first, second: consecutive passages of one text, encoded as [CLS] first [SEP] second [SEP].
 
     Raises:
-        ConfigError: a passage without a token, or more tokens than the model reads.
+        ConfigError: a passage has no token, or both together have more tokens than the model's sequence length.
     """
     special = run.tokenizer.bert_special_ids()
     segments = [run.tokenizer.encode(passage) for passage in (first, second)]
@@ -77,10 +79,12 @@ def order_probability(run: RestoredRun, first: str, second: str) -> float:
     _check_length("--sentence-order", f"{first} {second}", ids, run.seq_length)
     types = torch.tensor([[0] * len(one) + [1] * (len(ids) - len(one))])
     _, order_logits_2 = run.bert_logits(torch.tensor([ids]), types, [0])
-    return float(order_logits_2.double().softmax(dim=-1)[0])
+    return float(order_logits_2.double().softmax(dim=-1)[0])  # class 0: in order; class 1: swapped
 
 
 def _check_length(flag: str, text: str, ids: list[int], seq_length: int) -> None:
     if len(ids) > seq_length:
         shown = text if len(text) <= 40 else text[:40] + "…"
-        raise ConfigError(f"{flag} {shown!r}: {len(ids)} tokens, but the model reads {seq_length}; give a shorter text")
+        raise ConfigError(
+            f"{flag} {shown!r}: {len(ids)} tokens, but the model reads at most {seq_length}; give a shorter text"
+        )

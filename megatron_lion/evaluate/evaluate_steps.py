@@ -1,4 +1,4 @@
-"""Measures tasks on checkpoints: decides what is new, runs it over the ranks, writes it, follows a training run."""
+"""Measures tasks on checkpoints over all ranks, writes and reuses results, and follows a run in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_lion.evaluate.token_scores import DetailedScorer, OnWindows, Score
 
 
 class Model(Protocol):
-    """Something with weights at one or more steps: a run (`restore.RestoredRun`) or a Hugging Face folder."""
+    """Weights at one or more steps: a run (`open_run.RestoredRun`) or a Hugging Face folder (`HuggingFaceModel`)."""
 
     steps: list[int]
 
@@ -32,7 +32,13 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A result and whether it was measured now or found from an earlier time."""
+    """A result.
+
+    Attributes:
+        record: the JSON object of the result.
+        path: its file.
+        is_new: whether it is measured in this call; False if it is read from `path`.
+    """
 
     record: dict[str, Any]
     path: Path
@@ -48,21 +54,28 @@ def evaluate_step(
     batch_size: int,
     progress: Callable[[Task, int], OnWindows] | None = None,
 ) -> Iterator[Outcome]:
-    """Measures what is not yet measured of one checkpoint; a collective call, the same on every rank.
+    """Measures the tasks of one checkpoint that have no result yet; a collective call, the same on every rank.
 
     Args:
-        model: where the weights come from.
-        step: its checkpoint.
-        tasks: what to measure.
-        folder: results are written and looked for there; the first rank's view decides.
+        model: a run or a Hugging Face model.
+        step: the step of the checkpoint.
+        tasks: the measurements.
+        folder: the evaluation folder, in which rank 0 reads earlier results and writes new ones.
         batch_size: windows in one forward pass on one rank.
-        progress: gives the callback for a task about to be measured at a step.
+        progress: called with a task and the step before the measurement; returns the task's progress callback.
 
     Yields:
-        One outcome a task, in order.
+        One outcome for each task, in order.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of another model.
+        NumericsError: the model's loss is NaN or infinite.
+        StorageError: the file system refused a result.
     """
     state = model.state_sha256(step)
     earlier = [task.find(folder, step, state) for task in tasks]
+    # Rank 0 decides and the others add zeros: if ranks found different files, some would wait in a collective call
+    # that the others skip.
     flags = torch.tensor([float(found is not None and model.rank == 0) for found in earlier], dtype=torch.float64)
     is_known = [flag > 0 for flag in model.all_reduce_sum(flags).tolist()]
     if not all(is_known):
@@ -90,17 +103,18 @@ def evaluate_step(
 
 
 def follow(model: Model, list_steps: Callable[[], list[int]], last_step: int, poll_s: float = 10.0) -> Iterator[int]:
-    """Steps of a run in training as their checkpoints appear, until its last one; every rank gets the same.
+    """Yields the steps of a run in training as their checkpoints appear, until the last one; the same on every rank.
 
     Args:
-        model: the run; its `steps` are kept up to date.
-        list_steps: reads the steps that have a complete checkpoint now.
-        last_step: where training ends.
-        poll_s: seconds between two looks.
+        model: the run; new steps are added to its `steps`.
+        list_steps: returns the steps that have a complete checkpoint now.
+        last_step: the last step of training.
+        poll_s: seconds between two calls of `list_steps`.
     """
     done: set[int] = set()
     while last_step not in done:
         fresh = [step for step in list_steps() if step not in done] if model.rank == 0 else []
+        # The others add 0, so the sum is rank 0's step: all ranks evaluate the same checkpoint. 0 means no new one.
         step = int(model.all_reduce_sum(torch.tensor([float(fresh[0] if fresh else 0)], dtype=torch.float64)))
         if step == 0:
             time.sleep(poll_s)

@@ -1,4 +1,4 @@
-"""A Hugging Face GPT-2 folder as something to evaluate: published weights, or an export of a run."""
+"""A Hugging Face GPT-2 folder to evaluate: published weights, or an export of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 class HuggingFaceModel:
-    """A folder with one set of weights, on one process; stands where a run stands for evaluation.
+    """A folder with one set of weights, on one process, with the interface that evaluation expects of a run.
 
     Attributes:
-        tokenizer: of the folder.
-        seq_length: the model's context length.
+        folder: the model folder.
+        model: transformers' GPT2LMHeadModel.
+        tokenizer: the folder's tokenizer, or the one given instead.
+        device: the device of the model.
+        seq_length: the model's context length in tokens.
         steps: [0], for the one set of weights.
         rank, world_size: 0 and 1.
     """
@@ -37,22 +40,25 @@ class HuggingFaceModel:
         self.steps = [0]
 
     def load(self, step: int) -> None:
-        """Nothing: the weights are loaded when the folder is opened."""
+        """Does nothing: `open_huggingface` has loaded the weights."""
 
     def state_sha256(self, step: int) -> str:
-        """Hash of the weights' file, or of the index that names its shards with their sizes."""
+        """Returns the SHA-256 of the weights' file, or of the index if the weights are in several files."""
         return sha256_file(next(self.folder / name for name in WEIGHTS if (self.folder / name).is_file()))
 
     def scorer(self) -> LogitsScorer:
-        """Scores batches of tokens."""
+        """Returns the scorer of batches of tokens."""
         return LogitsScorer(self.logits, self.device)
 
     def logits(self, tokens_BS: Tensor, last: int) -> Tensor:
-        """Logits after the last `last` tokens; the output layer runs for those alone."""
+        """Returns the logits [B, last, V] after the last `last` of the tokens [B, S] (int64, on the model's device).
+
+        The output layer, a third of GPT-2 Small's work, runs for these positions alone.
+        """
         return self.model(tokens_BS, logits_to_keep=last, use_cache=False).logits
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Nothing to add on one process."""
+        """Returns the values unchanged, because there is one process."""
         return values
 
 
@@ -63,14 +69,17 @@ def open_huggingface(
     """Opens a folder that `GPT2LMHeadModel.from_pretrained` reads; never downloads.
 
     Args:
-        folder: with config.json and model.safetensors, and vocab.json + merges.txt or tokenizer.json.
+        folder: a folder with config.json, model.safetensors, and vocab.json + merges.txt or tokenizer.json.
         device: "auto", "cuda" or "cpu".
-        precision: "fp32" or "bf16".
-        tokenizer: instead of the folder's own.
+        precision: "fp32" or "bf16", the dtype of weights and forward pass.
+        tokenizer: a tokenizer to use instead of the folder's own.
+
+    Yields:
+        The model in evaluation mode.
 
     Raises:
-        CheckpointError: no such model there, or it cannot be loaded whole.
-        DataError: no tokenizer there.
+        CheckpointError: the folder has no GPT-2 model in safetensors, or transformers cannot load all its weights.
+        DataError: no tokenizer is found.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging as transformers_logging
@@ -86,12 +95,14 @@ def open_huggingface(
         model, notes = GPT2LMHeadModel.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except Exception as error:  # the library raises many unrelated classes for files it does not take
+    except Exception as error:  # transformers raises many unrelated classes for files that it rejects
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder}: not a GPT-2 model that transformers can load: {reason}") from None
     if config.model_type != "gpt2" or notes["missing_keys"] or notes["mismatched_keys"]:
         missing = ", ".join(sorted(map(str, notes["missing_keys"]))[:3]) or config.model_type
-        raise CheckpointError(f"{folder}: not a whole GPT-2 language model (see {missing})")
+        raise CheckpointError(
+            f"{folder}: not a complete GPT-2 language model (missing weights, or the model type: {missing})"
+        )
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = load_tokenizer(tokenizer or folder)
     if loaded.vocab_size > config.vocab_size:

@@ -2,7 +2,7 @@
 
     python -m megatron_lion.evaluate.known_texts FILE...
 
-prints which text each file is; a file that is none of them ends it with the exit code of a DataError.
+prints the name of each file's text. At a file that is none of them it stops with the exit code of a DataError.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_lion.errors import DataError
 from megatron_lion.files import sha256_file
 
-# The raw test file of WikiText-2 and WikiText-103 is one and the same; the tokenised ones differ in which words are
-# `<unk>`.
+# WikiText-2 and WikiText-103 have the same raw test file. Their tokenised files differ in the words that are `<unk>`,
+# and so in perplexity.
 WIKITEXT: dict[str, str] = {
     "56db52eb157b1ab5c89646eef70510c1eca6e12a3bfdb99f0d6b05b4eacb75b9": "WikiText-103 tokens test",
     "9aee9f52d6e77de6c7751fc5e7c44287db3ec0eaf15477098acc6b93c1c4250b": "WikiText-103 tokens valid",
@@ -29,10 +29,10 @@ UNKNOWN = "unknown"
 
 
 def identify(path: str | Path) -> str:
-    """Name of a published text.
+    """Returns the name of the published text that a file contains, by the SHA-256 of its bytes.
 
     Raises:
-        DataError: the file cannot be read, or is not one of them.
+        DataError: the file cannot be read, or is not a published text.
     """
     try:
         found = sha256_file(path)
@@ -41,7 +41,7 @@ def identify(path: str | Path) -> str:
     name = (WIKITEXT | LAMBADA).get(found)
     if name is None:
         raise DataError(
-            f"{path}: not a published evaluation text (SHA-256 {found[:12]}); needed is wiki.test.tokens "
+            f"{path}: not a published evaluation text (SHA-256 {found[:12]}); expected wiki.test.tokens "
             "or wiki.test.raw of WikiText-103, or lambada_test.jsonl, exactly as published; download it again"
         )
     return name

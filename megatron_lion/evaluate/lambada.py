@@ -1,8 +1,8 @@
-"""LAMBADA: does the model know the last word of a passage that needs the whole of it?
+"""LAMBADA: accuracy and perplexity of the last word of passages, as lm-evaluation-harness measures them.
 
-The last word, with the blank before it, is the target; all before it is context, without a start token. A
-passage counts as right if greedy decoding gives every token of the target. Perplexity is that of the last
-*word*: exp of the mean over passages of the target's summed negative log likelihood.
+The target is the last word with the blank before it. All text before it is context, without a start token. A
+passage counts as correct if greedy decoding gives every token of the target. Perplexity is per *word*: exp of
+the mean over passages of the target's summed negative log likelihood.
 
 Source: Paperno et al. 2016; the processed test set of Radford et al. 2019 (5,153 passages), scored as the
 `lambada_openai` task of lm-evaluation-harness does.
@@ -28,10 +28,10 @@ class Passages:
     """A LAMBADA file.
 
     Attributes:
-        path: where it was read from.
-        sha256: hash of its bytes.
-        version: name of a known file, or "unknown".
-        texts: one passage each; the last word is the target.
+        path: the file.
+        sha256: SHA-256 of its bytes.
+        version: name of the published file, or "unknown".
+        texts: the passages; the last word of each is the target.
     """
 
     path: str
@@ -44,7 +44,7 @@ def read_passages(path: str | Path) -> Passages:
     """Reads a JSONL file with a passage under `text` in each line.
 
     Raises:
-        DataError: the file is missing or not such a file; the message names the line.
+        DataError: the file cannot be read, or a line has no passage of two words; the message names the line.
     """
     path = Path(path)
     try:
@@ -63,18 +63,21 @@ def read_passages(path: str | Path) -> Passages:
             raise DataError(f"{path}:{number}: a passage needs at least two words under 'text'")
         texts.append(text.strip())
     if not texts:
-        raise DataError(f"{path}: no passage in it; needed: JSONL with a passage under 'text' in each line")
+        raise DataError(f"{path}: no passage found; needed: JSONL with a passage under 'text' in each line")
     sha256 = hashlib.sha256(content).hexdigest()
     return Passages(path=str(path), sha256=sha256, version=LAMBADA.get(sha256, UNKNOWN), texts=texts)
 
 
 def passage_segment(text: str, encode: Callable[[str], list[int]], seq_length: int) -> Segment:
-    """Tokens of a passage with its last word scored; a passage too long loses its beginning.
+    """Returns the tokens of a passage with its last word scored; a passage that is too long loses its beginning.
 
     Args:
         text: the passage.
-        encode: text to token ids.
-        seq_length: the model's context length.
+        encode: function from text to token ids.
+        seq_length: the model's context length in tokens.
+
+    Raises:
+        DataError: the last word leaves no room for context.
 
     >>> segment = passage_segment("ab cd ef", lambda s: [ord(c) for c in s], seq_length=5)
     >>> "".join(map(chr, segment.ids)), segment.num_scored
@@ -82,7 +85,8 @@ def passage_segment(text: str, encode: Callable[[str], list[int]], seq_length: i
     """
     context, _, word = text.rpartition(" ")
     before = encode(context)
-    # Both halves in one go: a tokenizer that merges across the blank must not be scored on a split it never makes.
+    # The whole passage is encoded at once: a tokenizer may merge across the blank, and encoding the halves apart would
+    # score a split that it never produces.
     ids = encode(f"{context} {word}")
     target = ids[len(before) :] or ids[-1:]
     if not before or len(target) > seq_length:

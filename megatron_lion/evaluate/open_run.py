@@ -1,4 +1,4 @@
-"""Opens a run for reading: its model at any step, on any number of processes, without optimizer or data."""
+"""Opens a run folder to score text: its model at any step, on any number of processes, without optimizer."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ class RestoredRun:
     """A run's network, ready to score text. Made by `open_run`.
 
     Attributes:
-        config: of the run, on this job's layout: every process holds the whole model and takes a share of the text.
-        tokenizer: of the run's data.
-        seq_length: longest window (tokens).
-        steps: of the complete checkpoints, ascending.
-        ranks: this process's place.
+        run_dir: the run folder.
+        config: the run's settings with this job's layout: every process has the whole model and scores a part of the text.
+        tokenizer: the tokenizer of the run's data, or the one given instead.
+        device: the device of the model.
+        seq_length: the model's context length in tokens.
+        steps: steps of the complete checkpoints, ascending.
+        vocab_size: size of the vocabulary without padding; 0 before the first `load`.
+        ranks: this process's place in the job.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, tokenizer: Tokenizer, device: Device, ranks: Ranks) -> None:
@@ -46,17 +49,19 @@ class RestoredRun:
 
     @property
     def rank(self) -> int:
+        """Rank of this process."""
         return self.ranks.rank
 
     @property
     def world_size(self) -> int:
+        """Number of processes, all data-parallel."""
         return self.ranks.world_size
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """A checkpoint's manifest.
+        """Returns the manifest of a checkpoint.
 
         Raises:
-            CheckpointError: no complete checkpoint of that step.
+            CheckpointError: the run has no complete checkpoint of that step.
         """
         if step not in self.steps:
             known = ", ".join(map(str, self.steps)) or "none"
@@ -64,7 +69,7 @@ class RestoredRun:
         return open_checkpoint(step_folder(self.run_dir, step)).manifest
 
     def state_sha256(self, step: int) -> str:
-        """What identifies the weights of a step: their layout-independent fingerprint."""
+        """Returns the layout-independent fingerprint that identifies the weights of a step."""
         return str(self.manifest(step)["weights_fingerprint"])
 
     def load(self, step: int) -> None:
@@ -72,15 +77,16 @@ class RestoredRun:
 
         Raises:
             CheckpointError: it is missing, damaged or of another model.
-            DataError: it was trained with another tokenizer than the run folder holds.
+            DataError: the checkpoint was trained with another tokenizer than the one opened.
         """
         manifest = self.manifest(step)
         checkpoint = Checkpoint(step_folder(self.run_dir, step), manifest)
+        # Raised on all ranks: verifying and reading the checkpoint are collective.
         with agree("checking the tokenizer"):
             if manifest["tokenizer_sha256"] not in (None, self.tokenizer.sha256):
                 raise DataError(
-                    f"{self.run_dir}: trained with tokenizer {manifest['tokenizer_sha256'][:12]}, given is "
-                    f"{self.tokenizer.sha256[:12]}; use the run's own (leave --tokenizer out)"
+                    f"{self.run_dir}: trained with tokenizer {manifest['tokenizer_sha256'][:12]}, got "
+                    f"{self.tokenizer.sha256[:12]}; omit --tokenizer to use the run's own"
                 )
         verify_checkpoint(checkpoint, self.ranks)
         if self._model is None:
@@ -92,26 +98,27 @@ class RestoredRun:
             chunk.eval()
 
     def named_weights(self) -> dict[str, torch.Tensor]:
-        """The loaded parameters by their names over the whole model; not copies."""
+        """Returns the loaded parameters by their global names; they share memory with the model."""
         if self._model is None:
             raise CheckpointError("load a step first")
         return {name: tensor.detach() for name, tensor in named_global_parameters(unwrap(self._model[0]))}
 
     @torch.no_grad()
     def round_weights(self, dtype: torch.dtype) -> None:
-        """Rounds the loaded weights to a dtype and keeps them in their own: what a file of that dtype would give back."""
+        """Rounds the loaded weights to a dtype, as a file of that dtype would; their own dtype stays."""
         for tensor in self.named_weights().values():
             tensor.copy_(tensor.to(dtype))
 
     def scorer(self) -> LogitsScorer:
-        """Scores batches of tokens with the loaded weights."""
+        """Returns a scorer of batches of tokens with the loaded weights."""
         return LogitsScorer(self.logits, self.device.torch_device)
 
     @torch.no_grad()
     def logits(self, tokens_BS: torch.Tensor, last: int) -> torch.Tensor:
-        """Logits after the last `last` tokens [B, last, V]; the output layer runs for those alone.
+        """Returns the logits [B, last, V] after the last `last` of the tokens [B, S] (int64, on the model's device).
 
-        V is the real vocabulary: the rows that pad the embedding belong to no token and get no probability.
+        The output layer, a third of GPT-2 Small's work, runs for these positions alone. V is the vocabulary without
+        padding: the rows that pad the embedding belong to no token and get no probability.
         """
         if self._model is None:
             raise CheckpointError("load a step before scoring")
@@ -125,7 +132,16 @@ class RestoredRun:
     def bert_logits(
         self, tokens_1S: torch.Tensor, types_1S: torch.Tensor, places: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits over the real vocabulary at M places [M, V] and of the order (as it is, swapped) [2], of a BERT run."""
+        """Runs a BERT on one sample and returns its logits at M positions and of the sentence order.
+
+        Args:
+            tokens_1S: token ids, int64 [1, S].
+            types_1S: token types, 0 for the first passage and 1 for the second, int64 [1, S].
+            places: the M positions to predict.
+
+        Returns:
+            Logits over the vocabulary without padding [M, V], and of the order (in order, swapped) [2].
+        """
         if self._model is None:
             raise CheckpointError("load a step before scoring")
         where = self.device.torch_device
@@ -135,7 +151,8 @@ class RestoredRun:
         return logits_1MV[0, :, : self.vocab_size], order_12[0]
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums over all processes, in place; float64 stays float64."""
+        """Sums values over all processes, in place, in their own dtype; a collective call."""
+        # NCCL reduces CUDA tensors alone, and the caller's values are on the CPU.
         moved = values.to(self.device.torch_device)
         return values.copy_(all_reduce_sum(moved))
 
@@ -144,16 +161,20 @@ class RestoredRun:
 def open_run(
     run_dir: str | Path, *, device: str = "auto", precision: str | None = None, tokenizer: str | None = None
 ) -> Iterator[RestoredRun]:
-    """Opens a run folder on this job's processes (all data-parallel, whatever layout trained it).
+    """Opens a run folder on this job's processes, all data-parallel, whatever layout trained the run.
 
     Args:
-        run_dir: made by `pretrain`.
+        run_dir: a run folder made by `pretrain` or `import`.
         device: "auto", "cuda" or "cpu".
-        precision: "fp32" or "bf16"; default the run's own.
-        tokenizer: instead of the run's own.
+        precision: "fp32" or "bf16"; default: the run's own.
+        tokenizer: a tokenizer to use instead of the run's own.
+
+    Yields:
+        The run, without weights until its first `load`.
 
     Raises:
-        CheckpointError: the folder holds no run.
+        CheckpointError: the folder is no run.
+        DataError: no tokenizer is found.
     """
     run_dir = Path(run_dir)
     config = read_config(run_dir)
@@ -164,6 +185,6 @@ def open_run(
         with agree("opening the tokenizer"):
             source = Path(tokenizer) if tokenizer else tokenizer_folder(run_dir)
             if not source.exists():
-                raise DataError(f"{source}: no tokenizer there; give --tokenizer")
+                raise DataError(f"{source}: no such tokenizer; give --tokenizer")
             loaded = load_tokenizer(source)
         yield RestoredRun(run_dir, config, loaded, chosen, ranks)

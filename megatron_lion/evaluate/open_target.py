@@ -1,4 +1,4 @@
-"""What a command line calls a model: a run, one of its checkpoints, or a Hugging Face folder; torch only when it is opened."""
+"""Opens a command line's model: a run, one of its checkpoints, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_lion.runs.steps import run_and_step
 
 
 def split_target(target: Path, steps: str) -> tuple[Path, str]:
-    """The run or model folder, and the steps; a checkpoint's folder names its own step.
+    """Returns the run or model folder, and the steps; a checkpoint's folder determines its step.
 
     Args:
-        target: as given.
-        steps: what was asked for beside it.
+        target: the folder given on the command line.
+        steps: the value of --step or --steps.
 
     Raises:
-        ConfigError: a checkpoint's folder, and another step beside it.
+        ConfigError: the target is a checkpoint of another step than `steps`.
 
     >>> split_target(Path("run/checkpoints/step_0000100"), "latest")
     (PosixPath('run'), '100')
@@ -30,22 +30,25 @@ def split_target(target: Path, steps: str) -> tuple[Path, str]:
         return target, steps
     run_dir, own = found
     if steps not in ("latest", "all", str(own)):
-        raise ConfigError(f"{target}: is step {own}, and {steps} was asked for; give {run_dir} for other steps")
+        raise ConfigError(f"{target}: is step {own}, but {steps} was requested; give {run_dir} for other steps")
     return run_dir, str(own)
 
 
 def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | None) -> AbstractContextManager[Any]:
-    """Opens something that predicts next tokens: a GPT-2 run or a Hugging Face GPT-2 folder, by what lies in it.
+    """Opens a model that predicts next tokens: a GPT-2 run or a Hugging Face GPT-2 folder, by the folder's files.
 
     Args:
         folder: run or model folder.
         device: "auto", "cuda" or "cpu".
         precision: "fp32" or "bf16".
-        tokenizer: instead of the folder's own.
+        tokenizer: a tokenizer to use instead of the folder's own.
+
+    Returns:
+        A context manager that gives a `RestoredRun` or a `HuggingFaceModel`.
 
     Raises:
-        CheckpointError: it is neither.
-        ConfigError: a BERT run.
+        CheckpointError: the folder is neither.
+        ConfigError: the folder is a BERT run.
     """
     options: dict[str, Any] = {"device": device, "precision": precision, "tokenizer": tokenizer}
     if has_config(folder):
@@ -58,7 +61,7 @@ def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | No
 
         return open_huggingface(folder, **options)
     what = (
-        "holds neither a run (config.yaml) nor a Hugging Face model (config.json)"
+        "contains neither a run (config.yaml) nor a Hugging Face model (config.json)"
         if folder.is_dir()
         else "no such folder"
     )
@@ -66,10 +69,10 @@ def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | No
 
 
 def _need_next_token_model(folder: Path) -> None:
-    """Refuses a BERT run: it predicts masked tokens from both sides, so that a next-token perplexity means nothing."""
+    """Rejects a BERT run: it predicts masked tokens from both sides, so it has no next-token perplexity."""
     kind = read_config(folder).model.kind
     if kind != "gpt2":
         raise ConfigError(
-            f"{folder}: a {kind} run predicts masked tokens, not next ones; its losses are in metrics.jsonl (megatron-lion compare "
-            f"{folder} shows them); for a look at what it knows: megatron-lion evaluate {folder} --fill-mask TEXT or --sentence-order A B"
+            f"{folder}: a {kind} run predicts masked tokens, not next ones; for its losses, run megatron-lion compare {folder}; "
+            f"for its predictions, run megatron-lion evaluate {folder} --fill-mask TEXT or --sentence-order A B"
         )

@@ -1,8 +1,8 @@
-r"""Perplexity of one token stream by overlapping windows, over any number of ranks, each target exactly once.
+r"""Perplexity of one token stream by overlapping windows; each target is scored exactly once.
 
 The stream $x_0 \dots x_{n-1}$ is scored without a start token: $x_0$ is only context, so there are $n-1$
 targets. Windows have the model's length $S$ and start every $o$ tokens (the stride). The first window scores
-all of its $S$ targets, each later one only its last $o$, which so have more than $S-o$ tokens of context:
+all of its $S$ targets. Each later window scores only its last $o$, which have more than $S-o$ tokens of context:
 
 $$\mathrm{loss} = \frac{1}{n-1} \sum_{t=1}^{n-1} -\ln p(x_t \mid x_{s(t)} \dots x_{t-1}).$$
 
@@ -25,7 +25,7 @@ from megatron_lion.evaluate.token_scores import (
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """One window: feed `tokens[start : stop + 1]`, score the targets `first_target` to `stop`, inclusive."""
+    """One window: `tokens[start : stop + 1]` go through the model; `first_target` to `stop` (inclusive) are scored."""
 
     start: int
     stop: int
@@ -33,7 +33,7 @@ class Window:
 
     @property
     def num_scored(self) -> int:
-        """Number of targets this window scores."""
+        """Number of targets that this window scores."""
         return self.stop - self.first_target + 1
 
 
@@ -43,8 +43,8 @@ class WindowPlan:
 
     Attributes:
         n_tok: tokens in the stream.
-        seq_length: predictions a window makes at most, S.
-        stride: tokens from one window's start to the next, o.
+        seq_length: largest number of predictions in a window, S.
+        stride: tokens from the start of one window to the start of the next, o.
     """
 
     n_tok: int
@@ -58,11 +58,11 @@ class WindowPlan:
 
     @property
     def forward_tokens(self) -> int:
-        """Tokens that go through the model: windows are all padded to the full length."""
+        """Tokens that go through the model, if every window has the full length."""
         return self.num_windows * self.seq_length
 
     def window(self, index: int) -> Window:
-        """The window of that index; 0 is the first."""
+        """Returns the window of an index; 0 is the first."""
         start = index * self.stride
         first = 1 if index == 0 else start + self.seq_length - self.stride + 1
         return Window(start=start, stop=min(start + self.seq_length, self.n_tok - 1), first_target=first)
@@ -73,12 +73,12 @@ def plan_windows(n_tok: int, seq_length: int, stride: int) -> WindowPlan:
 
     Args:
         n_tok: tokens in the stream, at least 2.
-        seq_length: the model's context length.
-        stride: targets each window after the first scores; `seq_length` gives windows that do not overlap.
+        seq_length: the model's context length in tokens.
+        stride: targets that each window after the first scores; `seq_length` gives windows that do not overlap.
 
     Raises:
-        ConfigError: stride outside 1..seq_length.
-        DataError: fewer than two tokens.
+        ConfigError: the stride is outside 1..seq_length.
+        DataError: the stream has fewer than two tokens.
 
     >>> plan = plan_windows(n_tok=11, seq_length=4, stride=3)
     >>> [(w.start, w.stop, w.first_target) for w in map(plan.window, range(plan.num_windows))]
@@ -92,7 +92,7 @@ def plan_windows(n_tok: int, seq_length: int, stride: int) -> WindowPlan:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinity where float64 overflows.
+    """Returns exp(loss), or infinity if float64 overflows.
 
     >>> perplexity(0.0), perplexity(1e6)
     (1.0, inf)
@@ -104,7 +104,7 @@ def perplexity(loss: float) -> float:
 
 
 def stream_segments(tokens: Tensor, plan: WindowPlan) -> list[Segment]:
-    """The windows of a plan as segments to score.
+    """Returns the windows of a plan as segments to score.
 
     Args:
         tokens: the token ids, int64 [plan.n_tok].

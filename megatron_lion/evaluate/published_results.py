@@ -1,4 +1,4 @@
-"""Published perplexities and the convention behind each, so that a number is only held against its like."""
+"""Published perplexities, each with the convention by which it was measured."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """A way of measuring, and where its number stands in our results.
+    """A way of measuring perplexity, and the field of our results that follows it.
 
     Attributes:
         name: short name.
-        text: which text, and how it is prepared.
-        divides_by: what the summed loss is divided by.
-        windows: how the text is cut.
-        kind: kind of our result that is measured this way; None where we do not measure it.
-        field: the field of that result.
-        stride: the stride it needs: a number, "seq_length" for none overlapping, or None for any.
-        version: start of the text version it needs, or "" for any.
+        text: the text and its preparation.
+        divides_by: divisor of the summed loss.
+        windows: the windows over the text.
+        kind: kind of our result that is measured this way, or None if no kind is.
+        field: field of that result.
+        stride: required stride: a number, "seq_length" for no overlap, or None for any.
+        version: required beginning of the result's text version, or "" for any.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Convention:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published number."""
+    """A published number with its model, source and convention."""
 
     value: float
     model: str
@@ -162,7 +162,7 @@ PUBLISHED: tuple[Published, ...] = tuple(_known())
 
 
 def find_published(value: float) -> list[Published]:
-    """Published numbers within 0.5 % of the one given, the nearest first.
+    """Returns the published numbers within 0.5 % of a value, the nearest first.
 
     >>> [(p.model, p.convention.name) for p in find_published(37.5)]
     [('GPT-2 117M', 'GPT-2 paper, WikiText-103'), ('gpt2', 'lm-evaluation-harness word')]
@@ -172,7 +172,8 @@ def find_published(value: float) -> list[Published]:
 
 
 def ours(convention: Convention, results: Iterable[Mapping[str, Any]]) -> float | None:
-    """Our number measured by a convention, from the latest step of the results given; None if there is none."""
+    """Returns our number of a convention from the latest step in the results, or None if there is none."""
+    # A result of a shortened text (max_tokens) is never compared: published numbers are of whole texts.
     fitting = [
         r for r in results
         if r.get("kind") == convention.kind
@@ -186,7 +187,7 @@ def ours(convention: Convention, results: Iterable[Mapping[str, Any]]) -> float 
 
 
 def explain(value: float, results: Iterable[Mapping[str, Any]]) -> str:
-    """What a published number is, by which convention, and what ours is under the same one.
+    """Returns a text that names a published number, its convention, and our number of the same convention.
 
     Args:
         value: the number as published.
@@ -196,7 +197,7 @@ def explain(value: float, results: Iterable[Mapping[str, Any]]) -> str:
     found = find_published(value)
     if not found:
         known = ", ".join(f"{p.value:g}" for p in PUBLISHED if p.convention is not PAPER_LOG)
-        return f"{value:g}: no published number near it is known here (known: {known} and the paper's Table B.1)"
+        return f"{value:g}: no published number near it (known: {known} and the paper's Table B.1)"
     blocks = []
     for published in found:
         convention = published.convention

@@ -1,7 +1,7 @@
-"""One measurement on a text: what is scored, what stands beside the number, and the file it goes to.
+"""A measurement on one text: the segments to score, the fields of the result, and its file.
 
 A task is prepared once (the text is read and encoded) and then measured on any number of checkpoints. Its
-result is one JSON object that carries its whole convention; a result whose key fields all match is reused.
+result is one JSON object that contains its whole convention. A result is reused if all its key fields match.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from megatron_lion.runs.paths import step_name
 
 FORMAT = 1
 DEFAULT_STRIDE = 32
-# Two results with these fields equal are the same measurement.
+# Results that agree in these fields are of the same measurement, and the earlier one is reused.
 KEY_FIELDS = ("format", "kind", "state_sha256", "text_sha256", "stride", "seq_length", "precision", "max_tokens",
               "tokenizer_sha256")  # fmt: skip
 
 
 class TokenizerLike(Protocol):
-    """What a task needs of a tokenizer."""
+    """The part of a tokenizer's interface that tasks use."""
 
     @property
     def eod_id(self) -> int: ...
@@ -42,14 +42,14 @@ class TokenizerLike(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """The reading side of all tasks of one command.
+    """The tokenizer and settings that all tasks of one command share.
 
     Attributes:
-        tokenizer: the run's.
-        tokenizer_sha256: its hash.
-        seq_length: the model's context length.
-        precision: "fp32" or "bf16".
-        max_tokens: score only this many tokens of a stream; None scores all.
+        tokenizer: the run's tokenizer.
+        tokenizer_sha256: SHA-256 of its definition.
+        seq_length: the model's context length in tokens.
+        precision: "fp32" or "bf16", of the forward pass.
+        max_tokens: number of tokens to score from the beginning of a stream; None scores all.
     """
 
     tokenizer: TokenizerLike
@@ -64,10 +64,10 @@ class Task:
     """A measurement that is ready to run on a checkpoint.
 
     Attributes:
-        conditions: the fields of the result that are known beforehand, `kind` among them.
-        suffix: what tells its file from that of the default convention.
-        segments: what is scored.
-        summarize: the fields that the scores give.
+        conditions: the fields of the result that are known before the measurement, such as `kind`.
+        suffix: part of the file's name that differs from the default convention's.
+        segments: the token segments to score.
+        summarize: function from the scores to the measured fields of the result.
     """
 
     conditions: dict[str, Any]
@@ -86,11 +86,14 @@ class Task:
         return sum(len(segment.ids) - 1 for segment in self.segments)
 
     def path(self, folder: Path, step: int) -> Path:
-        """Where the result of a step lies in the evaluation folder."""
+        """Returns the file of a step's result in the evaluation folder."""
         return folder / f"{self.kind}-{step_name(step)}{self.suffix}.json"
 
     def find(self, folder: Path, step: int, state_sha256: str) -> dict[str, Any] | None:
-        """An earlier result of this very measurement on these very weights, if there is one."""
+        """Returns an earlier result of the same measurement on the same weights, or None.
+
+        A damaged file counts as no result, so the step is measured again.
+        """
         try:
             found = json.loads(self.path(folder, step).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -100,7 +103,10 @@ class Task:
         return found if same else None
 
     def record(self, scores: SegmentScores, *, step: int, state_sha256: str, seconds: float) -> dict[str, Any]:
-        """The result: every number with its convention; a value beyond float64 is null, its log never is."""
+        """Returns the result: the measured fields with their conditions.
+
+        JSON has no infinity: a perplexity beyond float64 becomes null. Its natural log is stored beside it.
+        """
         measured = {
             key: None if isinstance(value, float) and math.isinf(value) else value
             for key, value in self.summarize(scores).items()
@@ -110,7 +116,7 @@ class Task:
 
 
 def write_result(path: Path, record: dict[str, Any]) -> None:
-    """Writes a result whole or not at all.
+    """Writes a result atomically; makes its folder if needed.
 
     Raises:
         StorageError: the file system refused.
@@ -129,7 +135,7 @@ def _conditions(reader: Reader, kind: str, path: str, sha256: str, version: str)
 
 
 def _suffix(conditions: dict[str, Any], *, named_text: bool) -> str:
-    """Readable marks of everything that departs from stride 32, fp32, the whole text and a known kind of text."""
+    """Marks in the file name for each departure from stride 32, fp32, the whole text and a named text."""
     marks = [] if named_text else [conditions["text_sha256"][:8]]
     if conditions["stride"] not in (None, DEFAULT_STRIDE):
         marks.append(f"stride{conditions['stride']}")
@@ -141,14 +147,19 @@ def _suffix(conditions: dict[str, Any], *, named_text: bool) -> str:
 
 
 def stream_task(reader: Reader, text: EvaluationText, stride: int) -> Task:
-    """Perplexity of a text as one stream (Megatron's convention; see `megatron_lion.evaluate.perplexity`).
+    """Returns the task of a text's perplexity as one stream (Megatron's convention; see `evaluate.perplexity`).
 
-    With `max_tokens` the loss is that of the beginning alone, while `n_orig` and `n_tok` stay those of the
-    whole text, so that the adjusted perplexity uses the whole text's tokens per word.
+    With `max_tokens` the loss is that of the first tokens alone. `n_orig` and `n_tok` stay those of the whole text,
+    so the adjusted perplexity uses the whole text's tokens per word.
+
+    Args:
+        reader: tokenizer and settings.
+        text: the text to score.
+        stride: targets that each window after the first scores.
 
     Raises:
-        ConfigError: impossible stride or max_tokens.
-        DataError: the text gives fewer than two tokens.
+        ConfigError: the stride is outside 1..seq_length, or max_tokens is below 2.
+        DataError: the text has fewer than two tokens.
     """
     ids = reader.tokenizer.encode(text.encoded)
     if reader.max_tokens is not None and reader.max_tokens < 2:
@@ -172,7 +183,11 @@ def stream_task(reader: Reader, text: EvaluationText, stride: int) -> Task:
 
 
 def pages_task(reader: Reader, text: EvaluationText) -> Task:
-    """Word and byte perplexity page by page (lm-evaluation-harness; see `megatron_lion.evaluate.wikitext_pages`)."""
+    """Returns the task of word and byte perplexity page by page (as lm-evaluation-harness; see `wikitext_pages`).
+
+    Raises:
+        DataError: the text has no page.
+    """
     pages, counts = read_pages(text.original)
     eod_id = reader.tokenizer.eod_id
     segments = [
@@ -194,7 +209,11 @@ def pages_task(reader: Reader, text: EvaluationText) -> Task:
 
 
 def lambada_task(reader: Reader, passages: Passages) -> Task:
-    """Accuracy and perplexity of the last word (see `megatron_lion.evaluate.lambada`)."""
+    """Returns the task of accuracy and perplexity of the last word (see `megatron_lion.evaluate.lambada`).
+
+    Raises:
+        DataError: the last word of a passage leaves no room for context.
+    """
     segments = [passage_segment(text, reader.tokenizer.encode, reader.seq_length) for text in passages.texts]
 
     def summarize(scores: SegmentScores) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text from a next-token model, token by token."""
+"""Samples text from a next-token model, token by token."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """How the next token is chosen.
+    """Rules for choosing the next token.
 
     Attributes:
-        max_new_tokens: at most so many are added.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: draw among so many likeliest; 0 among all.
-        top_p: draw among the fewest likeliest tokens that together have this probability; 1 among all.
-        seed: of the draws.
+        max_new_tokens: largest number of added tokens.
+        temperature: divisor of the logits; 0 takes the likeliest token.
+        top_k: number of likeliest tokens to draw from; 0 draws from all.
+        top_p: probability of the smallest set of likeliest tokens to draw from; 1 draws from all.
+        seed: seed of the draws.
     """
 
     max_new_tokens: int = 40
@@ -39,20 +39,23 @@ def sample(
     end_id: int | None,
     device: torch.device | str = "cpu",
 ) -> list[list[int]]:
-    """Continues a prompt `count` times; without a cache of keys and values, so meant for a few lines.
+    """Continues a prompt `count` times.
+
+    There is no cache of keys and values: each token costs a forward pass over the whole text, so this suits a few lines.
 
     Args:
-        logits: called with ids [B, S] and 1; returns logits [B, 1, V] after the last one.
+        logits: called with token ids [B, S] (int64, on `device`) and 1; returns logits [B, 1, V] after the last token.
         prompt: token ids, at least one.
-        count: continuations, B.
-        settings: how to choose.
-        seq_length: the model sees at most so many of the last tokens.
-        end_id: a continuation ends before this token; None: never.
-        device: of the model.
+        count: number of continuations, B.
+        settings: rules for choosing a token.
+        seq_length: the model's context length; it sees at most this many of the last tokens.
+        end_id: token at which a continuation ends, not included; None means that none ends early.
+        device: the device of the model.
 
     Returns:
         The new tokens of each continuation.
     """
+    # A CPU generator and float64 logits on the CPU: a seed then draws by the same random numbers on every device.
     generator = torch.Generator().manual_seed(settings.seed)
     tokens_BS = torch.tensor([prompt] * count, dtype=torch.int64)
     running_B = torch.ones(count, dtype=torch.bool)
@@ -64,6 +67,7 @@ def sample(
             running_B &= next_B != end_id
         if not running_B.any():
             break
+        # Ended continuations stay in the batch, so its shape is constant; their further tokens are dropped.
         for row in running_B.nonzero().flatten().tolist():
             added[row].append(int(next_B[row]))
         tokens_BS = torch.cat([tokens_BS, next_B[:, None]], dim=1)
@@ -71,7 +75,7 @@ def sample(
 
 
 def _choose(logits_BV: Tensor, settings: SamplingSettings, generator: torch.Generator) -> Tensor:
-    """One token a row."""
+    """Returns one token for each row, int64 [B]."""
     if settings.temperature == 0.0:
         return logits_BV.argmax(-1)
     logits_BV = logits_BV / settings.temperature

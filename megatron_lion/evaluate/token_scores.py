@@ -1,6 +1,6 @@
-"""What an evaluation needs of a model: the probability it gives to each next token, in batches over the ranks.
+"""Scores token segments with a model: the negative log likelihood of next tokens, in batches over the ranks.
 
-Shape suffixes: B batch, T tokens given (one more than predictions), S predictions, V vocabulary.
+Shape suffixes: B batch, T tokens (one more than predictions), S predictions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from megatron_lion.errors import NumericsError
 
 OnWindows = Callable[[int, int], None]
-"""Called with (segments done by this rank, segments this rank has to do)."""
+"""Called with (segments that this rank has scored, segments that this rank scores in all)."""
 
 PAD_TO = 64
-"""Batches are padded to a multiple of this, so that few shapes occur and sequence-parallel ranks divide them."""
+"""Batches are padded to a multiple of this length: few shapes occur, and sequence-parallel ranks can divide them."""
 
 
 class Scorer(Protocol):
-    """Gives the negative log likelihood of each token after the first.
+    """A function that returns the negative log likelihood of each token after the first.
 
-    Called with token ids [B, T] (int64, on the CPU), it returns [B, T-1] in nats, fp32 or fp64, on any
-    device: element i is -ln p(token i+1 | tokens 0..i). The model is causal: padding on the right changes
+    It is called with token ids [B, T] (int64, on the CPU) and returns [B, T-1] in nats, fp32 or fp64, on any
+    device: element i is -ln p(token i+1 | tokens 0..i). The model is causal, so padding on the right changes
     nothing.
     """
 
@@ -34,21 +34,21 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class DetailedScorer(Protocol):
-    """A scorer that can leave out positions nobody asked for and tell whether a token was the likeliest.
+    """A scorer of the last positions alone that also reports whether each token was the likeliest.
 
-    `score(tokens_BT, last)` returns (nll, is_greedy), both [B, last]: the last `last` predictions only. An
-    implementation computes the output layer for those alone.
+    `score(tokens_BT, last)` returns (nll, is_greedy), both [B, last], for the last `last` predictions. An
+    implementation runs the output layer for those alone.
     """
 
     def score(self, tokens_BT: Tensor, last: int, /) -> tuple[Tensor, Tensor]: ...
 
 
 class LogitsScorer:
-    """Both scorer interfaces over a function that gives logits.
+    """Both scorer interfaces over a function that returns logits.
 
     Args:
-        logits: called with token ids [B, S] on `device` and `last`; returns logits [B, last, V], any float.
-        device: where the token ids are sent.
+        logits: called with token ids [B, S] on `device` and `last`; returns logits [B, last, V] of any float dtype.
+        device: device to which the token ids are copied.
     """
 
     def __init__(self, logits: Callable[[Tensor, int], Tensor], device: torch.device | str = "cpu") -> None:
@@ -56,13 +56,14 @@ class LogitsScorer:
         self.device = torch.device(device)
 
     def __call__(self, tokens_BT: Tensor, /) -> Tensor:
-        """Negative log likelihood of every token after the first, [B, T-1], fp32."""
+        """Returns the negative log likelihood of every token after the first, [B, T-1], fp32."""
         return self.score(tokens_BT, tokens_BT.shape[1] - 1)[0]
 
     @torch.no_grad()
     def score(self, tokens_BT: Tensor, last: int, /) -> tuple[Tensor, Tensor]:
-        """Negative log likelihood of the last `last` tokens and whether each was the likeliest, [B, last]."""
+        """Returns the negative log likelihood (fp32) of the last `last` tokens and whether each was the likeliest, [B, last]."""
         tokens_BT = tokens_BT.to(self.device)
+        # fp32, because the logsumexp over V would otherwise be rounded to bf16's 8 bits.
         logits_BSV = self.logits(tokens_BT[:, :-1], last).float()
         targets_BS = tokens_BT[:, -last:]
         chosen_BS = logits_BSV.gather(-1, targets_BS.unsqueeze(-1)).squeeze(-1)
@@ -72,11 +73,11 @@ class LogitsScorer:
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Tokens that go through the model together, and how many of the last ones are scored.
+    """Tokens that go through the model together, and the number of last ones that are scored.
 
     Attributes:
         ids: token ids, int64 [T], at least two.
-        num_scored: the last `num_scored` tokens count, 1 to T-1; those before are context.
+        num_scored: number of scored tokens at the end, 1 to T-1; those before are context.
     """
 
     ids: Tensor
@@ -94,8 +95,8 @@ class SegmentScores:
 
     Attributes:
         loss_sum: negative log likelihood in nats.
-        num_targets: tokens scored.
-        num_greedy: segments whose every scored token was the likeliest; 0 from a scorer that cannot tell.
+        num_targets: number of scored tokens.
+        num_greedy: number of segments in which every scored token was the likeliest; 0 if the scorer has no `score`.
     """
 
     loss_sum: float
@@ -109,7 +110,7 @@ class SegmentScores:
 
 
 def single_rank(tensor: Tensor) -> Tensor:
-    """The all-reduce of a job with one rank: nothing to add."""
+    """The all-reduce of a job with one rank: returns the tensor unchanged."""
     return tensor
 
 
@@ -124,13 +125,13 @@ def score_segments(
     all_reduce_sum: Callable[[Tensor], Tensor] = single_rank,
     progress: OnWindows | None = None,
 ) -> SegmentScores:
-    """Scores segments in batches of like length, each exactly once over all ranks.
+    """Scores segments in batches of similar length, each segment exactly once over all ranks.
 
-    Segment k belongs to rank k mod world_size; none is repeated to even out the ranks, so the sums are the
-    same at any world size up to the order of additions in float64.
+    Rank r scores the segments k with k mod world_size = r. None is repeated to even out the ranks, so the sums are
+    the same at any world size up to the order of additions in float64.
 
     Args:
-        segments: what to score; the same on every rank.
+        segments: the segments to score; the same on every rank.
         scorer: the model.
         seq_length: the model's context length; no segment has more than `seq_length + 1` tokens.
         rank: this data-parallel rank.
@@ -139,10 +140,14 @@ def score_segments(
         all_reduce_sum: returns the sum of a float64 CPU tensor over the ranks; called once, by every rank.
         progress: called after each batch.
 
+    Returns:
+        The sums over all ranks.
+
     Raises:
-        NumericsError: on every rank alike, if the model gave NaN or an infinite loss anywhere.
+        NumericsError: on every rank, if any loss is NaN or infinite.
     """
     mine = segments[rank::world_size]
+    # float64 holds the two counts exactly (up to 2^53), so one tensor and one all-reduce serve all three sums.
     sums, done = torch.zeros(3, dtype=torch.float64), 0
     for batch in _batches(mine, batch_size):
         sums += _score_batch(batch, scorer, seq_length)
@@ -150,17 +155,21 @@ def score_segments(
         if progress is not None:
             progress(done, len(mine))
     sums = all_reduce_sum(sums)
+    # Checked after the reduction, which spreads a NaN to every rank: all raise, and none waits in a collective.
     if not bool(torch.isfinite(sums).all()):
         raise NumericsError(
-            "the model's loss is NaN or infinite: its weights are damaged, or it overflows in this precision "
-            "(then try --precision fp32)"
+            "the model's loss is NaN or infinite: its weights are damaged, or it overflows in this precision; "
+            "try --precision fp32"
         )
     loss_sum, num_targets, num_greedy = sums.tolist()
     return SegmentScores(loss_sum=loss_sum, num_targets=round(num_targets), num_greedy=round(num_greedy))
 
 
 def _batches(segments: Sequence[Segment], batch_size: int) -> Iterator[list[Segment]]:
-    """Longest first; segments share a batch only if their contexts end within PAD_TO tokens of each other."""
+    """Yields batches, longest context first; in a batch, context lengths differ by at most PAD_TO tokens.
+
+    A scorer runs the output layer from the shortest context of the batch on, so similar contexts save most of it.
+    """
     ordered = sorted(segments, key=lambda s: (s.num_context, len(s.ids)), reverse=True)
     batch: list[Segment] = []
     for segment in ordered:
@@ -173,9 +182,9 @@ def _batches(segments: Sequence[Segment], batch_size: int) -> Iterator[list[Segm
 
 
 def _score_batch(batch: list[Segment], scorer: Scorer | DetailedScorer, seq_length: int) -> Tensor:
-    """[loss sum, targets, greedy segments] (float64) of a few segments, padded on the right to one length."""
+    """Returns [loss sum, targets, greedy segments] (float64) of segments padded on the right to one length."""
     longest = max(len(s.ids) for s in batch) - 1
-    # Positional tables end at the model's length, which need not be a multiple of PAD_TO.
+    # Position tables end at the model's length, which need not be a multiple of PAD_TO.
     length = min(-(-longest // PAD_TO) * PAD_TO, seq_length)
     last = length - min(s.num_context for s in batch) + 1
     tokens_BT = torch.zeros(len(batch), length + 1, dtype=torch.int64)
@@ -186,6 +195,7 @@ def _score_batch(batch: list[Segment], scorer: Scorer | DetailedScorer, seq_leng
         scored_BS[row, begin : begin + segment.num_scored] = True
     if isinstance(scorer, DetailedScorer):
         nll_BS, greedy_BS = (t.cpu() for t in scorer.score(tokens_BT, last))
+        # Context and padding count as greedy, so a row depends on its scored tokens alone.
         num_greedy = (greedy_BS | ~scored_BS).all(1).sum().to(torch.float64)
     else:
         nll_BS, num_greedy = scorer(tokens_BT)[:, -last:].cpu(), torch.zeros((), dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""WikiText as models are scored on it: which file it is, how it is detokenised and its words counted.
+"""Reads WikiText for evaluation: recognises the file, detokenises its text and counts its words.
 
-WikiText is distributed with its words parted by blanks (`a guest @-@ starring role , which`). Published
+WikiText is distributed with blanks between its words (`a guest @-@ starring role , which`). Published
 zero-shot perplexities undo that before they encode the text, but divide by the number of *original* words.
 A number without its text version and its counts is therefore not comparable with any other.
 """
@@ -17,12 +17,12 @@ from megatron_lion.evaluate.known_texts import UNKNOWN, WIKITEXT
 
 
 def _inside(opening: str, closing: str) -> tuple[re.Pattern[str], str]:
-    """Rule that takes the blanks from just inside a pair of brackets or quotes; pairs do not nest."""
+    """Returns the rule that removes blanks just inside a pair of brackets or quotes; pairs do not nest."""
     body = rf"\s*([^{re.escape(closing)}]*?)\s*"
     return re.compile(re.escape(opening) + body + re.escape(closing)), rf"{opening}\1{closing}"
 
 
-# The order is part of the convention: each rule sees what the ones before it left.
+# The order is part of the convention: each rule reads the result of the rules before it.
 _RULES: tuple[tuple[str | re.Pattern[str], str], ...] = (
     ("s '", "s'"),
     *((f" @{mark}@ ", mark) for mark in "-,."),
@@ -38,14 +38,14 @@ _RULES: tuple[tuple[str | re.Pattern[str], str], ...] = (
 
 
 def detokenize(text: str) -> str:
-    r"""Puts WikiText's blank-separated words back into running text, as Megatron's zero-shot evaluation does.
+    r"""Returns WikiText's blank-separated words as running text, as Megatron's zero-shot evaluation does.
 
-    The rules, in order: `s '` closes a plural possessive; ` @-@ `, ` @,@ ` and ` @.@ ` lose their marks; no
-    blank before `: ; . ! ? ,`; none just inside `() [] {} "" ''`; runs of `=` join; ` ° `; no blank at either
-    end of a line; ` N ` becomes ` 1 `; ` 's` joins its word. It is not invertible.
+    The rules, in order: `s '` closes a plural possessive; ` @-@ `, ` @,@ ` and ` @.@ ` lose their marks; the blanks
+    before `: ; . ! ? ,` and just inside `() [] {} "" ''` are removed; runs of `=` are joined; ` ° ` loses its blanks;
+    the blanks at both ends of a line are removed; ` N ` becomes ` 1 `; ` 's` joins its word. It is not invertible.
 
     Args:
-        text: the file as read, not stripped.
+        text: the text of the file, not stripped.
 
     Returns:
         The text to encode.
@@ -63,9 +63,8 @@ def detokenize(text: str) -> str:
 def count_original_tokens(text: str) -> int:
     r"""Counts the words of the original text as Megatron does: pieces between single blanks.
 
-    A line break is no blank, so the last word of a line and the first of the next are parted only by the
-    blanks WikiText puts around the break; an empty line counts one. For wiki.test.tokens of WikiText-103
-    this gives 245,566.
+    A line break is no blank. The last word of a line and the first of the next are two words only because WikiText
+    has blanks around the break, and an empty line counts as one word. wiki.test.tokens of WikiText-103 has 245,566.
 
     >>> count_original_tokens(" \n = Title = \n \n A word . \n ")
     8
@@ -74,7 +73,7 @@ def count_original_tokens(text: str) -> int:
 
 
 def count_harness_words(text: str) -> int:
-    r"""Counts words as lm-evaluation-harness does: pieces between runs of white space, empty outer ones too.
+    r"""Counts words as lm-evaluation-harness does: pieces between runs of white space, with empty pieces at both ends.
 
     >>> count_harness_words(" = Title = \n \n A word . \n ")
     8
@@ -83,11 +82,10 @@ def count_harness_words(text: str) -> int:
 
 
 def split_pages(text: str) -> list[str]:
-    r"""Splits WikiText at its first-level headings, as the document-level edition the harness reads.
+    r"""Splits WikiText at its first-level headings, like the document-level edition that the harness reads.
 
-    A page starts at a line that reads `= ... =` once runs of `=` are joined. Blank pages are left out. The
-    raw test file has 60 articles but gives 62 pages: two body lines look like headings, and the
-    lm-evaluation-harness counts them so.
+    A page starts at a line that reads `= ... =` after runs of `=` are joined. Blank pages are omitted. The raw test
+    file has 60 articles but 62 pages: two body lines look like headings, and lm-evaluation-harness splits there too.
 
     >>> split_pages(" \n = One = \n \n = = Part = = \n text \n = Two = \n more \n")
     [' = One = \n \n = = Part = = \n text ', ' = Two = \n more \n']
@@ -103,15 +101,15 @@ def split_pages(text: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationText:
-    """A text to score and everything that must stand beside a perplexity measured on it.
+    """A text to score, with the facts that make a perplexity on it comparable.
 
     Attributes:
-        kind: "wikitext103" (detokenised before encoding) or "text" (encoded as it is).
-        path: where it was read from.
-        sha256: hash of the file's bytes.
-        version: name of a known file, or "unknown".
-        original: the file's text as read.
-        encoded: the text that is given to the tokenizer.
+        kind: "wikitext103" (detokenised before encoding) or "text" (encoded without changes).
+        path: the file.
+        sha256: SHA-256 of the file's bytes.
+        version: name of the published file, or "unknown".
+        original: the text of the file.
+        encoded: the text that the tokenizer encodes.
         n_orig: number of original words: `count_original_tokens` for WikiText, white-space words otherwise.
     """
 
@@ -129,10 +127,10 @@ def read_text(path: str | Path, kind: str) -> EvaluationText:
 
     Args:
         path: a UTF-8 text file.
-        kind: "wikitext103" to detokenise it by Megatron's convention, "text" to take it as it is.
+        kind: "wikitext103" to detokenise it by Megatron's convention, "text" to leave it unchanged.
 
     Raises:
-        DataError: the file is missing, unreadable, not UTF-8, or holds fewer than two words.
+        DataError: the file is missing, unreadable, not UTF-8, or has fewer than two words.
     """
     path = Path(path)
     try:
@@ -141,7 +139,7 @@ def read_text(path: str | Path, kind: str) -> EvaluationText:
     except FileNotFoundError:
         raise DataError(f"{path}: no such text file; give the path of a UTF-8 text") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: a folder was given where a text file is needed") from None
+        raise DataError(f"{path}: a folder was given; give a UTF-8 text file") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
-r"""WikiText page by page, as lm-evaluation-harness scores it, so that its published numbers can be met.
+r"""WikiText page by page, as lm-evaluation-harness scores it, for comparison with its published numbers.
 
-Each page is detokenised and encoded by itself. Its first token is predicted from the end-of-document token;
-windows of the model's length do not overlap, except that the last one is moved back to full length. With the
+Each page is detokenised and encoded separately. Its first token is predicted from the end-of-document token.
+Windows of the model's length do not overlap, except that the last one is moved back to full length. With the
 summed loss over all pages, and words and bytes counted on the *original* pages,
 
 $$\mathrm{word\ ppl} = e^{\mathrm{sum}/\mathrm{words}}, \quad \mathrm{byte\ ppl} = e^{\mathrm{sum}/\mathrm{bytes}},
@@ -25,10 +25,10 @@ from megatron_lion.evaluate.wikitext import count_harness_words, detokenize, spl
 
 @dataclass(frozen=True, kw_only=True)
 class PageCounts:
-    """What the summed loss is divided by.
+    """The counts that divide the summed loss.
 
     Attributes:
-        n_pages: pages.
+        n_pages: number of pages.
         n_words: words of the original pages.
         n_bytes: UTF-8 bytes of the original pages.
     """
@@ -38,23 +38,23 @@ class PageCounts:
     n_bytes: int
 
     def word_loss(self, loss_sum: float) -> float:
-        """Nats per original word."""
+        """Returns the loss in nats per original word; `loss_sum` is in nats."""
         return loss_sum / self.n_words
 
     def byte_loss(self, loss_sum: float) -> float:
-        """Nats per original byte."""
+        """Returns the loss in nats per original byte; `loss_sum` is in nats."""
         return loss_sum / self.n_bytes
 
     def bits_per_byte(self, loss_sum: float) -> float:
-        """Bits per original byte."""
+        """Returns the loss in bits per original byte; `loss_sum` is in nats."""
         return loss_sum / self.n_bytes / math.log(2)
 
 
 def read_pages(original: str) -> tuple[list[str], PageCounts]:
-    """Splits WikiText into pages and gives them detokenised, with the counts of the originals.
+    """Splits WikiText into pages and returns them detokenised, with the counts of the original pages.
 
     Raises:
-        DataError: there is no page.
+        DataError: the text has no page.
     """
     pages = split_pages(original)
     if not pages:
@@ -68,12 +68,12 @@ def read_pages(original: str) -> tuple[list[str], PageCounts]:
 
 
 def page_segments(ids: Sequence[int], eod_id: int, seq_length: int) -> list[Segment]:
-    """Windows over one page, every token scored once, the first from the end-of-document token.
+    """Returns the windows over one page; every token is scored once, the first from the end-of-document token.
 
     Args:
-        ids: the page's tokens.
+        ids: token ids of the page.
         eod_id: id of the end-of-document token.
-        seq_length: the model's context length.
+        seq_length: the model's context length in tokens.
 
     >>> [(s.ids.tolist(), s.num_scored) for s in page_segments([1, 2, 3, 4, 5, 6, 7], eod_id=0, seq_length=3)]
     [([0, 1, 2, 3], 3), ([3, 4, 5, 6], 3), ([4, 5, 6, 7], 1)]
@@ -82,6 +82,6 @@ def page_segments(ids: Sequence[int], eod_id: int, seq_length: int) -> list[Segm
     segments = []
     for begin in range(1, len(stream), seq_length):
         end = min(begin + seq_length, len(stream))
-        start = max(0, end - seq_length - 1)
+        start = max(0, end - seq_length - 1)  # moves the last window back, so its tokens get the full context
         segments.append(Segment(ids=stream[start:end], num_scored=end - begin))
     return segments

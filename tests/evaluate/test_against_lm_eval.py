@@ -1,4 +1,4 @@
-"""An exported run scored by lm-evaluation-harness itself, page by page and on LAMBADA: the same numbers."""
+"""An exported run has the same numbers in lm-evaluation-harness, page by page and on LAMBADA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra lm-eval)"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run, its export, three pages of WikiText's form and four LAMBADA passages, evaluated by the verb."""
+    """A trained run, its export, three pages in WikiText's form and four LAMBADA passages, with `evaluate` results."""
     folder = tmp_path_factory.mktemp("lm_eval")
     config = tiny_gpt2(folder / "run", write_text_corpus(folder / "text"), train__steps=20, optimizer__lr=3e-3)
     assert "failed" not in tiny.run_all({"run": (1, config)})["run"]

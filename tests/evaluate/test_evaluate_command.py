@@ -1,4 +1,4 @@
-"""`megatron-lion evaluate` from the words on the command line to the result files, on a Hugging Face folder."""
+"""`megatron-lion evaluate` on a Hugging Face folder, from the command line to the result files."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_bf16_is_close_and_kept_apart(folder: Path, wiki: Path) -> None:
     assert main([*words, "bf16"]) == 0
     found = [record for name, record in results(folder).items() if "stride6" in name]
     assert {record["precision"] for record in found} == {"fp32", "bf16"}
-    # bf16 keeps 8 bits: logits of size ~5 are off by 0.02 each, in both directions.
+    # bf16 has 8 significant bits: logits of size ~5 differ by 0.02 each, in both directions.
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=0.02)
 
 
@@ -187,7 +187,7 @@ def test_damaged_and_foreign_weights_are_refused(
 
 
 class FakeRun:
-    """Two 'ranks' of a run whose checkpoint of step s gives every token the loss s / 100."""
+    """A rank of a run whose checkpoint of step s has the loss s / 100 for every token."""
 
     def __init__(self, rank: int, shared: list[torch.Tensor]) -> None:
         self.rank, self.world_size, self.steps, self.loaded = rank, 2, [100, 200], 0
@@ -217,7 +217,7 @@ def test_only_the_first_rank_writes_and_its_view_decides(folder: Path, wiki: Pat
         assert outcome.is_new
         assert outcome.path.is_file() == (rank == 0)
         assert outcome.record["loss"] == 2.0
-    # Rank 1 finds the file but the first rank (here: a sum of zeros) has not said so.
+    # Rank 1 finds the file, but the reduced flags of rank 0 (here zeros) decide.
     (outcome,) = evaluate_step(FakeRun(1, []), 200, [task], tmp_path, batch_size=2)
     assert outcome.is_new
 

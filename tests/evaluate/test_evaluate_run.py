@@ -1,4 +1,4 @@
-"""Evaluation of a real run's checkpoints on two processes, against one token at a time."""
+"""Evaluation of a run's checkpoints on two processes, compared with a loop over single tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEXT = " ".join(f"w{(7 * i * i + 3 * i) % VOCAB}" for i in range(75))
 
 
 def save_tokenizer(folder: Path) -> None:
-    """One token a word, w0 to w119."""
+    """A tokenizer with one token for each word, w0 to w119."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def train_and_evaluate(rank: int, config: RunConfig, text: str) -> dict[str, Any]:
-    """Work of one process: a short run, its checkpoints evaluated by the verb, and the last one by a plain loop."""
+    """Trains a short run, evaluates its checkpoints by `evaluate`, and the last one by a plain loop; on each process."""
     import torch
 
     from megatron_lion.evaluate.open_run import open_run

@@ -1,4 +1,4 @@
-"""The page-wise convention and LAMBADA against plain loops over a random transformer."""
+"""Page-by-page scores and LAMBADA equal plain loops over a random transformer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_page_counts_are_of_the_original() -> None:
     assert [page.split("\n")[0] for page in pages] == [" = One =", " = Two ="]
     assert "more." in pages[0]
     assert counts.n_bytes == len(PAGES.encode()) - len(" \n") - len("\n")
-    # White-space pieces, with the empty ones at either end of a page.
+    # White-space pieces, with the empty ones at both ends of each page.
     assert counts.n_words == len(PAGES.split()) + 4
     assert counts.bits_per_byte(counts.n_bytes * math.log(2)) == 1.0
 
@@ -78,7 +78,7 @@ def test_page_loss_equals_a_loop_over_tokens() -> None:
 def test_lambada_equals_greedy_decoding_and_the_probability_of_the_target() -> None:
     seq_length, model = 24, tiny_gpt2(24)
     texts = [f"{'x' * n} word {last}" for n, last in [(3, "a"), (9, "bc"), (1, "abc"), (40, "de")]]
-    with torch.no_grad():  # one passage that the model itself would end that way
+    with torch.no_grad():  # a passage that greedy decoding of this model ends so
         ids = [*b"so it goes on ", int(model(torch.tensor([list(b"so it goes on ")])).logits[0, -1, :128].argmax())]
     segments = [passage_segment(text, lambda s: list(s.encode()), seq_length) for text in texts]
     segments.append(Segment(ids=torch.tensor(ids), num_scored=1))

@@ -1,4 +1,4 @@
-"""Window plans and stream scores against one-token-at-a-time loops."""
+"""Window plans and stream scores equal loops over single tokens."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ VOCAB = 7
 
 
 def score(tokens: list[int] | Tensor, plan: WindowPlan, scorer: object, **options: object) -> SegmentScores:
-    """A stream scored by a plan, as `evaluate` does it."""
+    """Scores a stream by a plan, as `evaluate` does."""
     segments = stream_segments(torch.as_tensor(tokens, dtype=torch.int64), plan)
     return score_segments(segments, scorer, seq_length=plan.seq_length, **options)
 
 
 class Bigram:
-    """-ln p(next | this) from a table; counts how often each position was asked for."""
+    """A model whose -ln p(next | this) is a table."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -82,7 +82,7 @@ def tiny_gpt2(n_positions: int) -> torch.nn.Module:
 
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=50, n_positions=n_positions, n_embd=32, n_layer=2, n_head=2)
-    # Weights large enough that context and position really change the predictions.
+    # Large weights, so that context and position change the predictions.
     model = GPT2LMHeadModel(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -113,7 +113,7 @@ def test_a_transformer_is_scored_as_by_a_naive_loop(stride: int, detailed: bool)
     assert scores.loss_sum == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_detailed_scores_tell_the_likeliest_token() -> None:
+def test_detailed_scores_report_the_likeliest_token() -> None:
     logits_BSV = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 1.0, 2.0]]])
     nll, greedy = LogitsScorer(lambda ids, last: logits_BSV[:, -last:]).score(torch.tensor([[9, 0, 1]]), 2)
     assert greedy.tolist() == [[True, False]]

@@ -1,4 +1,4 @@
-"""Drawing tokens: the rules one by one, and greedy text as transformers generates it from the exported weights."""
+"""Each sampling rule, and greedy text that equals what transformers generates from the exported weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from megatron_lion.evaluate.text_sampling import SamplingSettings, sample
 
 
 def fixed(logits_V: list[float]):
-    """A model that always gives the same logits."""
+    """Returns a model whose logits are constant."""
     return lambda tokens_BS, last: torch.tensor(logits_V).expand(len(tokens_BS), last, -1)
 
 
 def drawn(logits_V: list[float], **settings: float) -> set[int]:
-    """Tokens that come up in 400 draws."""
+    """Returns the tokens that occur in 400 draws."""
     chosen = SamplingSettings(max_new_tokens=400, **{"temperature": 1.0, "top_k": 0, **settings})  # type: ignore[arg-type]
     return set(sample(fixed(logits_V), [0], 1, chosen, seq_length=4, end_id=None)[0])
 
@@ -110,4 +110,4 @@ def test_a_checkpoint_is_no_other_step(tmp_path: Path, capsys: pytest.CaptureFix
     for verb, flag in (("generate", "--step"), ("evaluate", "--steps"), ("export", "--step")):
         words = [verb, str(folder), flag, "5", *(["--output", str(tmp_path / "hf")] if verb == "export" else [])]
         assert main(words) == 2
-        assert "is step 10, and 5 was asked for" in capsys.readouterr().err
+        assert "is step 10, but 5 was requested" in capsys.readouterr().err

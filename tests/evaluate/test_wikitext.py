@@ -1,4 +1,4 @@
-"""WikiText's detokenisation, counts and known files."""
+"""WikiText: detokenisation, word counts, pages and published files."""
 
 from __future__ import annotations
 
