@@ -83,7 +83,9 @@ def test_evaluation_recipe_refuses_a_changed_file(tmp_path: Path) -> None:
     )  # an empty value leaves it out
 
 
-@pytest.mark.skipif(not SAMPLES.is_dir(), reason="no ../shared/data beside the checkout: the published evaluation files")
+@pytest.mark.skipif(
+    not SAMPLES.is_dir(), reason="no ../shared/data beside the checkout: the published evaluation files"
+)
 def test_evaluation_recipe_takes_the_published_files(tmp_path: Path) -> None:
     wikitext, lambada = SAMPLES / "wikitext" / "wiki.test.tokens", SAMPLES / "lambada" / "lambada_test.jsonl"
     done = recipe("evaluation_texts.sh", tmp_path, WIKITEXT=wikitext, LAMBADA=lambada, OUTPUT="texts")
