@@ -7,7 +7,6 @@ ordinary text: it is encoded letter by letter and never becomes the special id.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,8 @@ from megatron_lion.data.tokenizer_files import (
     read_bytes,
     read_files,
 )
-from megatron_lion.errors import DataError, EnvironmentFault, StorageError
+from megatron_lion.errors import DataError, EnvironmentFault
+from megatron_lion.files import storage_errors, write_whole
 
 if TYPE_CHECKING:
     import tokenizers
@@ -188,15 +188,12 @@ class Tokenizer:
             config["eos_token"] = self.eod_token
         files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode("utf-8")
         written = []
-        try:
+        with storage_errors(folder, "made"):
             folder.mkdir(parents=True, exist_ok=True)
-            for name, content in files.items():
-                temporary = folder / f".{name}.tmp"  # renamed when complete: no reader sees half a file
-                temporary.write_bytes(content)
-                os.replace(temporary, folder / name)
-                written.append(folder / name)
-        except OSError as error:
-            raise StorageError(f"{folder}: cannot save the tokenizer: {error.strerror}") from None
+        for name, content in files.items():
+            # Flushed to disk: a dataset's manifest, written last, promises that the files beside it are complete.
+            write_whole(folder / name, content)
+            written.append(folder / name)
         return written
 
     def __reduce__(self) -> tuple[Any, ...]:

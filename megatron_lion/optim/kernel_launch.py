@@ -35,7 +35,7 @@ Kind = tuple[torch.device, torch.dtype, torch.dtype, str, bool]
 
 
 @dataclass
-class Plan:
+class LaunchTables:
     """The tables of one launch, and the values that they were made from.
 
     Attributes:
@@ -76,7 +76,7 @@ class Fleet:
             self.numels = _upload(torch.tensor([param.numel() for param in self.params]), self.params[0].device)
         self.groups = list({id(slot.group): slot.group for slot in slots}.values())
         self.steps = [slot.state["step"] for slot in slots if "step" in slot.state]
-        self.plans: dict[Kind, Plan] = {}
+        self.plans: dict[Kind, LaunchTables] = {}
         index = {id(group): number for number, group in enumerate(self.groups)}
         kinds: dict[Kind, list[Row]] = {}
         for number, slot in enumerate(slots):
@@ -164,7 +164,7 @@ def _describe(slot: Slot, layout: PlainLayout, group: int, number: int) -> tuple
 
 
 def launch(
-    plan: Plan,
+    plan: LaunchTables,
     kind: Kind,
     momentum: str,
     begin: bool,
@@ -200,7 +200,7 @@ def launch(
 
 
 def count_agreement(
-    plan: Plan, kind: Kind, momentum: str, begin: bool, multiplier: torch.Tensor | None, counts: torch.Tensor
+    plan: LaunchTables, kind: Kind, momentum: str, begin: bool, multiplier: torch.Tensor | None, counts: torch.Tensor
 ) -> None:
     """Adds to `counts` the number of elements of each tensor whose update has the sign of the gradient."""
     device, _, grad_dtype, _, aligned = kind
@@ -223,8 +223,8 @@ def count_agreement(
 
 
 def update_plan(
-    plan: Plan | None, rows: tuple[Row, ...], groups: Sequence[dict[str, Any]], device: torch.device
-) -> Plan:
+    plan: LaunchTables | None, rows: tuple[Row, ...], groups: Sequence[dict[str, Any]], device: torch.device
+) -> LaunchTables:
     """Returns the tables for these tensors and groups; parts of the old plan that are still valid are kept."""
     hyper = tuple(_hyper_parameters(group, device) for group in groups)
     lrs = tuple(_lr_address(group["lr"], device) for group in groups)
@@ -232,7 +232,7 @@ def update_plan(
         groups_table = torch.empty(len(groups), len(hyper[0]), dtype=torch.float32, device=device)
         # Column LR of each group in `groups_table`: the kernel reads every rate through an address.
         columns = [groups_table.data_ptr() + 4 * (6 * index + 5) for index in range(len(groups))]
-        plan = Plan(
+        plan = LaunchTables(
             rows,
             (),
             lrs,

@@ -54,7 +54,7 @@ class EncodeSettings:
 
 
 @dataclass(kw_only=True)
-class Shard:
+class EncodedShard:
     """Description of an encoded piece, as stored in NAME.json.
 
     Attributes:
@@ -89,7 +89,7 @@ class Shard:
         }
 
 
-def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings, encoder: Encoder) -> Shard:
+def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings, encoder: Encoder) -> EncodedShard:
     """Reads, encodes and writes one piece.
 
     With on_error "stop", a bad line ends the piece: the returned shard lists it in `read.problems`, and no files of
@@ -163,9 +163,9 @@ class _Documents:
             arrays += [np.array(self._sentences, dtype="<i4"), *(part.astype("<i4") for part in self._sentence_lengths)]
         return b"".join(array.tobytes() for array in arrays)
 
-    def shard(self, name: str, tokens_sha256: str, count: ReadCount) -> Shard:
+    def shard(self, name: str, tokens_sha256: str, count: ReadCount) -> EncodedShard:
         """Returns the shard's description."""
-        return Shard(
+        return EncodedShard(
             name=name,
             documents=len(self._lengths),
             tokens=sum(self._lengths),
@@ -192,11 +192,11 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def load_shard(folder: Path, name: str) -> Shard | None:
+def load_shard(folder: Path, name: str) -> EncodedShard | None:
     """Returns the shard of an earlier run if it is complete and undamaged, else None."""
     try:
         content = json.loads((folder / f"{name}.json").read_bytes())
-        shard = Shard(**{**content, "read": ReadCount(**content["read"])})
+        shard = EncodedShard(**{**content, "read": ReadCount(**content["read"])})
         if sha256_file(folder / f"{name}.documents") != shard.documents_sha256:
             return None
         return shard if sha256_file(folder / f"{name}.tokens") == shard.tokens_sha256 else None
@@ -204,7 +204,7 @@ def load_shard(folder: Path, name: str) -> Shard | None:
         return None
 
 
-def shard_documents(folder: Path, shard: Shard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+def shard_documents(folder: Path, shard: EncodedShard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
     """Returns (lengths, hashes) of a shard's D documents, arrays of shape (D,).
 
     Raises:
@@ -217,7 +217,7 @@ def shard_documents(folder: Path, shard: Shard) -> tuple[npt.NDArray[np.int32], 
     )
 
 
-def shard_sentences(folder: Path, shard: Shard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
+def shard_sentences(folder: Path, shard: EncodedShard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
     """Returns (sentences of each document (D,), lengths of the sentences (S,)), or None if documents are not divided.
 
     Raises:
@@ -232,7 +232,7 @@ def shard_sentences(folder: Path, shard: Shard) -> tuple[npt.NDArray[np.int32], 
     return counts, np.frombuffer(data, "<i4", shard.sentences, offset=start + 4 * shard.documents)
 
 
-def shard_tokens(folder: Path, shard: Shard, vocab_size: int) -> npt.NDArray[Any]:
+def shard_tokens(folder: Path, shard: EncodedShard, vocab_size: int) -> npt.NDArray[Any]:
     """Returns all tokens of a shard, shape (N,), as a read-only memory map.
 
     Raises:

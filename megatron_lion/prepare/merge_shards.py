@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatron_lion.data.indexed_writer import IndexedWriter, token_dtype
 from megatron_lion.data.manifest import SPLITS, SplitInfo
-from megatron_lion.prepare.encode_piece import Shard, shard_documents, shard_sentences, shard_tokens
+from megatron_lion.prepare.encode_piece import EncodedShard, shard_documents, shard_sentences, shard_tokens
 from megatron_lion.prepare.progress import Progress
 from megatron_lion.prepare.splits import assign_splits, split_names
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_splits(
-    shards: Sequence[Shard],
+    shards: Sequence[EncodedShard],
     shards_folder: Path,
     split: tuple[float, float, float],
     vocab_size: int,
@@ -62,7 +62,7 @@ def write_splits(
 
 
 def _write_split(
-    shards: Sequence[Shard],
+    shards: Sequence[EncodedShard],
     shards_folder: Path,
     chosen: npt.NDArray[Any],
     vocab_size: int,

@@ -28,7 +28,7 @@ from megatron_lion.data.manifest import (
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import sha256_file, storage_errors
-from megatron_lion.prepare.encode_piece import EncodeSettings, Shard
+from megatron_lion.prepare.encode_piece import EncodedShard, EncodeSettings
 from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
 from megatron_lion.prepare.inputs import InputFile, find_inputs, input_file, reading
 from megatron_lion.prepare.merge_shards import write_splits
@@ -229,7 +229,7 @@ class _Preparation:
     def _encode(self) -> Collector:
         self.progress.stage("encoding", sum(file.bytes for file in self.files))
 
-        def on_shard(piece: Piece, _: Shard) -> None:
+        def on_shard(piece: Piece, _: EncodedShard) -> None:
             self.progress.advance(piece.stored_bytes)
 
         encoder: EncoderName = "gigatoken" if self.encoder.name.startswith("gigatoken") else "tokenizers"
@@ -248,7 +248,7 @@ class _Preparation:
             if (now.st_size, now.st_mtime_ns) != (source.bytes, file.modified_ns):
                 raise DataError(f"{file.path}: changed while it was read; run the same command again")
 
-    def _merge(self, collector: Collector, shards: Sequence[Shard], result: Path) -> Manifest:
+    def _merge(self, collector: Collector, shards: Sequence[EncodedShard], result: Path) -> Manifest:
         """Writes the splits' token files, the tokenizer and the manifest into `result`."""
         shutil.rmtree(result, ignore_errors=True)  # left by a run that stopped while merging
         with storage_errors(result, "made"):
@@ -264,7 +264,7 @@ class _Preparation:
         return manifest
 
     def _manifest(
-        self, collector: Collector, shards: Sequence[Shard], splits: dict[str, SplitInfo], duplicates: int
+        self, collector: Collector, shards: Sequence[EncodedShard], splits: dict[str, SplitInfo], duplicates: int
     ) -> Manifest:
         per_file: Counter[Path] = Counter()
         for piece, shard in collector.shards.values():
@@ -295,7 +295,7 @@ def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(sorted(total.items()))
 
 
-def _no_documents(files: Sequence[InputFile], shards: Sequence[Shard]) -> str:
+def _no_documents(files: Sequence[InputFile], shards: Sequence[EncodedShard]) -> str:
     names = str(files[0].path) if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
     passed = {**_total([s.read.skipped for s in shards]), **_total([s.read.rejected for s in shards])}
     met = ", ".join(f"{count} × {kind}" for kind, count in passed.items()) or "no lines at all"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError, PeerError
-from megatron_lion.prepare.encode_piece import EncodeSettings, Shard, encode_piece, load_shard
+from megatron_lion.prepare.encode_piece import EncodedShard, EncodeSettings, encode_piece, load_shard
 from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
 from megatron_lion.prepare.pieces import Piece, problem_message
 from megatron_lion.signals import blocked, signal_when_parent_ends
@@ -53,7 +53,7 @@ def _interrupts_blocked_in_children() -> Iterator[None]:
         yield
 
 
-def _work(piece: Piece, folder: Path, name: str) -> Shard:
+def _work(piece: Piece, folder: Path, name: str) -> EncodedShard:
     assert _worker is not None, "the pool's initializer has run"
     settings, encoder = _worker
     return encode_piece(piece, folder, name, settings, encoder)
@@ -68,14 +68,14 @@ class Collector:
         stopped: whether a bad line ends the preparation.
     """
 
-    def __init__(self, on_shard: Callable[[Piece, Shard], None], stop_on_problem: bool) -> None:
-        self.shards: dict[int, tuple[Piece, Shard]] = {}
+    def __init__(self, on_shard: Callable[[Piece, EncodedShard], None], stop_on_problem: bool) -> None:
+        self.shards: dict[int, tuple[Piece, EncodedShard]] = {}
         self.reused = 0
         self.stopped = False
         self._on_shard = on_shard
         self._stop = stop_on_problem
 
-    def take(self, place: int, piece: Piece, shard: Shard) -> None:
+    def take(self, place: int, piece: Piece, shard: EncodedShard) -> None:
         """Records the shard of the piece at position `place` in the corpus."""
         self.shards[place] = piece, shard
         self.stopped |= self._stop and bool(shard.read.problems)
@@ -100,7 +100,7 @@ def encode_pieces(
     tokenizer: Tokenizer,
     encoder: EncoderName,
     workers: int,
-    on_shard: Callable[[Piece, Shard], None],
+    on_shard: Callable[[Piece, EncodedShard], None],
 ) -> Collector:
     """Encodes all pieces, reusing the complete shards of an earlier run.
 
@@ -146,7 +146,7 @@ def _encode_in_pool(
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(), *given)
     )
-    pending: dict[Future[Shard], tuple[int, Piece]] = {}
+    pending: dict[Future[EncodedShard], tuple[int, Piece]] = {}
 
     def collect(limit: int) -> None:
         while len(pending) > limit:
