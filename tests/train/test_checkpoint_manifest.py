@@ -1,19 +1,25 @@
-"""Each reason to refuse a checkpoint's manifest.json has a message of its own; and whose random states are read."""
+"""Each reason to refuse a checkpoint's manifest.json has a message of its own; the metadata's pickle and random states."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import pickle
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_lion.errors import CheckpointError
 from megatron_lion.parallel import Ranks
 from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.tensorfiles import check_metadata
 
 ALONE = Ranks(0, 1, 0, 1, 0, 1, 0, 1)
 
@@ -71,18 +77,34 @@ def test_a_manifest_that_cannot_be_read(tmp_path: Path) -> None:
         ckpt.open_checkpoint(tmp_path)
 
 
-def test_random_states_are_read_at_their_own_layout_only(tmp_path: Path) -> None:
+LAYOUTS = {
+    "one": ({"world_size": 1, "dp_size": 1, "tp_size": 1, "pp_size": 1}, ALONE),
+    "DP2": ({"world_size": 2, "dp_size": 2, "tp_size": 1, "pp_size": 1}, Ranks(0, 2, 0, 2, 0, 1, 0, 1)),
+    "TP2": ({"world_size": 2, "dp_size": 1, "tp_size": 2, "pp_size": 1}, Ranks(0, 2, 0, 1, 0, 2, 0, 1)),
+    "PP2": ({"world_size": 2, "dp_size": 1, "tp_size": 1, "pp_size": 2}, Ranks(0, 2, 0, 1, 0, 1, 0, 2)),
+}
+
+
+@pytest.mark.parametrize("saved_at", list(LAYOUTS))
+def test_random_states_are_read_at_their_own_layout_only(tmp_path: Path, saved_at: str) -> None:
     state = torch.arange(5, dtype=torch.uint8)
     save_file({"torch": state}, tmp_path / "rng_00000.safetensors")
-    checkpoint = ckpt.open_checkpoint(written(tmp_path))
-    found = ckpt.read_rng(checkpoint, ALONE)
-    assert found is not None
-    assert torch.equal(found["torch"], state)
-    for other in (
-        Ranks(0, 2, 0, 2, 0, 1, 0, 1),  # data parallel 2
-        Ranks(0, 2, 0, 1, 0, 2, 0, 1),  # tensor parallel 2
-        Ranks(0, 2, 0, 1, 0, 1, 0, 2),  # pipeline parallel 2
-    ):
-        assert ckpt.read_rng(checkpoint, other) is None
+    checkpoint = ckpt.open_checkpoint(written(tmp_path, layout=LAYOUTS[saved_at][0]))
+    for name, (_, ranks) in LAYOUTS.items():
+        found = ckpt.read_rng(checkpoint, ranks)
+        assert (found is not None) == (name == saved_at), name
+        assert found is None or torch.equal(found["torch"], state)
     (tmp_path / "rng_00000.safetensors").unlink()
-    assert ckpt.read_rng(checkpoint, ALONE) is None
+    assert ckpt.read_rng(checkpoint, LAYOUTS[saved_at][1]) is None
+
+
+@pytest.mark.parametrize("named", [os.system, eval, torch.load, torch.Tensor, Counter, Path])
+def test_metadata_that_only_names_something_else_is_refused(tmp_path: Path, named: Any) -> None:
+    """Nothing is called here, so that only the list of known names can refuse it."""
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=torch.float16, storage_data={})))
+    check_metadata(path, [])
+    path.write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=named, storage_data={})))
+    name = re.escape(named.__qualname__)
+    with pytest.raises(CheckpointError, match=rf"not plain checkpoint metadata \(it names \S+\.{name}\)"):
+        check_metadata(path, [])

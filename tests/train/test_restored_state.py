@@ -115,3 +115,40 @@ def test_one_wrong_bit_in_what_was_loaded_is_refused(found: dict[str, tuple[str,
     assert code == 4
     assert "checkpoints/step_0000001: the restored " + shown_by in message
     assert "resume from another step" in message
+
+
+def unfitting(rank: int, config: Any) -> dict[str, tuple[str, str]]:
+    """What reading a checkpoint is refused for if its tensors are not those that are asked for."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_lion.train.run import model_sharded_state, save_run
+    from megatron_lion.train.tensorfiles import read_tensors
+
+    with tiny.opened_run(config) as run:
+        folder = save_run(run).folder
+        wanted = model_sharded_state(run.model)
+        name = sorted(wanted)[0]
+        longer = torch.zeros(*(size + 1 for size in wanted[name].data.shape))
+        asked = {
+            "fits": wanted,
+            "absent": {"x": ShardedTensor.from_rank_offsets("model.of_another", torch.zeros(3))},
+            "shape": {name: ShardedTensor.from_rank_offsets(name, longer)},
+        }
+        found = {case: tiny.error_of(read_tensors, sharded, folder) for case, sharded in asked.items()}
+        for path in folder.glob("*.distcp"):
+            path.write_bytes(b"")
+        found["empty file"] = tiny.error_of(read_tensors, wanted, folder)
+        (folder / ".metadata").unlink()
+        return {**found, "no metadata": tiny.error_of(read_tensors, wanted, folder)}
+
+
+def test_tensors_that_are_not_in_the_checkpoint_are_refused(tmp_path: Path) -> None:
+    config = tiny.tiny_config(tmp_path / "run", tiny.write_corpus(tmp_path / "corpus"))
+    found = run_distributed(unfitting, 1, config)[0]
+    assert found.pop("fits") == ("", "")
+    assert found.keys() == {"absent", "shape", "empty file", "no metadata"}
+    for case, (kind, message) in found.items():
+        assert kind == "CheckpointError", (case, message)
+        assert "checkpoints/step_0000000: does not fit this model: " in message, case
+        assert "\n" not in message
+    assert "model.of_another" in found["absent"][1]
