@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_lion.errors import CheckpointError
 from megatron_lion.parallel import Ranks
 from megatron_lion.train import checkpoint as ckpt
-from megatron_lion.train.tensorfiles import check_metadata
+from megatron_lion.train.checkpoint_tensors import check_metadata
 
 ALONE = Ranks(0, 1, 0, 1, 0, 1, 0, 1)
 

@@ -121,8 +121,9 @@ def unfitting(rank: int, config: Any) -> dict[str, tuple[str, str]]:
     """What reading a checkpoint is refused for if its tensors are not those that are asked for."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron_lion.train.run import model_sharded_state, save_run
-    from megatron_lion.train.tensorfiles import read_tensors
+    from megatron_lion.train.checkpoint_tensors import read_tensors
+    from megatron_lion.train.model_state import model_sharded_state
+    from megatron_lion.train.run import save_run
 
     with tiny.opened_run(config) as run:
         folder = save_run(run).folder
