@@ -87,11 +87,11 @@ def test_foreach_operations_of_other_devices_are_the_reference(master_weights, m
         for size in (70, 1, 33):
             param = torch.randn(size, generator=generator).to(DEVICE, torch.bfloat16)
             slots.append(Slot(param, torch.empty(0), layout.new_state(param, float("nan")), GROUP))
-        for _ in range(3):
+        for number in range(3):
             slots = [
                 slot._replace(grad=torch.randn(slot.param.shape, generator=generator).to(DEVICE)) for slot in slots
             ]
-            slots[0].grad[:3] = torch.tensor([0.0, -0.0, float("nan")])
+            slots[0].grad[3 * number : 3 * number + 3] = torch.tensor([0.0, -0.0, float("nan")])
             given = slots
             if cautious:
                 given = with_caution(slots, count_agreement(slots, layout, True, multiplier), None)

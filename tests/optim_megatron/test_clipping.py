@@ -32,14 +32,16 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2 fused": (2, {**FUSED, "optimizer__master_weights": "split32"}),
     "TP2 fused": (2, {**FUSED, "optimizer__master_weights": "split32", "parallel__tensor_model_parallel_size": 2}),
 }
-# Largest norm allowed, as a multiple of the gradient's; the gradients of the last are 0 and its limit is 1.
+# The limit as a multiple of the gradient's norm (of 1 if that is 0), and the factor of the gradient.
 CASES = {
-    "off": 0.0,
-    "far below the limit": 3.0,
-    "at the limit": 1.0,
-    "above": 0.25,
-    "far above": 1e-3,
-    "no gradient": 1.0,
+    "off": (0.0, 1.0),
+    "far below the limit": (3.0, 1.0),
+    "at the limit": (1.0, 1.0),
+    "above": (0.25, 1.0),
+    "far above": (1e-3, 1.0),
+    "no gradient": (1.0, 0.0),
+    # The norm is about the 1e-6 that is added to it before the division.
+    "tiny": (1.0, 2.0**-20),
 }
 
 
@@ -64,9 +66,9 @@ def step_clipped(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
             torch.distributed.all_reduce(total)
             fused = config.optimizer.name == "lion"
             found[name] = {}
-            for case, ratio in CASES.items():
-                limit = ratio if case == "no gradient" else ratio * math.sqrt(total)
-                scale = float(run.optimizer.scale_loss(torch.ones(()))) * (case != "no gradient")
+            for case, (ratio, size) in CASES.items():
+                limit = ratio * (math.sqrt(total) * size or 1.0)
+                scale = float(run.optimizer.scale_loss(torch.ones(()))) * size
                 with torch.no_grad():
                     for chunk in run.model:
                         for parameter_name, parameter in named_global_parameters(chunk):
@@ -79,7 +81,7 @@ def step_clipped(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
                 slices = []
                 for shard in local_shards(run.model, run.optimizer):
                     span = slice(shard.start, shard.start + shard.main.numel())
-                    gradient = known_gradient(shard.name, shard.parameter).view(-1)[span] * bool(scale)
+                    gradient = known_gradient(shard.name, shard.parameter).view(-1)[span] * size
                     after = (shard.state["exp_avg"] if fused else shard.main).detach().clone()
                     slices.append((gradient, after, shard.parameter.detach().view(-1)[span].clone()))
                 found[name][case] = result.grad_l2, result.skipped, limit, slices
@@ -115,7 +117,7 @@ def test_the_update_is_that_of_the_clipped_gradient(steps: dict[str, Any], name:
     assert [rank[2] for rank in ranks] == [limit] * len(ranks)
     assert [rank[1] for rank in ranks] == [False] * len(ranks)
     # Float32 sums of one tensor each, then of the tensors: a few roundings of 2^-24.
-    assert [rank[0] for rank in ranks] == pytest.approx([norm] * len(ranks), rel=1e-6)
+    assert [rank[0] for rank in ranks] == pytest.approx([norm] * len(ranks), rel=1e-6, abs=0.0)
     factor = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
     expected = gradient * factor * ((1 - BETA2) if "fused" in name else -LR)
     assert (expected != 0).mean() > 0.9 or case == "no gradient"
