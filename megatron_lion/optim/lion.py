@@ -302,11 +302,9 @@ class Lion(torch.optim.Optimizer):
         def put_in(_: torch.optim.Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
             for number, param in zip(numbers, params, strict=True):
-                state = saved.get(number, {})
-                for name, value in state.items():
+                # torch has dropped the old state: a master weight that is not loaded is made from the parameter.
+                for name, value in saved.get(number, {}).items():
                     self.set_scaled_state(param, name, value)
-                if state and "master_param" not in state:  # saved without masters: the parameter is the best there is
-                    self.set_scaled_state(param, "master_param", param.detach())
 
         before = self.register_load_state_dict_pre_hook(set_aside)
         after = self.register_load_state_dict_post_hook(put_in, prepend=True)
