@@ -70,9 +70,9 @@ def parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def after_steps_on_views(
     implementation: str, lengths: Sequence[int], first: int, device: torch.device | str, **options: Any
 ) -> Lion:
-    """Two steps on neighbouring views of one bf16 buffer that begin at element `first`, in two groups.
+    """Returns an optimizer after two steps on neighbouring views of a bf16 buffer from element `first`, in two groups.
 
-    The gradients and the elements on both sides of the views must stay as they are.
+    Asserts that the gradients and the elements on both sides of the views do not change.
     """
     generator = torch.Generator().manual_seed(first)
     values = torch.randn(first + sum(lengths) + 5, generator=generator).to(device, torch.bfloat16)

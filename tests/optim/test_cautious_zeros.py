@@ -1,4 +1,4 @@
-"""Cautious LION where sign times gradient is exactly 0: such elements do not move and do not count as agreeing."""
+"""Cautious LION: elements whose sign times gradient is exactly 0 do not move and do not count as agreeing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DISAGREE = [(1.0, -2.0), (-1.0, 4.0)]
 
 
 def stepped(implementation, pairs, starts, weight_decay=0.0, **settings):
-    """Parameters after a step over (gradient, momentum) pairs, and the optimizer."""
+    """Returns the parameter after a step over (gradient, momentum) pairs, and the optimizer."""
     param = torch.nn.Parameter(tensor(starts))
     hyper = {"lr": LR, "betas": BETAS, "weight_decay": weight_decay}
     optimizer = Lion([param], cautious=True, implementation=implementation, **hyper, **settings)
@@ -76,7 +76,7 @@ def test_zeros_of_either_sign_come_out_alike_bit_for_bit(weight_decay):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("lengths", [(5,), (33, 1, 1025), (1024, 31)])
 def test_counts_are_those_of_the_strictly_positive_products(implementation, lengths, monkeypatch):
-    """Each parameter has its own count, also where a program of the kernel is not filled."""
+    """Each parameter has its own count, also if it does not fill a program of the kernel."""
     seen = []
     factors = cautious.factors
 
