@@ -1,1 +1,1 @@
-"""Bridges to other ecosystems."""
+"""Export to and import from Hugging Face model folders."""

@@ -1,7 +1,7 @@
-"""A checkpoint as a Hugging Face folder: weights, config, tokenizer, generation config and a model card.
+"""Exports a checkpoint as a Hugging Face folder: weights, config, tokenizer, generation config, model card.
 
-The folder is made beside its place and renamed when it is whole. Before that transformers itself loads it and must
-give the logits that this project's network gives.
+The folder is written under a temporary name beside its final place. Transformers then loads it and must compute the
+same logits as this project's network. Only then is the folder renamed.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from megatron_lion.interop.weight_names import to_huggingface
 from megatron_lion.runs.folder import write_json
 
 LOGIT_TOLERANCE = 1e-5
-"""Largest difference of two fp32 logits over the largest logit: the two networks add the same products in another order."""
+"""Largest allowed difference of two fp32 logits over the largest logit; the two networks add in different orders."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """The result of an export.
 
     Attributes:
         folder: the model folder.
-        step: the checkpoint it came from.
-        num_parameters: in model.safetensors, each tied tensor once.
-        dtype: of the weights.
-        logit_difference: largest difference to transformers' logits over the largest logit; None where it was not checked.
+        step: step of the exported checkpoint.
+        num_parameters: number of parameters in model.safetensors, each tied tensor once.
+        dtype: dtype of the weights, as torch names it.
+        logit_difference: largest difference to transformers' logits over the largest logit, or None if not checked.
     """
 
     folder: Path
@@ -50,30 +50,31 @@ class Export:
 def export_checkpoint(
     run: RestoredRun, step: int, output: Path, *, dtype: str | None = None, overwrite: bool = False, check: bool = True
 ) -> Export:
-    """Writes one checkpoint as a folder that `from_pretrained` loads.
+    """Writes one checkpoint as a folder that transformers' `from_pretrained` loads.
 
     Args:
-        run: opened in fp32, on one process.
-        step: of the checkpoint.
-        output: the folder to make.
-        dtype: "fp32" or "bf16"; default that of the checkpoint, which makes the export exact.
-        overwrite: replace an earlier export there.
-        check: compare logits with transformers before the folder gets its name.
+        run: a run opened in fp32, on one process.
+        step: step of the checkpoint.
+        output: the new folder.
+        dtype: "fp32" or "bf16"; default: the checkpoint's dtype, which makes the export bit-exact.
+        overwrite: whether to replace an earlier export at `output`.
+        check: whether to compare logits with transformers before the rename.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or transformers gives other logits.
-        ConfigError: something else lies at `output`.
-        StorageError: the disk refused.
+        CheckpointError: the checkpoint is damaged, or transformers computes other logits.
+        ConfigError: `output` exists, and it is no export or `overwrite` is False.
+        StorageError: the file system refused.
     """
     if output.exists() and not (overwrite and (output / "config.json").is_file() and (output / SINGLE).is_file()):
         remedy = "give --overwrite to replace it" if (output / SINGLE).is_file() else "choose another folder"
-        raise ConfigError(f"--output {output}: is there already; {remedy}")
+        raise ConfigError(f"--output {output}: already exists; {remedy}")
     run.load(step)
     manifest = run.manifest(step)
     stored = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(dtype or manifest["precision"], torch.float16)
     shape = shape_of(run.config.model, run.vocab_size)
     weights = {name: tensor.to(stored) for name, tensor in to_huggingface(run.named_weights(), shape).items()}
     num_parameters = sum(tensor.numel() for tensor in weights.values())
+    # Beside the final place, because a rename is atomic within one file system only.
     temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     with storage_errors(output):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,11 +84,12 @@ def export_checkpoint(
             _write(run, step, manifest, weights, str(stored).removeprefix("torch."), temporary)
         difference = _compare_logits(run, temporary, stored) if check else None
         with storage_errors(output):
+            # os.replace cannot replace a folder that is not empty, so the earlier export moves aside first.
             earlier = output.with_name(f".{output.name}.old-{os.getpid()}")
             if output.exists():
                 os.replace(output, earlier)
             os.replace(temporary, output)
-            sync_folder(output.parent)
+            sync_folder(output.parent)  # the renames are on disk before the earlier export is deleted
             shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -121,7 +123,10 @@ def _write(
 
 
 def huggingface_special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | None]:
-    """bos, eos and pad tokens as Hugging Face means them; GPT-2's one end marker is both bos and eos."""
+    """Returns the ids of Hugging Face's special tokens: bos and eos of GPT-2, both the end-of-document token; pad of BERT.
+
+    An id is None if the tokenizer has no such token.
+    """
     if kind == "bert":
         return {"pad": tokenizer.backend.token_to_id("[PAD]")}
     end = tokenizer.backend.token_to_id(tokenizer.eod_token) if tokenizer.eod_token is not None else None
@@ -130,25 +135,27 @@ def huggingface_special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | 
 
 @torch.no_grad()
 def _compare_logits(run: RestoredRun, folder: Path, stored: torch.dtype) -> float:
-    """The largest difference between this network's logits and transformers', over the largest logit.
+    """Returns the largest difference between this network's logits and transformers', over the largest logit.
 
     Raises:
-        CheckpointError: it is not rounding.
+        CheckpointError: the difference exceeds LOGIT_TOLERANCE, so it is not rounding.
     """
     import transformers
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    run.round_weights(stored)  # both sides in fp32 arithmetic, on the weights that were written
+    run.round_weights(stored)  # both networks compute in fp32 on the values in the file
     name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     other = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    # A fixed seed on the CPU: every check of a checkpoint compares the same tokens and prints the same difference.
     generator = torch.Generator().manual_seed(0)
     length = min(run.seq_length, 64)
     tokens_BS = torch.randint(run.vocab_size, (2, length), generator=generator)
     if run.config.model.kind == "gpt2":
         pairs = [(run.logits(tokens_BS.to(run.device.torch_device), length), other(tokens_BS).logits)]
     else:
+        # The second half is a second passage, so the token-type embedding is compared too.
         types_BS = (torch.arange(length) >= length // 2).long().repeat(2, 1)
         theirs = other(tokens_BS, token_type_ids=types_BS, attention_mask=torch.ones_like(tokens_BS))
         rows = [
@@ -161,9 +168,9 @@ def _compare_logits(run: RestoredRun, folder: Path, stored: torch.dtype) -> floa
     worst = max(
         float((ours.cpu().float() - given).abs().max() / given.abs().max().clamp(min=1.0)) for ours, given in pairs
     )
-    if not worst <= LOGIT_TOLERANCE:
+    if not worst <= LOGIT_TOLERANCE:  # negated, so that NaN fails too
         raise CheckpointError(
-            f"{folder.name}: transformers gives other logits for these weights (relative difference {worst:.2g}); nothing was written; "
+            f"{folder.name}: transformers computes other logits from these weights (relative difference {worst:.2g}); nothing was written; "
             "please report this"
         )
     return worst

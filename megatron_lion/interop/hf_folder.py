@@ -1,4 +1,4 @@
-"""Hugging Face model folders on disk: which settings of config.json this project's networks can have, and the tensors."""
+"""Reads and writes config.json of Hugging Face model folders, and reads their safetensors files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_lion.interop.weight_names import Shape
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GELU_NAMES = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
 WRITTEN_GELU = {"tanh": "gelu_new", "erf": "gelu"}
-# Settings that change what the network computes and that ours do not have: name, the only value that fits.
+# Settings that change what a network computes and that this project's networks do not have: name, required value.
 _FIXED: dict[str, dict[str, Any]] = {
     "gpt2": {
         "scale_attn_weights": True,
@@ -35,7 +35,10 @@ _KINDS = {"gpt2": "gpt2", "megatron-bert": "bert"}
 
 
 def read_model_config(folder: Path) -> tuple[ModelConfig, str]:
-    """The network that config.json describes, and the class whose weights are wanted.
+    """Reads the network of a folder's config.json.
+
+    Returns:
+        The network's settings, and the name of the transformers class whose weights the folder must contain.
 
     Raises:
         CheckpointError: no such file, another kind of model, or a setting that this project's networks do not have.
@@ -44,24 +47,24 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, str]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: no config.json, so this is no Hugging Face model folder") from None
+        raise CheckpointError(f"{folder}: no config.json; give a Hugging Face model folder") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     kind = found.get("model_type") if isinstance(found, dict) else None
     if kind == "bert":
         raise CheckpointError(
-            f"{path}: model_type bert is post-LN; the BERT here is pre-LN, as Hugging Face's megatron-bert, and cannot hold its weights"
+            f"{path}: model_type bert is post-LN, but this project's BERT is pre-LN; give a megatron-bert model"
         )
     if kind not in _KINDS:
-        raise CheckpointError(f"{path}: model_type {kind} is not known here; gpt2 and megatron-bert are")
+        raise CheckpointError(f"{path}: model_type {kind} is not supported; expected gpt2 or megatron-bert")
     for name, fits in _FIXED[kind].items():
         if found.get(name, fits) != fits:
-            raise CheckpointError(f"{path}: {name} {found[name]!r} is not possible here; expected {fits!r}")
+            raise CheckpointError(f"{path}: {name} must be {fits!r}, got {found[name]!r}")
     gelu = found.get(
         "activation_function" if kind == "gpt2" else "hidden_act", "gelu_new" if kind == "gpt2" else "gelu"
     )
     if gelu not in GELU_NAMES:
-        raise CheckpointError(f"{path}: activation {gelu!r} is not possible here; expected {', '.join(GELU_NAMES)}")
+        raise CheckpointError(f"{path}: activation must be one of {', '.join(GELU_NAMES)}, got {gelu!r}")
     try:
         model = _gpt2(found) if kind == "gpt2" else _bert(found)
     except KeyError as error:
@@ -92,13 +95,13 @@ def _bert(found: dict[str, Any]) -> dict[str, Any]:
 def write_model_config(
     model: ModelConfig, vocab_size: int, special: dict[str, int | None], dtype: str
 ) -> dict[str, Any]:
-    """config.json of a network.
+    """Returns the content of a network's config.json.
 
     Args:
-        model: its settings.
-        vocab_size: real ids.
-        special: ids of bos, eos and pad tokens, None where there is none.
-        dtype: of the weights, as torch names it ("float32", "bfloat16").
+        model: the network's settings.
+        vocab_size: size of the vocabulary without padding.
+        special: ids of bos, eos and pad tokens; None if the tokenizer has no such token.
+        dtype: dtype of the weights, as torch names it ("float32", "bfloat16").
     """
     ffn = model.ffn_hidden_size or 4 * model.hidden_size
     ids = {f"{name}_token_id": index for name, index in special.items()}
@@ -122,19 +125,22 @@ def write_model_config(
 
 
 def shape_of(model: ModelConfig, vocab_size: int) -> Shape:
-    """What the name tables need of a network's settings."""
+    """Returns the settings of a network that the name tables need."""
     return Shape(model.kind, model.num_layers, model.num_attention_heads, vocab_size)
 
 
 def read_weights(folder: Path, kind: str) -> Callable[[str], torch.Tensor]:
-    """Opens a folder's safetensors; tensors are read one by one, when their name is asked for.
+    """Opens a folder's safetensors files without reading their tensors.
 
     Args:
-        folder: with model.safetensors, or its index and the files that it names.
-        kind: "gpt2" or "bert"; older GPT-2 files leave out the prefix "transformer.".
+        folder: a folder with model.safetensors, or with its index and the files that it names.
+        kind: "gpt2" or "bert"; older GPT-2 files omit the prefix "transformer." of the names.
+
+    Returns:
+        A function that reads the tensor of a name; it raises CheckpointError if the tensor is missing.
 
     Raises:
-        CheckpointError: no safetensors there, or a file is damaged; the returned function: a tensor is missing.
+        CheckpointError: the folder has no safetensors, or a file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -147,12 +153,13 @@ def read_weights(folder: Path, kind: str) -> Callable[[str], torch.Tensor]:
         else:
             raise CheckpointError(f"{folder}: no {SINGLE}; convert the weights to safetensors first")
         for name in names:
+            # The index comes from outside: a path in it must not open a file elsewhere.
             if Path(name).name != name:
                 raise CheckpointError(f"{folder / INDEX}: names {name!r}, which is no file of this folder")
             file = safe_open(folder / name, framework="pt")
             opened.update(dict.fromkeys(file.keys(), file))
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: the weights cannot be read ({error}); copy the folder here again") from None
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error}); copy the folder again") from None
     bare = kind == "gpt2" and "wte.weight" in opened
 
     def read(name: str) -> torch.Tensor:
@@ -163,7 +170,7 @@ def read_weights(folder: Path, kind: str) -> Callable[[str], torch.Tensor]:
                 if "cls." in name
                 else ""
             )
-            raise CheckpointError(f"{folder}: the weights hold no {stored}{heads}")
+            raise CheckpointError(f"{folder}: the weights have no {stored}{heads}")
         tensor: torch.Tensor = opened[stored].get_tensor(stored)
         return tensor
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as the beginning of a run: a run folder whose checkpoint of step 0 holds the imported weights."""
+"""Imports a Hugging Face folder as a run folder whose checkpoint of step 0 has the imported weights."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from megatron_lion.train.model_state import model_facts, model_sharded_state, un
 
 
 def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = None) -> RunConfig:
-    """Makes a run folder from a Hugging Face one; on one process. The checkpoint then loads at any layout.
+    """Makes a run folder from a Hugging Face folder, on one process; the checkpoint then loads at any layout.
 
-    The rows that pad the embedding are the mean of the others. Their logit is then the mean logit, and because
-    exp(mean) ≤ mean(exp) they get at most padded/vocabulary of the probability: 47/50257 for GPT-2, 0.0009 nats.
+    The rows that pad the embedding are the mean of the others. Their logit is then the mean logit. Because
+    exp(mean) ≤ mean(exp), they get at most padded/vocabulary of the probability: 47/50257 for GPT-2, 0.0009 nats.
 
     Args:
-        folder: with config.json, model.safetensors (or its index), and a tokenizer.
-        config: settings of the run to be; its `model` section is replaced by what config.json says.
-        tokenizer: instead of the folder's own.
+        folder: a folder with config.json, model.safetensors (or its index), and a tokenizer.
+        config: the run's settings; config.json replaces the architecture in its `model` section.
+        tokenizer: a tokenizer to use instead of the folder's own.
 
     Returns:
-        The settings that were saved.
+        The saved settings.
 
     Raises:
-        CheckpointError: the folder holds no GPT-2 or MegatronBert with all its heads.
+        CheckpointError: the folder has no GPT-2 or MegatronBert with all its heads, or a tokenizer that does not fit.
         ConfigError: the run folder is not empty.
-        DataError: no tokenizer, or one of another vocabulary.
+        DataError: no tokenizer is found.
     """
     model, name = read_model_config(folder)
     run_dir = Path(config.run_dir)
@@ -61,14 +61,15 @@ def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = No
         raise CheckpointError(
             f"{folder}: a {model.kind} model, and a {loaded.kind} tokenizer; give the model's own with --tokenizer"
         )
-    kept = config.model  # how to compute, which no file tells
+    # These settings decide how the network is computed, not what it is, so config.json does not contain them.
+    kept = config.model
     model = replace(model, make_vocab_size_divisible_by=kept.make_vocab_size_divisible_by, attention=kept.attention,
                     recompute=kept.recompute)  # fmt: skip
     config = replace(config, model=model, name=config.name or folder.resolve().name)
     try:
         weights = dict(from_huggingface(read, shape_of(model, vocab_size)))
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not have the shapes that config.json says: {error}") from None
+        raise CheckpointError(f"{folder}: the shapes of the weights differ from config.json: {error}") from None
     _save(folder, name, config, loaded, weights, vocab_size)
     return config
 
@@ -76,9 +77,9 @@ def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = No
 def _save(
     folder: Path, name: str, config: RunConfig, tokenizer: Tokenizer, weights: dict[str, torch.Tensor], vocab_size: int
 ) -> None:
-    """Writes the run folder with its one checkpoint, in the dtype of the weights (fp16, which training widens, as fp32).
+    """Writes the run folder with its checkpoint, in bf16 if all weights are bf16, else in fp32.
 
-    It is made beside its place and renamed when it is whole.
+    The folder is written under a temporary name beside its final place and then renamed.
     """
     run_dir = Path(config.run_dir)
     temporary = run_dir.with_name(f".{run_dir.name}.tmp-{os.getpid()}")
@@ -99,7 +100,7 @@ def _save(
             save_checkpoint(temporary, 0, {"model": model_sharded_state(chunks)}, {}, facts, ranks)
             with storage_errors(run_dir):
                 save_config(config, config_file(temporary))
-                os.replace(temporary, run_dir)  # an empty folder of that name may be there
+                os.replace(temporary, run_dir)  # this also replaces an empty folder
                 sync_folder(run_dir.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -113,13 +114,15 @@ def _fill(
     dtype = DTYPES["fp32"]
     for name, parameter in named_global_parameters(unwrap(chunks[0])):
         tensor = weights.pop(name)
+        # Zero rows would not do: GPT-2's logits are far below zero, and 47 tokens of logit 0 would get nearly all
+        # probability. The mean is computed in fp32 and rounded once.
         if len(tensor) == vocab_size != rows and parameter.shape[0] == rows:
             padding = tensor.to(dtype).mean(0, keepdim=True).to(tensor.dtype)
             tensor = torch.cat([tensor, padding.expand(rows - vocab_size, *tensor.shape[1:])])
         if tensor.shape != parameter.shape:
             raise CheckpointError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)}, config.json wants {tuple(parameter.shape)}; "
-                "the files do not belong together"
+                f"{folder}: {name} has shape {tuple(tensor.shape)}, but config.json gives {tuple(parameter.shape)}; "
+                "use the weights and the config.json of one model"
             )
         parameter.copy_(tensor)
     assert not weights, "the name table has tensors that the network lacks"

@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, what it was trained on, what it measured, and under which licence."""
+"""The model card of an export: the model, its training, evaluation results and licence note."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron_lion.runs.paths import evaluations_folder
 
 
 def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab_size: int, dtype: str) -> str:
-    """README.md of an exported model, with the evaluation results of its step.
+    """Returns the README.md of an exported model, with the evaluation results of its step.
 
     Args:
-        run_dir: the run; its eval/*.json are read.
+        run_dir: the run folder, whose eval/*.json are read.
         config: the run's settings.
-        manifest: the checkpoint's.
-        vocab_size: real ids.
-        dtype: of the weights.
+        manifest: the checkpoint's manifest.
+        vocab_size: size of the vocabulary without padding.
+        dtype: dtype of the weights, as torch names it.
     """
     step = int(manifest["step"])
     results = _results(evaluations_folder(run_dir), step)
@@ -52,18 +52,18 @@ def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab
         f"- checkpoint: step {step}, fingerprint of the weights {manifest['weights_fingerprint']}", "",
         "## Evaluation", "",
     ]  # fmt: skip
-    lines += [_table(results) if results else "No result on a whole text is there for this step."]
+    lines += [_table(results) if results else "Not yet evaluated on a full text."]
     lines += [
         "", "## Licence and data", "",
-        "The weights carry no licence of their own until their publisher sets one above. The text they were trained on belongs to "
-        "its authors; what it says about people may be wrong or hurtful, and the model may repeat it.", "",
+        "The weights have no licence until their publisher sets one above. The training text belongs to its authors. "
+        "Statements in it about people may be wrong or hurtful, and the model may repeat them.", "",
         "Made by megatron-lion (Apache-2.0), `megatron-lion export`.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
 
 def _data(config: RunConfig, manifest: dict[str, Any]) -> str:
-    names = ", ".join(Path(path).name for path in config.data.path) or "not known here"
+    names = ", ".join(Path(path).name for path in config.data.path) or "unknown"
     digest = manifest.get("data_digest")
     return f"{names}" + (f" (content hash {digest[:16]})" if digest else "")
 
@@ -74,14 +74,14 @@ def _results(folder: Path, step: int) -> list[dict[str, Any]]:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            continue  # cut short: `evaluate` measures it again
+            continue  # a damaged file; `evaluate` measures it again
         if isinstance(result, dict) and result.get("step") == step and result.get("max_tokens") is None:
             found.append(result)
     return found
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    """One row a number, each with its convention."""
+    """Returns a Markdown table with one row for each number, with its convention."""
     rows = []
     for result in results:
         version = result["text_version"] if result["text_version"] != "unknown" else Path(result["text_path"]).name

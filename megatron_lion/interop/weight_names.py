@@ -1,7 +1,7 @@
-"""The same weights under two names: this project's networks and transformers' GPT2LMHeadModel and MegatronBert.
+"""Tables of parameter names: this project's networks and transformers' GPT2LMHeadModel and MegatronBert.
 
-One table a kind says which tensors belong together and how one becomes the other; both directions read it. Nothing is
-computed, so that a round trip is exact in every dtype.
+One table for each kind of network lists the corresponding tensors and their conversion; both directions use it. A
+conversion moves values and computes none, so a round trip is exact in every dtype.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 
 @dataclass(frozen=True)
 class Shape:
-    """What the tables need to know of a network.
+    """The settings of a network on which the tables depend.
 
     Attributes:
         kind: "gpt2" or "bert".
-        num_layers: transformer layers.
-        num_attention_heads: heads a layer.
-        vocab_size: real ids; what pads the embedding here has no counterpart there.
+        num_layers: number of transformer layers.
+        num_attention_heads: number of heads in a layer.
+        vocab_size: size of the vocabulary without padding; transformers' embedding has no padding rows.
     """
 
     kind: str
@@ -31,14 +31,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pair:
-    """A tensor here and what it is there.
+    """A parameter of this project's network, and its counterpart in transformers.
 
     Attributes:
-        ours: parameter's name here.
-        theirs: names there; three for BERT's queries, keys and values.
-        how: "same"; "rows", one a token id, padded here; "transposed", [out, in] here and [in, out] in GPT-2's Conv1D;
-            "qkv", rows here in the order head 1's queries, keys, values, head 2's queries…, there all
-            queries, all keys, all values; "qkv transposed" is both.
+        ours: the parameter's name in this project.
+        theirs: its names in transformers; three for BERT's queries, keys and values.
+        how: the conversion. "same": none. "rows": one row for each token id, padded in this project. "transposed":
+            [out, in] in this project, [in, out] in GPT-2's Conv1D. "qkv": rows by head in this project (head 1's
+            queries, keys, values, then head 2's), but all queries, all keys, all values in transformers.
+            "qkv transposed": both.
     """
 
     ours: str
@@ -47,16 +48,19 @@ class Pair:
 
 
 def pairs(shape: Shape) -> Iterator[Pair]:
-    """All parameters of a network of this shape; the tied output embedding is not one of its own."""
+    """Yields all parameters of a network of this shape; the output embedding is tied and therefore not among them."""
     return _gpt2_pairs(shape) if shape.kind == "gpt2" else _bert_pairs(shape)
 
 
 def to_huggingface(weights: dict[str, torch.Tensor], shape: Shape) -> dict[str, torch.Tensor]:
-    """Tensors under transformers' names.
+    """Returns the tensors under transformers' names.
 
     Args:
-        weights: every parameter of the whole network, by name; views are taken where that is possible.
-        shape: of the network.
+        weights: every parameter of the whole network, by this project's names.
+        shape: the network's shape.
+
+    Returns:
+        Contiguous tensors of the same dtype; they share memory with `weights` if no value moves.
     """
     found: dict[str, torch.Tensor] = {}
     for pair in pairs(shape):
@@ -73,11 +77,11 @@ def to_huggingface(weights: dict[str, torch.Tensor], shape: Shape) -> dict[str, 
 
 
 def from_huggingface(read: Callable[[str], torch.Tensor], shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name here, tensor), the embedding without padding; the inverse of `to_huggingface`.
+    """Yields (name in this project, tensor), the embedding without padding; the inverse of `to_huggingface`.
 
     Args:
-        read: gives the tensor of a name there.
-        shape: of the network.
+        read: function that returns the tensor of a name in transformers.
+        shape: the network's shape.
     """
     for pair in pairs(shape):
         parts = [read(name) for name in pair.theirs]
@@ -138,9 +142,10 @@ def _bert_pairs(shape: Shape) -> Iterator[Pair]:
 
 
 def _heads_to_thirds(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[heads × (q, k, v) × channels, …] to [(q, k, v) × heads × channels, …]."""
+    """Reorders [heads × (q, k, v) × channels, …] to [(q, k, v) × heads × channels, …]."""
     return tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def _thirds_to_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `_heads_to_thirds`."""
     return tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)

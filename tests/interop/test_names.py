@@ -1,4 +1,4 @@
-"""The name tables against transformers itself: all of its tensors, each once, and exact both ways."""
+"""The name tables cover all tensors of transformers' networks, each once, and convert them exactly both ways."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_lion.interop.weight_names import Shape, from_huggingface, to_huggi
 
 
 def their_tensors(shape: Shape, hidden: int, positions: int) -> dict[str, torch.Tensor]:
-    """State of a small network of transformers' with random weights, tied tensors once."""
+    """Returns random tensors with the names and shapes of a small transformers network, without tied tensors."""
     import transformers
 
     if shape.kind == "gpt2":
@@ -52,7 +52,7 @@ def test_every_tensor_goes_there_and_back_bit_for_bit(kind, layers, heads, chann
 
 
 def test_queries_keys_and_values_are_sorted_by_head() -> None:
-    """Here a head's rows lie together: head 0's queries, keys, values, then head 1's; in GPT-2 all queries come first."""
+    """Rows are grouped by head: head 0's queries, keys, values, then head 1's; in GPT-2 all queries come first."""
     heads, channels = 2, 3
     shape = Shape("gpt2", 1, heads, 5)
     theirs = their_tensors(shape, heads * channels, 4)

@@ -1,4 +1,4 @@
-"""What export and import refuse, each with one line, and nothing half-made left behind."""
+"""Export and import reject wrong input with a message of one line and leave no incomplete folder."""
 
 from __future__ import annotations
 

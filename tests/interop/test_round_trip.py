@@ -1,4 +1,4 @@
-"""Runs of both kinds to Hugging Face and back: the same bits, the same logits, the same evaluation, and training goes on."""
+"""A run exported and imported again has the same bits, logits and evaluation, and trains further."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs gpt2, gpt2-bf16, gpt2-erf, bert and their exports NAME-hf; imports NAME-again of these."""
+    """Runs gpt2, gpt2-bf16, gpt2-erf and bert, their exports NAME-hf, and imports NAME-again of the exports."""
     folder = tmp_path_factory.mktemp("interop")
     text, sentences = write_text_corpus(folder / "text"), write_bert_corpus(folder / "sentences")
-    # Weights large enough that the two forms of GELU, equal near zero, can be told apart.
+    # Large weights, because the two forms of GELU are nearly equal at zero and must differ here.
     common = {"train__steps": STEPS, "optimizer__lr": 1e-2, "train__test_every": 0, "model__init_method_std": 0.2}
     jobs = {
         "gpt2": (2, tiny_gpt2(folder / "gpt2", text, **common, **TP2)),
@@ -67,7 +67,7 @@ def test_round_trip_is_bit_exact(folder: Path, name: str, tmp_path: Path) -> Non
 
 
 def test_exported_weights_are_the_checkpoints(folder: Path) -> None:
-    """The tensors that torch's own reader finds in the sharded checkpoint, by name and value."""
+    """The exported tensors equal those that torch's own reader finds in the sharded checkpoint."""
     stored, exported = tiny.read_weights(folder / "gpt2", STEPS), load_file(folder / "gpt2-hf" / "model.safetensors")
     assert torch.equal(exported["transformer.wpe.weight"], stored["model.embedding.position_embeddings.weight"])
     assert (
@@ -97,7 +97,7 @@ def test_gpt2_logits_are_transformers(folder: Path, name: str) -> None:
 
 
 def test_the_flavours_of_gelu_differ(folder: Path) -> None:
-    """Else the test above would not see a wrong name."""
+    """If they were equal, the test above would pass with a wrong name."""
     config = json.loads((folder / "gpt2-erf-hf" / "config.json").read_text())
     assert config["activation_function"] == "gelu"
     assert json.loads((folder / "gpt2-hf" / "config.json").read_text())["activation_function"] == "gelu_new"
@@ -132,7 +132,7 @@ def test_bert_logits_are_transformers(folder: Path) -> None:
 
 @pytest.mark.parametrize("target", ["gpt2-hf", "gpt2-again"])
 def test_the_same_evaluation(folder: Path, target: str) -> None:
-    """By transformers' own network for the export, and by ours, padded anew, for the import."""
+    """The export is evaluated by transformers' network, the import by ours with new padding rows."""
     words = ["evaluate", str(folder / target), "--text", str(folder / "eval.txt"), "--device", "cpu", "--stride", "4"]
     assert main(words) == 0
     loss = {
@@ -147,11 +147,11 @@ def test_the_card_says_what_was_measured(folder: Path) -> None:
     for words in (f"{result['loss']:.4f}", "stride 4", "optimizer lion", "license: other", result["text_sha256"][:8]):
         assert words in card
     assert "not trained here" not in card
-    assert "No result on a whole text" in (folder / "bert-hf" / "README.md").read_text()
+    assert "Not yet evaluated on a full text." in (folder / "bert-hf" / "README.md").read_text()
 
 
 def going_on(folder: Path) -> dict[str, tuple[int, Any]]:
-    """Imported runs that train at other layouts than their weights were trained at."""
+    """Imported runs that train further at other layouts than before."""
     text, sentences = str(folder / "text" / "data"), str(folder / "sentences" / "data")
     more = {
         "train__steps": 2,
@@ -180,7 +180,7 @@ def test_imported_weights_train_at_any_layout(folder: Path) -> None:
     fresh = tiny.run_all({"fresh": (1, tiny_gpt2(folder / "fresh", str(folder / "text" / "data"), train__steps=1))})[
         "fresh"
     ]
-    # Three steps at a high rate are most of what there is to learn from words in random order.
+    # On words in random order, three steps at a high rate already give most of the possible gain.
     assert outcomes["gpt2-again"]["losses"][0] < fresh["losses"][0] - 0.3
     assert outcomes["gpt2-again"]["probes"][0]["probe/loss"] < fresh["losses"][0] - 0.3
     manifest = outcomes["gpt2-again"]["manifest"]
@@ -193,7 +193,7 @@ def test_imported_weights_train_at_any_layout(folder: Path) -> None:
 def test_the_full_gradient_of_an_imported_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Import with the settings of a probe, then probe: norms and r, no KKT residual without λ."""
+    """An import can be probed: norms and r are measured, and without λ the KKT residual is undefined."""
     run_dir, data = tmp_path / "run", f"[{folder}/text/data]"
     settings = [
         "--data.path",
@@ -234,7 +234,7 @@ def train_fresh(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_padding_rows_get_next_to_no_probability(folder: Path) -> None:
-    """Their logit is the mean logit, so that their share is at most padded / vocabulary of the rest."""
+    """Their logit is the mean logit, so their share is at most padded / vocabulary of the rest."""
     rows = tiny.read_weights(folder / "gpt2-again", 0)["model.embedding.word_embeddings.weight"]
     hidden = torch.randn(200, rows.shape[1], generator=torch.Generator().manual_seed(1)) * 50
     chances = (hidden @ rows.T).double().softmax(-1)
@@ -244,7 +244,7 @@ def test_padding_rows_get_next_to_no_probability(folder: Path) -> None:
 
 
 def test_older_files_without_prefix_and_in_parts(folder: Path, tmp_path: Path) -> None:
-    """The first published GPT-2 files name `wte.weight`; large models come in several files with an index."""
+    """The first published GPT-2 files use `wte.weight`; large models have several files with an index."""
     tensors = load_file(folder / "gpt2-hf" / "model.safetensors")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     halves = [dict(list(bare.items())[::2]), dict(list(bare.items())[1::2])]
