@@ -27,7 +27,7 @@ class Guarded:
         self.buffers = []
 
     def place(self, values):
-        """A copy of `values` that begins `shift` bytes behind a multiple of 64."""
+        """Returns a copy of `values` that begins `shift` bytes after a multiple of 64."""
         begin, size = GUARD + self.shift, values.nbytes
         buffer = torch.full((begin + size + GUARD,), PATTERN, dtype=torch.uint8, device=values.device)
         self.buffers.append((buffer, begin, size))

@@ -1,4 +1,4 @@
-"""What decides which kernel runs on which addresses: alignment, programs and the signature of a step's tensors."""
+"""The choice of kernel variant and addresses: alignment, programs, and the signature of a step's tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUP = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
 def shifted(values, by):
-    """A copy that begins `by` bytes behind a multiple of 64."""
+    """Returns a copy that begins `by` bytes after a multiple of 64."""
     buffer = torch.zeros(by + values.nbytes, dtype=torch.uint8, device=values.device)
     return buffer[by:].view(values.dtype).copy_(values)
 

@@ -1,4 +1,4 @@
-"""The benchmark of optimizer steps: its tensor lists, its refusal to time what is wrong, its table."""
+"""The benchmark of optimizer steps: its tensor lists, its check of results before timing, its table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step is given besides gradients, on every implementation alike: rates that are replaced and found_inf."""
+"""Inputs of a step other than gradients, on every implementation: rates that are replaced, and found_inf."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def two_groups(implementation, **settings):
 
 
 def moved(optimizer, params):
-    """How far a step moves each group, in which all elements move alike."""
+    """Returns how far a step moves each group; all elements of a group move by the same amount."""
     before = [param.detach().clone() for param in params]
     optimizer.step()
     by_param = [(old - param.detach()).unique().tolist() for old, param in zip(before, params, strict=True)]

@@ -1,4 +1,4 @@
-"""What clipping does to the parameters themselves, held to float64 arithmetic on known gradients.
+"""The effect of clipping on the parameters, compared with float64 arithmetic on known gradients.
 
 SGD without momentum moves a parameter of 0 to -η · factor · g, so that the parameter shows the factor. LION's fused step
 shows it in the momentum, which is (1 - β2) · factor · g after a step from 0.
