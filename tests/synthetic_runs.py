@@ -1,4 +1,4 @@
-"""Writes run folders as `pretrain` and `evaluate` leave them, with made-up numbers of the right shape."""
+"""Writes run folders as `pretrain` and `evaluate` do, with synthetic numbers of realistic shape."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write_run(
     eval_steps: tuple[int, ...] = (200, 400, 600, 800, 1000),
     probes: bool = True,
 ) -> Path:
-    """One run: a falling loss with noise of its seed, probes below sqrt(d), evaluations of five checkpoints."""
+    """Writes one run: a falling loss with noise from its seed, probes below sqrt(d), evaluations of five checkpoints."""
     rng = random.Random(f"{optimizer}{seed}")
     rate, floor, speed = RATES[optimizer]
     config = {

@@ -1,4 +1,4 @@
-"""Round values along an axis, how they are written, and places for labels that must not touch."""
+"""Round tick values of an axis, their texts, and label positions that do not overlap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round values between two limits, about `count` of them.
+    """Round values (1, 2 or 5 times a power of ten apart) between two limits, about `count` of them.
 
     >>> ticks(0, 1000, 4), ticks(3.9, 11.1, 5)
     ([0.0, 200.0, 400.0, 600.0, 800.0, 1000.0], [4.0, 6.0, 8.0, 10.0])
@@ -20,7 +20,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten between two decimal logarithms, at most about `count`; 1, 2 and 5 times them where they are few.
+    """Powers of ten between two decimal logarithms, at most about `count`; 1, 2 and 5 times them if fewer than three fit.
 
     >>> log_ticks(-0.1, 4.1, 5), log_ticks(0.9, 2.1, 5)
     ([1.0, 10.0, 100.0, 1000.0, 10000.0], [10.0, 20.0, 50.0, 100.0])
@@ -33,7 +33,7 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A tick's text: thousands as k, millions as M, thousands of millions as B.
+    """Text of a tick: thousands as k, millions as M, thousands of millions as B.
 
     >>> [short(v) for v in (0.0, 0.25, 7.0, 1000.0, 12500.0, 2e6, 3e10)]
     ['0', '0.25', '7', '1k', '12.5k', '2M', '30B']
@@ -45,12 +45,15 @@ def short(value: float) -> str:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Moves label positions apart so that neighbours keep `gap`, as little as needed, within [low, high].
+    """Moves label positions apart, as little as needed, until neighbours are at least `gap` apart within [low, high].
+
+    Labels that overlap form a cluster, which is centred on the mean of their wanted positions.
 
     >>> [round(p, 2) for p in spread([1.0, 1.1, 5.0], gap=1.0, low=0.0, high=10.0)]
     [0.55, 1.55, 5.0]
     """
     order = sorted(range(len(positions)), key=lambda i: positions[i])
+    # (labels, centre) of each cluster; each label begins as its own.
     clusters: list[tuple[list[int], float]] = [([i], min(max(positions[i], low), high)) for i in order]
     place = 0
     while place + 1 < len(clusters):

@@ -1,4 +1,4 @@
-"""Which setting of each optimizer is best by validation loss, and how far that can be trusted."""
+"""The best setting of each optimizer by validation loss, with the reservations that apply to the choice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
 SWEEP_FILE = "sweep.json"
 EDGE_SECTIONS = ("optimizer.", "schedule.")
-"""Settings whose best value should lie inside the grid; of steps or layers more is as a rule better."""
+"""Settings whose best value should be inside the grid. Others are exempt: more steps or layers are usually better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class Choice:
     """The best setting of one optimizer.
 
     Attributes:
-        model, optimizer: whose.
-        runs: the runs with this setting, one a seed; empty where no run can be chosen.
-        valid_loss: mean at the end over the seeds that all settings have, or over all (nats per token).
-        settings: what tells it from the other settings tried.
-        tried: how many settings there were.
-        notes: what a reader must know of the choice, one sentence each.
+        model, optimizer: names of both.
+        runs: the runs with this setting, one per seed; empty if no run can be chosen.
+        valid_loss: mean at the end over the seeds that all settings share, or over all seeds (nats per token).
+        settings: the values in which it differs from the other settings tried.
+        tried: number of settings.
+        notes: reservations, one sentence each.
     """
 
     model: str
@@ -48,9 +48,13 @@ class Choice:
 
 
 def choose_best(runs: Sequence[RunRecord]) -> list[Choice]:
-    """Picks, for each model and optimizer, the setting with the lowest validation loss at the end; never by the test loss.
+    """Picks the setting with the lowest validation loss at the end for each model and optimizer.
 
-    Runs that differ in their seed alone are one setting. A setting with an unfinished or diverged seed is not chosen.
+    The test loss is not used. Runs that differ only in their seed are one setting. A setting with an unfinished or
+    diverged seed is not chosen.
+
+    Returns:
+        One choice for each model and optimizer, in the order of the runs.
     """
     families: dict[tuple[str, str], list[RunRecord]] = {}
     for run in runs:
@@ -63,6 +67,7 @@ def _choose(model: str, optimizer: str, family: list[RunRecord]) -> Choice:
     whole = [group for group in settings if all(run.valid_loss is not None for run in group)]
     varied = [key for key in differing_settings(family) if key != "seed"]
     notes = [_left_out(group, varied) for group in settings if group not in whole]
+    # The seed changes the loss, so settings are compared over the seeds that all of them have.
     common = set.intersection(*({run.seed for run in group} for group in whole)) if whole else set()
 
     def loss(group: tuple[RunRecord, ...]) -> float:
@@ -73,7 +78,7 @@ def _choose(model: str, optimizer: str, family: list[RunRecord]) -> Choice:
         notes.append("no run has a validation loss at its end")
     elif len(settings) > 1:
         if not common:
-            notes.append("its settings share no seed: each is judged by the mean of its own")
+            notes.append("its settings share no seed: each is judged by the mean over its own seeds")
         notes += _edges(
             best[0], [group for group in settings if group in whole or any(run.diverged for run in group)], varied
         )
@@ -84,7 +89,7 @@ def _choose(model: str, optimizer: str, family: list[RunRecord]) -> Choice:
 
 
 def _left_out(group: tuple[RunRecord, ...], varied: list[str]) -> str:
-    """Why a setting cannot be chosen."""
+    """The note that says why a setting cannot be chosen."""
     run = next(run for run in group if run.valid_loss is None)
     if run.diverged:
         why = f"diverged at step {run.last_step:,}"
@@ -103,21 +108,22 @@ def describe(settings: dict[str, Any]) -> str:
 
 
 def _edges(best: RunRecord, tried: list[tuple[RunRecord, ...]], varied: list[str]) -> list[str]:
-    """A sentence for each setting whose best value is the largest or smallest that was tried."""
+    """One note for each setting whose best value is the largest or smallest tried."""
     notes = []
     for key in varied:
         value = _number(best.settings.get(key))
         values = sorted({v for group in tried if (v := _number(group[0].settings.get(key))) is not None})
         if value is None or not key.startswith(EDGE_SECTIONS) or len(values) < 2:
             continue
-        at_top, at_bottom = value == values[-1], value == values[0] and value > 0
+        at_top, at_bottom = value == values[-1], value == values[0] and value > 0  # zero has no neighbour below
         if not at_top and not at_bottom:
             continue
+        # The next point of a geometric grid.
         neighbour = values[-2] if at_top else values[1]
         beyond = value * value / neighbour if neighbour else 2 * value
         notes.append(
-            f"its best {key} {show(value)} is the {'largest' if at_top else 'smallest'} tried, so a better one may lie "
-            f"beyond: widen the grid, for example to {float(f'{beyond:.2g}'):g}"
+            f"its best {key} {show(value)} is the {'largest' if at_top else 'smallest'} tried, so a better value may be "
+            f"outside: widen the grid, for example to {float(f'{beyond:.2g}'):g}"
         )
     return notes
 
@@ -127,9 +133,9 @@ def _number(value: Any) -> float | None:
 
 
 def best_table(choices: Sequence[Choice]) -> Table:
-    """The choices as a table with their reasons below it."""
+    """The choices as a table, with their notes below it."""
     rows: list[list[Cell]] = [
-        [c.model, c.name, describe(c.settings) or "the only one", c.tried, len(c.runs), c.valid_loss]
+        [c.model, c.name, describe(c.settings) or "only setting", c.tried, len(c.runs), c.valid_loss]
         for c in choices
         if c.runs
     ]
@@ -147,10 +153,10 @@ def best_table(choices: Sequence[Choice]) -> Table:
 
 
 def run_folders(folders: Sequence[str | Path]) -> list[Path]:
-    """Run folders as given, where a sweep's folder stands for all its runs that have begun.
+    """Replaces each sweep folder by the folders of its runs that have begun; returns other folders as given.
 
     Raises:
-        CheckpointError: a sweep's list is damaged, or none of its runs has begun.
+        CheckpointError: sweep.json is damaged, or none of the sweep's runs has begun.
     """
     found: list[Path] = []
     for folder in map(Path, folders):

@@ -1,4 +1,4 @@
-"""Runs held against each other at equal cost: test loss by step, by tokens, by training time, and what a target takes."""
+"""Runs at equal cost: test loss by step, tokens and training time, and the cost of reaching a target loss."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Something that training spends.
+    """A quantity that training spends.
 
     Attributes:
-        name: in the slugs of tables.
-        title: of the table of test losses over it.
-        unit: after an amount.
-        spent: by a run up to each of some steps; None where the run does not tell.
+        name: part of the slugs of its tables.
+        title: name in the title of its table.
+        unit: unit, written after an amount.
+        spent: amount that a run spent up to each of some steps, or None if the run did not record it.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Budget:
 
 
 def tokens_at(run: RunRecord, steps: Sequence[int]) -> Sequence[float] | None:
-    """Training tokens up to each step."""
+    """Training tokens up to each step, or None if the run does not record its tokens per step."""
     return [run.tokens_per_step * step for step in steps] if run.tokens_per_step else None
 
 
@@ -48,13 +48,13 @@ BUDGETS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """The test losses of a run (nats per token) and what it had spent at each."""
+    """The test losses of a run (nats per token) and the amount spent at each."""
 
     costs: Sequence[float]
     losses: Sequence[float]
 
     def between(self, since: float, amount: float) -> float | None:
-        """The loss last measured after one amount and up to another."""
+        """The last loss measured in (since, amount], or None."""
         found = [
             loss for cost, loss in zip(self.costs, self.losses, strict=True) if since < cost <= amount * (1 + ROUNDING)
         ]
@@ -66,14 +66,14 @@ class Measured:
 
 
 def measured(run: RunRecord, budget: Budget) -> Measured | None:
-    """A run's test losses over a budget; None where it has none or does not tell what they cost."""
+    """A run's test losses over a budget, or None if the run lacks the losses or their cost."""
     series = run.series("test/loss")
     costs = budget.spent(run, series.steps) if series else None
     return Measured(costs, series.values) if costs else None
 
 
 def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
-    """Test loss by steps, tokens and training time: a table of each for every model."""
+    """Test loss by steps, tokens and training time: one table of each for every model."""
     tables: list[Table] = []
     groups = by_model(list(runs))
     for budget in BUDGETS:
@@ -88,7 +88,7 @@ def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
 
 
 def _loss_table(slug: str, title: str, budget: Budget, model: str, found: dict[str, Measured]) -> Table | None:
-    """None where no amount has a measurement."""
+    """Returns the table, or None if no amount has a measurement."""
     size, unit, amounts = _columns(budget, list(found.values()))
     steps = list(pairwise([0.0, *amounts]))
     cells = {
@@ -103,14 +103,17 @@ def _loss_table(slug: str, title: str, budget: Budget, model: str, found: dict[s
         columns=columns,
         rows=[[model, label, *(row[place] for place in kept)] for label, row in cells.items()],
         formats=dict.fromkeys(columns[2:], ".4f"),
-        notes=["the last measurement since the column before; a dash where there is none, or the run had ended"],
+        notes=["the last measurement after the previous column; a dash if there is none or the run had ended"],
         best=columns[2:],
     )
     return table if kept else None
 
 
 def _columns(budget: Budget, runs: list[Measured]) -> tuple[float, str, list[float]]:
-    """Size and name of the unit, and the amounts: those at which all runs were measured that reach them, else round ones."""
+    """Size and name of the unit, and the amounts.
+
+    The amounts are those at which every run that reached them was measured, or round ones if those are too few.
+    """
     longest = max(losses.costs[-1] for losses in runs)
     if budget.name == "time":
         size, unit = next(((s, f" {u}") for s, u in _UNITS if longest >= 2 * s), (1.0, " s"))
@@ -119,7 +122,7 @@ def _columns(budget: Budget, runs: list[Measured]) -> tuple[float, str, list[flo
     alike = sorted(cost for cost, count in having.items() if count == sum(losses.reaches(cost) for losses in runs))
     if len(alike) > MOST_AMOUNTS / 2 or len(alike) == len(having):
         stride = -(-len(alike) // MOST_AMOUNTS)
-        return 1.0, "", alike[::-1][::stride][::-1]  # the last always stays
+        return 1.0, "", alike[::-1][::stride][::-1]  # the last amount is always kept
     return 1.0, "", [amount for amount in ticks(0.0, longest or 1.0, 5) if amount > 0]
 
 
@@ -136,7 +139,7 @@ def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
         for budget in BUDGETS:
             found = [measured(run, budget) for run in group]
             known = [losses for losses in found if losses]
-            if len(known) < len(found):  # nothing is equal where one does not tell
+            if len(known) < len(found):  # no comparison at equal cost if one run's cost is unknown
                 columns.append([None] * len(group))
                 continue
             most = min(losses.costs[-1] for losses in known)
@@ -161,7 +164,8 @@ def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) ->
 
     Args:
         runs: from `read_runs`.
-        target_loss: nats per token; by default the best of the run of a model that gets least far.
+        target_loss: nats per token; by default, for each model, the highest of its runs' best test losses, so that
+            every run reaches it.
     """
     rows: list[list[Cell]] = []
     for model, group in by_model(list(runs)).items():
@@ -180,6 +184,6 @@ def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) ->
         columns=["model", "optimizer", "target (nats)", "steps", "tokens", "training minutes"],
         rows=rows,
         formats={"target (nats)": ".4f", "training minutes": ",.1f"},
-        notes=["the first measurement at or below the target; a dash where it was not reached"],
+        notes=["the first measurement at or below the target; a dash if it was not reached"],
         best=["steps", "tokens", "training minutes"],
     )

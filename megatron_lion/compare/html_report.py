@@ -1,4 +1,4 @@
-"""One HTML file that tells a comparison: charts, tables, settings, environment. It loads nothing from anywhere."""
+"""The HTML report of a comparison: one self-contained file with charts, tables, settings and environment."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ pre { font-size: 0.8rem; overflow-x: auto; margin: 8px 0 0; }
 """
 
 
-# Radio buttons before the page and no script: what is not chosen is not displayed, and a page without styles shows all.
+# Radio buttons at the start of the page switch the axis without a script, which the page's security policy forbids.
+# Charts over the other axes are hidden by CSS; without styles the page shows all of them.
 AXIS_RULES = "\n".join(
     f"#by-{axis}:checked ~ main figure:not(.over-{axis}) {{ display: none; }}\n"
     f"#by-{axis}:checked ~ main label[for=by-{axis}] {{ background: var(--ink); color: var(--paper); border-color: var(--ink); }}\n"
@@ -83,8 +84,11 @@ def write_report(
         runs: from `read_runs`.
         tables: from `build_tables`.
         path: the .html file.
-        axis: what the charts are drawn over when the page opens; the reader may choose another.
+        axis: horizontal axis when the page opens, "step", "tokens" or "time"; the reader can switch it.
         tried: the runs that these were chosen from.
+
+    Raises:
+        StorageError: the file system refused.
     """
     write_whole(path, render_report(runs, tables, axis, tried).encode("utf-8"))
     return path
@@ -124,7 +128,7 @@ losses in {loss_unit(runs)}; the shaded cell is the lowest of its model</p>
 
 
 def _summary(runs: list[RunRecord]) -> str:
-    """The runs by name where they are few, else how many each optimizer has."""
+    """The labels of the runs if there are at most six, else the number of runs of each optimizer."""
     labels = list(dict.fromkeys(run.label for run in runs))
     if len(labels) > 6:
         optimizers = [OPTIMIZER_NAMES.get(run.optimizer, run.optimizer) for run in runs]
@@ -143,15 +147,15 @@ def _charts(model: str, group: list[RunRecord], tried: Sequence[RunRecord]) -> s
         return f"<p class='note'>{html.escape(model)}: nothing measured yet</p>"
     lines, notes = lines_of(group), []
     if any(len(line.runs) > 1 for line in lines):
-        notes.append("n: seeds of a setting; the line is their mean, each lies faintly behind it")
+        notes.append("n: seeds of a setting; the line is their mean, the faint lines are the single seeds")
     if len(lines) > MAX_NAMED:
-        notes.append(f"{len(lines)} settings; {MAX_NAMED} have names: the best of each optimizer by validation loss")
+        notes.append(f"{len(lines)} settings; {MAX_NAMED} are named: the best of each optimizer by validation loss")
     caption = "".join(f"<p class='note'>{note}</p>" for note in notes)
     return f'<section><h2>{html.escape(model)}</h2><div class="charts">{figures}</div>{caption}</section>'
 
 
 def _run_details(run: RunRecord) -> str:
-    """A fold with a run's settings and environment."""
+    """A collapsible section with a run's settings and environment."""
     settings = "\n".join(f"{key}: {show(value)}" for key, value in run.settings.items())
     environment = "\n".join(f"{key}: {show(value)}" for key, value in flatten(run.environment).items())
     return (

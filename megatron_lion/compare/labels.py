@@ -1,4 +1,4 @@
-"""What tells runs apart: the settings in which they differ, and a label for each made from them."""
+"""The settings in which runs differ, and labels made from them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
-# Settings that decide where a run is kept or how it is watched, not what it computes.
+# Settings that decide where a run is stored or how it is observed, not what it computes.
 UNINTERESTING = ("run_dir", "name", "log.", "data.cache", "data.num_workers", "checkpoint.", "train.log_every",
                  "train.test_every", "train.stop_after", "probe.")  # fmt: skip
 
 
 def with_labels(runs: list[RunRecord]) -> list[RunRecord]:
-    """Labels runs by optimizer; where that is not enough, by the settings in which they differ, else by folder."""
+    """Labels runs by optimizer, then by the settings in which they differ, then by folder, until labels are unique."""
     labelled = []
     for run in runs:
         rivals = [r for r in runs if (r.model, r.optimizer) == (run.model, run.optimizer)]
@@ -30,7 +30,7 @@ def with_labels(runs: list[RunRecord]) -> list[RunRecord]:
 
 
 def _distinction(run: RunRecord, rivals: list[RunRecord]) -> str:
-    """The settings that tell a run from its rivals, at most three, such as `lr=0.001 seed=2`."""
+    """The settings in which a run differs from its rivals, such as `lr=0.001 seed=2`; its folder if more than three."""
     different = [key for key in differing_settings(rivals) if key in run.settings]
     if not different or len(different) > 3:
         return run.folder.name
@@ -38,7 +38,7 @@ def _distinction(run: RunRecord, rivals: list[RunRecord]) -> str:
 
 
 def differing_settings(runs: Iterable[RunRecord]) -> list[str]:
-    """Dotted keys whose values are not the same in all runs, where-it-lies settings left out."""
+    """Dotted keys whose values are not the same in all runs, without those of `UNINTERESTING`."""
     runs = list(runs)
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     return [
@@ -50,7 +50,7 @@ def differing_settings(runs: Iterable[RunRecord]) -> list[str]:
 
 
 def group_key(run: RunRecord) -> tuple[str, ...]:
-    """Equal for runs that differ in their seed alone."""
+    """A key that is equal for runs that differ only in their seed."""
     relevant = {k: v for k, v in run.settings.items() if k != "seed" and not k.startswith(UNINTERESTING)}
     return (run.model, run.optimizer, json.dumps(relevant, sort_keys=True, default=str))
 
@@ -64,7 +64,10 @@ def by_model(runs: list[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def loss_unit(runs: Iterable[RunRecord]) -> str:
-    """What a loss is counted in: GPT-2's is a mean over tokens, BERT's the sum of a mean over masked tokens and one over samples."""
+    """The unit of the runs' losses; "nats" if GPT-2 and BERT are mixed.
+
+    GPT-2's loss is a mean over tokens. BERT's is a mean over masked tokens plus a mean over samples.
+    """
     are_bert = {bool(run.series("train/mlm_loss") or run.series("test/mlm_loss")) for run in runs}
     if are_bert == {True}:
         return "nats, masked tokens + order"
@@ -72,7 +75,7 @@ def loss_unit(runs: Iterable[RunRecord]) -> str:
 
 
 def show(value: Any) -> str:
-    """A setting as one would type it."""
+    """The text of a setting's value; an en dash for None."""
     if value is None:
         return "–"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What a comparison draws: panels of curves with reference lines, the same for PNG figures and the HTML report."""
+"""Panels of curves and reference lines, from which both the PNG figures and the HTML report are drawn."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from megatron_lion.runs.series import Series
 from megatron_lion.style import OPTIMIZER_COLOURS, SPARE_COLOURS
 
 NOISE_RATIO = math.sqrt(2 / math.pi)
-"""r/√d of a gradient that is pure Gaussian noise: E|z| / sqrt(E z²) = 0.798 for each coordinate."""
+"""r/√d of a gradient that is pure Gaussian noise: E|z| / √(E z²) = 0.798 for a standard normal z."""
 
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 AXES = ("step", "tokens", "time")
-"""What the horizontal axis may be."""
+"""The possible horizontal axes."""
 MAX_NAMED = 12
-"""So many curves of a model get a name; there is no room for more beside a chart."""
+"""Largest number of named curves of a model; there is no room for more names beside a chart."""
 MIN_RATES = 3
-"""Fewer learning rates than this are no curve."""
+"""Fewest learning rates for which the tuning curve is drawn."""
 LOG_RANGE = 30
-"""A quantity that falls by more than this factor is drawn on a logarithmic axis, where it may be."""
+"""A positive quantity whose values span more than this factor is drawn on a logarithmic axis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,12 @@ class Curve:
     """One line.
 
     Attributes:
-        label: written beside its end; "" for a line without a name, drawn thinly.
-        x, y: its points.
-        colour: as #rrggbb.
-        dash: on and off lengths; () is solid.
+        label: name beside the line's end; "" for an unnamed line, which is drawn thinly.
+        x, y: coordinates of its points.
+        colour: #rrggbb.
+        dash: on and off lengths; () for a solid line.
         markers: whether the points are marked (few measurements).
-        behind: lines drawn faintly behind it: single batches behind their mean, seeds behind theirs.
+        behind: lines drawn faintly behind it, as (x, y): unsmoothed values or single seeds.
     """
 
     label: str
@@ -67,11 +67,11 @@ class Panel:
     """One set of axes.
 
     Attributes:
-        slug: name of its file.
-        title: what is drawn.
-        x_label, y_label: axes with units.
-        curves: what is compared.
-        references: lines that are always shown.
+        slug: name of the PNG file.
+        title: title above the axes.
+        x_label, y_label: names of the axes with units.
+        curves: the curves compared.
+        references: horizontal lines, always inside the limits.
         from_zero: whether a linear vertical axis starts at zero.
         log_x, log_y: whether an axis is logarithmic.
     """
@@ -92,15 +92,15 @@ class Panel:
         return [curve for curve in self.curves if curve.label]
 
     def along(self, value: float) -> float:
-        """A value in the units of the horizontal axis: itself or its logarithm."""
+        """A value in the units of the horizontal axis: the value or its decimal logarithm."""
         return math.log10(value) if self.log_x else value
 
     def height(self, value: float) -> float:
-        """A value in the units of the vertical axis: itself or its logarithm."""
+        """A value in the units of the vertical axis: the value or its decimal logarithm."""
         return math.log10(value) if self.log_y else value
 
     def y_limits(self) -> tuple[float, float]:
-        """Limits that hold all curves and references, in the units of the axis."""
+        """Limits that include all curves and references, in the units of the axis."""
         values = [self.height(v) for curve in self.curves for v in curve.y] + [
             self.height(r.y) for r in self.references
         ]
@@ -114,14 +114,14 @@ class Panel:
         return (min(values) - 0.05, max(values) + 0.05) if self.log_x else (0.0, max(values) or 1.0)
 
     def label_places(self, gap: float) -> list[float]:
-        """Where the names of `named` stand beside the axis, at least `gap` apart, in its units."""
+        """Vertical positions of the names of `named`, at least `gap` apart, in the units of the axis."""
         low, high = self.y_limits()
         return spread([self.height(curve.y[-1]) for curve in self.named], gap, low, high)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """Runs that one curve stands for: the seeds of a setting."""
+    """The runs that one curve represents: the seeds of a setting."""
 
     label: str
     runs: tuple[RunRecord, ...]
@@ -130,9 +130,9 @@ class Line:
 
 
 def lines_of(runs: list[RunRecord]) -> list[Line]:
-    """The settings of one model's runs: colour says optimizer, dash tells its settings apart, a name is for the best.
+    """One line for each setting of one model's runs: colour by optimizer, dash by setting.
 
-    Where there are more than `MAX_NAMED`, those with the lowest validation loss of each optimizer have one.
+    If there are more than `MAX_NAMED` settings, only those with the lowest validation loss of each optimizer are named.
     """
     spare = iter(SPARE_COLOURS * len(runs))
     colours = {o: OPTIMIZER_COLOURS.get(o) or next(spare) for o in dict.fromkeys(run.optimizer for run in runs)}
@@ -166,7 +166,7 @@ def _ranked(groups: dict[tuple[str, ...], list[RunRecord]]) -> list[tuple[str, .
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """A horizontal axis: what it says and where a run's steps lie on it (None where the run does not tell)."""
+    """A horizontal axis: its name, and the positions of a run's steps on it (None if the run did not record them)."""
 
     label: str
     place: Callable[[RunRecord, Sequence[int]], Sequence[float] | None]
@@ -191,7 +191,7 @@ def scale_of(axis: str, runs: Sequence[RunRecord]) -> Scale:
 def _curve(
     line: Line, series: Callable[[RunRecord], Series], scale: Scale, *, window: int = 1, markers: bool = False
 ) -> Curve | None:
-    """The mean over a line's runs at the steps that all of them have; None where there is nothing to draw."""
+    """The mean over a line's runs at the steps that all of them have, or None if there are none."""
     found = [(run, values) for run in line.runs if (values := series(run))]
     if not found:
         return None
@@ -218,15 +218,17 @@ def _curve(
 
 
 def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord] = ()) -> list[Panel]:
-    """The panels of the paper's Figures 2 and 3 for the runs of one model, and others; empty ones left out.
+    """The panels of the paper's Figures 2 and 3 and some more, for the runs of one model; empty panels are omitted.
 
     Training loss, test loss, norm ratio against √d and 0.798 √d, zero-shot log perplexity, KKT residual, and the
     validation loss over the learning rates tried.
 
     Args:
-        runs: of one model.
-        axis: what they are drawn over: "step", "tokens" or "time" (training time, without measurements and pauses).
-        tried: the runs that these were chosen from; by default themselves.
+        runs: the runs of one model.
+        axis: "step", "tokens" or "time" (training time, without measurements and pauses).
+        tried: the runs that `runs` were chosen from; by default `runs`.
+
+    Source: Dong, Li, Lin, arXiv 2411.07724, Figures 2 and 3.
     """
     scale, lines, unit = scale_of(axis, runs), lines_of(runs), loss_unit(runs)
 
@@ -261,7 +263,7 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
 
 
 def _rate_curves(tried: Sequence[RunRecord], lines: list[Line]) -> list[Curve]:
-    """Validation loss at the end over the learning rate, a curve an optimizer; none unless one was given three rates."""
+    """Final validation loss over the learning rate, one curve per optimizer; none unless one has `MIN_RATES` rates."""
     colours = {line.runs[0].optimizer: line.colour for line in lines}
     found: dict[str, dict[float, float]] = {optimizer: {} for optimizer in colours}
     for run in tried:
@@ -284,7 +286,7 @@ def _wants_log(curves: list[Curve]) -> bool:
 
 
 def _ratio_references(runs: list[RunRecord]) -> list[Reference]:
-    """√d and what pure noise gives, for each d among the runs."""
+    """√d and the norm ratio of pure noise, for each d among the runs."""
     lines = []
     for d in sorted(
         {run.num_parameters for run in runs if run.num_parameters is not None and run.series("probe/norm_ratio")}
@@ -298,6 +300,6 @@ def _ratio_references(runs: list[RunRecord]) -> list[Reference]:
 
 
 def _perplexities(run: RunRecord, key: tuple[object, ...] | None) -> Series:
-    """Log perplexity by step, by one convention."""
+    """Log perplexity by step under one convention."""
     points = {int(r["step"]): float(r["log_token_ppl"]) for r in run.evaluations if key and evaluation_key(r) == key}
     return Series(tuple(points), tuple(points.values()))

@@ -1,4 +1,4 @@
-"""PNG figures of a comparison, drawn without a display: each panel by itself and the paper's three side by side."""
+"""PNG figures of a comparison: one for each panel, and one with the three panels of the paper's figures."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ def write_figures(
     Args:
         runs: from `read_runs`.
         folder: an existing folder.
-        axis: what the curves are drawn over: "step", "tokens" or "time".
+        axis: "step", "tokens" or "time".
         tried: the runs that these were chosen from.
 
     Returns:
         The files written.
+
+    Raises:
+        StorageError: the file system refused.
     """
     written = []
     for model, group in by_model(runs).items():
@@ -50,7 +53,7 @@ def _write(drawn: list[Panel], model: str, path: Path) -> Path:
 
 
 def _draw(axes: Any, panel: Panel) -> None:
-    """One panel: curves labelled at their ends, references labelled on their lines, no box, faint grid."""
+    """Draws one panel: curves labelled at their ends, references labelled on their lines, no box, faint grid."""
     low, high = panel.y_limits()
     left, right = panel.x_limits()
     for line in panel.references:
@@ -83,12 +86,12 @@ def _draw(axes: Any, panel: Panel) -> None:
 
 
 def _name_curves(axes: Any, panel: Panel) -> None:
-    """The names beside the right edge, at the height of their curve's end but clear of each other."""
+    """Writes the names beside the right edge, at the height of their curve's end, without overlap."""
     low, high = panel.y_limits()
     dashed = any(curve.dash for curve in panel.named)
     for curve, place in zip(panel.named, panel.label_places(0.06 * (high - low)), strict=True):
         y = (place - low) / (high - low)  # as a share of the axes, like x
-        if dashed:  # a sample of the line, since colour alone does not tell these apart
+        if dashed:  # with a sample of the line: curves of one optimizer share its colour
             axes.plot(
                 (1.02, 1.09), (y, y), transform=axes.transAxes, clip_on=False, color=curve.colour, linewidth=1.8,
                 linestyle=_style(curve),

@@ -16,16 +16,16 @@ from megatron_lion.runs.record import LAST_LINES, RunRecord
 from megatron_lion.runs.series import Series
 
 MOST_COLUMNS = 6
-"""More runs than this are rows, not columns."""
+"""Largest number of runs that are shown as columns; more are shown as rows."""
 
 
 def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> list[Table]:
-    """All tables for which the runs have numbers.
+    """All tables for which the runs have data.
 
     Args:
         runs: from `read_runs`.
-        target_loss: test loss (nats/token) for the table of steps to a target; by default the best test
-            loss of the run that gets least far, so that every run of a model reaches it.
+        target_loss: test loss (nats/token) for the table of steps to a target; by default the highest of the
+            best test losses of a model's runs, so that every run reaches it.
     """
     tables = [
         *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), bert_table(runs), *loss_tables(runs),
@@ -36,7 +36,7 @@ def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> lis
 
 
 def perplexity_tables(runs: list[RunRecord]) -> list[Table]:
-    """The paper's Table B.1, optimizer × step → natural log of perplexity, one a text and convention.
+    """The paper's Table B.1: natural log of perplexity by optimizer and step, one table per text and convention.
 
     Source: Dong, Li, Lin, arXiv 2411.07724, Table B.1.
     """
@@ -80,7 +80,7 @@ def _perplexity_table(
 
 
 def _short_step(step: int) -> str:
-    """10k for 10,000; the step itself where hundreds do not say it.
+    """10k for 10,000; the step itself if it is no multiple of 100.
 
     >>> _short_step(10_000), _short_step(1200), _short_step(250), _short_step(1234)
     ('10k', '1.2k', '250', '1234')
@@ -95,13 +95,13 @@ def _text_name(result: dict[str, Any]) -> str:
 
 
 def _known_text(result: dict[str, Any]) -> str:
-    """The published name of a text, or its file's."""
+    """The published name of a text, or the name of its file."""
     version = result.get("text_version", "unknown")
     return str(version) if version != "unknown" else str(result.get("text_path", "–")).rpartition("/")[2]
 
 
 def _convention(result: dict[str, Any]) -> str:
-    """What a perplexity was measured on and how, in one sentence."""
+    """The convention of a perplexity in one sentence: text, windows, overlap, precision, token and word counts."""
     version = result.get("text_version")
     known = f"{version}, " if version not in (None, "unknown") else ""
     stride, length = result.get("stride"), result.get("seq_length")
@@ -114,7 +114,7 @@ def _convention(result: dict[str, Any]) -> str:
 
 
 def word_tables(runs: list[RunRecord]) -> list[Table]:
-    """Page-wise word and byte perplexity, and LAMBADA, of each run's latest result."""
+    """Page-wise word and byte perplexity, and LAMBADA, from each run's latest result."""
     wanted: dict[str, tuple[str, list[str]]] = {
         "wikitext103_pages": (
             "WikiText page by page (as lm-evaluation-harness)",
@@ -155,7 +155,7 @@ def loss_table(runs: list[RunRecord]) -> Table:
         best = test.best()
         if test.steps and run.last_step is not None and test.steps[-1] < run.last_step:
             notes.append(
-                f"{run.label} ended at step {run.last_step:,}, its valid and test losses are of step {test.steps[-1]:,}"
+                f"{run.label} ended at step {run.last_step:,}; its valid and test losses are from step {test.steps[-1]:,}"
             )
         rows.append([run.model, run.label, run.last_step, run.end_train_loss, run.series("valid/loss").last, test.last,
                      best[1] if best else None, best[0] if best else None])  # fmt: skip
@@ -174,7 +174,7 @@ def loss_table(runs: list[RunRecord]) -> Table:
 
 
 def bert_table(runs: list[RunRecord]) -> Table:
-    """The two parts of BERT's test loss, and how often each was right."""
+    """The two parts of BERT's test loss, and the share of right answers of each."""
     keys = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
     rows: list[list[Cell]] = [
         [run.model, run.label, *(run.series(f"test/{key}").last for key in keys)]
@@ -209,9 +209,7 @@ def ratio_table(runs: list[RunRecord]) -> Table:
         columns=columns,
         rows=rows,
         formats={"√d": ",.1f", "r first": ",.1f", "r last": ",.1f", "min r/√d": ".3f", "max r/√d": ".3f"},
-        notes=[
-            "a gradient that is nothing but Gaussian noise has r = 0.798 √d: read r with the number of batches averaged"
-        ],
+        notes=["a gradient of pure Gaussian noise has r = 0.798 √d: judge r by the number of batches averaged"],
     )
 
 
@@ -231,9 +229,7 @@ def cost_table(runs: list[RunRecord]) -> Table:
         columns=["model", "optimizer", "d", "processes", "device", "tokens/s", "MFU", "memory (GiB)", "training hours"],
         rows=rows,
         formats={"tokens/s": ",.0f", "MFU": ".1%", "memory (GiB)": ".2f", "training hours": ",.2f"},
-        notes=[
-            "tokens/s and MFU: median of the logged values, all processes together; memory: largest on the first process"
-        ],
+        notes=["tokens/s and MFU: median of the logged values, over all processes; memory: peak of the first process"],
     )
 
 
@@ -242,7 +238,7 @@ def _median(series: Series) -> float | None:
 
 
 def settings_table(runs: list[RunRecord]) -> Table:
-    """The settings in which the runs differ: a column a run, or a row where there are many."""
+    """The settings in which the runs differ: one column per run, or one row per run if there are many."""
     keys = differing_settings(runs)
     if len(runs) > MOST_COLUMNS:
         columns = ["model", "optimizer", *keys]
@@ -256,7 +252,7 @@ def settings_table(runs: list[RunRecord]) -> Table:
     return Table(slug="settings", title="Settings that differ", columns=columns, rows=rows)
 
 
-# What environment.json and run.json say that may explain a difference between runs.
+# Entries of environment.json and run.json that may explain a difference between runs.
 _ENVIRONMENT = {
     "megatron_lion": "megatron-lion", "git": "git", "python": "Python", "packages.torch": "torch",
     "packages.megatron-core": "megatron-core", "packages.triton": "triton", "packages.transformer-engine": "transformer-engine",
@@ -265,7 +261,7 @@ _ENVIRONMENT = {
 
 
 def environment_table(runs: list[RunRecord]) -> Table:
-    """Versions, hardware and data: each value with the runs that had it."""
+    """Versions, hardware and data: each value with the runs that have it."""
     rows: list[list[Cell]] = []
     for key, name in _ENVIRONMENT.items():
         having: dict[str, list[str]] = {}

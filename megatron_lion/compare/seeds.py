@@ -1,4 +1,4 @@
-"""Several seeds of one setting: mean, bootstrap interval, and a plain sentence about each gap."""
+"""Statistics over seeds: mean, bootstrap interval, and a sentence on each gap between settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 EXACT_UP_TO = 5_000
 MAX_SENTENCES = 10
-"""Of a measure; more than these nobody reads."""
+"""Largest number of sentences on all pairs of a measure; above it, settings are compared with the lowest only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Interval:
     """A mean and its bootstrap interval; the ends are None for a single value.
 
     Attributes:
-        mean: of the values, or the gap of two means.
+        mean: mean of the values, or difference of two means.
         low, high: ends of the interval.
-        p_value: of a gap: how often shuffling the seeds between the two sides gives one as large.
+        p_value: for a gap, the share of reassignments of the seeds to the two sides that give a gap as large.
     """
 
     mean: float
@@ -38,7 +38,7 @@ class Interval:
 
 
 def bootstrap(values: list[float], resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
-    """Percentile bootstrap of the mean; the same numbers every time.
+    """Percentile bootstrap of the mean; the random seed is fixed, so equal values give equal intervals.
 
     >>> bootstrap([1.0]).low, bootstrap([1.0, 1.0, 1.0]).low, bootstrap([1.0, 3.0]).high
     (None, 1.0, 3.0)
@@ -51,7 +51,7 @@ def bootstrap(values: list[float], resamples: int = RESAMPLES, level: float = LE
 
 
 def bootstrap_gap(a: list[float], b: list[float], resamples: int = RESAMPLES, level: float = LEVEL) -> Interval:
-    """Percentile bootstrap of mean(a) - mean(b), both resampled by themselves."""
+    """Percentile bootstrap of mean(a) - mean(b), each side resampled independently."""
     if len(a) < 2 or len(b) < 2:
         return Interval(mean=fmean(a) - fmean(b), low=None, high=None)
     draw = random.Random(0)
@@ -65,9 +65,9 @@ def _interval(mean: float, ordered: list[float], level: float) -> Interval:
 
 
 def permutation_p(a: list[float], b: list[float]) -> float:
-    """Two-sided permutation test of equal means: exact up to 5,000 ways to deal the values out, sampled beyond.
+    """Two-sided permutation test of equal means: exact up to 5,000 assignments of values to sides, sampled above.
 
-    Two seeds against two can never get below 1/3, three against three not below 1/10.
+    With two seeds a side p cannot fall below 1/3, with three a side not below 1/10.
 
     >>> round(permutation_p([1.0, 1.1], [2.0, 2.1]), 3), permutation_p([1.0, 1.1, 1.2], [2.0, 2.1, 2.2])
     (0.333, 0.1)
@@ -77,17 +77,18 @@ def permutation_p(a: list[float], b: list[float]) -> float:
 
     def as_large(chosen: Iterable[float]) -> bool:
         part = sum(chosen)
+        # The observed assignment must count itself although its sums round differently: 1e-12 covers that.
         return abs(part / len(a) - (total - part) / len(b)) >= observed - 1e-12 * abs(total)
 
     if math.comb(len(pooled), len(a)) <= EXACT_UP_TO:
         return fmean(map(as_large, combinations(pooled, len(a))))
     draw = random.Random(0)
     hits = sum(as_large(draw.sample(pooled, len(a))) for _ in range(RESAMPLES))
-    return (hits + 1) / (RESAMPLES + 1)
+    return (hits + 1) / (RESAMPLES + 1)  # the observed assignment counts as one draw, so p is never zero
 
 
 def seed_groups(runs: list[RunRecord]) -> dict[tuple[str, ...], list[RunRecord]]:
-    """Runs that differ in their seed alone, grouped, in the order given."""
+    """Groups of runs that differ only in their seed, in the order given."""
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(group_key(run), []).append(run)
@@ -104,7 +105,7 @@ def _log_ppl(run: RunRecord, key: tuple[object, ...]) -> float | None:
 
 
 def seeds_table(runs: list[RunRecord]) -> Table | None:
-    """Final test loss and zero-shot log perplexity by setting; None unless some setting has several seeds."""
+    """Final test loss and zero-shot log perplexity by setting, or None if no setting has several seeds."""
     groups = seed_groups(runs)
     if max(map(len, groups.values()), default=0) < 2:
         return None
@@ -129,7 +130,7 @@ def seeds_table(runs: list[RunRecord]) -> Table | None:
             notes += [f"{model}, {name}: {text}" for text in verdicts(named)]
     notes.append(
         f"{LEVEL:.0%} percentile bootstrap over seeds, {RESAMPLES:,} resamples; with fewer than about five seeds "
-        "such an interval is as a rule too narrow, so that a gap must also pass a permutation test"
+        "such an interval is usually too narrow, so a gap must also pass a permutation test"
     )
     return Table(
         slug="seeds",
@@ -142,10 +143,10 @@ def seeds_table(runs: list[RunRecord]) -> Table | None:
 
 
 def verdicts(values: dict[str, list[float]]) -> list[str]:
-    """A sentence for each pair of settings, or, where that would be many, for each against the one of the lowest mean.
+    """A sentence for each pair of settings; with more than `MAX_SENTENCES` pairs, for each against the lowest mean.
 
     Args:
-        values: of one measure by setting, one a seed.
+        values: values of one measure by setting, one value per seed.
     """
     pairs = [(a, b) for a, b in combinations(values, 2) if max(len(values[a]), len(values[b])) > 1]
     singles = []
@@ -161,7 +162,7 @@ def verdicts(values: dict[str, list[float]]) -> list[str]:
 
 
 def _measures(runs: list[RunRecord]) -> dict[str, Callable[[RunRecord], float | None]]:
-    """The final test loss, and the log perplexity by the convention most results share."""
+    """The final test loss, and the log perplexity under the convention that most runs share."""
     measures: dict[str, Callable[[RunRecord], float | None]] = {"final test loss": _test_loss}
     key = main_evaluation_key(runs)
     if key is not None:
@@ -170,21 +171,21 @@ def _measures(runs: list[RunRecord]) -> dict[str, Callable[[RunRecord], float | 
 
 
 def group_label(groups: dict[tuple[str, ...], list[RunRecord]], key: tuple[str, ...]) -> str:
-    """What a setting is called: its runs' label without the seed."""
+    """Name of a setting: the label of its runs without the seed."""
     label = groups[key][0].label
     words = [word for word in label.split(" ") if not word.startswith("seed=")]
     return " ".join(words)
 
 
 def sentence(a: str, b: str, gap: Interval) -> str:
-    """Says whether a gap a - b is larger than the scatter of the seeds; smaller is better.
+    """A sentence on whether the gap a - b exceeds the scatter of the seeds; smaller values are better.
 
     >>> sentence("LION", "SGD", Interval(mean=-0.5, low=-0.6, high=-0.4, p_value=0.008))
     'LION is 0.500 below SGD, outside the noise of the seeds (interval -0.600 to -0.400, p = 0.008).'
     >>> sentence("LION", "AdamW", Interval(mean=-0.01, low=-0.03, high=0.02, p_value=0.5))
     'the gap of 0.010 between LION and AdamW is inside the noise of the seeds (interval -0.030 to +0.020): no winner.'
     >>> sentence("LION", "AdamW", Interval(mean=-0.5, low=-0.6, high=-0.4, p_value=0.333))
-    'LION is 0.500 below AdamW, but so few seeds cannot tell that from chance (permutation p = 0.333).'
+    'LION is 0.500 below AdamW, but with so few seeds that may be chance (permutation p = 0.333).'
     """
     if gap.low is None or gap.high is None or gap.p_value is None:
         return (
@@ -195,5 +196,5 @@ def sentence(a: str, b: str, gap: Interval) -> str:
         return f"the gap of {abs(gap.mean):.3f} between {a} and {b} is inside the noise of the seeds ({interval}): no winner."
     apart = f"{a} is {abs(gap.mean):.3f} {'below' if gap.mean < 0 else 'above'} {b}"
     if gap.p_value > 1 - LEVEL:
-        return f"{apart}, but so few seeds cannot tell that from chance (permutation p = {gap.p_value:.3f})."
+        return f"{apart}, but with so few seeds that may be chance (permutation p = {gap.p_value:.3f})."
     return f"{apart}, outside the noise of the seeds ({interval}, p = {gap.p_value:.3f})."

@@ -12,11 +12,11 @@ from megatron_lion.runs.record import RunRecord, read_run
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """Reads several run folders and gives each a label of its own.
+    """Reads several run folders and gives each a unique label.
 
     Raises:
         ConfigError: no folder, or one folder twice.
-        CheckpointError: a folder is no run, or the runs have nothing in common.
+        CheckpointError: a folder is not a run, or the runs have nothing in common.
     """
     if not folders:
         raise ConfigError("no run folder given; type: megatron-lion compare RUN RUN …")
@@ -30,7 +30,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def _need_common_ground(runs: list[RunRecord]) -> None:
-    """Refuses runs of which no two share a model, a tokenizer or an evaluated text."""
+    """Raises CheckpointError if no two runs share a model, a tokenizer or an evaluated text."""
     if len(runs) < 2:
         return
     seen: list[tuple[Any, ...]] = []
@@ -47,13 +47,13 @@ def _need_common_ground(runs: list[RunRecord]) -> None:
 
 
 def evaluation_key(result: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for results of the same text under the same convention."""
+    """A key that is equal for results on the same text under the same convention."""
     keys = ("kind", "text_sha256", "stride", "seq_length", "precision", "max_tokens")
     return tuple(result.get(key) for key in keys)
 
 
 def evaluation_keys(runs: Sequence[RunRecord]) -> list[tuple[Any, ...]]:
-    """The texts and conventions by which runs have token perplexities: WikiText-103 first, whole texts, short strides."""
+    """Keys of all token perplexities of the runs; WikiText-103, whole texts and short strides come first."""
     found = {
         evaluation_key(r): (r["kind"] != "wikitext103", r.get("max_tokens") is not None, r.get("stride") or 0)
         for run in runs
@@ -64,7 +64,7 @@ def evaluation_keys(runs: Sequence[RunRecord]) -> list[tuple[Any, ...]]:
 
 
 def main_evaluation_key(runs: Sequence[RunRecord]) -> tuple[Any, ...] | None:
-    """The convention that most runs were evaluated by, the first of `evaluation_keys` among equals."""
+    """The convention under which most runs were evaluated; the first of `evaluation_keys` if tied, None without any."""
     keys = evaluation_keys(runs)
     having = {key: sum(any(evaluation_key(r) == key for r in run.evaluations) for run in runs) for key in keys}
     return max(keys, key=lambda key: having[key]) if keys else None

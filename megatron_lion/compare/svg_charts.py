@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that follow the page's light or dark colours and stay readable on a phone."""
+"""Line charts as inline SVG: they follow the page's light or dark colours and are readable on a phone."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from megatron_lion.compare.axis_ticks import log_ticks, short, ticks
 from megatron_lion.compare.panels import Curve, Panel
 
-# Drawn this small so that at a phone's width nothing shrinks below a readable size.
+# A small drawing area, because the SVG is scaled to the page: on a phone the text must not shrink to unreadable.
 WIDTH, HEIGHT = 460, 330
 LEFT, TOP, BOTTOM = 56, 50, 44
 LABEL_HEIGHT = 15
-LABEL_ADVANCE = 9.2  # pixels a character takes at most on average, in the widest of the fonts the page asks for
+LABEL_ADVANCE = 9.2  # largest average width of a character in pixels, in the widest font that the page names
 MAX_LABEL = 20
 MAX_POINTS = 300
 MARKED_SIZE = 3
@@ -21,7 +21,7 @@ MARKED_SIZE = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The plotting area of a panel and how data units map to it; the limits are in units of the axes."""
+    """The plotting area of a panel and the mapping from data to pixels; the limits are in units of the axes."""
 
     panel: Panel
     x_low: float
@@ -31,21 +31,21 @@ class Frame:
     edge: float
 
     def x(self, value: float) -> float:
-        """Horizontal place of a value."""
+        """Horizontal pixel of a value."""
         return LEFT + (self.panel.along(value) - self.x_low) / (self.x_high - self.x_low) * (self.edge - LEFT)
 
     def y(self, value: float) -> float:
-        """Vertical place of a value."""
+        """Vertical pixel of a value."""
         return self.at(self.panel.height(value))
 
     def at(self, height: float) -> float:
-        """Vertical place of a point of the axis, kept inside it: single values behind a mean may lie beyond."""
+        """Vertical pixel of a height in units of the axis, clamped to the area: single seeds may exceed the limits."""
         inside = min(max(height, self.y_low), self.y_high)
         return TOP + (self.y_high - inside) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
 
 
 def chart(panel: Panel) -> str:
-    """One panel as an `<svg>` element; its classes are styled by `report.STYLE`, its values are tooltips."""
+    """One panel as an `<svg>` element; `html_report.STYLE` styles its classes, and its values are tooltips."""
     names = [_fitted(curve.label) for curve in panel.named]
     dashed = any(curve.dash for curve in panel.named)
     beside = max(map(len, names), default=0) * LABEL_ADVANCE + (42 if dashed else 20)
@@ -103,18 +103,18 @@ def _curve(curve: Curve, frame: Frame) -> str:
 
 
 def _points(x: Sequence[float], y: Sequence[float], frame: Frame) -> str:
-    """Corner points of a line, thinned to what can be seen; the first and the last always stay."""
+    """Corner points of a line, thinned to what is visible; the first and the last are always kept."""
     pairs = list(zip(x, y, strict=True))
     stride = -(-len(pairs) // MAX_POINTS)
     kept = pairs[::stride]
     if kept[-1] != pairs[-1]:
         kept.append(pairs[-1])
-    right = frame.x_high  # a seed may have gone on where the others, and their mean, end
+    right = frame.x_high  # a seed may have more steps than the mean, which ends with the shortest
     return " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in kept if frame.panel.along(a) <= right)
 
 
 def _label(curve: Curve, y: float, frame: Frame, dashed: bool) -> str:
-    """The curve's name at its end, with a sample of its line where dashes tell curves apart."""
+    """The curve's name at its end, with a sample of its line if the panel has dashed curves."""
     sample, x = "", frame.edge + 8
     if dashed:
         dash = f' stroke-dasharray="{" ".join(map(str, curve.dash))}"' if curve.dash else ""
@@ -124,5 +124,5 @@ def _label(curve: Curve, y: float, frame: Frame, dashed: bool) -> str:
 
 
 def _fitted(label: str) -> str:
-    """A label short enough to leave room for the curves; the report's tables have the whole of it."""
+    """A label cut to leave room for the curves; the report's tables show it in full."""
     return label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…"

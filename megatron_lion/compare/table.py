@@ -1,4 +1,4 @@
-"""A table of numbers and its forms: terminal, Markdown, CSV, LaTeX, HTML. Cells keep full precision until shown."""
+"""Tables of numbers and their output as terminal text, Markdown, CSV, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ MISSING = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A titled table.
+    """A titled table; cells keep full precision until they are shown.
 
     Attributes:
-        slug: name of its CSV file.
-        title: one line.
-        columns: headings; the first columns that hold text are left-aligned.
-        rows: cells; None where there is no value.
-        formats: how numbers of a column are shown, as in format(); by heading, ",.4g" otherwise.
+        slug: name of the CSV file.
+        title: title, one line.
+        columns: headings; columns that hold text are left-aligned.
+        rows: cells of each row; None for a missing value.
+        formats: format specification of numbers by heading; ",.4g" by default.
         notes: sentences below the table.
-        best: headings whose smallest value is marked within rows that agree in the first column.
+        best: headings whose smallest value is marked among the rows that agree in the first column.
     """
 
     slug: str
@@ -37,7 +37,7 @@ class Table:
     best: list[str] = field(default_factory=list)
 
     def shown(self, column: int, cell: Cell) -> str:
-        """A cell as people read it."""
+        """The text of a cell."""
         if cell is None:
             return MISSING
         if isinstance(cell, str):
@@ -51,7 +51,7 @@ class Table:
         return any(isinstance(row[column], str) for row in self.rows)
 
     def is_best(self, row: int, column: int) -> bool:
-        """Whether a cell is the smallest of its column in its group, where the group's are not all the same."""
+        """Whether a cell is the smallest of its column in its group; False if the group's values are all equal."""
         if self.columns[column] not in self.best:
             return False
         group = [r[column] for r in self.rows if r[0] == self.rows[row][0]]
@@ -60,7 +60,7 @@ class Table:
 
 
 def _markdown_cell(text: str) -> str:
-    """A cell that ends neither its column nor its row; other Markdown in it keeps its meaning.
+    """Escapes what would end the cell's column or row; other Markdown keeps its meaning.
 
     Renderers disagree on whether a backslash before an escaped bar escapes the bar, so such backslashes are doubled.
     """
@@ -69,18 +69,18 @@ def _markdown_cell(text: str) -> str:
 
 
 def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[str]], alignment: str = "") -> str:
-    r"""GitHub's table form of cells that are text already; bars and line breaks in cells are escaped.
+    r"""A GitHub Markdown table of text cells; bars and line breaks in cells are escaped.
 
     Args:
         columns: headings.
-        rows: as many cells each as there are headings.
-        alignment: a letter for each column, "l" or "r"; all left by default.
+        rows: cells of each row, as many as there are headings.
+        alignment: one letter per column, "l" or "r"; all left by default.
 
     Returns:
         The lines, without a line break at the end.
 
     Raises:
-        ValueError: a row or the alignment has another length than the headings.
+        ValueError: a row or the alignment differs from the headings in length.
 
     Example:
         >>> print(markdown_grid(["what", "value"], [["|z|", "1.5"]], "lr"))
@@ -97,7 +97,7 @@ def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[str]], alignme
 
 
 def to_markdown(table: Table) -> str:
-    """GitHub's table form, title and notes included; the best value of a group is bold."""
+    """A GitHub Markdown table with title and notes; the best value of a group is bold."""
 
     def cell(row: int, column: int) -> str:
         text = table.shown(column, table.rows[row][column])
@@ -113,7 +113,7 @@ def to_markdown(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Comma-separated values in full precision, empty where there is no value."""
+    """Comma-separated values in full precision; a missing value is an empty field."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(table.columns)
@@ -127,7 +127,7 @@ _LATEX = str.maketrans({"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\
 
 
 def to_latex(table: Table) -> str:
-    r"""A `table` environment with \toprule and its like (needs booktabs)."""
+    r"""A LaTeX `table` environment with \toprule, \midrule and \bottomrule (needs booktabs)."""
     columns = range(len(table.columns))
 
     def cell(row: int, column: int) -> str:
@@ -151,10 +151,10 @@ def to_latex(table: Table) -> str:
 
 
 def to_html(table: Table) -> str:
-    """A section with the table in a box that scrolls sideways on a narrow screen, its first column staying in view.
+    """A section with the table in a box that scrolls sideways on a narrow screen; the first column stays visible.
 
-    A leading column "model" becomes headings between the rows, or nothing where there is one model, so that a phone has
-    room for what is compared.
+    A first column "model" becomes headings between the rows, or is omitted if there is one model: a phone needs the
+    room for the values.
     """
     grouped = table.columns[0] == "model"
     several = len({row[0] for row in table.rows}) > 1
@@ -184,7 +184,7 @@ def to_html(table: Table) -> str:
 
 
 def to_rich(table: Table) -> Any:
-    """A rich table for the terminal, without title and notes, which may be wider than it."""
+    """A rich table for the terminal, without title and notes, which may be wider than the table."""
     from rich.table import Table as RichTable
     from rich.text import Text
 

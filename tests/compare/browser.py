@@ -1,4 +1,4 @@
-"""A headless Chromium that looks at a page on the disk; nothing reaches a network."""
+"""A headless Chromium that renders a page from disk; it has no network access."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NARROWEST = 500
-"""A window cannot be narrower than this; a phone's page is looked at inside a frame."""
+"""Smallest width of a window in pixels; a narrower page is rendered inside a frame."""
 
-# Told to the frame around the page, or to its title: is it wider than the window? which texts leave their chart? which
-# charts are displayed? The page itself holds no script and forbids them, so the copy that is measured has no policy.
+# Reports the page's width, the texts that leave their chart or overlap, and the displayed charts, to the surrounding
+# frame or in the title. The page's policy forbids scripts, so the measured copy has no policy.
 _MEASURE = """<script>
 const shown = [...document.querySelectorAll('svg.chart')].filter(svg => svg.getClientRects().length);
 const cut = shown.flatMap(svg => [...svg.querySelectorAll('text')].filter(text => {
@@ -37,22 +37,22 @@ _POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
 
 @dataclass(frozen=True)
 class Browser:
-    """Chromium with a profile of its own.
+    """Chromium with a temporary profile.
 
     Attributes:
-        folder: where it may write.
+        folder: folder for the profile and the pictures.
     """
 
     folder: Path
 
     def screenshot(self, page: Path, width: int, height: int, *, dark: bool = False) -> Path:
-        """A picture of a page as it lies on the disk."""
+        """A picture of a page, rendered from the unchanged file."""
         shot = self.folder / f"{page.stem}-{width}{'-dark' if dark else ''}.png"
         self._run(self._framed(page, width, height, ""), width, height, dark, f"--screenshot={shot}")
         return shot
 
     def measure(self, page: Path, width: int, height: int) -> str:
-        """JSON of what a copy of the page with a measuring script says of itself."""
+        """JSON with the measurements of `_MEASURE`, from a copy of the page that contains it."""
         copy = self.folder / f"{page.stem}-measured.html"
         copy.write_text(_POLICY.sub("", page.read_text(encoding="utf-8")).replace("</body>", _MEASURE))
         listen = "<script>addEventListener('message', event => { document.title = event.data })</script>"
@@ -62,7 +62,7 @@ class Browser:
         return found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
 
     def _framed(self, page: Path, width: int, height: int, script: str) -> Path:
-        """The page, or a page that holds it in a frame of a phone's width."""
+        """The page, or a page that contains it in a frame of a phone's width."""
         if width >= NARROWEST:
             return page
         frame = self.folder / f"{page.stem}-frame.html"

@@ -1,4 +1,4 @@
-"""Which setting is taken as an optimizer's best, and what is said of the choice."""
+"""The choice of an optimizer's best setting, and its notes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lion.errors import CheckpointError
 
 
 def grid(root: Path, rates: dict[float, float], **settings: object) -> list[Path]:
-    """Runs of LION whose losses lie higher by the value given for their rate."""
+    """Runs of LION whose losses are higher by the offset given for their rate."""
     return [write_run(root / f"lion-{rate:g}", lr=rate, offset=offset, **settings) for rate, offset in rates.items()]  # type: ignore[arg-type]
 
 
@@ -33,7 +33,7 @@ def test_the_lowest_validation_loss_wins_whatever_the_test_loss(tmp_path: Path) 
     lion, sgd = choose_best(read_runs(folders))
     assert [run.folder for run in lion.runs] == [folders[1]]
     assert lion.settings == {"optimizer.lr": 3e-4}
-    assert (lion.tried, lion.notes) == (3, ()), "inside the grid: nothing to say"
+    assert (lion.tried, lion.notes) == (3, ()), "inside the grid: no notes"
     assert (sgd.tried, sgd.notes) == (1, ())
     table = best_table([lion, sgd])
     assert table.rows[0][:5] == ["gpt2-small", "LION", "lr=0.0003", 3, 1]
@@ -78,11 +78,11 @@ def test_a_zero_is_no_edge_and_a_loss_that_is_not_finite_is_no_choice(tmp_path: 
         config.write_text(config.read_text().replace("weight_decay: 0.01", f"weight_decay: {decay}"))
     edit_metrics(folders[0], until=1000, add=({"step": 1000, "valid/loss": 1.0},))
     (note,) = choose_best(read_runs(folders))[0].notes
-    assert "optimizer.lr" in note, "weight_decay 0 is the end of its road"
+    assert "optimizer.lr" in note, "weight_decay 0 cannot be lower"
 
 
 def test_seeds_are_one_setting_and_are_compared_where_all_have_them(tmp_path: Path) -> None:
-    """Two more seeds of the best, both unlucky, do not change the choice: the others were not asked for theirs."""
+    """Two more seeds of the best, both worse, do not change the choice: settings are compared over common seeds."""
     folders = [write_run(tmp_path / f"a{seed}", lr=1e-3, seed=seed, offset=0.5 * (seed > 1)) for seed in (1, 2, 3)]
     folders += [
         write_run(tmp_path / "b1", lr=3e-4, seed=1, offset=0.1),

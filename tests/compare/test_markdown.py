@@ -1,4 +1,4 @@
-"""Markdown tables: whatever a cell holds, renderers find the same columns; and there is one place that writes them."""
+"""Markdown tables: renderers find the same columns for any cell text, and one function writes all tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ widths = st.integers(1, 4)
 
 
 def grids() -> st.SearchStrategy[list[list[str]]]:
-    """A heading and up to three rows of one width; the last column is there to be found again."""
+    """A heading and up to three rows of equal width; the last column has a known text, by which a test finds it."""
     lines = widths.flatmap(
         lambda width: st.lists(st.lists(cells, min_size=width, max_size=width), min_size=1, max_size=4)
     )
@@ -31,7 +31,7 @@ def grids() -> st.SearchStrategy[list[list[str]]]:
 
 
 def rendered(text: str) -> list[list[str]]:
-    """The cells of the one table of a document, as markdown-it finds them."""
+    """The cells of a document's only table, parsed by markdown-it."""
     tokens = RENDERER.parse(text)
     assert [token.type for token in tokens if token.level == 0] == ["table_open", "table_close"], text
     lines: list[list[str]] = []
@@ -44,7 +44,7 @@ def rendered(text: str) -> list[list[str]]:
 
 
 def split_with_escapes(line: str) -> list[str]:
-    """Cells under the other reading of backslashes (micromark): each escapes the bar or backslash that follows it."""
+    """Cells under micromark's rule: a backslash escapes the bar or backslash that follows it."""
     inside = line.removeprefix("|").removesuffix("|")
     return re.findall(r"(?:^|(?<=\|))((?:\\[\\|]|[^|])*)(?:\||$)", inside)
 
@@ -120,5 +120,5 @@ def test_markdown_tables_are_built_in_one_place() -> None:
     paths = sorted([*(REPO / "megatron_lion").rglob("*.py"), *(REPO / "benchmarks").rglob("*.py")])
     table = REPO / "megatron_lion" / "compare" / "table.py"
     found = {path: hand_built(path.read_text(encoding="utf-8")) for path in paths}
-    assert found.pop(table), "the search finds the one that there is"
+    assert found.pop(table), "the search must find the known table"
     assert {str(path.relative_to(REPO)): lines for path, lines in found.items() if lines} == {}

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing cut, nothing wider than a phone, light and dark, and nothing fetched."""
+"""The report in a real browser: no cut text, no sideways scrolling on a phone, light and dark, no requests."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def test_a_gap_is_called_noise_only_where_it_is() -> None:
     far = bootstrap_gap([1.00, 1.05, 0.95], [2.01, 1.97, 2.03])
     assert near.low < 0 < near.high
     assert far.high < 0
-    assert far.p_value == 0.1  # 2 of the 20 ways to deal six values out
+    assert far.p_value == 0.1  # 2 of the 20 assignments of six values to two sides
     assert "so few seeds" in sentence("A", "B", far)
     assert "no winner" in sentence("A", "B", near)
     enough = bootstrap_gap([1.0, 1.1, 0.9, 1.05], [2.0, 2.1, 1.9, 2.05])
@@ -207,7 +207,7 @@ def test_png_figures_are_written_without_a_display(runs: list[RunRecord], tmp_pa
 
 
 class Page(HTMLParser):
-    """Collects what a page would fetch, and checks that its elements close in order."""
+    """Collects the addresses that a page would fetch, and checks that its elements close in order."""
 
     VOID = ("meta", "br", "img", "link", "input")
 

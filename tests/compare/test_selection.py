@@ -1,4 +1,4 @@
-"""Which runs may be compared, and how they are called."""
+"""The runs that may be compared, and their labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of a comparison and their written forms."""
+"""Tables of a comparison and their output formats."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_loss_measured_long_before_does_not_stand_for_a_later_one(tmp_path: Pa
     tables = by_slug(build_tables(read_runs(folders)))
     lion, sgd = (row[2:] for row in tables["loss-by-step"].rows)
     assert tables["loss-by-step"].columns[2:] == ["400", "1k"]
-    assert lion[0] is None, "its last measurement before was at the start"
+    assert lion[0] is None, "its only earlier measurement is the one at the start"
     assert None not in (lion[1], *sgd)
 
 
