@@ -1,1 +1,1 @@
-"""The bounds of the convergence theory, rate constants and the two-dimensional toy problem."""
+"""The bounds of the convergence theory, rate constants, and estimates of L, σ² and Δ from runs."""

@@ -1,4 +1,4 @@
-"""What Corollary 3 would choose for a run of K steps, and how far that is from what people train with."""
+"""Corollary 3's choice of β and η for a run of K steps, and the L that a run's own settings imply."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ from megatron_lion.theory.bounds import (
 from megatron_lion.theory.symbols import require_positive
 
 HONESTY = (
-    "Corollary 3 sets c1 = c2, that is beta1 = beta2 (Signum): it does not explain why LION with beta1 < "
-    "beta2 does "
-    "better. In the inequality of its proof every beta1 >= beta2 gives the same bound and beta1 < beta2 a "
-    "larger one.",
-    "The corollary balances an upper bound over all functions with these L, sigma and Delta. Its eta is no "
-    "tuned "
-    "learning rate: it grows with Delta^(3/4) and falls with L^(-1/4), and it knows no warm-up or decay.",
-    "sigma^2 and L seen along a run are not above the suprema that the assumptions ask for, so K_min and the "
-    "bound "
+    "Corollary 3 sets c1 = c2, that is beta1 = beta2 (Signum): it does not explain why LION with beta1 < beta2 is "
+    "better. In the inequality of its proof every beta1 >= beta2 gives the same bound, and beta1 < beta2 a larger one.",
+    "The corollary balances an upper bound over all functions with these L, sigma and Delta. Its eta is not a tuned "
+    "learning rate: it grows with Delta^(3/4), falls with L^(-1/4), and has no warm-up or decay.",
+    "sigma^2 and L measured along a run are lower bounds on the suprema in the assumptions, so K_min and the bound "
     "are estimates.",
 )
+"""Printed below the table: the limits of what Corollary 3 says about training."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +33,18 @@ class Advice:
 
     Attributes:
         K: steps.
-        L: smoothness.
-        noise_variance: σ².
-        gap: Δ.
+        L: smoothness (loss/θ²).
+        noise_variance: σ² (loss²/θ²).
+        gap: Δ (loss).
         d: dimension.
-        beta: β₁ = β₂ = 1 − √(LΔ)/(σ√K); None where it would be negative (K < LΔ/σ²).
+        beta: β₁ = β₂ = 1 − √(LΔ)/(σ√K), or None if it would be negative (K < LΔ/σ²).
         lr: η = c₃/(√d K^¾).
         k_min: K_min.
         holds: K ≥ K_min.
         bound: 15 √d K^{−¼}(σ²LΔ)^¼, a bound on the mean KKT residual only if `holds`.
         tight_bound: the right side of the inequality in the proof at the same settings; a bound only if
             `holds`.
-        smallest_bound: the same at the constants that make its K^{−¼} part smallest.
+        smallest_bound: the same right side at `smallest_constants`, which minimise its K^{−¼} part.
     """
 
     K: int
@@ -84,6 +81,8 @@ def advise(K: int, *, L: float, noise_variance: float, gap: float, d: int) -> Ad
         >>> advice = advise(2000, L=7, noise_variance=2, gap=120, d=2)
         >>> round(advice.k_min), advice.holds, round(advice.beta, 3), round(advice.lr, 4)
         (420, True, 0.542, 0.0443)
+
+    Source: Corollary 3 of Dong, Li, Lin, arXiv 2411.07724.
     """
     for name, value in (("K", K), ("L", L), ("noise_variance", noise_variance), ("gap", gap), ("d", d)):
         require_positive(name, value)
@@ -105,7 +104,7 @@ def advise(K: int, *, L: float, noise_variance: float, gap: float, d: int) -> Ad
         beta=beta if beta >= 0 else None,
         lr=float(constants.c3) / (math.sqrt(d) * K**0.75),
         k_min=least,
-        holds=least * (1 - 1e-12) <= K,
+        holds=least * (1 - 1e-12) <= K,  # K_min is rounded: K = K_min must hold
         bound=float(corollary3(K, L=L, sigma=sigma, gap=gap, d=d, below_k_min=True)),
         tight_bound=tight,
         smallest_bound=best,
@@ -114,7 +113,7 @@ def advise(K: int, *, L: float, noise_variance: float, gap: float, d: int) -> Ad
 
 @dataclass(frozen=True)
 class Implied:
-    """The L for which Corollary 3 would have chosen what a run used; the two agree if the run followed it.
+    """The L for which Corollary 3 would have chosen a run's settings; both values agree if the run followed it.
 
     Attributes:
         from_beta2: L = (σ(1 − β₂)√K)²/Δ.
@@ -126,7 +125,7 @@ class Implied:
 
 
 def implied_smoothness(K: int, *, beta2: float, lr: float, noise_variance: float, gap: float, d: int) -> Implied:
-    """Undoes Corollary 3 for L, once from β₂ and once from η.
+    """Solves Corollary 3 for L, once from β₂ and once from η.
 
     Raises:
         ValueError: a number outside its range.
@@ -147,7 +146,7 @@ def implied_smoothness(K: int, *, beta2: float, lr: float, noise_variance: float
 
 
 def advice_table(rows: Sequence[tuple[str, Advice]]) -> str:
-    """Markdown: one line for each labelled scenario."""
+    """Markdown table with one row for each labelled scenario."""
     columns = ["scenario", "L", "σ²", "Δ", "β₁ = β₂", "η", "K_min", "K ≥ K_min", "bound on mean R", "tight form"]
     cells = [
         [

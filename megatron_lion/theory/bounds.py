@@ -13,7 +13,7 @@ Symbols (all functions take them by these names):
 | c₁ c₂ c₃ | `c1 c2 c3`        | β₁ = 1 − c₁/√K, β₂ = 1 − c₂/√K, η = c₃/(√d K^¾)                  | 1, 1, θ |
 | λ        | `weight_decay`    | the box is ‖θ‖∞ ≤ 1/λ                                            | 1/θ     |
 
-Numbers or numpy arrays are taken alike and broadcast, so that a curve against K is one call.
+Arguments are numbers or numpy arrays, which broadcast: a curve against K takes one call.
 
 Source: Dong, Li, Lin, "Convergence Rate Analysis of LION" (arXiv 2411.07724).
 """
@@ -41,12 +41,12 @@ def any_settings(
     d: ArrayLike,
     first_error: ArrayLike | None = None,
 ) -> Array:
-    """The bound before the proof puts in its choice of β₁, β₂ and η: true for the settings a run really has.
+    """The bound before the proof inserts its choice of β₁, β₂ and η; valid for any settings of a run.
 
     (1/K) Σ_{k≤K} E[λ⟨∇f(θ^k), θ^k⟩ + ‖∇f(θ^k)‖₁] ≤ Δ/(Kη) + 2√d · Lemma6(K) + 2dLη
 
-    Theorem 2 is this line with β₁ = 1 − c₁/√K, β₂ = 1 − c₂/√K, η = c₃/(√d K^¾), after |c₁−c₂| + c₁ ≤ 2c₁ +
-    c₂. Unlike Corollary 3 it may be drawn against K for one run with fixed settings.
+    Theorem 2 is this inequality with β₁ = 1 − c₁/√K, β₂ = 1 − c₂/√K, η = c₃/(√d K^¾) and |c₁−c₂| + c₁ ≤ 2c₁ + c₂.
+    Unlike Corollary 3 it can be drawn against K for one run with fixed settings.
 
     Args: as `lemma6`, and gap: Δ.
 
@@ -132,10 +132,10 @@ def theorem4(
     radius: float,
     tight: bool = False,
 ) -> Terms:
-    """Theorem 4: the right side of Theorem 2 bounds (1/2K) Σ_{k≤K} E‖∇f(θ^k)‖₁ when the box is never near.
+    """Theorem 4: the right side of Theorem 2 bounds (1/2K) Σ_{k≤K} E‖∇f(θ^k)‖₁ if θ stays away from the box.
 
     Args: as `theorem2`, and
-        weight_decay: λ; 0 is allowed here, the box is then all of space.
+        weight_decay: λ; 0 is allowed here: the box is then all of space.
         radius: C with ‖θ^k‖∞ ≤ C for every k.
 
     Raises:
@@ -148,20 +148,19 @@ def theorem4(
     require_positive("radius", radius)
     if weight_decay > 1 / (2 * radius) * (1 + 1e-12):
         raise ValueError(
-            f"weight_decay = {weight_decay:g}: Theorem 4 needs weight_decay <= 1/(2 radius) = "
-            f"{1 / (2 * radius):g} "
+            f"weight_decay = {weight_decay:g}: Theorem 4 needs weight_decay <= 1/(2 radius) = {1 / (2 * radius):g} "
             f"for radius = {radius:g}"
         )
     return theorem2(K, c1=c1, c2=c2, c3=c3, L=L, sigma=sigma, gap=gap, d=d, tight=tight)
 
 
 def corollary3_constants(*, L: ArrayLike, sigma: ArrayLike, gap: ArrayLike) -> Constants:
-    """Corollary 3's choice: c₁ = c₂ = √(LΔ)/σ and c₃ = Δ^¾/(L^¼ σ^½). It has β₁ = β₂.
+    """Corollary 3's choice: c₁ = c₂ = √(LΔ)/σ and c₃ = Δ^¾/(L^¼ σ^½), hence β₁ = β₂.
 
     Raises:
-        ValueError: a number is not positive (σ = 0 has no such choice).
+        ValueError: a number is not positive (the choice does not exist for σ = 0).
 
-    Source: Corollary 3, and Corollary 5 alike.
+    Source: Corollaries 3 and 5.
     """
     L, sigma, gap = require_positive("L", L), require_positive("sigma", sigma), require_positive("gap", gap)
     c = np.sqrt(L * gap) / sigma
@@ -169,10 +168,10 @@ def corollary3_constants(*, L: ArrayLike, sigma: ArrayLike, gap: ArrayLike) -> C
 
 
 def k_min(*, L: ArrayLike, sigma: ArrayLike, gap: ArrayLike) -> Array:
-    """K_min = max{σ⁶/(L³Δ³), LΔ/σ²}, a real number: from here on Corollaries 3 and 5 hold.
+    """K_min = max{σ⁶/(L³Δ³), LΔ/σ²}, a real number; Corollaries 3 and 5 hold for K ≥ K_min.
 
-    The first entry makes the 'start' term, the second the 'step' term no larger than 2 K^{−¼}√d(σ²LΔ)^¼; the
-    second also says that β₁ = β₂ ≥ 0.
+    From the first entry on the 'start' term, and from the second on the 'step' term, is at most
+    2 K^{−¼}√d(σ²LΔ)^¼. The second entry also gives β₁ = β₂ ≥ 0.
 
     Example:
         >>> round(float(k_min(L=7, sigma=2**0.5, gap=120)), 6)
@@ -196,8 +195,8 @@ def corollary3(
 ) -> Array:
     """Corollary 3: (1/K) Σ_{k≤K} E[λ⟨∇f(θ^k), θ^k⟩ + ‖∇f(θ^k)‖₁] ≤ 15 √d K^{−¼} (σ²LΔ)^¼ for K ≥ K_min.
 
-    The 15 is 1 + 2 + 4 + 6 + 2, the five summands of Theorem 2 at Corollary 3's constants. With the |c₁−c₂| +
-    c₁ of the proof the fourth is 2, and the bound holds with 11.
+    The 15 is 1 + 2 + 4 + 6 + 2, the five summands of Theorem 2 at Corollary 3's constants. With the
+    |c₁−c₂| + c₁ of the proof the fourth is 2, and the bound holds with 11.
 
     Args:
         K: steps.
@@ -205,7 +204,7 @@ def corollary3(
         sigma: σ.
         gap: Δ.
         d: dimension.
-        below_k_min: also evaluate the formula where it is no bound, to draw a curve.
+        below_k_min: also evaluate the formula for K < K_min, where it is not a bound, to draw a curve.
 
     Raises:
         ValueError: some K < its K_min and not `below_k_min` (the message names the smallest such K), or a number
@@ -221,7 +220,9 @@ def corollary3(
     least = k_min(L=L, sigma=sigma, gap=gap)
     below = least * (1 - 1e-12) > K
     if not below_k_min and np.any(below):
-        first = np.argmin(np.where(below, K, np.inf))  # K and K_min of one entry: another may have a larger K_min
+        first = np.argmin(
+            np.where(below, K, np.inf)
+        )  # K and K_min of the same entry: arrays of L, σ, Δ have several K_min
         k, needed = (np.broadcast_to(x, below.shape).flat[first] for x in (K, least))
         raise ValueError(f"K = {k:g}: Corollary 3 needs K >= K_min = {math.ceil(needed)}")
     L, sigma, gap = (np.asarray(x, dtype=np.float64) for x in (L, sigma, gap))
@@ -272,11 +273,11 @@ def gap_along_the_way(
 
 
 def smallest_constants(*, L: ArrayLike, sigma: ArrayLike, gap: ArrayLike) -> Constants:
-    """The constants that make the K^{−¼} part of the tight form of Theorem 2 smallest, with c₁ = c₂.
+    """The constants that minimise the K^{−¼} part of the tight form of Theorem 2, with c₁ = c₂.
 
-    c₁ = c₂ = 2√(LΔ)/σ and c₃ = √(Δc₂/(4L)) give 4√2 K^{−¼}√d(σ²LΔ)^¼ = 5.66 …, where Corollary 3's choice
-    gives 7 (1 + 4 + 2) in the same form. Any c₁ ≤ c₂, that is β₁ ≥ β₂, gives the same value; c₁ > c₂, the β₁
-    < β₂ of practice, a larger one.
+    c₁ = c₂ = 2√(LΔ)/σ and c₃ = √(Δc₂/(4L)) give 4√2 = 5.66 times K^{−¼}√d(σ²LΔ)^¼. Corollary 3's choice gives
+    7 (1 + 4 + 2) in the same form. Any c₁ ≤ c₂, that is β₁ ≥ β₂, gives the same value. c₁ > c₂, the β₁ < β₂ of
+    practice, gives a larger one.
 
     Source: minimisation of the inequality (A.1) over c₂ and c₃; not in the paper.
     """

@@ -1,9 +1,8 @@
-"""Estimates of L, σ² and Δ from the records of a run, each with what it assumes.
+"""Estimates of L, σ² and Δ from the records of a run, with the assumptions of each.
 
-None of the three can be measured for sure from norms along one path: Assumptions 1 and 3 speak of all θ, f*
-is unknown, and probes average a finite number of batches. What is given here is therefore labelled as a lower
-bound, an upper bound or an estimate, and `megatron_lion.theory.advice` shows how the answer moves when L is
-larger than its lower bound.
+Norms along one path determine none of the three: Assumptions 1 and 3 concern all θ, f* is unknown, and probes
+average a finite number of batches. Each number is therefore labelled as a lower bound, an upper bound or an
+estimate. `megatron_lion.theory.advice` shows how Corollary 3's choice changes if L exceeds its lower bound.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ from megatron_lion.theory.symbols import Array
 
 @dataclass(frozen=True)
 class VarianceEstimate:
-    """σ² of Assumption 3, at each probe that has training steps beside it.
+    """σ² of Assumption 3 at each probe with training steps nearby; arrays of shape (probes,).
 
     Attributes:
-        steps: probe steps that could be used.
-        values: estimates of E‖g − ∇f‖₂² there.
-        std: standard error of each, from the scatter of the single batches alone.
-        drift: how far ‖∇f‖₂² moved within the window of each, by interpolation between probes.
-        signal_l2_squared: ‖∇f‖₂² there: the probe's squared norm less the noise that is left in it, where that noise is
-            trusted.
+        steps: steps of the probes used.
+        values: estimates of E‖g − ∇f‖₂² at each probe.
+        std: standard error of each, from the scatter of the single batches only.
+        drift: change of ‖∇f‖₂² within the window of each probe, by interpolation between probes.
+        signal_l2_squared: ‖∇f‖₂² at each probe: the probe's squared norm, minus its remaining noise if trusted.
     """
 
     steps: Array
@@ -39,17 +37,17 @@ class VarianceEstimate:
 
     @property
     def trusted(self) -> NDArray[np.bool_]:
-        """Where the estimate exceeds both the drift and two standard errors; elsewhere it is mostly the error."""
+        """Mask of the estimates that exceed both the drift and two standard errors; the others are mostly error."""
         return np.asarray((self.values > self.drift) & (self.values > 2 * self.std))
 
     @property
     def largest(self) -> float:
-        """The largest trusted value, which stands for the supremum of Assumption 3; NaN where none is."""
+        """The largest trusted value, used for the supremum of Assumption 3; NaN if no value is trusted."""
         return float(self.values[self.trusted].max()) if self.trusted.any() else math.nan
 
     @property
     def median(self) -> float:
-        """Median of the trusted values; NaN where none is."""
+        """Median of the trusted values; NaN if no value is trusted."""
         return float(np.median(self.values[self.trusted])) if self.trusted.any() else math.nan
 
 
@@ -58,10 +56,10 @@ class GapEstimate:
     """Δ = f(θ¹) − f*.
 
     Attributes:
-        first_loss: loss of the first probe (nats per token), taken for f(θ¹).
-        first_step: its step; not 0 means that the run had already gone down.
-        low: `first_loss` less the smallest loss probed: no more than Δ, up to the error of two probes.
-        high: `first_loss` itself: no less than Δ, since a cross-entropy is never negative.
+        first_loss: loss of the first probe (nats per token), used as f(θ¹).
+        first_step: step of the first probe; if it is not 0, the loss had already fallen.
+        low: lower bound: `first_loss` minus the smallest probed loss, up to the error of two probes.
+        high: upper bound: `first_loss`, since a cross-entropy is never negative.
     """
 
     first_loss: float
@@ -72,7 +70,7 @@ class GapEstimate:
 
 @dataclass(frozen=True)
 class SmoothnessEstimate:
-    """A number that L is not below, up to the error of the probes.
+    """A lower bound on L, up to the error of the probes.
 
     Attributes:
         low: max over pairs of probes of |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| over an upper bound on ‖θ_a − θ_b‖₂.
@@ -84,25 +82,25 @@ class SmoothnessEstimate:
 
 
 def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: int = 3) -> VarianceEstimate | None:
-    """σ² from the norms of single global batches beside the norm of the probe's mean over B of them.
+    """Estimates σ² from the norms of single global batches and the norm of the probe's mean over B batches.
 
     E‖g‖² = ‖∇f‖² + σ² and E‖ḡ‖² = ‖∇f‖² + σ²/B give the unbiased pair
 
         σ²    = (mean ‖g‖² − ‖ḡ‖²) / (1 − 1/B)
         ‖∇f‖² = ‖ḡ‖² − σ²/B
 
-    where ‖ḡ‖² is interpolated from probe to probe, since ‖∇f‖ moves along the run. Assumes that the probe's batches
+    where ‖ḡ‖² is interpolated between probes, since ‖∇f‖ changes along the run. This assumes that the probe's batches
     are as large as the run's global batches, that ‖∇f‖² is about linear between probes, and that the batches are
-    independent. Training gradients include the dropout's noise, as LION's own g do.
+    independent. Training gradients include the noise of dropout, as LION's g does.
 
     Args:
-        run: with 'optim/grad_l2' (before clipping) and 'probe/grad_l2', 'probe/num_batches'.
-        window: training steps within this distance of a probe count; None takes half the smallest distance
-            between probes, at most 50.
-        at_least: training records that a probe needs beside it.
+        run: records with 'optim/grad_l2' (before clipping), 'probe/grad_l2' and 'probe/num_batches'.
+        window: largest distance in steps between a probe and its training records; by default half the smallest
+            distance between probes, at most 50.
+        at_least: number of training records that a probe needs within the window.
 
     Returns:
-        Estimates, or None where the run has too little to make any.
+        Estimates, or None if the run has too few records.
 
     Source: McCandlish et al., "An Empirical Model of Large-Batch Training", appendix A.1, with batches of 1
     and B.
@@ -116,7 +114,7 @@ def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: in
     if window is None:
         distance = float(np.diff(probe_steps).min()) if len(probe_steps) > 1 else 100.0
         window = max(1, min(50, int(distance / 2)))
-    # A training line at step t holds the gradient at the point that a probe at t - 1 sees.
+    # The record of training step t has the gradient at the θ that a probe at step t - 1 measures.
     points = train_steps - 1
     between = (points >= probe_steps[0]) & (points <= probe_steps[-1]) if len(probe_steps) > 1 else points >= 0
     rows = []
@@ -125,6 +123,7 @@ def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: in
         near = (np.abs(points - step) <= window) & between
         if count < 2 or near.sum() < at_least:
             continue
+        # Squares are interpolated: the formula is linear in ‖ḡ‖², not in ‖ḡ‖.
         path = np.interp(points[near], probe_steps, probe_l2**2)
         excess = (train_l2[near] ** 2 - path) / (1 - 1 / count)
         error = float(excess.std(ddof=1)) / math.sqrt(len(excess))
@@ -138,7 +137,7 @@ def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: in
 
 
 def estimate_gap(run: RunRecord) -> GapEstimate | None:
-    """Both ends for Δ from the probes' losses; None where there is no probe with a loss."""
+    """Lower and upper bound on Δ from the probes' losses, or None if no probe has a loss."""
     if "probe/loss" not in run.metrics:
         return None
     steps, losses = run.need("probe/loss").arrays()
@@ -147,18 +146,18 @@ def estimate_gap(run: RunRecord) -> GapEstimate | None:
 
 
 def estimate_smoothness(run: RunRecord, noise: VarianceEstimate | None = None) -> SmoothnessEstimate | None:
-    """A lower bound on L from the change of the gradient's norm and the longest way LION can have gone.
+    """A lower bound on L from the change of the gradient norm and an upper bound on LION's path length.
 
     |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| ≤ ‖∇f(θ_a) − ∇f(θ_b)‖₂ ≤ L ‖θ_a − θ_b‖₂ and
     ‖θ_a − θ_b‖₂ ≤ Σ_{a<t≤b} η_t √d (1 + λ max‖θ‖∞), where inside the box λ‖θ‖∞ ≤ 1.
 
-    The way is zigzag, and gradients turn without changing length, so the true L is usually far larger. For SGD and
-    AdamW the records hold no such bound on the way.
+    The path zigzags, and gradients turn without changing length, so the true L is usually far larger. For SGD and
+    AdamW the records give no such bound on the path.
 
     Args:
-        run: a LION run with 'optim/lr' and 'probe/grad_l2'. max‖θ‖∞ is that of 'probe/theta_linf'; without that, or
-            without λ in config.yaml, λ‖θ‖∞ is taken to be 1.
-        noise: takes the left-over noise out of the norms, which would else be too large while ∇f is small.
+        run: a LION run with 'optim/lr' and 'probe/grad_l2'. max‖θ‖∞ is that of 'probe/theta_linf'; without it, or
+            without λ in config.yaml, λ‖θ‖∞ = 1 is assumed.
+        noise: noise estimate that is subtracted from the squared norms; without it they are too large for a small ∇f.
 
     Returns:
         The bound, or None for another optimizer or too few probes.
@@ -172,7 +171,7 @@ def estimate_smoothness(run: RunRecord, noise: VarianceEstimate | None = None) -
     if len(steps) < 2:
         return None
     lr_steps, lr = run.need("optim/lr").arrays()
-    # Rates between logged steps are linear in the step; travelled[t] is the sum of the rates of steps 1 … t.
+    # Learning rates are interpolated between logged steps; travelled[t] is the sum of the rates of steps 1 … t.
     travelled = np.concatenate([[0.0], np.cumsum(np.interp(np.arange(1, int(steps[-1]) + 1), lr_steps, lr))])
     weight_decay, reach = run.settings.get("optimizer.weight_decay"), 1.0
     if isinstance(weight_decay, int | float) and "probe/theta_linf" in run.metrics:

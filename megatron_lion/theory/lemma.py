@@ -1,4 +1,4 @@
-"""Lemma 6: how far LION's update direction is from the full gradient. Symbols as in `megatron_lion.theory.bounds`."""
+"""Lemma 6: a bound on the distance between LION's update direction and the full gradient (symbols: bounds.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_lion.theory.symbols import Array, require_beta, require_positive
 def initial_error(
     *, beta1: ArrayLike, sigma: ArrayLike, grad_l2: ArrayLike | None = None, first_gradient: bool = True
 ) -> Array:
-    """Bound on E‖δ¹‖₂, the error of the first update direction c¹, for both ways to start the momentum.
+    """Bound on E‖δ¹‖₂, the error of the first update direction c¹, for both initial values of the momentum.
 
     m⁰ = g¹ (the proof): δ¹ = g¹ − ∇f(θ¹), so E‖δ¹‖ ≤ σ.
     m⁰ = 0 (practice): δ¹ = −β₁∇f(θ¹) + (1−β₁)(g¹ − ∇f(θ¹)), so E‖δ¹‖ ≤ √(β₁²‖∇f(θ¹)‖² + (1−β₁)²σ²).
@@ -31,7 +31,7 @@ def initial_error(
     if first_gradient:
         return sigma + np.zeros_like(beta1)
     if grad_l2 is None:
-        raise ValueError("grad_l2 = None: expected the l2 norm of the first full gradient when momentum starts at 0")
+        raise ValueError("grad_l2 = None: expected the l2 norm of the first full gradient if the momentum starts at 0")
     grad_l2 = require_positive("grad_l2", grad_l2, zero=True)
     return np.sqrt((beta1 * grad_l2) ** 2 + ((1 - beta1) * sigma) ** 2)
 
@@ -47,7 +47,7 @@ def lemma6(
     d: ArrayLike,
     first_error: ArrayLike | None = None,
 ) -> Array:
-    """Lemma 6: how far c^k is from the full gradient, on average over the steps.
+    """Lemma 6: bound on the distance between c^k and the full gradient, averaged over the steps.
 
     (1/K) Σ_{k≤K} E‖δ^k‖₂ ≤ σ/(K(1−β₂)) + 2Lη√d/(1−β₂) + (|β₁−β₂| + 1 − β₁) σ/√(1−β₂),  δ^k = c^k − ∇f(θ^k)
 
@@ -61,8 +61,8 @@ def lemma6(
         L: smoothness.
         sigma: σ; 0 means exact gradients.
         d: dimension.
-        first_error: E‖δ¹‖₂ in place of the σ of the first summand; see `initial_error`. The paper's σ is
-            for m⁰ = g¹.
+        first_error: E‖δ¹‖₂, which replaces σ in the first summand; see `initial_error`. By default the paper's σ,
+            which is for m⁰ = g¹.
 
     Returns:
         The right side, in the unit of a gradient.

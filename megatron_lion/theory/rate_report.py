@@ -18,7 +18,7 @@ L_FACTORS = (1, 10, 100)
 
 
 def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: float) -> str:
-    """Markdown: c_LION and c_SGD of the runs, with intervals over seeds.
+    """Markdown with c_LION and c_SGD of the runs, with intervals over seeds.
 
     Raises:
         ConfigError: the runs differ in d, or share no probe step.
@@ -49,12 +49,12 @@ def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: f
     first = min(run.need("probe/grad_l1").steps[0] for run in runs)
     notes = [f"K counts {'probes' if weighting == 'probes' else 'optimizer steps'}, weighting '{weighting}'."]
     if first > 0 and weighting != "probes":
-        notes.append(f"Before the first probe (step {first}) its value is assumed.")
+        notes.append(f"Before the first probe (step {first}) the norm is assumed to equal the first probe's.")
     if len(runs) == 1:
         notes.append("One run has no interval: give runs that differ in their seed.")
     if any(rates.of_mean.at == rates.of_mean.steps for _, rates in rows):
         notes.append("A maximum at the last K still grows: more steps would give a larger constant.")
-    notes.append("Noise left in a probe's mean makes both norms, and so both constants, too large.")
+    notes.append("The noise that remains in a probe's mean makes both norms, and hence both constants, too large.")
     return markdown_grid(columns, cells) + "\n\n" + " ".join(notes)
 
 
@@ -76,14 +76,17 @@ def advice_section(
     noise_variance: float | None = None,
     gap: float | None = None,
 ) -> str:
-    """Markdown: estimates of L, σ², Δ from one run, and Corollary 3's choice for K steps.
+    """Markdown with estimates of L, σ² and Δ from one run, and Corollary 3's choice for K steps.
 
     Args:
-        run: records.
-        K: steps to plan; None takes the run's own schedule.
-        smoothness: L, in place of the lower bound and its multiples.
-        noise_variance: σ², in place of the estimate.
-        gap: Δ, in place of both ends.
+        run: records of the run.
+        K: steps of the planned run; by default those of the run's schedule.
+        smoothness: L, instead of the lower bound and its multiples.
+        noise_variance: σ², instead of the estimate.
+        gap: Δ, instead of both bounds.
+
+    Raises:
+        ConfigError: neither `K` nor config.yaml gives the number of steps.
     """
     K = K or run.scheduled_steps
     if K is None:
@@ -97,24 +100,23 @@ def advice_section(
         noise_variance = noise.largest
         lines.append(
             f"- σ² = {noise.largest:.4g}: the largest of {int(noise.trusted.sum())} trusted estimates (median "
-            f"{noise.median:.4g}) of {len(noise.values)}, from single training batches beside the probe's mean"
+            f"{noise.median:.4g}) of {len(noise.values)}, from single training batches and the probe's mean"
         )
     elif noise is not None:
-        lines.append("- σ²: ‖∇f‖² moved more between the probes than the noise measures; no estimate is trusted")
+        lines.append("- σ²: ‖∇f‖² changed more between the probes than the noise explains; no estimate is trusted")
     gaps = [("Δ given", gap)] if gap is not None else []
     if gap is None and ends is not None:
         lines.append(
             f"- Δ between {ends.low:.4g} (f* = smallest loss probed) and {ends.high:.4g} (f* = 0); f(θ¹) is "
             "the probe "
-            f"at step {ends.first_step}" + ("" if ends.first_step == 0 else ", after the run had begun to go down")
+            f"at step {ends.first_step}" + ("" if ends.first_step == 0 else ", where the loss had already fallen")
         )
         gaps = [(label, value) for label, value in (("Δ low", ends.low), ("Δ high", ends.high)) if value > 0]
     scenarios: list[tuple[str, float]] = [("L given", smoothness)] if smoothness is not None else []
     if smoothness is None and bound is not None:
         lines.append(
-            f"- L ≥ {bound.low:.4g}, from the probes at steps {bound.pair[0]} and {bound.pair[1]}; a lower "
-            "bound, the true "
-            "L is usually far larger"
+            f"- L ≥ {bound.low:.4g}, from the probes at steps {bound.pair[0]} and {bound.pair[1]}; a lower bound: the "
+            "true L is usually far larger"
         )
         scenarios = [(f"L × {factor}", factor * bound.low) for factor in L_FACTORS]
     missing = [
@@ -149,7 +151,7 @@ def advice_section(
 
 
 def _used(run: RunRecord, K: int, rows: Sequence[tuple[str, Advice]]) -> list[str]:
-    """What the run itself used, and the L for which the corollary would have chosen that."""
+    """The run's own β and η, and the L for which the corollary would have chosen them."""
     lr, betas = run.settings.get("optimizer.lr"), run.settings.get("optimizer.betas") or (0.9, 0.95)
     if run.optimizer != "lion" or not lr:
         return []

@@ -1,13 +1,12 @@
-"""The tightest constants with which the K^{−¼} rate holds along a run, and how sure several seeds make them.
+"""The tightest constants with which the K^{−¼} rate holds along a run, with intervals over several seeds.
 
 c_LION = max_K K^¼ d^{−½} (1/K) Σ_{k≤K} ‖∇f(θ^k)‖₁   so that   mean ‖∇f‖₁ ≤ c_LION √d K^{−¼} for every K
 c_SGD  = max_K K^¼ (1/K) Σ_{k≤K} ‖∇f(θ^k)‖₂          so that   mean ‖∇f‖₂ ≤ c_SGD K^{−¼} for every K
 
-Full gradients are measured every so many steps only. A probe written at `step` sees θ^{step+1}. Between
-probes the norm is taken to be linear in k ('linear'), or to stay at the last probe ('hold'); before the first
-probe it is taken to be the first probe's value. 'probes' forgets steps: K counts the probes, as epochs would.
-The maximum runs over every integer K up to the last probe. The constants therefore depend on the unit of K,
-and only constants of the same unit compare.
+Full gradients are measured at some steps only. A probe written at `step` measures θ^{step+1}. Between probes the
+norm is assumed linear in k ('linear') or equal to the last probe's ('hold'); before the first probe it is assumed
+equal to the first probe's. 'probes' ignores steps: K counts the probes, like epochs. The maximum is over every
+integer K up to the last probe. The constants depend on the unit of K, so only constants of the same unit compare.
 
 Source: journal edition of "Convergence Rate Analysis of LION", Appendix A.1.2.
 """
@@ -35,7 +34,7 @@ class RateConstant:
     Attributes:
         value: the constant, in the unit of a gradient.
         at: the K of the maximum.
-        last: K^¼ scale mean at the last K; far below `value` means that the norm falls faster than K^{−¼}.
+        last: K^¼ scale mean at the last K; if it is far below `value`, the norm falls faster than K^{−¼}.
         steps: K of the last probe, or the number of probes.
     """
 
@@ -53,7 +52,7 @@ class ConfidenceInterval:
         mean: the estimate.
         low: lower end; NaN for a single run.
         high: upper end; NaN for a single run.
-        confidence: its probability.
+        confidence: nominal coverage, in (0, 1).
         runs: number of seeds.
     """
 
@@ -69,9 +68,8 @@ class SeedRates:
     """A rate constant over runs that differ in their seed.
 
     Attributes:
-        of_mean: constant of the norms averaged over the runs, the expectation that the theorems bound.
-        of_mean_interval: percentile bootstrap over runs for `of_mean`. With fewer than about 10 runs it is
-            too narrow.
+        of_mean: constant of the norms averaged over the runs, which estimate the expectation in the theorems.
+        of_mean_interval: percentile bootstrap over runs for `of_mean`; too narrow with fewer than about 10 runs.
         per_run: constant of each run.
         per_run_interval: Student's t interval for the mean of `per_run`.
     """
@@ -86,8 +84,8 @@ def spread_over_steps(steps: ArrayLike, values: ArrayLike, weighting: Weighting 
     """One value for each k = 1, 2, … up to the last probe, from values at sparse probes.
 
     Args:
-        steps: optimizer steps done at each probe, ascending, ≥ 0; a probe at step s sees θ^{s+1}.
-        values: the norm at each probe.
+        steps: optimizer steps done at each probe, ascending, ≥ 0, shape (probes,); a probe at step s measures θ^{s+1}.
+        values: the norm at each probe, shape (probes,).
         weighting: 'linear', 'hold' or 'probes'.
 
     Returns:
@@ -126,7 +124,7 @@ def rate_constant(
         steps: optimizer steps done at each probe.
         values: ‖∇f‖₁ or ‖∇f‖₂ at each probe.
         scale: d^{−½} for ‖∇f‖₁ (`c_lion`), 1 for ‖∇f‖₂ (`c_sgd`).
-        weighting: how probes stand for the steps between them.
+        weighting: how the norm is assumed between probes: 'linear', 'hold' or 'probes'.
 
     Raises:
         ValueError: as `spread_over_steps`, or `scale` is not positive.
@@ -144,7 +142,7 @@ def rate_constant(
 
 
 def c_lion(steps: ArrayLike, grad_l1: ArrayLike, d: int, weighting: Weighting = "linear") -> RateConstant:
-    """c_LION = max_K K^¼ d^{−½} mean_{k≤K} ‖∇f(θ^k)‖₁; as `rate_constant`, d counts every parameter."""
+    """c_LION = max_K K^¼ d^{−½} mean_{k≤K} ‖∇f(θ^k)‖₁; arguments as `rate_constant`, d counts every parameter."""
     return rate_constant(steps, grad_l1, scale=float(require_positive("d", d)) ** -0.5, weighting=weighting)
 
 
@@ -161,14 +159,14 @@ def rates_over_seeds(
     confidence: float = 0.95,
     resamples: int = 1000,
 ) -> SeedRates:
-    """Rate constant over seeds, in both readings of 'averaged over runs'.
+    """Rate constant over seeds, in both senses of 'averaged over runs': of the mean norm, and mean of the constants.
 
     Args:
-        runs: (steps, norms) of each run; steps that not all runs have are left out.
+        runs: (steps, norms) of each run; steps that some run lacks are ignored.
         scale: as `rate_constant`.
         weighting: as `rate_constant`.
-        confidence: of both intervals, in (0, 1).
-        resamples: of the bootstrap; its random numbers are fixed.
+        confidence: nominal coverage of both intervals, in (0, 1).
+        resamples: number of bootstrap draws; their random seed is fixed.
 
     Raises:
         ValueError: no runs, no common step, or a number outside its range.
@@ -191,7 +189,7 @@ def rates_over_seeds(
     low = high = math.nan
     if len(runs) > 1:
         draws = np.random.default_rng(0).integers(0, len(runs), (resamples, len(runs)))
-        # Equal draws give equal constants: with few seeds there are few different ones.
+        # Draws of the same runs give equal constants: 3 seeds have 10 different draws, so 1000 need 10 evaluations.
         unique, counts = np.unique(np.sort(draws, axis=1), axis=0, return_counts=True)
         constants = [
             rate_constant(common, values[draw].mean(axis=0), scale=scale, weighting=weighting).value for draw in unique
@@ -222,7 +220,7 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> ConfidenceI
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution with whole degrees of freedom, by bisection.
+    """Quantile of Student's t distribution with integer degrees of freedom, by bisection.
 
     Example:
         >>> round(t_quantile(0.975, 4), 4)

@@ -1,4 +1,4 @@
-"""Checked numbers, and the constants, settings and terms that the theorems are written in."""
+"""Range checks of numbers, and the constants, settings and terms in which the theorems are stated."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-"""A float64 array, or the numpy scalar that numbers give."""
+"""A float64 array; a numpy scalar for scalar arguments."""
 
 
 def require_positive(name: str, value: ArrayLike, *, zero: bool = False) -> Array:
-    """Gives `value` as float64, or says what is wrong with it.
+    """Returns `value` as float64 if every entry is finite and positive.
 
     Args:
-        name: how the message calls it.
+        name: name of the value in the message.
         value: number or array.
         zero: whether 0 is allowed.
 
     Raises:
-        ValueError: an entry is not finite or not positive; names it, what was given and what is allowed.
+        ValueError: an entry is not finite or not positive; the message has the name, the entry and the range.
     """
     try:
         array = np.asarray(value, dtype=np.float64)
@@ -35,7 +35,7 @@ def require_positive(name: str, value: ArrayLike, *, zero: bool = False) -> Arra
 
 
 def require_beta(name: str, value: ArrayLike) -> Array:
-    """Gives `value` as float64; ValueError unless every entry is in [0, 1)."""
+    """Returns `value` as float64; raises ValueError unless every entry is in [0, 1)."""
     array = np.asarray(value, dtype=np.float64)
     wrong = ~((array >= 0) & (array < 1))
     if wrong.any():
@@ -53,10 +53,10 @@ class Constants:
     c3: Any
 
     def settings(self, K: ArrayLike, d: ArrayLike) -> Settings:
-        """The β₁, β₂ and η that these constants mean for a run of K steps.
+        """The β₁, β₂ and η that these constants give for a run of K steps.
 
         Raises:
-            ValueError: c₁ or c₂ exceeds √K, so that a β would be negative.
+            ValueError: c₁ or c₂ exceeds √K, which makes a β negative.
 
         Example:
             >>> s = Constants(c1=1.0, c2=1.0, c3=2.0).settings(K=10_000, d=4)
@@ -85,7 +85,7 @@ class Settings:
     lr: Any
 
     def constants(self, K: ArrayLike, d: ArrayLike) -> Constants:
-        """The c₁, c₂, c₃ for which a run of K steps would use these settings."""
+        """The c₁, c₂, c₃ that give these settings for a run of K steps."""
         K, d = require_positive("K", K), require_positive("d", d)
         beta1, beta2 = require_beta("beta1", self.beta1), require_beta("beta2", self.beta2)
         lr = require_positive("lr", self.lr)
@@ -97,11 +97,11 @@ class Terms:
     """The five summands on the right of Theorem 2, in its order, and their sum.
 
     Attributes:
-        gap: Δ√d/(c₃K^¼), the way down from f(θ¹) to f*.
-        start: 2σ√d/(c₂K^½), the error of the momentum at the first step.
-        drift: 4Lc₃√d/(c₂K^¼), the momentum lags behind a moving θ.
-        noise: 2σ(2c₁+c₂)√d/(√c₂K^¼), what the momentum leaves of the gradient noise.
-        step: 2Lc₃√d/K^¾, the curvature along one step.
+        gap: Δ√d/(c₃K^¼), from the distance between f(θ¹) and f*.
+        start: 2σ√d/(c₂K^½), from the error of the momentum at the first step.
+        drift: 4Lc₃√d/(c₂K^¼), from the lag of the momentum behind a moving θ.
+        noise: 2σ(2c₁+c₂)√d/(√c₂K^¼), from the gradient noise that remains in the momentum.
+        step: 2Lc₃√d/K^¾, from the curvature along one step.
     """
 
     gap: Any

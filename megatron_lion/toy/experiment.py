@@ -1,13 +1,13 @@
-"""The two-dimensional problem on which both sides of the theorems can be computed exactly.
+"""The experiments on the two-dimensional problem: both sides of the theorems, computed exactly.
 
 f(θ) = θ₁² + θ₂² + 5 cos θ₁ cos θ₂ has Hessian eigenvalues 2 − 5 cos(θ₁ ± θ₂) in [−3, 7], so L = 7. Its minima
 (0, ±2.125), (±2.125, 0) have f* = 1.884. The gradient comes with N(0, 1) noise per coordinate: σ² = 2, d = 2.
 
 Two experiments, averaged over starts and repeats: 'constrained' starts on the border of the box (θ₁ = 1/λ)
-and watches the KKT residual of Theorem 2; 'unconstrained' starts anywhere and watches ½‖∇f‖₁ of Theorem 4.
+and measures the KKT residual of Theorem 2; 'unconstrained' starts anywhere and measures ½‖∇f‖₁ of Theorem 4.
 
-All runs advance together as rows of one array; the operations are those of `megatron_lion.optim.lion.Lion` in
-float64, in the same order, so that both give the same bits.
+All runs advance together as rows of one array. The operations are those of `megatron_lion.optim.lion.Lion` in
+float64, in the same order, so both give the same bits.
 
 Source: the toy problem of the journal edition of "Convergence Rate Analysis of LION" (Appendix A.1.1).
 """
@@ -26,14 +26,14 @@ from megatron_lion.toy.problem import DIMENSION, SMOOTHNESS, gradient, loss, min
 
 EXPERIMENTS: tuple[Experiment, ...] = ("constrained", "unconstrained")
 START_HALF_WIDTH = 10.0
-"""Unconstrained starts are uniform in [−10, 10]² (or in the box, where that is smaller)."""
+"""Unconstrained starts are uniform in [−10, 10]², or in the box if it is smaller."""
 
 type Experiment = Literal["constrained", "unconstrained"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToySettings:
-    """What defines a toy experiment.
+    """Settings of a toy experiment.
 
     Attributes:
         lr: η.
@@ -42,12 +42,12 @@ class ToySettings:
         init_exp_avg: m⁰: 'zeros' or 'first_gradient'.
         noise_std: standard deviation of the noise of each coordinate; σ² = 2 noise_std².
         steps: K.
-        starts: different θ¹.
+        starts: number of different θ¹.
         repeats: noise sequences for each start.
-        seed: fixes starts and noise.
+        seed: seed of starts and noise.
 
     Raises:
-        ValueError: a number outside its range, or λη > 1, with which no step keeps ‖θ‖∞ ≤ 1/λ.
+        ValueError: a number outside its range, or λη > 1: a step could then leave the box ‖θ‖∞ ≤ 1/λ.
     """
 
     lr: float = 0.01
@@ -82,7 +82,7 @@ class ToySettings:
 
     @property
     def box(self) -> float:
-        """1/λ, the half width of the box; infinite without decay."""
+        """1/λ, the half width of the box; infinite if λ = 0."""
         return 1 / self.weight_decay if self.weight_decay else float("inf")
 
     @property
@@ -97,6 +97,7 @@ def draw_starts(experiment: Experiment, settings: ToySettings) -> Array:
     Raises:
         ValueError: a constrained start without a box (λ = 0).
     """
+    # Separate streams for starts (0) and noise (1), so that they are independent.
     generator = np.random.default_rng([settings.seed, EXPERIMENTS.index(experiment), 0])
     if experiment == "constrained":
         if settings.weight_decay == 0:
@@ -111,7 +112,7 @@ def draw_starts(experiment: Experiment, settings: ToySettings) -> Array:
 
 
 def draw_noise(experiment: Experiment, settings: ToySettings, steps: int | None = None) -> Array:
-    """Gradient noise, shape (steps, starts × repeats, 2)."""
+    """Gradient noise g − ∇f, shape (steps, starts × repeats, 2); `steps` replaces that of the settings."""
     generator = np.random.default_rng([settings.seed, EXPERIMENTS.index(experiment), 1])
     shape = (steps or settings.steps, settings.starts * settings.repeats, DIMENSION)
     return generator.standard_normal(shape) * settings.noise_std
@@ -121,19 +122,19 @@ def draw_noise(experiment: Experiment, settings: ToySettings, steps: int | None 
 class ToyResult:
     """Both sides of the inequality along the runs of one experiment.
 
-    Arrays of shape (steps, runs) hold the running means over k' ≤ k at [k − 1]; a run is start × repeat, the
-    repeats of a start beside each other. Arrays of shape (runs,) belong to θ¹ or to the whole run.
+    Arrays of shape (steps, runs) have the running means over k' ≤ k at [k − 1]. A run is start × repeat; the
+    repeats of a start are adjacent. Arrays of shape (runs,) belong to θ¹ or to the whole run.
 
     Attributes:
         experiment: 'constrained' or 'unconstrained'.
-        settings: what was simulated.
+        settings: settings of the simulation.
         path: θ¹ … θ^{K+1}, shape (steps + 1, runs, 2).
         kkt: running mean of R(θ) = λ⟨∇f, θ⟩ + ‖∇f‖₁.
         half_l1: running mean of ½‖∇f‖₁.
         gap: Δ = f(θ¹) − f*.
         k_min: K_min of Corollary 3.
-        corollary: right side of Corollary 3 and 5 at K = k, also below K_min, where it is no bound.
-        own_bound: `bounds.any_settings` with the η and β that the run has.
+        corollary: right side of Corollaries 3 and 5 at K = k, also below K_min, where it is not a bound.
+        own_bound: `bounds.any_settings` with the run's own η and β.
         max_abs: largest ‖θ_k‖∞.
     """
 
@@ -155,7 +156,7 @@ class ToyResult:
 
     @property
     def theorem4_applies(self) -> float:
-        """Share of the runs with λ ≤ 1/(2C), C their largest ‖θ_k‖∞: Theorem 4's own condition."""
+        """Share of the runs with λ ≤ 1/(2C), where C is the run's largest ‖θ_k‖∞: the condition of Theorem 4."""
         return float(np.mean(self.settings.weight_decay * self.max_abs <= 0.5))
 
     def by_start(self, values: Array) -> Array:
@@ -163,7 +164,7 @@ class ToyResult:
         return np.asarray(values.reshape(len(values), -1, self.settings.repeats).mean(axis=2))
 
     def first_crossing(self) -> int | None:
-        """The smallest k from which on the mean left side stays below the mean right side of the corollary."""
+        """The smallest k from which on the mean left side is at most the corollary's mean right side, or None."""
         above = np.flatnonzero(self.left.mean(axis=1) > self.corollary.mean(axis=1))
         if len(above) == 0:
             return 1
@@ -175,7 +176,7 @@ def run_toy(experiment: Experiment, settings: ToySettings | None = None) -> ToyR
 
     Args:
         experiment: 'constrained' or 'unconstrained'.
-        settings: numbers; the defaults are those of the paper where it states them.
+        settings: settings; the defaults are the paper's values as far as it states them.
 
     Returns:
         Running means and bounds.
@@ -194,6 +195,7 @@ def run_toy(experiment: Experiment, settings: ToySettings | None = None) -> ToyR
         init_exp_avg=settings.init_exp_avg,
     )
     kkt, half_l1 = running_means(path, settings.weight_decay)
+    # `minimum` is numerical: a start at the minimum must not give Δ ≤ 0, which the bounds reject.
     gap = np.maximum(loss(theta) - minimum(settings.box), 1e-12)
     k = np.arange(1, settings.steps + 1)[:, None]
     problem: dict[str, Any] = {"L": SMOOTHNESS, "sigma": settings.sigma, "gap": gap}

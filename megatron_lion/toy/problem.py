@@ -1,4 +1,4 @@
-"""The function of the toy problem, its minimum, and LION, SGD and AdamW on it, many runs at once."""
+"""The function of the toy problem, its minimum, and LION, SGD and AdamW on it, vectorised over runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from megatron_lion.theory.symbols import Array
 
 SMOOTHNESS = 7.0
-"""L of the toy function."""
+"""L of the toy function: its Hessian's eigenvalues are in [−3, 7]."""
 DIMENSION = 2
 
 
@@ -43,7 +43,7 @@ def minimum(half_width: float) -> float:
         >>> round(minimum(10.0), 3), round(minimum(1.0), 3)
         (1.884, 3.46)
     """
-    # f >= ‖θ‖² − 5 and f* <= 5 leave no minimum outside ‖θ‖∞ <= √10.
+    # f ≥ ‖θ‖² − 5 and f* ≤ f(0) = 5, so every minimum has ‖θ‖∞ ≤ √10. Each of the six grids is 25 times finer.
     reach = min(half_width, 10**0.5)
     centre, width, best = np.zeros(2), reach, np.inf
     for _ in range(6):
@@ -64,7 +64,7 @@ def simulate_lion(
     weight_decay: float,
     init_exp_avg: str = "zeros",
 ) -> Array:
-    """Algorithm 1 on the toy function, all runs at once.
+    """Algorithm 1 on the toy function, vectorised over runs.
 
     c_k = β₁ m_{k−1} + (1−β₁) g_k,  θ_{k+1} = θ_k − η (sign(c_k) + λ θ_k),  m_k = β₂ m_{k−1} + (1−β₂) g_k
 
@@ -90,6 +90,7 @@ def simulate_lion(
         grad = gradient(path[k]) + noise_k
         if k == 0 and init_exp_avg == "first_gradient":
             exp_avg = grad.copy()
+        # The order of operations is that of optim.lion.Lion, so both give the same bits.
         c = exp_avg * beta1 + grad * rest1
         path[k + 1] = path[k] - (np.sign(c) + path[k] * weight_decay) * lr
         exp_avg = exp_avg * beta2 + grad * rest2

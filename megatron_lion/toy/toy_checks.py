@@ -1,4 +1,4 @@
-"""Two checks of the toy problem: the theorem at its own settings, and the agreement with reference values."""
+"""Two checks of the toy problem: the corollary at its own settings, and agreement with reference values."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ REFERENCE: dict[Experiment, dict[str, tuple[float, ...]]] = {
     "constrained": {"left": (55.2, 29.6, 15.7, 8.04), "right": (45.1, 30.2, 25.4, 21.3)},
     "unconstrained": {"left": (10.9, 6.25, 3.41, 1.81), "right": (38.8, 25.9, 21.8, 18.3)},
 }
-"""Running means at k = 100, 500, 1000, 2000 from an independent simulation of 5 starts × 5 repeats, made with
-η = 0.01, λ = 0.1, β = (0.9, 0.99). Its starts, its noise and its m⁰ are not known."""
+"""Running means at k = 100, 500, 1000, 2000 from an independent simulation of 5 starts × 5 repeats with
+η = 0.01, λ = 0.1, β = (0.9, 0.99). Its starts, noise and m⁰ are unknown."""
 
 CONVENTIONS: tuple[tuple[tuple[float, float], str], ...] = (
     ((0.9, 0.99), "zeros"),
@@ -36,7 +36,7 @@ CONVENTIONS: tuple[tuple[tuple[float, float], str], ...] = (
     ((0.9, 0.9), "zeros"),
     ((0.99, 0.99), "zeros"),
 )
-"""Settings of β and m⁰ that `match_reference` is asked about: LION's defaults and Signum's."""
+"""Settings of β and m⁰ that are compared by `match_reference`: LION's defaults and Signum's."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,20 @@ class TheoremPoint:
 def theorem_points(
     experiment: Experiment, settings: ToySettings, steps: Sequence[int] = (1000, 2000, 4000, 8000)
 ) -> list[TheoremPoint]:
-    """Runs the toy as Corollary 3 says, anew for each K: β₁ = β₂ = 1 − c₁/√K, η = c₃/(√d K^¾), m⁰ = g¹.
+    """Runs the toy with Corollary 3's settings for each K: β₁ = β₂ = 1 − c₁/√K, η = c₃/(√d K^¾), m⁰ = g¹.
 
-    A run at fixed settings, drawn against k, is not what the corollary speaks of, since its settings belong
-    to one K. Here each point has its own runs. Runs of all K advance together.
+    The corollary's settings depend on K, so it makes no statement about one run drawn against k. Here each point
+    has its own runs.
 
     Args:
         experiment: 'constrained' or 'unconstrained'.
         settings: starts, repeats, seed, λ and noise; its η, β and m⁰ are not used.
-        steps: the K to run; one below some start's K_min, or with λη > 1, is left out.
+        steps: values of K; a K below some start's K_min, or with λη > 1, is skipped.
 
     Returns:
         One point for each K.
+
+    Source: Corollaries 3 and 5.
     """
     starts = draw_starts(experiment, settings)
     theta = np.repeat(starts, settings.repeats, axis=0)
@@ -91,6 +93,7 @@ def theorem_points(
     chosen = [(K, s) for K, s in chosen if s.lr.max() * settings.weight_decay <= 1]
     if not chosen:
         return []
+    # The runs of all K advance in one array for max(K) steps; a shorter run ends where its K is read below.
     noise = draw_noise(experiment, settings, steps=max(K for K, _ in chosen))
     count = len(chosen)
     beta = np.concatenate([s.beta1 for _, s in chosen])[:, None]
@@ -124,15 +127,15 @@ def theorem_points(
 
 @dataclass(frozen=True)
 class ReferenceMatch:
-    """How the reference's left side sits among 5-start averages that have the reference's right side.
+    """The reference's left side compared with 5-start averages that have the reference's right side.
 
     Attributes:
         experiment: 'constrained' or 'unconstrained'.
         betas: (β₁, β₂).
         init_exp_avg: m⁰.
         left: mean of the left sides at `REFERENCE_STEPS`.
-        std: their standard deviation over draws of five starts.
-        groups: draws of five starts that had the right side.
+        std: standard deviation of the left sides over draws of five starts.
+        groups: number of draws of five starts with the reference's right side.
     """
 
     experiment: Experiment
@@ -157,19 +160,19 @@ def match_reference(
     groups: int = 20_000,
     tolerance: float = 0.015,
 ) -> ReferenceMatch:
-    """Takes the luck of the five starts out of the comparison with `REFERENCE`.
+    """Compares with `REFERENCE` given the reference's right side, which removes the chance of its five starts.
 
-    The right side depends on the starts alone, so it tells how lucky the reference's starts were. Of many
-    draws of five starts from a pool, those whose right side at k = 1000 is the reference's are kept; their
-    left sides say what the reference's left side should be under a given β and m⁰.
+    The right side depends on the starts only. Of many draws of five starts from a pool, those whose right side at
+    k = 1000 equals the reference's are kept. Their left sides predict the reference's left side under a given β
+    and m⁰.
 
     Args:
         experiment: 'constrained' or 'unconstrained'.
         betas: (β₁, β₂) to try.
         init_exp_avg: m⁰ to try.
-        pool: simulated starts, one noise sequence each.
-        groups: draws of five.
-        tolerance: relative agreement of the right side asked for.
+        pool: number of simulated starts, with one noise sequence each.
+        groups: number of draws of five starts.
+        tolerance: largest relative deviation of the right side.
 
     Returns:
         Mean and standard deviation of the left sides of the draws kept.
@@ -178,6 +181,7 @@ def match_reference(
     result = run_toy(experiment, settings)
     generator = np.random.default_rng([settings.seed, 2])
     draws = generator.integers(0, pool, (groups, 5))
+    # Right sides at different k differ only by the factor k^−¼, so one k is enough.
     right = result.corollary[999][draws].mean(axis=1)
     target = REFERENCE[experiment]["right"][REFERENCE_STEPS.index(1000)]
     kept = draws[np.abs(right / target - 1) <= tolerance]

@@ -1,4 +1,4 @@
-"""Figures of the toy problem: both sides of the inequality, the theorem at its own settings, and paths."""
+"""Figures of the toy problem: both sides of the inequality, the corollary at its own settings, and paths."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _figure(width: float, height: float, columns: int, *, grid: bool = True) -> 
 
 
 def plot_inequality(results: Sequence[ToyResult], path: Path, *, with_reference: bool) -> None:
-    """Both sides against k, one panel an experiment, with K_min marked.
+    """Draws both sides against k, one panel per experiment, with K_min marked.
 
     Args:
         results: the experiments.
@@ -80,7 +80,7 @@ def _inequality_panel(ax: Axes, result: ToyResult, with_reference: bool) -> None
     ax.set_yscale("log")
     top = 400.0
     ax.set_ylim(0.7 * float(left.min()), top)
-    # A line in the right half, or beyond the last step, has its label on the left.
+    # The label is to the left of a line that is in the right half or beyond the last step.
     ax.text(
         min(mean, k[-1]),
         top * 0.93,
@@ -104,10 +104,10 @@ def _inequality_panel(ax: Axes, result: ToyResult, with_reference: bool) -> None
 
 
 def plot_theorem(points: Mapping[Experiment, Sequence[TheoremPoint]], path: Path) -> None:
-    """Both sides of the corollaries when each K has its own runs with the corollary's β₁ = β₂ and η.
+    """Draws both sides of the corollaries if each K has its own runs with the corollary's β₁ = β₂ and η.
 
     Args:
-        points: from `theorem_points`, of each experiment.
+        points: points of each experiment, from `theorem_points`.
         path: PNG to write.
     """
     figure, (ax,) = _figure(5.6, 4.0, 1)
@@ -165,10 +165,10 @@ def optimizer_paths(theta: Array, noise: Array, settings: ToySettings) -> dict[s
 
 
 def plot_paths(settings: ToySettings, path: Path) -> None:
-    """Contours of f and the paths of LION, SGD and AdamW from one start of each experiment.
+    """Draws contours of f and the paths of LION, SGD and AdamW from one start of each experiment.
 
     Args:
-        settings: η, λ, β and seed of the toy; all three optimizers take the same η, λ and noise.
+        settings: η, λ, β and seed of the toy; all three optimizers use the same η, λ and noise.
         path: PNG to write.
     """
     experiments: list[Experiment] = ["constrained", "unconstrained"] if settings.weight_decay else ["unconstrained"]

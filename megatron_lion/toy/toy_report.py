@@ -1,4 +1,4 @@
-"""Tables of the toy problem: CSV with every curve, Markdown with the numbers beside reference values."""
+"""Tables of the toy problem: CSV with every curve, Markdown with the numbers and reference values."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from megatron_lion.toy.toy_checks import (
 
 NOT_STATED = """\
 The paper states f, L, f*, the noise N(0, 1), λ = 0.1, η = 0.01, K = 2000, 5 starts × 5 repeats and where the
-starts are drawn. It does not state β₁, β₂, m⁰, the drawn starts or the noise. The right side at step k is
-that of Corollary 3 with K = k; the runs' η and β are not those that the corollary asks for at any k."""
+starts are drawn from. It does not state β₁, β₂, m⁰, the drawn starts or the noise. The right side at step k is
+that of Corollary 3 with K = k; the runs' η and β are not those that the corollary requires at any k."""
 
 
 def curves_csv(results: Sequence[ToyResult], every: int = 10) -> str:
-    """Every `every`-th step of both sides, averaged over the runs; the last step is always there.
+    """CSV with every `every`-th step of both sides, averaged over the runs; the last step is always included.
 
     Columns: experiment, k, left (of the experiment's theorem), left_std (over starts), kkt_residual,
-    half_grad_l1, right_corollary, right_own_settings, valid (1 where k ≥ K_min of every start).
+    half_grad_l1, right_corollary, right_own_settings, valid (1 if k ≥ K_min of every start).
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -65,15 +65,15 @@ def curves_csv(results: Sequence[ToyResult], every: int = 10) -> str:
 
 
 def has_reference(settings: ToySettings) -> bool:
-    """Whether the reference values belong to these η, λ and noise."""
+    """Whether the reference values were made with these η, λ and noise."""
     return (settings.lr, settings.weight_decay, settings.noise_std) == (0.01, 0.1, 1.0)
 
 
 def comparison_table(results: Sequence[ToyResult], matches: Mapping[Experiment, ReferenceMatch]) -> str:
-    """Markdown: both sides at the reference's steps, the reference, the deviation, and the matched left side.
+    """Markdown table of both sides at the reference's steps, the reference, the deviation, and the matched left side.
 
-    The last two columns ask what the left side is for starts that have the reference's right side
-    (`match_reference`), and how many standard deviations the reference is from that.
+    The last two columns are the left side for starts that have the reference's right side (`match_reference`), and
+    the deviation of the reference from it in standard deviations.
     """
     rows = []
     for result in results:
@@ -93,7 +93,7 @@ def comparison_table(results: Sequence[ToyResult], matches: Mapping[Experiment, 
 
 
 def sides_table(results: Sequence[ToyResult]) -> str:
-    """Markdown: both sides at a few steps, for settings that have no reference."""
+    """Markdown table of both sides at a few steps, for settings that have no reference."""
     rows = []
     for result in results:
         steps = len(result.left)
@@ -104,7 +104,7 @@ def sides_table(results: Sequence[ToyResult]) -> str:
 
 
 def facts_table(results: Sequence[ToyResult]) -> str:
-    """Markdown: Δ, K_min, where the left side falls below the right, and which conditions the runs meet."""
+    """Markdown table of Δ, K_min, the step from which left ≤ right, and the conditions that the runs meet."""
     columns = [
         "experiment", "mean Δ", "K_min: mean (range over starts)", "left ≤ right from k", "largest ‖θ‖∞",
         "runs with λ ≤ 1/(2C)",
@@ -120,7 +120,7 @@ def facts_table(results: Sequence[ToyResult]) -> str:
 
 
 def theorem_table(points: Mapping[Experiment, Sequence[TheoremPoint]]) -> str:
-    """Markdown: both sides at the corollary's own settings, each K with its own runs."""
+    """Markdown table of both sides at the corollary's own settings, each K with its own runs."""
     rows = [
         [
             experiment, f"{p.K}", f"{p.beta[0]:.3f}–{p.beta[1]:.3f}", f"{p.lr[0]:.4f}–{p.lr[1]:.4f}",
@@ -133,7 +133,7 @@ def theorem_table(points: Mapping[Experiment, Sequence[TheoremPoint]]) -> str:
 
 
 def conventions_table(experiments: Sequence[Experiment]) -> str:
-    """Markdown: how well the reference fits each of `CONVENTIONS`, the luck of the starts taken out."""
+    """Markdown table of the reference's deviation under each of `CONVENTIONS`, for starts with its right side."""
     rows = []
     for experiment in experiments:
         for betas, init in CONVENTIONS:
@@ -149,14 +149,13 @@ def markdown(
     *,
     with_conventions: bool = False,
 ) -> str:
-    """The whole text of toy.md."""
+    """The text of toy.md."""
     settings = results[0].settings
     experiments = [result.experiment for result in results]
     parts = [
         "# Two-dimensional toy problem",
         f"η = {settings.lr:g}, λ = {settings.weight_decay:g}, β = {settings.betas}, m⁰ = "
-        f"{'0' if settings.init_exp_avg == 'zeros' else 'g¹'}, noise N(0, {settings.noise_std**2:g}) per "
-        "coordinate "
+        f"{'0' if settings.init_exp_avg == 'zeros' else 'g¹'}, noise N(0, {settings.noise_std**2:g}) per coordinate "
         f"(σ² = {settings.sigma**2:g}), L = 7, d = 2, K = {settings.steps}, {settings.starts} starts × "
         f"{settings.repeats} repeats, seed {settings.seed}.",
         "## Both sides of the inequality",

@@ -1,4 +1,4 @@
-"""The theorems' right sides: algebra of the proof, sharpness of K_min, and refusal of impossible numbers."""
+"""The right sides of the theorems: algebra of the proof, sharpness of K_min, and rejection of invalid numbers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_corollary3_follows_from_theorem2_exactly_from_k_min_on(L, sigma, gap, a
     assert parts["step"] <= 2 * (1 + 1e-9)
     assert total <= 15 * (1 + 1e-9)
     assert total * 2 * unit * (k_min * above) ** -0.25 <= bounds.corollary3(k_min * above, d=4, **problem) * (1 + 1e-9)
-    # K_min is sharp: at K_min itself one of the two summands has reached its share, just below it exceeds it.
+    # K_min is sharp: one of the two summands equals its share at K_min and exceeds it just below.
     at, _ = terms(k_min)
     below, _ = terms(k_min * 0.99)
     assert max(at["start"], at["step"]) == pytest.approx(2)
@@ -98,7 +98,7 @@ def test_smallest_constants_are_a_minimum_and_beta1_below_beta2_costs():
         assert leading(best.c1 * factor, best.c2 * factor, best.c3) > least
         assert leading(best.c1, best.c2, best.c3 * factor) > least
     assert leading(best.c1 * 0.1, best.c2, best.c3) == pytest.approx(least)  # β₁ > β₂
-    assert leading(best.c1 * 10, best.c2, best.c3) > 2 * least  # β₁ < β₂, as (0.9, 0.99) has it
+    assert leading(best.c1 * 10, best.c2, best.c3) > 2 * least  # β₁ < β₂, as in (0.9, 0.99)
     paper = bounds.corollary3_constants(**problem)
     assert leading(paper.c1, paper.c2, paper.c3) == pytest.approx(7)
 
@@ -189,5 +189,5 @@ def test_betas_outside_their_range_are_refused():
         Constants(1.0, 5.0, 1.0).settings(16, 2)
     with pytest.raises(ValueError, match="sigma = 0"):
         bounds.corollary3_constants(L=1, sigma=0, gap=1)
-    exact = bounds.theorem2(100, c1=1, c2=1, c3=1, L=1, sigma=0, gap=1, d=1)  # σ = 0 is fine in the theorem
+    exact = bounds.theorem2(100, c1=1, c2=1, c3=1, L=1, sigma=0, gap=1, d=1)  # the theorem allows σ = 0
     assert exact.noise == exact.start == 0

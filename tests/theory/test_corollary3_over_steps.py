@@ -1,4 +1,4 @@
-"""Corollary 3 over arrays of K on both sides of K_min: each entry is what a loop over plain numbers gives."""
+"""Corollary 3 over arrays of K on both sides of K_min: equal to a loop over numbers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_below_k_min_every_entry_is_the_formula(problem: dict[str, float], kind:
 def test_an_entry_is_refused_in_an_array_if_it_is_alone(problem: dict[str, float]) -> None:
     least = plain_k_min(**problem)
     enough = [K for K in STEPS if least <= K]
-    assert 2 < len(enough) < len(STEPS) - 2, "the case is about both sides of K_min"
+    assert 2 < len(enough) < len(STEPS) - 2, "the case must have K on both sides of K_min"
     expected = [plain_bound(K, 5, **problem) for K in enough]
     assert bounds.corollary3(enough, d=5, **problem).tolist() == pytest.approx(expected, rel=1e-13)
     for K in STEPS:

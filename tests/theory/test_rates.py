@@ -1,4 +1,4 @@
-"""Rate constants: brute force against the fast path, sparse probes, intervals."""
+"""Rate constants: comparison with brute force, sparse probes, intervals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ few = examples(30)
 
 
 def brute_force(steps, values, weighting):
-    """The definition, one K at a time, with the value at each k looked up or interpolated by hand."""
+    """The definition, one K at a time; the value at each k is looked up or interpolated in a loop."""
     last = int(steps[-1]) + 1 if weighting != "probes" else len(values)
     best, total = 0.0, 0.0
     for k in range(1, last + 1):

@@ -1,4 +1,4 @@
-"""Run folders to estimates, and the two verbs end to end, on a LION run whose L, σ² and Δ are known."""
+"""Estimates from run folders, and `theory` and `toy` end to end, on a LION run whose L, σ² and Δ are known."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ D, L, SIGMA2, STEPS, BATCHES = 400, 3.0, 0.5, 400, 20
 
 
 def write_run(folder, seed=0, optimizer="lion"):
-    """A LION run on ½ θᵀHθ + 1 with curvature up to L and gradient noise of variance SIGMA2, logged as training is."""
+    """A LION run on ½ θᵀHθ + 1 with curvature up to L and gradient noise of variance SIGMA2, logged like training."""
     generator = np.random.default_rng(seed)
     curvature = np.linspace(0.01, L, D)
     theta, exp_avg, lr = generator.standard_normal(D), np.zeros(D), 0.01
@@ -93,7 +93,7 @@ def test_estimates_know_the_truth(run_folders):
         run = read_run(folder)
         noise = estimate_variance(run)
         assert noise is not None
-        # While ∇f is large and falls fast, its curvature between probes is the main error; the end is quiet.
+        # While ∇f is large and falls fast, its curvature between probes is the main error; at the end it is small.
         assert not noise.trusted[:6].any()
         assert noise.trusted[-1]
         assert noise.largest == pytest.approx(SIGMA2, rel=0.2)

@@ -1,4 +1,4 @@
-"""The toy: its mathematics, its simulation against the optimizer itself, and both sides of the inequality."""
+"""The toy problem: its mathematics, its simulation compared with the optimizer, and both sides of the inequality."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def results():
 
 
 def torch_path(make_optimizer, theta, noise):
-    """The same run with a torch optimizer in float64, one parameter tensor for all runs."""
+    """The same runs with a torch optimizer in float64, as one parameter tensor."""
     parameter = torch.nn.Parameter(torch.tensor(theta))
     optimizer = make_optimizer([parameter])
     path = [theta.copy()]
@@ -80,7 +80,7 @@ def test_comparison_optimizers_agree_with_torch():
     seed=st.integers(0, 1000),
 )
 def test_box_is_never_left(weight_decay, product, betas, noise_std, seed):
-    """‖θ_k‖∞ ≤ 1/λ for every k, from any start in the box, whenever λη ≤ 1."""
+    """‖θ_k‖∞ ≤ 1/λ for every k, from any start in the box, if λη ≤ 1."""
     spec = ToySettings(
         lr=product / weight_decay, weight_decay=weight_decay, betas=betas, noise_std=noise_std,
         steps=60, starts=4, repeats=2, seed=seed,
