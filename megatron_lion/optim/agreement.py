@@ -35,7 +35,8 @@ def _count_chunk(
     MASKED: tl.constexpr,
 ) -> None:
     offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
-    grads = pointers(tl.load(row + GRAD), GRAD_TYPE, start, offsets, ALIGNED)
+    STORED_GRAD: tl.constexpr = tl.uint16 if tl.bfloat16 == GRAD_TYPE else GRAD_TYPE
+    grads = pointers(tl.load(row + GRAD), STORED_GRAD, start, offsets, ALIGNED)
     g, m = load_grad_and_momentum(grads, exp_avgs, scales, mask, scale_mask, multiplier, MOMENTUM, BEGIN, MASKED)
     agrees = sign_or_nan(g, m, group) * g > 0  # masked lanes load g = 0, so they never count
     # Programs add in any order. The sum is an integer, so the order does not change φ; a float sum would.

@@ -160,7 +160,10 @@ def load_grad_and_momentum(
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Gradient, times `multiplier`, and momentum, both in float32; if BEGIN, a NaN momentum becomes the gradient."""
-    g = _load(grads, mask, MASKED).to(tl.float32) * multiplier
+    g = _load(grads, mask, MASKED)
+    if grads.dtype.element_ty == tl.uint16:  # bfloat16 as its bits: Triton's interpreter misreads subnormal ones
+        g = _float(g.to(tl.uint32) << 16)
+    g = g.to(tl.float32) * multiplier
     if MOMENTUM == "int8":
         m = _load(exp_avgs, mask, MASKED).to(tl.float32)
         m = m * _float(_load(scales, scale_mask, MASKED).to(tl.uint32) << 16)[:, None]
@@ -245,10 +248,11 @@ def _update_chunk(
         tl.int16 if MASTER_WEIGHTS == "split32" else tl.int8 if MASTER_WEIGHTS == "split24" else tl.float32
     )
     # bfloat16 is read and written as its 16 bits: Triton's interpreter rounds to it in another way than devices do.
+    STORED_GRAD: tl.constexpr = tl.uint16 if tl.bfloat16 == GRAD_TYPE else GRAD_TYPE
     STORED_TYPE: tl.constexpr = tl.uint16 if tl.bfloat16 == PARAM_TYPE else PARAM_TYPE
     offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
     params = pointers(tl.load(row + PARAM), STORED_TYPE, start, offsets, ALIGNED)
-    grads = pointers(tl.load(row + GRAD), GRAD_TYPE, start, offsets, ALIGNED)
+    grads = pointers(tl.load(row + GRAD), STORED_GRAD, start, offsets, ALIGNED)
 
     g, m = load_grad_and_momentum(grads, exp_avgs, scales, mask, scale_mask, multiplier, MOMENTUM, BEGIN, MASKED)
     if MASTER_WEIGHTS == "none":
