@@ -1,1 +1,1 @@
-"""One module a verb: its help line, its arguments and what it runs; heavy imports inside run()."""
+"""The verbs of the command line, one module each: help line, flags and run(), which does the heavy imports."""

@@ -1,4 +1,4 @@
-"""`megatron-lion compare`: tables and figures over several runs, from their folders alone."""
+"""`megatron-lion compare`: tables, figures and a report over several runs, from their folders alone."""
 
 from __future__ import annotations
 
@@ -13,40 +13,46 @@ if TYPE_CHECKING:
     from megatron_lion.runs.record import RunRecord
 
 HELP = (
-    "Compare runs by their folders alone: perplexity by step, losses, norm ratio, cost, settings; figures and a report"
+    "Compare runs by the files in their folders: tables of perplexity by step, losses, norm ratio, cost and settings; figures; "
+    "an HTML report"
 )
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
-    add("runs", type=str, nargs="+", metavar="RUN", help="run folders; a sweep's folder is all its runs")
+    add("runs", type=str, nargs="+", metavar="RUN", help="run folders; a sweep folder means all its runs")
     add("--output", type=str, default="./comparison", metavar="DIR", help="folder for report.html, tables and figures")
     add(
         "--format",
         type=str,
         default="text",
         choices=["text", "markdown", "csv", "latex"],
-        help="how the tables are printed; all forms are written to the output folder in any case",
+        help="format of the printed tables; Markdown, CSV and LaTeX files are always written to DIR",
     )
     add(
         "--best",
         action="store_true",
-        help="of each optimizer take only the setting with the lowest validation loss at its end, with all its seeds",
+        help="compare only the best setting of each optimizer: the one with the lowest final validation loss, with all its seeds",
     )
     add(
         "--x-axis",
         type=str,
         default="step",
         choices=["step", "tokens", "time"],
-        help="what the PNG figures are drawn over, and the report's charts at first; time is that of the training steps alone",
+        help="x-axis of the PNG figures, and initial x-axis of the report's charts; time counts training steps only",
     )
-    add("--target-loss", type=float, default=None, help="test loss (nats per token) for the table of steps to a target")
-    add("--no-figures", action="store_true", help="write no PNG figures (the report has its own charts)")
+    add(
+        "--target-loss",
+        type=float,
+        default=None,
+        help="adds a table of the steps that each run needs to reach this test loss (nats per token)",
+    )
+    add("--no-figures", action="store_true", help="write no PNG figures; the report still has its charts")
 
 
 def run(args: Any) -> None:
-    """Writes the output folder and prints the tables on stdout."""
+    """Writes the output folder and prints the tables to stdout."""
     from megatron_lion.compare.best import run_folders
     from megatron_lion.compare.html_report import write_report
     from megatron_lion.compare.run_tables import build_tables
@@ -78,7 +84,11 @@ def run(args: Any) -> None:
 
 
 def _best(tried: list[RunRecord]) -> tuple[list[RunRecord], Table]:
-    """The runs of each optimizer's best setting, labelled anew, and the table that tells how they were chosen."""
+    """Returns the runs of each optimizer's best setting, with new labels, and the table of the choice.
+
+    Raises:
+        CheckpointError: no run is finished and has a validation loss.
+    """
     from megatron_lion.compare.best import best_table, choose_best
     from megatron_lion.compare.selection import read_runs
     from megatron_lion.errors import CheckpointError
@@ -87,13 +97,18 @@ def _best(tried: list[RunRecord]) -> tuple[list[RunRecord], Table]:
     folders = [run.folder for choice in choices for run in choice.runs]
     if not folders:
         raise CheckpointError(
-            f"--best: none of the {len(tried)} runs is finished and has a validation loss; train them to their end"
+            f"--best: none of the {len(tried)} runs is finished and has a validation loss; finish their training"
         )
     return read_runs(folders), best_table(choices)
 
 
 def print_tables(tables: list[Table], form: str) -> None:
-    """All tables on stdout, in the form asked for."""
+    """Prints tables to stdout.
+
+    Args:
+        tables: the tables.
+        form: "text", "markdown", "csv" or "latex".
+    """
     from megatron_lion.compare.table import to_csv, to_latex, to_markdown, to_rich
 
     if form != "text":
@@ -105,7 +120,7 @@ def print_tables(tables: list[Table], form: str) -> None:
 
     console = Console(file=sys.stdout)
     if not sys.stdout.isatty():
-        console.width = 200  # a pipe has no width of its own; the tables must not be cut for it
+        console.width = 200  # a pipe has no width: rich would cut the tables at 80 columns
     for table in tables:
         console.print(Text(table.title, "bold"))
         console.print(to_rich(table))
@@ -115,7 +130,7 @@ def print_tables(tables: list[Table], form: str) -> None:
 
 
 def _write_tables(tables: list[Table], folder: Path) -> None:
-    """Markdown and LaTeX with all tables, and a CSV file for each."""
+    """Writes one Markdown and one LaTeX file with all tables, and a CSV file for each table."""
     from megatron_lion.compare.table import to_csv, to_latex, to_markdown
     from megatron_lion.files import write_whole
 

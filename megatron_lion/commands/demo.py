@@ -1,4 +1,4 @@
-"""`megatron-lion demo`: from raw text to a comparison of LION, SGD and AdamW, on any machine, in about five minutes."""
+"""`megatron-lion demo`: from raw text to a comparison of LION, SGD and AdamW in about five minutes."""
 
 from __future__ import annotations
 
@@ -22,36 +22,40 @@ if TYPE_CHECKING:
     from megatron_lion.jobs import Jobs
 
 HELP = (
-    "Build a small corpus from this machine's Python documentation, train a tokenizer and a small GPT-2 with LION, SGD and AdamW on "
-    "two processes, probe the full gradient, evaluate zero-shot on prose of another kind, and compare"
+    "Build a small corpus from this machine's Python documentation, train a tokenizer and three small GPT-2 (LION, SGD, AdamW) on two "
+    "processes, measure their full gradients, evaluate them zero-shot on prose of another kind, and compare them"
 )
 
-# Windows without overlap over the first third of the held-out text: fifteen evaluations in under a minute.
+# Windows without overlap over the first third of the held-out text: fifteen evaluations take under a minute.
 MAX_TOKENS = 50_000
 QUICK_TOKENS = 5_000
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--output", type=str, default="demo", help="folder for everything the demo makes")
-    parser.add_argument("--processes", type=int, default=2, help="processes that train together (data parallel)")
+    """Declares the verb's flags."""
+    parser.add_argument("--output", type=str, default="demo", help="folder for all files of the demo")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of each training")
     parser.add_argument(
-        "--quick", action="store_true", help=f"{QUICK_STEPS} steps only: shows that the path works, not how it ends"
+        "--quick",
+        action="store_true",
+        help=f"train {QUICK_STEPS} steps only: a test of the installation, without meaningful losses",
     )
     parser.add_argument(
         "--paper-rates",
         action="store_true",
-        help="LION and SGD at the paper's rates (configs/demo_paper_rates.yaml) instead of three tuned optimizers",
+        help="train LION and SGD at the paper's rates (configs/demo_paper_rates.yaml) instead of three tuned optimizers",
     )
 
 
 def run(args: Any) -> None:
+    """Runs the demo's verbs one after another, all in the output folder."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.jobs import Jobs
 
     output = Path(args.output)
     if args.processes < 1 or 16 % args.processes:
         raise ConfigError(
-            f"--processes {args.processes}: the demo's batches of 16 samples divide over 1, 2, 4, 8 or 16 processes"
+            f"--processes {args.processes}: must divide the demo's batch of 16 samples; give 1, 2, 4, 8 or 16"
         )
     if output.is_dir() and any(output.iterdir()) and not (output / ".demo").is_file():
         raise ConfigError(f"--output {output}: not empty and not made by a demo; choose another folder")
@@ -62,7 +66,7 @@ def run(args: Any) -> None:
 
 
 class _Demo:
-    """The verbs that a user would give one by one, in order, each shown before it runs."""
+    """Runs the verbs that a user would run one by one; each command line is printed before it starts."""
 
     def __init__(self, output: Path, processes: int, quick: bool, paper_rates: bool, jobs: Jobs) -> None:
         self.output, self.processes, self.quick, self.jobs = output, processes, quick, jobs
@@ -83,7 +87,7 @@ class _Demo:
         from megatron_lion.prepare.demo_corpus import build_demo_corpus
         from megatron_lion.prepare.vocabularies import train_bpe
 
-        self.say("a corpus from this machine's Python documentation, and a tokenizer for it")
+        self.say("building a corpus from this machine's Python documentation, and its tokenizer")
         corpus = build_demo_corpus(self.output / "text")
         train_bpe([corpus.train], VOCAB_SIZE, self.output / "tokenizer")
         dataset = self.output / "data"
@@ -100,7 +104,7 @@ class _Demo:
         return folder
 
     def evaluate(self, folder: Path, held_out: Path) -> None:
-        self.say(f"zero-shot perplexity of {folder.name.upper()}'s checkpoints on prose of another kind")
+        self.say(f"evaluating {folder.name.upper()}'s checkpoints zero-shot on prose of another kind")
         quick = ["--max-tokens", str(QUICK_TOKENS if self.quick else MAX_TOKENS)]
         self.verb(
             "evaluate",
@@ -116,18 +120,24 @@ class _Demo:
         )
 
     def compare(self, runs: list[Path]) -> None:
-        self.say("the comparison")
+        self.say("comparing the runs")
         self.verb("compare", *map(str, runs), "--output", str(self.output / "comparison"))
         minutes = (time.monotonic() - self.started) / 60
-        rates = "the paper's rates" if self.paper_rates else "rates of a small grid (benchmarks/results/rates_demo.md)"
+        rates = (
+            "the paper's rate"
+            if self.paper_rates
+            else "the best rate of a small grid (benchmarks/results/rates_demo.md)"
+        )
         sys.stdout.write(
             f"\ndone in {minutes:.1f} minutes, each optimizer at {rates}\n"
             f"  {self.output}/comparison   tables and figures\n"
-            f"  {self.output}/runs         one folder a run: config.yaml, metrics.jsonl, checkpoints/, eval/\n"
+            f"  {self.output}/runs         one folder for each run: config.yaml, metrics.jsonl, checkpoints/, eval/\n"
         )
 
     def show_text(self, folder: Path) -> None:
-        self.say(f"three lines by {folder.name.upper()}'s last checkpoint, after a minute of training")
+        self.say(
+            f"generating three texts with {folder.name.upper()}'s last checkpoint, after about a minute of training"
+        )
         self.verb("generate", str(folder), "--prompt", "Return the", "--max-new-tokens", "24", "--temperature", "0.7")
 
     def say(self, text: str) -> None:
@@ -136,15 +146,17 @@ class _Demo:
         sys.stderr.flush()
 
     def verb(self, verb: str, *words: str, distributed: bool = False) -> None:
-        """Runs a verb in a process of its own and ends the demo with its code if it fails."""
+        """Runs a verb in a child process; if it fails, ends the demo with the verb's exit code."""
         from megatron_lion.errors import MegatronLionError, StoppedOnRequest
 
         sys.stderr.write(f"    megatron-lion {verb} {' '.join(words)}\n")
         sys.stderr.flush()
         code = self.jobs.run(verb, list(words), self.processes if distributed else 1)
         if self.jobs.asked:
-            raise StoppedOnRequest(f"stopped in `megatron-lion {verb}`; the same command goes on there")
+            raise StoppedOnRequest(f"stopped in `megatron-lion {verb}`; the same command continues there")
         if code:
-            error = MegatronLionError(f"the demo stopped: `megatron-lion {verb}` ended with code {code}; see above")
+            error = MegatronLionError(
+                f"the demo stopped: `megatron-lion {verb}` failed with exit code {code}; see its message above"
+            )
             error.exit_code = code if code > 0 else 1
             raise error

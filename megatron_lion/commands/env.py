@@ -1,4 +1,4 @@
-"""`megatron-lion env`: what a bug report needs."""
+"""`megatron-lion env`: versions and hardware as JSON, for bug reports."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import json
 import sys
 from typing import Any
 
-HELP = "Print versions, hardware and what is missing, as JSON, for bug reports"
+HELP = "Print versions, hardware and available kernels as JSON, for bug reports"
 
 
 def add_arguments(parser: Any) -> None:
+    """Declares the verb's flags."""
     parser.add_argument("--device", default="auto", help="auto, cuda or cpu")
 
 
 def run(args: Any) -> None:
+    """Prints the facts to stdout."""
     from megatron_lion.device import select_device
     from megatron_lion.jobs import world_size_from_env
     from megatron_lion.model.mcore_settings import choose_attention

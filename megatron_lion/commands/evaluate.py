@@ -1,4 +1,4 @@
-"""`megatron-lion evaluate`: zero-shot perplexity of a run's checkpoints, every number with its convention."""
+"""`megatron-lion evaluate`: zero-shot perplexity of a run's checkpoints, each number with its convention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megatron_lion.evaluate.evaluate_steps import Outcome
     from megatron_lion.evaluate.tasks import Task
 
-HELP = "Zero-shot perplexity of a run's checkpoints, or of a Hugging Face GPT-2, on WikiText-103, LAMBADA or any text"
+HELP = "Measure the zero-shot perplexity of a run's checkpoints, or of a Hugging Face GPT-2, on WikiText-103, LAMBADA or any text"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,55 +26,74 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         help="run folder, one checkpoint of it (RUN/checkpoints/step_…), or Hugging Face GPT-2 folder",
     )
-    add("--steps", type=str, default="latest", help="all, latest, or steps such as 10000,20000")
+    add("--steps", type=str, default="latest", help="all, latest, or a list such as 10000,20000")
     add(
         "--wikitext103",
         type=str,
         default=None,
         metavar="FILE",
-        help="wiki.test.tokens or wiki.test.raw: Megatron's convention, and page by page",
+        help="wiki.test.tokens or wiki.test.raw; measured by Megatron's convention and page by page",
     )
-    add("--text", type=str, nargs="+", default=[], metavar="FILE", help="any UTF-8 text, taken as it is")
-    add("--lambada", type=str, default=None, metavar="FILE", help="LAMBADA as JSONL with a passage under 'text'")
+    add(
+        "--text",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="any UTF-8 text files; they are encoded without changes",
+    )
+    add(
+        "--lambada",
+        type=str,
+        default=None,
+        metavar="FILE",
+        help="LAMBADA as JSONL, a passage under 'text' in each line",
+    )
     add(
         "--stride",
         type=str,
         default="32",
-        help="targets each window scores after the first: tokens, `full` for no overlap, or several: 32,full",
+        help="tokens that each window after the first scores; full means no overlap; a list such as 32,full measures both",
     )
     add(
         "--pages",
         type=bool,
         default=True,
-        help="with --wikitext103 also word and byte perplexity page by page, as lm-evaluation-harness",
+        help="with --wikitext103, also measure word and byte perplexity page by page, as lm-evaluation-harness does",
     )
     add("--batch-size", type=int, default=16, help="windows in one forward pass on one process")
     add(
         "--max-tokens",
         type=int,
         default=None,
-        help="score only the first tokens of a stream, for a quick look; marked in the result",
+        help="score only this many first tokens of --wikitext103 and --text, for a quick check; the result is marked",
     )
-    add("--precision", type=str, default="fp32", choices=["fp32", "bf16"], help="of the forward pass")
+    add("--precision", type=str, default="fp32", choices=["fp32", "bf16"], help="precision of the forward pass")
     add(
         "--device",
         type=str,
         default="auto",
         choices=["auto", "cuda", "cpu"],
-        help="auto takes CUDA where it is visible",
+        help="auto takes CUDA if a device is visible",
     )
-    add("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the one in the target folder")
+    add(
+        "--tokenizer",
+        type=str,
+        default=None,
+        metavar="FOLDER",
+        help="tokenizer to use instead of the one in the target folder",
+    )
     add(
         "--watch",
         action="store_true",
-        help="follow a run in training and evaluate each new checkpoint until its last step",
+        help="wait for the checkpoints of a run in training and evaluate each until the last step",
     )
     add(
         "--explain",
         type=float,
         default=None,
         metavar="NUMBER",
-        help="say by which convention a published number is comparable, and what ours is there",
+        help="print the convention of a published perplexity, and the result of the same convention, if measured",
     )
     add(
         "--fill-mask",
@@ -82,7 +101,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="of a BERT run: the likeliest tokens for every [MASK] of each text",
+        help="BERT runs: print the likeliest tokens for every [MASK] of each text",
     )
     add(
         "--sentence-order",
@@ -90,12 +109,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs=2,
         default=None,
         metavar=("FIRST", "SECOND"),
-        help="of a BERT run: the probability that the first passage comes before the second",
+        help="BERT runs: print the probability that the first passage comes before the second",
     )
 
 
 def run(args: Any) -> None:
-    """Evaluates, writes TARGET/eval/*.json, prints one line a result."""
+    """Measures, writes TARGET/eval/*.json and prints a table with one line for each result."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import open_model, split_target
     from megatron_lion.signals import sigterm_raises
@@ -111,7 +130,7 @@ def run(args: Any) -> None:
             raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
         sys.stdout.write(_explain(args.explain, evaluations_folder(folder)) + "\n")
         return
-    stopped = "stopped; finished results are kept, the same command measures the others"
+    stopped = "stopped; finished results are kept; the same command measures the others"
     with (
         sigterm_raises(stopped),
         open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model,
@@ -125,7 +144,7 @@ def run(args: Any) -> None:
 
 
 def _spot_checks(folder: Path, steps: str, args: Any) -> None:
-    """--fill-mask and --sentence-order: prints what a BERT answers at each chosen step."""
+    """Prints the predictions of --fill-mask and --sentence-order at each chosen step."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.bert_cloze import fill_mask, order_probability
     from megatron_lion.evaluate.open_run import open_run
@@ -134,7 +153,7 @@ def _spot_checks(folder: Path, steps: str, args: Any) -> None:
 
     kind = read_config(folder).model.kind
     if kind != "bert":
-        raise ConfigError(f"--fill-mask and --sentence-order: {folder} is a {kind} run; they ask a BERT")
+        raise ConfigError(f"--fill-mask and --sentence-order: {folder} is a {kind} run; give a BERT run")
     with open_run(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
         for step in choose_steps(steps, model.steps):
             model.load(step)
@@ -152,7 +171,7 @@ def _spot_checks(folder: Path, steps: str, args: Any) -> None:
 
 
 def _tasks(model: Any, args: Any) -> list[Task]:
-    """Reads and encodes the texts, the same on every rank."""
+    """Reads and encodes the texts; every rank does this for itself and has the same tasks."""
     from megatron_lion.evaluate.lambada import read_passages
     from megatron_lion.evaluate.tasks import Reader, lambada_task, pages_task, stream_task
     from megatron_lion.evaluate.wikitext import read_text
@@ -184,15 +203,15 @@ def _tasks(model: Any, args: Any) -> list[Task]:
 
 
 def _note_wikitext(tasks: list[Task], args: Any) -> None:
-    """What one would not see from the table: another text than WikiText, page-wise results left out."""
+    """Reports facts that the table does not show: an unknown text, and omitted page-by-page results."""
     from megatron_lion.evaluate.known_texts import UNKNOWN
 
     if tasks[0].conditions["text_version"] == UNKNOWN:
         sys.stderr.write(
-            f"{args.wikitext103}: none of the published WikiText files (by its hash); the result is no WikiText-103 perplexity\n"
+            f"{args.wikitext103}: not a published WikiText file (by its hash); the result is no WikiText-103 perplexity\n"
         )
     if args.pages and args.max_tokens is not None:
-        sys.stderr.write("--max-tokens: page-by-page results need the whole text, left out\n")
+        sys.stderr.write("--max-tokens: page-by-page results need the whole text and are omitted\n")
 
 
 def _warn_of_short_texts(tasks: list[Task], seq_length: int) -> None:
@@ -200,12 +219,12 @@ def _warn_of_short_texts(tasks: list[Task], seq_length: int) -> None:
         if task.kind in ("wikitext103", "text") and len(task.segments) == 1 and task.forward_tokens < seq_length:
             sys.stderr.write(
                 f"{task.conditions['text_path']}: {task.forward_tokens + 1} tokens are fewer than one window of "
-                f"{seq_length}; the loss is that of short contexts\n"
+                f"{seq_length}; the loss is measured with short contexts only\n"
             )
 
 
 def _strides(words: str, seq_length: int) -> list[int]:
-    """The strides of --stride, each once."""
+    """Returns the strides of --stride without duplicates, in order."""
     from megatron_lion.errors import ConfigError
 
     try:
@@ -216,7 +235,7 @@ def _strides(words: str, seq_length: int) -> list[int]:
 
 
 def _chosen_steps(model: Any, folder: Path, asked: str, *, watch: bool) -> Iterable[int]:
-    """The checkpoints to evaluate; with --watch, as training makes them."""
+    """Returns the steps to evaluate; with --watch, an iterator that waits for new checkpoints."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.evaluate_steps import follow
     from megatron_lion.runs.folder import read_config
@@ -226,12 +245,12 @@ def _chosen_steps(model: Any, folder: Path, asked: str, *, watch: bool) -> Itera
     if not watch:
         return choose_steps(asked, model.steps)
     if not has_config(folder):
-        raise ConfigError(f"--watch: {folder} is no run in training")
+        raise ConfigError(f"--watch: {folder} is no run in training; give a run folder")
     return follow(model, lambda: list_steps(folder), read_config(folder).train.steps)
 
 
 def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task], args: Any) -> list[Outcome]:
-    """Measures every task on every step, with a progress bar on the first rank."""
+    """Measures every task on every step, with a progress bar on rank 0."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from megatron_lion.evaluate.evaluate_steps import evaluate_step
@@ -262,7 +281,7 @@ def _stderr_console() -> Any:
 
 
 def _print_outcomes(outcomes: list[Outcome], folder: Path) -> None:
-    """A table on stdout: one line a result."""
+    """Prints a table to stdout, with one line for each result."""
     from rich.console import Console
     from rich.table import Table
 
@@ -299,14 +318,14 @@ def _row(outcome: Outcome) -> list[str]:
 
 
 def _number(value: float | None) -> str:
-    """A perplexity as it is read: inf where it went beyond float64."""
+    """Formats a perplexity; None, which means beyond float64, becomes inf."""
     if value is None:
         return "inf"
     return f"{value:,.2f}" if value < 1e6 else f"{value:.3e}"
 
 
 def _explain(value: float, folder: Path) -> str:
-    """The text of --explain over all results of the folder."""
+    """Returns the text of --explain over all results of a folder."""
     import json
 
     from megatron_lion.evaluate.published_results import explain
@@ -316,5 +335,5 @@ def _explain(value: float, folder: Path) -> str:
         try:
             results.append(json.loads(path.read_text(encoding="utf-8")))
         except ValueError:
-            sys.stderr.write(f"{path}: not a whole result, left out\n")
+            sys.stderr.write(f"{path}: a damaged result, ignored\n")
     return explain(value, [r for r in results if isinstance(r, dict)])

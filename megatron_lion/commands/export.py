@@ -1,4 +1,4 @@
-"""`megatron-lion export`: a checkpoint as a Hugging Face model folder."""
+"""`megatron-lion export`: writes a checkpoint as a Hugging Face model folder."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 HELP = (
-    "Write a checkpoint as a Hugging Face folder: GPT-2 as GPT2LMHeadModel, BERT as MegatronBertForPreTraining; safetensors, config, "
-    "tokenizer, model card with the run's evaluation results"
+    "Write a checkpoint as a folder that transformers loads: GPT-2 as GPT2LMHeadModel, BERT as MegatronBertForPreTraining; with "
+    "safetensors, config, tokenizer, and a model card with the run's evaluation results"
 )
 
 _ARCHITECTURES = {"gpt2": "gpt2", "megatron-bert": "bert"}
@@ -21,35 +21,41 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
     add("target", type=str, help="run folder, or one checkpoint of it (RUN/checkpoints/step_…)")
-    add("--output", type=str, required=True, metavar="FOLDER", help="the folder to make")
+    add("--output", type=str, required=True, metavar="FOLDER", help="new model folder")
     add("--step", type=str, default="latest", help="latest, or the step of a complete checkpoint")
     add(
         "--dtype",
         type=str,
         default="stored",
         choices=["stored", "fp32", "bf16"],
-        help="of the weights; stored takes the checkpoint's, bit for bit",
+        help="dtype of the weights; stored keeps the checkpoint's, bit for bit",
     )
     add(
         "--architecture",
         type=str,
         default="auto",
         choices=["auto", "gpt2", "megatron-bert", "bert"],
-        help="refuses where the run is another; bert never fits: it is post-LN",
+        help="fail if the run has another architecture; bert always fails, because it is post-LN",
     )
-    add("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the one in the run folder")
+    add(
+        "--tokenizer",
+        type=str,
+        default=None,
+        metavar="FOLDER",
+        help="tokenizer to use instead of the one in the run folder",
+    )
     add(
         "--check",
         type=bool,
         default=True,
-        help="compare the logits with those of transformers before the folder is there",
+        help="before the folder gets its name, check that transformers computes the same logits",
     )
-    add("--overwrite", action="store_true", help="replace an earlier export there")
-    add("--device", type=str, default="auto", choices=["auto", "cuda", "cpu"], help="for the comparison")
+    add("--overwrite", action="store_true", help="replace an earlier export in FOLDER")
+    add("--device", type=str, default="auto", choices=["auto", "cuda", "cpu"], help="device of the check")
 
 
 def run(args: Any) -> None:
-    """Writes the folder and says what was checked."""
+    """Writes the folder and prints its size and the result of the check."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import split_target
     from megatron_lion.jobs import world_size_from_env
@@ -70,7 +76,7 @@ def run(args: Any) -> None:
             model, step, Path(args.output), dtype=dtype, overwrite=args.overwrite, check=args.check
         )
     checked = (
-        f"transformers gives the same logits (relative difference {done.logit_difference:.1e})"
+        f"transformers computes the same logits (relative difference {done.logit_difference:.1e})"
         if done.logit_difference is not None
         else "not compared with transformers"
     )
@@ -78,14 +84,22 @@ def run(args: Any) -> None:
 
 
 def check_architecture(wanted: str, kind: str) -> None:
-    """Raises ConfigError if a kind of run does not fit a Hugging Face architecture; the message names the one that fits."""
+    """Checks that a kind of run fits a Hugging Face architecture.
+
+    Args:
+        wanted: "auto", "gpt2", "megatron-bert" or "bert".
+        kind: model.kind of the run.
+
+    Raises:
+        ConfigError: they do not fit; the message names the architecture that does.
+    """
     from megatron_lion.errors import ConfigError
 
     if wanted == "bert":
         raise ConfigError(
-            "--architecture bert: Hugging Face's BERT normalises after each block, this one before it (pre-LN), so its weights mean "
-            "something else there; export as megatron-bert"
+            "--architecture bert: Hugging Face's BERT normalises after each block (post-LN), this project's before it (pre-LN); "
+            "export as megatron-bert"
         )
     if wanted != "auto" and _ARCHITECTURES[wanted] != kind:
         fits = next(name for name, ours in _ARCHITECTURES.items() if ours == kind)
-        raise ConfigError(f"--architecture {wanted}: the run is a {kind}; leave it out, or give {fits}")
+        raise ConfigError(f"--architecture {wanted}: the run is a {kind}; omit the flag or give {fits}")

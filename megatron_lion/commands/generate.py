@@ -1,4 +1,4 @@
-"""`megatron-lion generate`: a few lines of text from a GPT-2 checkpoint."""
+"""`megatron-lion generate`: prints a few lines of text from a GPT-2 checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-HELP = "Continue a prompt with a GPT-2 run's checkpoint or a Hugging Face GPT-2 folder: a look at what it learned, not a benchmark"
+HELP = "Continue a prompt with a checkpoint of a GPT-2 run or with a Hugging Face GPT-2 folder, for a quick check of the model"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,33 +21,44 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="TEXT",
-        help="default: the end-of-document mark, as at the start of a document",
+        help="text to continue; default: the end-of-document token, so that the model begins a document",
     )
     add("--step", type=str, default="latest", help="latest, or the step of a complete checkpoint")
-    add("--count", type=int, default=3, help="continuations")
-    add("--max-new-tokens", type=int, default=40, help="tokens added at most")
+    add("--count", type=int, default=3, help="number of continuations")
+    add("--max-new-tokens", type=int, default=40, help="largest number of added tokens")
     add(
         "--temperature",
         type=float,
         default=0.8,
-        help="0 takes the likeliest token each time; 1 draws as the model says",
+        help="0 takes the likeliest token; 1 draws with the model's probabilities; below 1, likelier tokens more often",
     )
-    add("--top-k", type=int, default=50, help="draw among so many likeliest tokens; 0 among all")
-    add("--top-p", type=float, default=1.0, help="draw among the fewest tokens with this probability together")
-    add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add("--precision", type=str, default="fp32", choices=["fp32", "bf16"], help="of the forward pass")
+    add("--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0 means all")
+    add(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="draw from the smallest set of likeliest tokens with this total probability",
+    )
+    add("--seed", type=int, default=0, help="random seed; the same seed gives the same text")
+    add("--precision", type=str, default="fp32", choices=["fp32", "bf16"], help="precision of the forward pass")
     add(
         "--device",
         type=str,
         default="auto",
         choices=["auto", "cuda", "cpu"],
-        help="auto takes CUDA where it is visible",
+        help="auto takes CUDA if a device is visible",
     )
-    add("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the one in the target folder")
+    add(
+        "--tokenizer",
+        type=str,
+        default=None,
+        metavar="FOLDER",
+        help="tokenizer to use instead of the one in the target folder",
+    )
 
 
 def run(args: Any) -> None:
-    """Prints prompt and continuation, one paragraph each."""
+    """Prints each continuation with its prompt as a paragraph."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import open_model, split_target
 
@@ -61,7 +72,7 @@ def run(args: Any) -> None:
     )
     for flag, given, ok, expected in rules:
         if not ok:
-            raise ConfigError(f"{flag} {given}: is not possible; expected {expected}")
+            raise ConfigError(f"{flag} {given}: must be {expected}")
     folder, step = split_target(Path(args.target), args.step)
     from megatron_lion.evaluate.text_sampling import SamplingSettings, sample
     from megatron_lion.runs.steps import choose_steps

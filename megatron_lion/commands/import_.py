@@ -1,4 +1,4 @@
-"""`megatron-lion import`: a Hugging Face GPT-2 or MegatronBert folder as the beginning of a run."""
+"""`megatron-lion import`: makes a run from a Hugging Face GPT-2 or MegatronBert folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 HELP = (
-    "Make a run folder from a Hugging Face GPT-2 or MegatronBert folder: to evaluate, probe, or train further at any layout with "
+    "Make a run folder from a Hugging Face GPT-2 or MegatronBert folder, to evaluate, probe or train it further at any layout with "
     "`pretrain --config RUN/config.yaml`"
 )
 
@@ -24,14 +24,16 @@ def add_arguments(parser: ArgumentParser) -> None:
         "source",
         type=str,
         metavar="FOLDER",
-        help="with config.json, model.safetensors and the tokenizer's files; never downloaded",
+        help="folder with config.json, model.safetensors and the tokenizer's files; nothing is downloaded",
     )
-    parser.add_argument("--tokenizer", type=str, default=None, metavar="FOLDER", help="instead of the folder's own")
+    parser.add_argument(
+        "--tokenizer", type=str, default=None, metavar="FOLDER", help="tokenizer to use instead of the folder's own"
+    )
     add_run_config(parser)
 
 
 def run(args: Any) -> None:
-    """Writes run_dir with a checkpoint of step 0."""
+    """Writes run_dir with a checkpoint of step 0, and prints the next commands."""
     from dataclasses import fields, replace
 
     from megatron_lion.config import ModelConfig, ParallelConfig
@@ -46,7 +48,7 @@ def run(args: Any) -> None:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a Hugging Face model folder")
     config = run_config_from_namespace(args.parser, args)
-    check_config(replace(config, parallel=ParallelConfig()), 1)  # the layout is that of the job that trains it
+    check_config(replace(config, parallel=ParallelConfig()), 1)  # the layout is chosen by the later training job
     from megatron_lion.interop.hf_import import import_folder
 
     done = import_folder(source, config, tokenizer=args.tokenizer)
@@ -54,7 +56,7 @@ def run(args: Any) -> None:
     for name in (field.name for field in fields(ModelConfig)):
         given, found = getattr(config.model, name), getattr(model, name)
         if given not in (getattr(ModelConfig(), name), found):
-            sys.stderr.write(f"note: model.{name} is {found}, as {source} has it, not {given}\n")
+            sys.stderr.write(f"note: model.{name} is {found} as in {source}, not {given}\n")
     folder = shlex.quote(str(done.run_dir))
     data = "" if config.data.path else " --data.path '[DATASET]'"
     sys.stdout.write(

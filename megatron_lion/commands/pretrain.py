@@ -1,4 +1,4 @@
-"""`megatron-lion pretrain`: train, or resume, a run."""
+"""`megatron-lion pretrain`: trains a run, or resumes it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,33 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
 
 HELP = (
-    "Pretrain a model; started again with the same settings it resumes from the newest checkpoint. "
-    "One process by itself; several with torchrun --nproc-per-node N -m megatron_lion pretrain …"
+    "Pretrain GPT-2 or BERT. The same command resumes from the newest checkpoint. megatron-lion starts one process; for N processes "
+    "use torchrun --nproc-per-node N -m megatron_lion pretrain …"
 )
 
 
 def add_arguments(parser: Any) -> None:
+    """Declares the verb's flags."""
     add_run_config(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print sizes, memory and time, and stop"
+        "--dry-run", action="store_true", help="check settings and data, print model size, memory and time, and exit"
     )
     parser.add_argument(
-        "--print_config", action="store_true", help="print the resolved settings as YAML, ready for --config, and stop"
+        "--print_config", action="store_true", help="print the resolved settings as YAML, ready for --config, and exit"
     )
-    parser.add_argument("--fresh", action="store_true", help="move an earlier run in run_dir aside and start over")
     parser.add_argument(
-        "--max-steps", type=int, default=None, help="stop (and save) after this step; the schedule keeps train.steps"
+        "--fresh", action="store_true", help="rename an earlier run in run_dir (to RUN.old-1, …) and start a new one"
+    )
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        default=None,
+        help="save a checkpoint and exit after this step; the schedule still spans train.steps",
     )
 
 
 def run(args: Any) -> None:
+    """Trains or resumes the run, or prints its settings or size."""
     from dataclasses import replace
 
     from megatron_lion.jobs import rank_from_env, world_size_from_env

@@ -1,4 +1,4 @@
-"""`megatron-lion probe`: the full gradient of a run's checkpoints, after the fact."""
+"""`megatron-lion probe`: measures the full gradient of a run's checkpoints after training."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 HELP = (
-    "measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise. One process by itself; "
-    "several with torchrun --nproc-per-node N -m megatron_lion probe …"
+    "Measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise. megatron-lion starts one process; for N "
+    "processes use torchrun --nproc-per-node N -m megatron_lion probe …"
 )
 
 
@@ -18,51 +18,62 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
     add("run_dir", type=str, metavar="RUN", help="run folder")
-    add("--steps", type=str, default="all", help="all checkpoints, latest, or steps such as 10000,20000")
-    add("--num-batches", type=int, default=None, help="global batches to average; default: the run's probe.num_batches")
+    add("--steps", type=str, default="all", help="all, latest, or a list such as 10000,20000")
+    add(
+        "--num-batches",
+        type=int,
+        default=None,
+        help="global batches to average over; default: the run's probe.num_batches",
+    )
     add(
         "--data",
         type=Literal["fixed", "fresh", "test"] | None,
         default=None,
-        help="training samples, the same for every step (fixed) or others for each (fresh), or the test split; "
+        help="samples: training samples, the same for every step (fixed) or new ones (fresh), or the test split (test); "
         "default: the run's probe.data",
     )
-    add("--dropout", action="store_true", default=None, help="keep dropout on")
-    add("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="of this job, whatever the run had")
-    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="of this job")
+    add("--dropout", action="store_true", default=None, help="keep dropout active")
+    add(
+        "--tensor-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tensor-parallel size of this job; it may differ from the run's",
+    )
+    add("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="pipeline-parallel size of this job")
     add(
         "--sequence-parallel",
         action="store_true",
-        help="shard activations along the sequence (with tensor parallelism)",
+        help="shard activations along the sequence; needs tensor parallelism",
     )
     add(
         "--micro-batch-size",
         type=int,
         default=None,
         metavar="N",
-        help="samples a pass on one process; default: the run's",
+        help="samples in one pass on one process; default: the run's train.micro_batch_size",
     )
     add(
         "--device",
         type=str,
         default="auto",
         choices=["auto", "cuda", "cpu"],
-        help="auto takes CUDA where it is visible",
+        help="auto takes CUDA if a device is visible",
     )
-    add("--again", action="store_true", help="compute what is there already, too")
-    add("--figures", action="store_true", help="draw RUN/figures/probe_*.png from all results of the run")
+    add("--again", action="store_true", help="measure again steps that have a result")
+    add("--figures", action="store_true", help="draw RUN/figures/probe_*.png from all probe results of the run")
     add(
         "--beside",
         type=str,
         nargs="+",
         default=[],
         metavar="RUN",
-        help="with --figures: runs of the same size to draw into the same axes",
+        help="with --figures: further runs of the same model size to draw in the same figures",
     )
 
 
 def run(args: Any) -> None:
-    """Writes RUN/probe/step_*.json and a line a step on stdout."""
+    """Writes RUN/probe/step_*.json and prints one line for each step."""
     from pathlib import Path
 
     from megatron_lion.config import ParallelConfig
@@ -82,7 +93,7 @@ def run(args: Any) -> None:
         run_dir, probe=settings, parallel=parallel, micro_batch_size=args.micro_batch_size, device=args.device
     )
     steps = choose_steps(args.steps, list_steps(run_dir))
-    stopped = "stopped; finished steps are kept, the same command probes the others"
+    stopped = "stopped; finished steps are kept; the same command probes the others"
     with sigterm_raises(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
     if is_main:
@@ -95,7 +106,7 @@ def run(args: Any) -> None:
 
 
 def table(probed: list[Any]) -> str:
-    """The results as lines for people."""
+    """Returns the results of probed steps as a table in plain text."""
     head = f"{'step':>9}  {'loss':>8}  {'grad_l1':>10}  {'grad_l2':>10}  {'r':>9}  {'r/sqrt(d)':>9}  {'KKT':>10}  {'noise':>6}  file"
     lines = [head]
     for item in probed:
@@ -105,11 +116,11 @@ def table(probed: list[Any]) -> str:
             f"{item.step:>9}", f"{_number(content['loss'], 4):>8}", f"{_number(norms['grad_l1'], 5):>10}",
             f"{_number(norms['grad_l2'], 5):>10}", f"{_number(norms['norm_ratio'], 2):>9}",
             f"{_number(norms['norm_ratio_over_sqrt_d'], 4):>9}", f"{_number(norms['kkt_residual'], 5):>10}",
-            f"{_percent(noise):>6}", f"{item.path}{'' if item.is_new else '  (was there)'}",
+            f"{_percent(noise):>6}", f"{item.path}{'' if item.is_new else '  (found)'}",
         ]  # fmt: skip
         lines.append("  ".join(cells))
     if any(item.content["all"]["kkt_residual"] is None for item in probed):
-        lines.append("no λ (weight_decay 0): there is no box, and the KKT residual is undefined")
+        lines.append("λ is 0 (weight_decay 0): there is no box constraint, and the KKT residual is undefined")
     return "\n".join(lines) + "\n"
 
 
@@ -122,7 +133,7 @@ def _percent(value: float | None) -> str:
 
 
 class _Progress:
-    """A bar on a terminal, nothing elsewhere."""
+    """A progress bar on stderr, if that is a terminal."""
 
     def __init__(self, num_batches: int, *, shown: bool) -> None:
         from rich.console import Console

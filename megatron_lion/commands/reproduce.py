@@ -1,4 +1,4 @@
-"""`megatron-lion reproduce`: the paper's artefacts, made and held against the paper."""
+"""`megatron-lion reproduce`: makes the paper's tables and figures and compares them with the paper."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 HELP = (
-    "Make the paper's artefacts and hold them against the paper: its value, ours, tolerance, convention and source. The tiny scale runs on "
-    "two CPU cores; the full scale is the 16-A100 plan"
+    "Make the paper's tables and figures and compare them with the paper; reproduction.md lists each value with ours, tolerance, "
+    "convention and source. The tiny scale runs on two CPU cores; the full scale needs 16 A100 GPUs"
 )
 
 
 NODES = """# On each of two nodes with eight A100s: export NNODES=2 NPROC_PER_NODE=8 MASTER_ADDR=node0 NODE_RANK=0 (1 on the other),
-# then `megatron-lion reproduce … --scale full` runs what follows; NODE_RANK 0 alone does what is not a training.
+# then run `megatron-lion reproduce … --scale full`. It runs these commands; all but the trainings on NODE_RANK 0 alone.
 
 """
 
@@ -30,14 +30,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=names,
         nargs="+",
         metavar="ARTEFACT",
-        help="table-b1, figure-2, figure-3, toy, rates; several share what they can",
+        help="table-b1, figure-2, figure-3, toy or rates; several share their data and runs",
     )
     add(
         "--scale",
         type=str,
         default="tiny",
         choices=["tiny", "full"],
-        help="tiny: minutes on two cores; full: the paper's sizes",
+        help="tiny: small models, minutes on two cores; full: the paper's models and steps",
     )
     add(
         "--output",
@@ -52,14 +52,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="training text, as for prepare; default (tiny): this machine's Python documentation",
+        help="training text, as for prepare --input; default (tiny): this machine's Python documentation",
     )
     add(
         "--tokenizer",
         type=str,
         default=None,
         metavar="FOLDER",
-        help="GPT-2's; default (tiny): a BPE trained on the text",
+        help="GPT-2's tokenizer; default (tiny): a BPE trained on the text",
     )
     add(
         "--vocab",
@@ -73,27 +73,32 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="FILE",
-        help="wiki.test.tokens; default (tiny): held-out prose of another kind",
+        help="wiki.test.tokens of WikiText-103; default (tiny): held-out prose of another kind",
     )
-    add("--processes", type=int, default=2, help="that train together on this machine (tiny), or evaluate (full)")
-    add("--print", action="store_true", help="print the commands and stop")
+    add(
+        "--processes",
+        type=int,
+        default=2,
+        help="processes of this machine that train together (tiny) or evaluate (full)",
+    )
+    add("--print", action="store_true", help="print the commands and exit")
     add(
         "--quick",
         action="store_true",
-        help="tiny with a few steps, into DIR/quick: shows that the path works, not how it ends",
+        help="the tiny scale with a few steps, in DIR/quick: a test of the installation, without meaningful values",
     )
 
 
 def run(args: Any) -> None:
-    """Runs the plans, writes OUTPUT/reproduction.md and .json, prints the tables."""
+    """Runs the plans, writes reproduction.md and reproduction.json, and prints the tables."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.reproduce.artefacts import build_plan
     from megatron_lion.reproduce.sources import Sources, check_sources
 
     if args.processes < 1 or 8 % args.processes:
-        raise ConfigError(f"--processes {args.processes}: batches of 8 samples divide over 1, 2, 4 or 8 processes")
+        raise ConfigError(f"--processes {args.processes}: must divide the batch of 8 samples; give 1, 2, 4 or 8")
     if args.quick and args.scale == "full":
-        raise ConfigError("--quick goes with --scale tiny")
+        raise ConfigError("--quick works with --scale tiny only; omit one of them")
     sources = Sources(
         text=tuple(args.text), tokenizer=args.tokenizer, vocab=args.vocab, wikitext103=args.wikitext103,
         output=Path(args.output) / "quick" if args.quick else Path(args.output), processes=args.processes, quick=args.quick,
@@ -107,7 +112,7 @@ def run(args: Any) -> None:
             sys.stdout.write(f"## {plan.artefact}, {plan.scale} scale\n" + "\n".join(lines) + "\n\n")
         return
     check_sources(sources)
-    _earlier(sources.output)  # a record that cannot be read is better known now than after the runs
+    _earlier(sources.output)  # raises if reproduction.json is damaged: now, not after hours of runs
     _run_plans(plans, sources, args.processes)
     _report(plans, sources)
 
@@ -129,10 +134,10 @@ def _run_plans(plans: list[Any], sources: Any, processes: int) -> None:
 
 
 def _earlier(output: Path) -> dict[str, Any]:
-    """What reproduction.json of an earlier call holds, by "artefact/scale".
+    """Returns the claims in an earlier call's reproduction.json by "artefact/scale"; empty if there is none.
 
     Raises:
-        DataError: it is damaged.
+        DataError: the file is damaged.
     """
     import json
 
@@ -146,11 +151,13 @@ def _earlier(output: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {key: [Claim(**claim) for claim in claims] for key, claims in found.items()}
     except (ValueError, TypeError, AttributeError, OSError):
-        raise DataError(f"{path}: damaged; move it away, the runs beside it stay") from None
+        raise DataError(
+            f"{path}: damaged; delete or rename it, then give the same command again; finished runs are kept"
+        ) from None
 
 
 def _report(plans: list[Any], sources: Any) -> None:
-    """Writes what all calls so far found, and prints what this one did."""
+    """Writes the claims of all calls so far, and prints those of this call."""
     import json
     from dataclasses import asdict
 

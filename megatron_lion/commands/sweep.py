@@ -1,4 +1,4 @@
-"""`megatron-lion sweep`: the runs of a grid, so that each optimizer is tuned before it is compared."""
+"""`megatron-lion sweep`: runs a grid of settings and picks the best of each optimizer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from megatron_lion.sweep.sweep_file import Sweep
 
 HELP = (
-    "Run a grid of settings, such as optimizers and learning rates, as runs in one folder, and pick the best of each optimizer by "
-    "validation loss. The same command resumes what is missing; another grid adds runs. Any setting of `pretrain` may follow as a flag"
+    "Train one run for each point of a grid of settings, such as optimizers and learning rates, and pick the best of each optimizer by "
+    "validation loss. The same command continues unfinished runs; another grid adds runs. All settings of `pretrain` are flags here too"
 )
 
 
@@ -33,37 +33,45 @@ def add_arguments(parser: Any) -> None:
         type=str,
         action="append",
         metavar="KEY=VALUE,VALUE",
-        help="a setting and its values; several grids are crossed. optimizer.lr=paper takes the paper's eight rates; "
-        "sgd:optimizer.lr=1,0.3,0.1 is for the runs of sgd alone",
+        help="a setting and its values; several --grid are crossed. optimizer.lr=paper means the paper's eight rates; "
+        "sgd:optimizer.lr=1,0.3,0.1 applies to the runs of sgd only",
     )
     add(
         "--output",
         type=str,
         default="runs/sweep",
         metavar="DIR",
-        help="folder of the sweep; each run is a folder in it",
+        help="folder of the sweep, with one folder for each run",
     )
-    add("--processes", type=int, default=1, help="processes that train a run together; with --slurm, GPUs of a node")
-    add("--dry-run", action="store_true", help="check every run, print their number, tokens, memory and time, and stop")
-    add("--print", action="store_true", help="print a shell script of the missing runs, and start none")
+    add("--processes", type=int, default=1, help="processes that train a run together; with --slurm, GPUs of the node")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check every run, print the number of runs, tokens, memory and time, and exit",
+    )
+    add("--print", action="store_true", help="print a shell script of the unfinished runs; start none")
     add(
         "--slurm",
         action="store_true",
-        help="write a SLURM array job of the missing runs to DIR/sweep.sbatch, and start none",
+        help="write a SLURM array job of the unfinished runs to DIR/sweep.sbatch; start none",
     )
-    add("--retry-diverged", action="store_true", help="start again what was given up for NaN or infinite gradients")
+    add(
+        "--retry-diverged",
+        action="store_true",
+        help="start diverged runs again, which ended with NaN or infinite gradients",
+    )
     add(
         "--format",
         type=str,
         default="text",
         choices=["text", "markdown", "csv", "latex"],
-        help="how the table is printed; DIR/table.md and table.csv are written in any case",
+        help="format of the printed table; DIR/table.md and table.csv are always written",
     )
     add_run_config(parser)
 
 
 def run(args: Any) -> None:
-    """Plans, checks, and runs or prints what is missing; the table of the sweep goes to stdout."""
+    """Plans and checks the runs, runs or prints the unfinished ones, and prints the sweep's table to stdout."""
     from megatron_lion.runs.folder import locked
     from megatron_lion.sweep.execute import missing
     from megatron_lion.sweep.grid import parse_grids
@@ -79,7 +87,8 @@ def run(args: Any) -> None:
         sys.stdout.write(_describe(sweep, runs, args))
         return
     with locked(folder):
-        sweep, runs = open_sweep(folder, config_file, base, args.grid, planned)  # another command may have added runs
+        # Read again under the lock, because another command may have added runs since.
+        sweep, runs = open_sweep(folder, config_file, base, args.grid, planned)
         write_base(sweep, base, runs)
         sweep.save()
         left = missing(sweep, runs, again=args.retry_diverged)
@@ -93,17 +102,17 @@ def _check_flags(args: Any) -> None:
     from megatron_lion.errors import ConfigError
 
     if not args.config:
-        raise ConfigError("no config file given; type: megatron-lion sweep CONFIG --grid optimizer.lr=1e-3,3e-4")
+        raise ConfigError("no config file given; run: megatron-lion sweep CONFIG --grid optimizer.lr=1e-3,3e-4")
     if any(word == "--run_dir" or word.startswith("--run_dir=") for word in args.parser.words):
-        raise ConfigError("--run_dir: a sweep names the folders of its runs itself; give --output DIR")
+        raise ConfigError("--run_dir: a sweep chooses the folders of its runs; give --output DIR")
     if args.processes < 1:
-        raise ConfigError(f"--processes {args.processes}: expected at least 1")
+        raise ConfigError(f"--processes {args.processes}: must be at least 1")
     if args.dry_run + args.print + args.slurm > 1:
-        raise ConfigError("--dry-run, --print and --slurm: each is instead of running; give one of them")
+        raise ConfigError("--dry-run, --print and --slurm exclude each other; give one of them")
 
 
 def _describe(sweep: Sweep, runs: Sequence[PlannedRun], args: Any) -> str:
-    """What the sweep would be: its runs and their state, the first of them as `pretrain --dry-run` shows it, the sums."""
+    """Returns the text of --dry-run: the first run as `pretrain --dry-run` shows it, all runs with their state, and sums."""
     from megatron_lion.sweep.execute import missing
     from megatron_lion.train.dryrun import dry_run
 
@@ -113,7 +122,7 @@ def _describe(sweep: Sweep, runs: Sequence[PlannedRun], args: Any) -> str:
     tokens = sum(run.tokens for run in left)
     return (
         f"{dry_run(runs[0].config, args.processes)}\n\n"
-        f"The first run is shown; the sweep has {len(runs)} in {sweep.folder}, all of them possible:\n"
+        f"Above: the first run. The sweep has {len(runs)} runs in {sweep.folder}, all with valid settings:\n"
         + "\n".join(lines)
         + f"\n{len(left)} to run, one after another: {tokens:,} tokens at most\n"
     )
@@ -131,11 +140,11 @@ def _write_script(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
         path = sweep.folder / "sweep.sbatch"
         write_whole(path, slurm_script(sweep, left, args.processes, path).encode())
         sys.stdout.write(f"sbatch {shlex.quote(str(path))}\n")
-        sys.stderr.write("afterwards the sweep's own command, without --slurm, runs what failed and prints the table\n")
+        sys.stderr.write("after the job, the same command without --slurm runs what failed and prints the table\n")
 
 
 def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
-    """Runs what is left, then prints the table, the failures and the line that compares the best."""
+    """Runs unfinished runs, then prints the table, the command that compares the best, and the failures."""
     from megatron_lion.commands.compare import print_tables
     from megatron_lion.errors import NumericsError
     from megatron_lion.sweep.execute import failed, failure, run_missing
@@ -150,10 +159,10 @@ def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
     broken = failed(sweep)
     if broken:
         names = ", ".join(f"{entry.name} (code {entry.exit_code})" for entry in broken)
-        message = f"{len(broken)} of {len(sweep.runs)} runs failed: {names}; the same command tries them again"
+        message = f"{len(broken)} of {len(sweep.runs)} runs failed: {names}; the same command runs them again"
         raise failure(message, broken[0].exit_code or 1)
     diverged = [entry.name for entry in sweep.runs if entry.status == "diverged"]
     if diverged and not command:
         raise NumericsError(f"every run diverged ({', '.join(diverged)}); give smaller learning rates")
     if diverged:
-        sys.stderr.write(f"diverged, and not tried again without --retry-diverged: {', '.join(diverged)}\n")
+        sys.stderr.write(f"diverged; --retry-diverged runs them again: {', '.join(diverged)}\n")

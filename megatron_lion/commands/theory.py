@@ -1,4 +1,4 @@
-"""`megatron-lion theory`: rate constants of runs, and what Corollary 3 would choose."""
+"""`megatron-lion theory`: rate constants of runs, and the settings that Corollary 3 gives."""
 
 from __future__ import annotations
 
@@ -8,30 +8,52 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-HELP = "tightest rate constants of runs, estimates of L, sigma^2, Delta, and what Corollary 3 would choose"
+HELP = (
+    "Compute the tightest rate constants of runs, estimate smoothness L, noise variance sigma^2 and gap Delta, and print the settings "
+    "that Corollary 3 gives"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
-    add("runs", type=str, nargs="*", default=[], metavar="RUN", help="run folders that differ in their seed only")
-    add("--steps", type=int, default=None, metavar="K", help="steps to plan; default: the run's own schedule")
-    add("--smoothness", type=float, default=None, metavar="L", help="L, in place of the run's lower bound")
-    add("--noise-variance", type=float, default=None, help="sigma^2 of a global batch, not the estimate")
-    add("--gap", type=float, default=None, metavar="DELTA", help="f(theta_1) - f*, in place of the estimate")
-    add("--dimension", type=int, default=None, metavar="D", help="parameters, where no RUN is given")
+    add(
+        "runs",
+        type=str,
+        nargs="*",
+        default=[],
+        metavar="RUN",
+        help="run folders that differ in their seed only; if none, give --steps, --smoothness, --noise-variance, --gap, --dimension",
+    )
+    add(
+        "--steps",
+        type=int,
+        default=None,
+        metavar="K",
+        help="number of steps to plan; default: the steps of the run's schedule",
+    )
+    add(
+        "--smoothness",
+        type=float,
+        default=None,
+        metavar="L",
+        help="smoothness constant L; default: the run's lower bound",
+    )
+    add("--noise-variance", type=float, default=None, help="sigma^2 of a global batch; default: the run's estimate")
+    add("--gap", type=float, default=None, metavar="DELTA", help="f(theta_1) - f*; default: the run's estimate")
+    add("--dimension", type=int, default=None, metavar="D", help="number of parameters, if no RUN is given")
     add(
         "--weighting",
         type=str,
         default="linear",
         choices=["linear", "hold", "probes"],
-        help="norms between probes: linear, the last probe's, or count probes instead of steps",
+        help="norms between probes: linear interpolation, hold the last probe's, or average over probes instead of steps",
     )
-    add("--confidence", type=float, default=0.95, help="of the intervals over seeds")
+    add("--confidence", type=float, default=0.95, help="confidence level of the intervals over seeds")
 
 
 def run(args: Any) -> None:
-    """Writes Markdown to stdout."""
+    """Prints Markdown to stdout."""
     from megatron_lion.errors import ConfigError
 
     try:
@@ -48,7 +70,7 @@ def _from_numbers(args: Any) -> str:
     needed = ("steps", "smoothness", "noise_variance", "gap", "dimension")
     missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
     if missing:
-        raise ConfigError(f"without a RUN these are needed too: {' '.join(missing)}")
+        raise ConfigError(f"without a RUN, these flags are needed: {' '.join(missing)}")
     advice = advise(args.steps, L=args.smoothness, noise_variance=args.noise_variance, gap=args.gap, d=args.dimension)
     title = f"K = {args.steps}, d = {args.dimension:,}"
     return "\n\n".join([title, advice_table([("given", advice)]), *HONESTY])
@@ -72,4 +94,4 @@ def _from_runs(args: Any) -> str:
                 gap=args.gap,
             ),
         ]
-    return "\n\n".join([*parts, "## What this does not say", *HONESTY])
+    return "\n\n".join([*parts, "## Limits", *HONESTY])

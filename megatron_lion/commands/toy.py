@@ -1,4 +1,4 @@
-"""`megatron-lion toy`: the two-dimensional problem, both sides of the theorems, paths, tables."""
+"""`megatron-lion toy`: measures both sides of the convergence bounds on a two-dimensional problem."""
 
 from __future__ import annotations
 
@@ -9,34 +9,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-HELP = "measure both sides of the convergence bounds on a two-dimensional problem"
+HELP = "Measure both sides of the convergence bounds on a two-dimensional problem"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
     add("--output", type=str, default="./toy", metavar="DIR", help="folder for figures, toy.md and toy.csv")
-    add("--lr", type=float, default=0.01, help="eta, the size of a step")
-    add("--weight-decay", type=float, default=0.1, help="lambda; the box is 1/lambda, 0 leaves out the box")
+    add("--lr", type=float, default=0.01, help="learning rate eta")
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.1,
+        help="lambda; the box constraint is |theta_i| <= 1/lambda, and 0 means no box",
+    )
     add("--betas", type=float, nargs=2, default=[0.9, 0.99], metavar=("B1", "B2"), help="beta1 and beta2")
     add(
         "--init-exp-avg",
         type=str,
         default="zeros",
         choices=["zeros", "first_gradient"],
-        help="momentum before the first step: zeros (practice) or the first gradient (the proof)",
+        help="momentum before the first step: zeros (as in practice) or the first gradient (as in the proof)",
     )
     add("--noise-std", type=float, default=1.0, help="standard deviation of each coordinate's gradient noise")
     add("--steps", type=int, default=2000, help="steps of each run")
-    add("--starts", type=int, default=5, help="starting points")
-    add("--repeats", type=int, default=5, help="noise sequences for each starting point")
-    add("--seed", type=int, default=0, help="fixes starting points and noise")
-    add("--conventions", action="store_true", help="also ask which betas and momentum fit the reference")
-    add("--no-figures", action="store_true", help="write the tables only")
+    add("--starts", type=int, default=5, help="number of starting points")
+    add("--repeats", type=int, default=5, help="number of noise sequences for each starting point")
+    add("--seed", type=int, default=0, help="random seed of starting points and noise")
+    add(
+        "--conventions",
+        action="store_true",
+        help="also compare which betas and initial momentum fit the reference values",
+    )
+    add("--no-figures", action="store_true", help="write tables only")
 
 
 def run(args: Any) -> None:
-    """Simulates, writes the folder, shows the tables on stdout."""
+    """Simulates, writes the folder, and prints the tables to stdout."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.files import storage_errors, write_whole
     from megatron_lion.toy.experiment import EXPERIMENTS, ToySettings, run_toy

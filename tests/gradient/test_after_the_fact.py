@@ -118,15 +118,15 @@ def test_what_is_there_is_not_computed_again_and_other_settings_get_their_own_fi
     }
     found = run_distributed(commands, 1, jobs)[0]
     assert not any(error[0] for _, error in found.values()), found
-    assert found["there"][0].count("(was there)") == 2
+    assert found["there"][0].count("(found)") == 2
     assert (run / "probe" / "step_0000002.json").stat().st_mtime_ns == stamp
     more = result(run, "step_0000002-8-fixed.json")
     assert more["num_batches"] == 8
     assert more["ladder"][2]["grad_l2"] == pytest.approx(result(run, "step_0000002.json")["all"]["grad_l2"], rel=1e-6)
-    assert found["more again"][0].count("(was there)") == 1
+    assert found["more again"][0].count("(found)") == 1
     assert result(run, "step_0000002-2-test.json")["data"] == "test"
     assert result(run, "step_0000002-4-fixed-dropout.json")["dropout"] is True
-    assert "(was there)" not in found["again"][0]
+    assert "(found)" not in found["again"][0]
     lines = (run / "metrics.jsonl").read_bytes()
     assert lines.startswith(before)
     assert len(lines[len(before) :].splitlines()) == 1, "only the step that was done again has a new line"
@@ -213,7 +213,7 @@ def test_interrupted_command_keeps_finished_steps_and_starts_the_other_over(trai
     assert error[0] == "StoppedOnRequest"
     assert left == ["step_0000002.json"]
     assert not second[0], second
-    assert printed.count("(was there)") == 1
+    assert printed.count("(found)") == 1
     assert {**result(run, "step_0000004.json"), "seconds": 0} == {**result(trained, "step_0000004.json"), "seconds": 0}
 
 

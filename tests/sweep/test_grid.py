@@ -145,7 +145,7 @@ def test_bad_input_is_one_message_and_nothing_is_made(
 def test_files_that_are_not_there(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rest = ["--grid", "optimizer.lr=1", "--output", str(tmp_path / "sweep")]
     assert main(["sweep", *rest]) == 2
-    assert "no config file given; type: megatron-lion sweep CONFIG" in capsys.readouterr().err
+    assert "no config file given; run: megatron-lion sweep CONFIG" in capsys.readouterr().err
     assert main(["sweep", "nowhere.yaml", *rest]) == 2
     assert "nowhere.yaml does not exist" in capsys.readouterr().err
     assert main(["sweep", str(config), *rest, "--data.path", f"[{tmp_path}/nothing]"]) == 3

@@ -77,7 +77,7 @@ def test_a_real_sweep_goes_on_after_a_run_that_diverged(swept: tuple[list[str], 
         "lion-lr1e+30": "diverged", "lion-lr0.01": "finished", "sgd-lr0.1": "finished", "sgd-lr0.3": "finished",
     }  # fmt: skip
     assert (folder / "exits" / "lion-lr1e+30").read_text() == "6\n"
-    assert "diverged, and not tried again without --retry-diverged: lion-lr1e+30" in done.stderr
+    assert "diverged; --retry-diverged runs them again: lion-lr1e+30" in done.stderr
     assert "[4/4] sgd-lr0.3" in done.stderr
     rows = {row["lr"]: row for row in csv.DictReader((folder / "table.csv").open())}
     assert rows["1e+30"]["valid loss"] == ""
@@ -221,7 +221,7 @@ def test_failed_runs_are_told_tried_again_and_diverged_ones_only_when_asked(
     pretended["codes"] = {"lion-lr2": -9, "lion-lr3": 6, "lion-lr1": 8}
     assert main(words) == 8
     error = capsys.readouterr().err
-    assert "2 of 4 runs failed: lion-lr1 (code 8), lion-lr2 (code -9); the same command tries them again" in error
+    assert "2 of 4 runs failed: lion-lr1 (code 8), lion-lr2 (code -9); the same command runs them again" in error
     assert statuses(tmp_path / "s") == {
         "lion-lr1": "failed", "lion-lr2": "failed", "lion-lr3": "diverged", "lion-lr4": "finished",
     }  # fmt: skip
