@@ -1,6 +1,6 @@
-"""LION in Megatron-Core's distributed optimizer, and the full-gradient measurements its theory is about.
+"""LION in Megatron-Core's distributed optimizer, and the full-gradient measurements of its convergence theory.
 
-Public names load on first use, so that importing the package does not import torch.
+Public names are loaded on first use, so importing the package does not import torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m megatron_lion`, and the worker that torchrun starts."""
+"""Entry point of `python -m megatron_lion`, which torchrun starts as its worker."""
 
 import sys
 

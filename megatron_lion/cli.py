@@ -1,6 +1,7 @@
-"""The command line: a table of verbs, and the one place where errors become a line and an exit code.
+"""The command line: the table of verbs, and the conversion of errors to one line and an exit code.
 
-A verb's module is imported when its name was read, and imports torch only when its arguments were understood.
+A verb's module is imported only if that verb runs, and imports torch only after its arguments are parsed. --help and
+messages about arguments therefore take about a second.
 """
 
 from __future__ import annotations
@@ -20,36 +21,41 @@ from megatron_lion.jobs import record_exit_code
 from megatron_lion.logs import install_last_resort
 
 VERBS = {
-    "prepare": "text to a dataset folder of token files",
+    "prepare": "convert text to a dataset folder of token files",
     "pretrain": "train GPT-2 or BERT with LION, SGD or AdamW; the same command resumes",
-    "sweep": "a grid of runs, each optimizer tuned by validation loss",
-    "evaluate": "zero-shot perplexity of a run's checkpoints",
-    "probe": "the full gradient of a run's checkpoints: norms, KKT residual, signal and noise",
-    "compare": "tables and figures over several runs",
-    "toy": "the two-dimensional experiment of the convergence theory",
-    "theory": "rate constants of runs, and what Corollary 3 would choose",
-    "reproduce": "the paper's artefacts, made and held against the paper",
-    "export": "a checkpoint as a Hugging Face folder",
-    "import": "a Hugging Face folder as the beginning of a run",
-    "generate": "a few lines of text from a GPT-2 checkpoint",
-    "env": "versions and hardware, for bug reports",
-    "demo": "the whole path on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
+    "sweep": "run a grid of settings and pick the best of each optimizer by validation loss",
+    "evaluate": "measure the zero-shot perplexity of a run's checkpoints",
+    "probe": "measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise",
+    "compare": "write tables and figures over several runs",
+    "toy": "run the two-dimensional experiment of the convergence theory",
+    "theory": "compute rate constants of runs, and the settings that Corollary 3 gives",
+    "reproduce": "make the paper's tables and figures and compare them with the paper",
+    "export": "write a checkpoint as a Hugging Face folder",
+    "import": "make a run from a Hugging Face folder",
+    "generate": "print a few lines of text from a GPT-2 checkpoint",
+    "env": "print versions and hardware, for bug reports",
+    "demo": "run all steps on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
 }
 
 USAGE = """usage: megatron-lion VERB [options]          (the same as: python -m megatron_lion VERB)
 
 {verbs}
 
-`megatron-lion VERB --help` explains a verb's options; `--traceback` before the verb shows where an error came from.
+`megatron-lion VERB --help` lists a verb's options; `megatron-lion --traceback VERB …` prints the traceback of an error.
 """
 
 
 def usage() -> str:
+    """Returns the text of --help without a verb."""
     return USAGE.format(verbs="\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items()))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one verb and returns the exit code (docs/exit-codes.md)."""
+    """Runs one verb and returns the exit code (docs/exit-codes.md).
+
+    Args:
+        arguments: the words of the command line; default: sys.argv without the program.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in words[:1]
     if traceback:
@@ -69,11 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
         _report(error)
         return error.exit_code
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the reader left; keep the interpreter's flush quiet
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter's last flush fails again
         return 0
     except KeyboardInterrupt:
         sys.stderr.write("megatron-lion: interrupted\n")
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT  # the shell's code for a process that SIGINT ended
 
 
 def _run_verb(words: list[str]) -> int:
@@ -95,12 +101,12 @@ def _run_verb(words: list[str]) -> int:
 
 
 def verb_module(verb: str) -> ModuleType:
-    """The module of a verb; `import`, a keyword of Python, lies in import_.py."""
+    """Imports and returns the module of a verb; `import` is a keyword of Python, so its module is import_.py."""
     return importlib.import_module(f"megatron_lion.commands.{verb}{'_' * keyword.iskeyword(verb)}")
 
 
 def build_parser(verb: str, module: ModuleType) -> Any:
-    """The parser of a verb, with its help line and options."""
+    """Returns the parser of a verb, with its help line and options."""
     from megatron_lion.configfile import UserParser
 
     parser = UserParser(prog=f"megatron-lion {verb}", description=module.HELP, exit_on_error=True, print_config=None)
@@ -109,7 +115,11 @@ def build_parser(verb: str, module: ModuleType) -> Any:
 
 
 def parse(parser: Any, words: list[str]) -> Any:
-    """Parses a verb's words; every mistake is a ConfigError of one line."""
+    """Parses a verb's words.
+
+    Raises:
+        ConfigError: a word is wrong; the message has one line for each mistake.
+    """
     from megatron_lion.configfile import one_line
 
     try:
@@ -123,10 +133,11 @@ def parse(parser: Any, words: list[str]) -> Any:
 
 
 def _report(error: MegatronLionError) -> None:
-    """One line on stderr; with torchrun also exit.<rank>.json in the run folder, for launchers."""
+    """Prints one line to stderr; under torchrun also writes exit.<rank>.json to MEGATRON_LION_EXIT_DIR, for launchers."""
     rank = os.environ.get("RANK")
     prefix = f"megatron-lion[rank {rank}]: " if rank not in (None, "0") else "megatron-lion: "
-    alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)  # every rank comes to it by itself
+    # Every rank raises these errors itself, so rank 0 alone prints them.
+    alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)
     told_by = 0 if error.told_by is None and alike else error.told_by
     if told_by is None or int(rank or 0) == told_by:
         sys.stderr.write(f"{prefix}{error}\n")
@@ -136,5 +147,5 @@ def _report(error: MegatronLionError) -> None:
 
 
 def entry() -> None:
-    """Console script."""
+    """Entry point of the `megatron-lion` console script."""
     sys.exit(main())

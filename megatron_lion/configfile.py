@@ -1,4 +1,4 @@
-"""YAML files and dotted flags to a checked `RunConfig`, and back: one line for every mistake, before torch is imported."""
+"""Parses YAML files and dotted flags into a `RunConfig` and writes it back; each mistake gives one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 def _load_value(text: str) -> Any:
-    """YAML, but a value of one line that begins with '#', or is '~', is text: YAML would take it for nothing."""
+    """Parses YAML, but leaves a one-line value that begins with '#' or is '~' as text; YAML would read it as null."""
     if "\n" not in text and (text.lstrip().startswith("#") or text.strip() == "~"):
         return text
     return get_loader("yaml")(text)
@@ -31,11 +31,11 @@ set_loader(VALUES, _load_value, (yaml.YAMLError,))
 
 
 class UserParser(ArgumentParser):
-    """A parser whose mistakes are ConfigErrors instead of a usage page and an exit, and that reads config files strictly.
+    """A parser that raises ConfigError instead of printing usage and exiting, and that checks config files strictly.
 
     Attributes:
         takes_config_first: whether a first word that is no flag is the config file.
-        words: what was last parsed.
+        words: the words of the last `parse_args`.
     """
 
     takes_config_first = False
@@ -45,7 +45,7 @@ class UserParser(ArgumentParser):
         super().__init__(*others, parser_mode=VALUES, **named)
 
     def add_argument(self, *names: Any, **named: Any) -> Any:
-        """As argparse's; `choices` of texts become a Literal, which --help and messages can print."""
+        """Declares an argument as argparse does; choices of strings become a Literal, which --help and messages print."""
         if named.get("type") is str and "choices" in named:
             named["type"] = Literal[tuple(named.pop("choices"))]
         return super().add_argument(*names, **named)
@@ -53,6 +53,7 @@ class UserParser(ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *others: Any, **named: Any
     ) -> Any:
+        """Checks the config files among the words, then parses them; raises ConfigError."""
         words = list(args or [])
         if self.takes_config_first and words and not words[0].startswith("-"):
             words[:1] = ["--config", words[0]]
@@ -65,27 +66,32 @@ class UserParser(ArgumentParser):
         return super().parse_args(words, *others, **named)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raises the parser's message as a ConfigError of one line; argparse would print usage and exit."""
         raise ConfigError(one_line(message)) from ex
 
 
 def add_run_config(parser: ArgumentParser) -> None:
-    """Gives a parser --config FILE and a flag for every field of `RunConfig`."""
+    """Adds --config FILE and a flag for every field of `RunConfig` to a parser."""
     parser.add_argument("--config", action="config", help="YAML file with the settings of the run")
     parser.add_class_arguments(RunConfig, None, as_group=True)
 
 
 def run_config_from_namespace(parser: ArgumentParser, namespace: Any) -> RunConfig:
-    """Builds the frozen dataclasses from parsed flags."""
+    """Returns the RunConfig of parsed flags."""
     built = parser.instantiate(namespace)
     names = {f.name for f in dataclasses.fields(RunConfig)}
     return RunConfig(**{name: built[name] for name in names})
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a YAML file, with dotted overrides such as `["--optimizer.lr", "1e-5"]`.
+    """Reads a RunConfig from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: dotted flags that replace its values, such as `["--optimizer.lr", "1e-5"]`.
 
     Raises:
-        ConfigError: the file is missing or a key or value is not possible; names the key.
+        ConfigError: the file is missing, or a key or value is invalid; the message names the key.
     """
     parser = UserParser(exit_on_error=False)
     add_run_config(parser)
@@ -99,7 +105,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved settings as YAML, atomically and durably: checkpoints are of no use without them.
+    """Writes the resolved settings as YAML, atomically and with fsync: without them, no checkpoint can be loaded.
 
     Raises:
         StorageError: the file system refused.
@@ -108,13 +114,13 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML text of a config; reading it back gives the same config."""
+    """Returns the YAML text of a config; `load_config` of that text gives an equal config."""
     plain = _plain(dataclasses.asdict(config))
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that looks like a number: 1e-4 is text to PyYAML and a number to the parser that reads it back."""
+    """Quotes text that looks like a number: PyYAML reads 1e-4 as text, but jsonargparse reads it as a number."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -137,10 +143,10 @@ def _plain(value: Any) -> Any:
 
 
 def check_config_file(path: Path) -> None:
-    """Refuses a YAML file with keys that no config has or that are given twice, which YAML readers take in silence.
+    """Rejects a YAML file with unknown or duplicate keys; YAML readers silently accept duplicates.
 
     Raises:
-        ConfigError: one line a problem, each with file, line and key.
+        ConfigError: the message has one line for each problem, with file, line and key.
     """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
@@ -179,7 +185,7 @@ def _key_problems(node: yaml.MappingNode, prefix: str) -> list[str]:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key of a config."""
+    """Returns every dotted key of a config, such as "optimizer.lr", and the names of its groups."""
     keys: list[str] = []
     for section in dataclasses.fields(RunConfig):
         kind = section.default_factory
@@ -190,7 +196,7 @@ def known_keys() -> list[str]:
 
 
 def suggestion(key: str) -> str:
-    """ " (did you mean …?)" for a key that is not known, or nothing."""
+    """Returns " (did you mean …?)" for an unknown key, or "" if no key is similar."""
     close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
     if not close:
         close = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]][:1]
@@ -198,7 +204,7 @@ def suggestion(key: str) -> str:
 
 
 def one_line(message: str) -> str:
-    """Shortens a parser's message to a line in plain words, with the key, and suggests the key that was probably meant."""
+    """Shortens a parser's message to one line in plain words; for an unknown key, suggests a similar one."""
     text = " ".join(part.strip() for part in message.splitlines() if part.strip())
     text = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", text)
     union = re.search(

@@ -1,6 +1,6 @@
-"""Files that belong to the project but are not Python: the configs/ and launch/ folders.
+"""Finds the project's folders without Python code, configs/ and launch/, in a checkout or an installed package.
 
-In a checkout they are beside the package, so that people find and edit them; setup.py copies them into an installed
+In a checkout they are beside the package, where users find and edit them. setup.py copies them into an installed
 package.
 """
 
@@ -15,16 +15,18 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped_folder(name: Literal["configs", "launch"], package: Path = PACKAGE) -> Path:
-    """The folder inside the installed package, else beside the checkout's.
+    """Returns the folder inside the installed package, or else beside the package in a checkout.
 
     Args:
-        name: of the folder.
-        package: the package's own folder.
+        name: name of the folder.
+        package: folder of the package.
 
     Raises:
-        EnvironmentFault: it is in neither place.
+        EnvironmentFault: the folder is in neither place.
     """
     for folder in (package / name, package.parent / name):
         if folder.is_dir():
             return folder
-    raise EnvironmentFault(f"{package}: the package was installed without its {name}/ folder; install it again")
+    raise EnvironmentFault(
+        f"{package}: the package was installed without its {name}/ folder; install the package again"
+    )

@@ -1,6 +1,6 @@
-"""Rooms import one way only, megatron-core stays in its rooms, and light things stay light.
+"""Import rules between folders, modules that must not load torch, unsafe calls, and rules for files.
 
-Who may import whom is written as contracts in pyproject.toml; `make lint` checks them with import-linter.
+The contracts in pyproject.toml state the allowed imports; `make lint` checks them with import-linter.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(path: Path, *, at_import: bool = False) -> Iterator[tuple[str, int]]:
-    """Names a file imports, with their lines; with `at_import` only those that run when it is imported."""
+    """Yields the imported names of a file with their lines; with `at_import`, only imports outside functions."""
 
     def visit(node: ast.AST) -> Iterator[tuple[str, int]]:
         for child in ast.iter_child_nodes(node):
@@ -74,17 +74,17 @@ def test_heavy_packages_stay_in_their_rooms(path: Path) -> None:
     room = room_of(path)
     for name, line in imports(path):
         if name.startswith("megatron.core"):
-            assert room in MEGATRON_ROOMS, f"line {line}: {room} has no business with {name}"
+            assert room in MEGATRON_ROOMS, f"line {line}: {room} must not import {name}"
     for name, line in imports(path, at_import=True):
         if name.split(".")[0] == "torch" and room in NO_TORCH_ROOMS:
-            pytest.fail(f"line {line}: {room} must not need torch")
+            pytest.fail(f"line {line}: {room} must not import torch")
     if room == "commands":
         heavy = [
             name
             for name, _ in imports(path, at_import=True)
             if name.split(".")[0] in ("torch", "megatron", "matplotlib")
         ]
-        assert not heavy, f"commands import {heavy} before their arguments are understood"
+        assert not heavy, f"commands import {heavy} before their arguments are parsed"
 
 
 def run_python(*words: str) -> tuple[str, float]:
@@ -109,7 +109,7 @@ BROKEN = {
 
 @pytest.fixture
 def copied_package(tmp_path: Path) -> Path:
-    """The package and its contracts in a folder of their own."""
+    """A copy of the package and its contracts."""
     for path in modules():
         copy = tmp_path / path.relative_to(REPO)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -142,8 +142,8 @@ def test_contracts_find_an_import_that_points_up(copied_package: Path, change: s
         assert any(contract in text and "BROKEN" in text for text in done.stdout.splitlines()), done.stdout
 
 
-def test_lion_stands_alone(tmp_path: Path) -> None:
-    """lion.py and update.py take a step where nothing else of this package is, with the same result as here."""
+def test_lion_works_alone(tmp_path: Path) -> None:
+    """lion.py and update.py take a step without the rest of the package, with the expected result."""
     folder = tmp_path / "copied"
     folder.mkdir()
     for name in ("lion.py", "update.py"):
@@ -166,7 +166,7 @@ def test_lion_stands_alone(tmp_path: Path) -> None:
 
 
 def test_torch_free_rooms_load_no_torch() -> None:
-    """Also not through what they import."""
+    """Neither directly nor through other modules."""
     names = [
         ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
         for path in modules()
@@ -186,7 +186,7 @@ def test_importing_the_package_is_light() -> None:
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_help_needs_no_torch(verb: str) -> None:
-    """A second on an idle machine; counted here as: neither torch nor megatron-core nor matplotlib was loaded."""
+    """--help takes a second if it loads neither torch, megatron-core, matplotlib nor transformers."""
     code = (
         "import sys\n"
         "from megatron_lion.cli import main\n"
@@ -201,7 +201,7 @@ def test_help_needs_no_torch(verb: str) -> None:
 
 
 def test_no_unsafe_calls() -> None:
-    """Nothing that runs code from data: pickles are only replayed by the allow-list in train/checkpoint.py."""
+    """No call may run code from data; train/checkpoint_tensors.py reads pickles through an allow-list."""
     forbidden = {"eval", "exec"}
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -220,7 +220,7 @@ def test_no_unsafe_calls() -> None:
 
 
 def test_design_page_lists_every_file() -> None:
-    """One line a file, taken from its docstring: `python docs/update_design.py` writes them."""
+    """One line for each file, from its docstring; `python docs/update_design.py` writes them."""
     done = subprocess.run(
         [sys.executable, "docs/update_design.py", "--check"], cwd=REPO, capture_output=True, text=True, check=False
     )
@@ -230,7 +230,7 @@ def test_design_page_lists_every_file() -> None:
 
 
 def test_no_two_modules_share_a_name() -> None:
-    """A file list alone says where a thing is: `build.py` or `figures.py` in three folders does not."""
+    """A unique name identifies a file in a list; `build.py` or `figures.py` in three folders does not."""
     found: dict[str, list[str]] = {}
     for folder in ("megatron_lion", "benchmarks"):
         for path in (REPO / folder).rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The recipes of data_prep/ run on small corpora and make what training and evaluation read."""
+"""The recipes of data_prep/ on small corpora make datasets and texts that training and evaluation read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES = REPO.parent / "shared" / "data"
 
 
 def recipe(name: str, folder: Path, **variables: str | Path) -> subprocess.CompletedProcess[str]:
-    """Runs a recipe in a folder of its own, with only the variables that are given."""
+    """Runs a recipe in a folder, with these environment variables added."""
     environment = {**os.environ, "PYTHON": sys.executable, **{key: str(value) for key, value in variables.items()}}
     return subprocess.run(
         [str(REPO / "data_prep" / name)],

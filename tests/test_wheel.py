@@ -1,4 +1,4 @@
-"""An installed wheel has what a checkout has: the package, configs/ and launch/, and claims no other top-level name."""
+"""The wheel contains the package, configs/ and launch/, and no other top-level name."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class RestoredRun:
         loaded = read_tensors({"model": model_sharded_state(self._model)}, checkpoint.folder)
         load_model_tensors(self._model, loaded["model"])
         for chunk in self._model:
-            chunk.eval()
+            chunk.eval()  # without dropout
 
     def named_weights(self) -> dict[str, torch.Tensor]:
         """Returns the loaded parameters by their global names; they share memory with the model."""

@@ -1,4 +1,4 @@
-"""Every mistake a user can make ends in one line that names the key or file, with the code of docs/exit-codes.md."""
+"""Wrong settings, files and data give one line that names the key or file, and the code of docs/exit-codes.md."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def config_file(tmp_path: Path, corpus: str, **changes: object) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
-    """Runs the command line; asserts the code and that stderr holds one plain message; returns it."""
+    """Runs the command line, asserts its exit code and one message without traceback, and returns stderr."""
     assert main(list(words)) == code
     error = capsys.readouterr().err
     assert "Traceback" not in error
@@ -71,7 +71,7 @@ def test_impossible_settings(
     assert not (tmp_path / "run").exists()
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = config_file(tmp_path, corpus)
     words = ["--train.steps", "0", "--optimizer.lr", "-1", "--model.hidden_dropout", "1.5"]
     assert main(["pretrain", "--config", str(path), *words]) == 2
@@ -107,7 +107,7 @@ def test_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_data_mistakes(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """No path, a missing file, a cut file, ids beyond the vocabulary: told before any training."""
+    """No path, a missing file, a cut file and ids beyond the vocabulary are reported before any training."""
     path = str(config_file(tmp_path, corpus))
     assert "data.path" in refused(capsys, 2, "pretrain", "--config", path, "--data.path", "[]")
     error = refused(capsys, 3, "pretrain", "--config", path, "--data.path", f"[{tmp_path}/absent_text_document]")
@@ -123,7 +123,7 @@ def test_data_mistakes(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixtur
 
 
 def test_run_folders(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder that is no run, a run with other settings, --fresh, and the resolved config run again."""
+    """A folder that is no run, a run with other settings, a rerun of the resolved config, and --fresh."""
     path = str(config_file(tmp_path, corpus))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -230,7 +230,7 @@ def test_dry_run_reports_the_kernel_where_it_would_be_used(
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each loads, passes the checks, survives a round trip, and says in its first three lines what it is."""
+    """Each loads, passes the checks and a round trip, and its first three lines give purpose, expectation and cost."""
     config = load_config(path)
     assert isinstance(config, RunConfig)
     assert yaml.safe_load(dump_config(config))["name"]
@@ -248,7 +248,7 @@ def test_paper_sizes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_print_config(tmp_path: Path, corpus: str) -> None:
-    """`--print_config` prints a file that can be used as it is."""
+    """`--print_config` prints a file that --config reads unchanged."""
     path = config_file(tmp_path, corpus)
     done = subprocess.run(
         [sys.executable, "-m", "megatron_lion", "pretrain", "--config", str(path), "--optimizer.lr", "2e-5", "--print_config"],

@@ -1,4 +1,4 @@
-"""`env`: what a bug report needs."""
+"""`env` reports the commit and whether Triton compiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_lion.optim import triton_check
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_a_checkout_says_its_commit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkout_reports_its_commit(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     found = json.loads(capsys.readouterr().out)
     if shutil.which("git") is None or not (REPO / ".git").exists():

@@ -1,4 +1,4 @@
-"""--help of every verb: readable, and without waiting for torch."""
+"""--help of every verb is readable and does not import torch."""
 
 from __future__ import annotations
 

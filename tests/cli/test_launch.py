@@ -1,4 +1,4 @@
-"""launch/torchrun.sh: several nodes as several agents on this machine, and exit codes that torchrun would swallow."""
+"""launch/torchrun.sh: two agents on this machine act as two nodes; exit codes, which torchrun replaces by 1."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def start(*words: str, **variables: str) -> subprocess.Popen[str]:
-    """The launcher with these arguments and environment variables."""
+    """Starts the launcher with these arguments and environment variables."""
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(
         ["bash", str(REPO / "launch" / "torchrun.sh"), *words],
@@ -73,7 +73,7 @@ def test_codes_of_a_wrong_setting_and_of_a_stop(tmp_path: Path) -> None:
     assert "checkpoint saved; the same command resumes" in error
 
 
-# Prints `count` if asked for the number of GPUs; writes how many processes a dry run is for, and ends the launcher there.
+# Answers the query for the number of GPUs; at the dry run it writes the number of processes and ends the launcher.
 FAKE_PYTHON = """#!/bin/sh
 case "$*" in
     *device_count*) echo asked >> "{folder}/asked"; {answer} ;;
@@ -93,7 +93,7 @@ esac
     ids=["GPUs that torch sees", "none visible", "no torch", "no driver"],
 )
 def test_processes_a_node(answer: str, has_driver: bool, processes: int, tmp_path: Path) -> None:
-    """One for each GPU that torch sees; without NVIDIA's driver Python is not asked."""
+    """One for each GPU that torch sees; without NVIDIA's driver the launcher does not start Python to count."""
     if not has_driver and (Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()):
         pytest.skip("this machine has NVIDIA's driver")
     tools = tmp_path / "bin"
@@ -117,7 +117,7 @@ def test_processes_a_node(answer: str, has_driver: bool, processes: int, tmp_pat
 
 
 def test_the_first_of_several_failed_ranks_counts(tmp_path: Path) -> None:
-    """The ranks that lose their peer fail too, with another code; the launcher asks this command."""
+    """Ranks that lose their peer fail too, with another code, so the launcher takes the code of the first."""
     command = [sys.executable, "-m", "megatron_lion.jobs", "first-exit-code", str(tmp_path)]
 
     def answer() -> str:

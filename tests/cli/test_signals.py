@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: the step is finished, everything is saved, and the run goes on as if nothing had been."""
+"""After SIGTERM, SIGINT or SIGUSR1 a run finishes its step, saves, exits, and resumes with identical results."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def corpus(folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def twins(folder: Path, corpus: str) -> dict[int, dict[str, Any]]:
-    """The undisturbed run on one and on two processes."""
+    """The uninterrupted run on one and on two processes."""
     return {
         size: run_distributed(
             tiny.train_each, size, {"": tiny.tiny_config(folder / f"twin{size}", corpus, **SETTINGS)}
@@ -55,12 +55,12 @@ def lines_of(run_dir: str) -> int:
 
 
 def signal_group(number: int) -> None:
-    """Signals every process of the group, as torchrun and GNU timeout do: from outside of it."""
+    """Signals every process of the group from outside of it, as torchrun and GNU timeout do."""
     subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
 
 
 def asked_while_running(rank: int, jobs: dict[str, tuple[Any, int, str]]) -> dict[str, tuple[str, str]]:
-    """Runs each job; it gets its signal after a few steps (alone or as a group), in a save, or before the first step."""
+    """Runs each job and signals it after a few steps (alone or as a group), in a save, or before the first step."""
     os.setpgid(0, 0)
     found = {}
     for name, (config, number, moment) in jobs.items():
@@ -171,7 +171,7 @@ def test_the_command_ends_with_75_and_the_same_command_resumes(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_under_torchrun(folder: Path, corpus: str, twins: dict[int, Any], workers: int) -> None:
-    """torchrun sends SIGTERM to the process group of each rank; each rank writes to its exit file why it left."""
+    """torchrun sends SIGTERM to the process group of each rank; each rank writes the reason to its exit file."""
     config = tiny.tiny_config(folder / f"torchrun{workers}", corpus, **WITH_WORKERS[workers])
     path, exits = folder / f"torchrun{workers}.yaml", folder / f"exits{workers}"
     exits.mkdir()
@@ -188,7 +188,7 @@ def test_under_torchrun(folder: Path, corpus: str, twins: dict[int, Any], worker
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate()
     assert process.returncode != 0
-    assert error.count("checkpoint saved; the same command resumes") == 1, "one process tells it"
+    assert error.count("checkpoint saved; the same command resumes") == 1, "one process reports it"
     step = tiny.outcome(config.run_dir)["manifest"]["step"]
     for rank in (0, 1):
         told = json.loads((exits / f"exit.{rank}.json").read_text())
