@@ -245,7 +245,7 @@ def _chosen_steps(model: Any, folder: Path, asked: str, *, watch: bool) -> Itera
     if not watch:
         return choose_steps(asked, model.steps)
     if not has_config(folder):
-        raise ConfigError(f"--watch: {folder} is no run in training; give a run folder")
+        raise ConfigError(f"--watch: {folder} is not a run in training; give a run folder")
     return follow(model, lambda: list_steps(folder), read_config(folder).train.steps)
 
 

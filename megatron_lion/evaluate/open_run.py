@@ -173,7 +173,7 @@ def open_run(
         The run, without weights until its first `load`.
 
     Raises:
-        CheckpointError: the folder is no run.
+        CheckpointError: the folder is not a run folder.
         DataError: no tokenizer is found.
     """
     run_dir = Path(run_dir)

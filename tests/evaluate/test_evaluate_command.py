@@ -139,7 +139,7 @@ def test_bf16_is_close_and_kept_apart(folder: Path, wiki: Path) -> None:
         (["{folder}", "--text", "{wiki}", "--max-tokens", "1"], 2, "at least 2 tokens"),
         (["{folder}", "--text", "{wiki}", "--batch-size", "0"], 2, "--batch-size 0"),
         (["{folder}", "--text", "{wiki}", "--steps", "5"], 4, "no complete checkpoint of step 5"),
-        (["{folder}", "--text", "{wiki}", "--watch"], 2, "no run in training"),
+        (["{folder}", "--text", "{wiki}", "--watch"], 2, "not a run in training"),
         (["{folder}", "--text", "nowhere.txt"], 3, "no such text file"),
         (["nowhere", "--text", "{wiki}"], 4, "no such folder"),
         (["{empty}", "--text", "{wiki}"], 4, "neither a run"),

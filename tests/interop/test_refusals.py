@@ -81,7 +81,7 @@ def test_export_never_replaces_what_it_did_not_make(
     assert (mine / "notes.txt").read_text() == "keep"
     assert "--overwrite" in refused([*command, str(folder / "hf")], 2, capsys)
     assert main([*command, str(folder / "hf"), "--overwrite"]) == 0
-    assert "no run" in refused(["export", str(mine), "--output", str(tmp_path / "hf")], 4, capsys)
+    assert "not a run folder" in refused(["export", str(mine), "--output", str(tmp_path / "hf")], 4, capsys)
 
 
 def test_export_that_transformers_reads_otherwise_is_not_kept(
