@@ -1,1 +1,1 @@
-"""Grids of runs that are tuned alike: what they are, which are missing, and which is best; needs no torch."""
+"""Sweeps over grids of settings: plans the runs, starts those that are missing, and chooses the best; no torch."""

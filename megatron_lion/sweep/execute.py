@@ -1,4 +1,4 @@
-"""Runs what a sweep misses, one run after another."""
+"""Runs the missing runs of a sweep one after another."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from megatron_lion.jobs import STOPPED, Jobs
 from megatron_lion.sweep.plan import PlannedRun
 from megatron_lion.sweep.sweep_file import Entry, Sweep, write_exit
 
-# What ends one run so would end the next ones too: the data, the disk, the installation.
+# Causes that all runs share: the data, the disk, the installation. The sweep stops, as the next runs would fail too.
 ENDS_ALL = (DataError.exit_code, StorageError.exit_code, EnvironmentFault.exit_code)
 
 
 def missing(sweep: Sweep, planned: Sequence[PlannedRun], *, again: bool) -> list[PlannedRun]:
-    """The runs that are not finished; diverged ones only with `again`."""
+    """The runs that are not finished; diverged runs only if `again`."""
     done = {"finished"} if again else {"finished", "diverged"}
     status = {entry.name: entry.status for entry in sweep.runs}
     return [run for run in planned if status[run.name] not in done]
 
 
 def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> None:
-    """Runs each to its end; one that fails is noted and the next one begins.
+    """Runs each run to its end; records the exit code of a failed run and starts the next.
+
+    Args:
+        sweep: the sweep; its sweep.json is written after each run.
+        runs: the runs to start or resume.
+        processes: processes that train a run together.
 
     Raises:
-        StoppedOnRequest: a signal came; the run in progress has saved.
-        MegatronLionError: a run failed for a reason that the others share; with its exit code.
+        StoppedOnRequest: a signal arrived; the run in progress saved a checkpoint.
+        MegatronLionError: a run failed for a cause that the others share; it has the run's exit code.
     """
     spent: list[float] = []
     with Jobs() as jobs:
@@ -39,14 +44,15 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> Non
             code = jobs.run("pretrain", job_arguments(sweep, run), processes, stdout=sys.stderr)
             write_exit(sweep.folder, run.name, code)
             sweep.save()
+            # If a signal arrives but the last run still finishes, the sweep is finished.
             if code == STOPPED or (jobs.asked and place + 1 < len(runs)):
                 finished = sum(entry.status == "finished" for entry in sweep.runs)
                 raise StoppedOnRequest(
-                    f"stopped in {run.name}, {finished} of {len(sweep.runs)} runs are finished; the same command goes on"
+                    f"stopped in {run.name}, {finished} of {len(sweep.runs)} runs are finished; the same command continues"
                 )
             if code in ENDS_ALL:
                 raise failure(
-                    f"the sweep stopped at {run.name}: it ended with code {code}, see above, and so would the others",
+                    f"the sweep stopped at {run.name}: it ended with code {code}, whose cause affects all runs; see above",
                     code,
                 )
             if code == 0:
@@ -54,18 +60,18 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> Non
 
 
 def job_arguments(sweep: Sweep, run: PlannedRun) -> list[str]:
-    """The arguments of `pretrain` for runs that follow one another: they share the index files of their data."""
+    """The arguments of `pretrain` for runs that run one after another, which therefore can share the data's index files."""
     cache = [] if run.config.data.cache else ["--data.cache", str(Path(sweep.folder) / "cache")]
     return [*run.words(sweep.base), *cache]
 
 
 def failed(sweep: Sweep) -> list[Entry]:
-    """Runs that ended with an error that another try may not meet."""
+    """Runs that ended with an error that may not occur again."""
     return [entry for entry in sweep.runs if entry.status == "failed"]
 
 
 def failure(message: str, code: int) -> MegatronLionError:
-    """An error that ends with a run's exit code; 1 where a signal killed the run."""
+    """An error with a run's exit code; 1 if a signal killed the run, whose code is then negative."""
     error = MegatronLionError(message)
     error.exit_code = code if code > 0 else 1
     return error

@@ -1,4 +1,4 @@
-"""The grids of a sweep: `optimizer.lr=3e-3,1e-3` or, for one optimizer alone, `sgd:optimizer.lr=0.3,0.1`."""
+"""Parses the grids of a sweep: `optimizer.lr=3e-3,1e-3` or, for one optimizer only, `sgd:optimizer.lr=0.3,0.1`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from megatron_lion.errors import ConfigError
 from megatron_lion.runs.folder import changeable
 
 PAPER_RATES = ("3e-3", "1e-3", "3e-4", "1e-4", "3e-5", "1e-5", "3e-6", "1e-6")
-"""The learning rates that the paper searches, for its CIFAR runs. Source: Dong, Li, Lin, arXiv 2411.07724."""
+"""The learning rates of the paper's search on CIFAR. Source: Dong, Li, Lin, arXiv 2411.07724."""
 NAMED_VALUES = {("optimizer.lr", "paper"): PAPER_RATES}
 OPTIMIZERS: tuple[str, ...] = get_args(get_type_hints(OptimizerConfig)["name"])
 
-# Settings that only some update rules read: a grid over them would train the others several times alike.
+# Optimizers that read a setting: a grid over it would train the other optimizers several times with equal results.
 READ_BY = {
     "optimizer.betas": ("lion", "adamw"), "optimizer.momentum": ("sgd",), "optimizer.coupled_weight_decay": ("sgd",),
     "optimizer.eps": ("adamw",), "optimizer.init_exp_avg": ("lion",), "optimizer.master_weights": ("lion",),
     "optimizer.momentum_dtype": ("lion",),
 }  # fmt: skip
 
-_NO_COMMON_MEASURE = "the validation losses of such runs cannot be held against each other; make a sweep of each"
-# Keys that no grid may be over, and why.
+_NO_COMMON_MEASURE = "the validation losses of such runs are not comparable; make one sweep for each value"
+# Keys that a grid must not vary, and the reason.
 REFUSED = {
-    "run_dir": "a sweep names the folders of its runs itself, below --output",
-    "name": "the runs of a sweep are one model; give --name once",
-    "train.stop_after": "runs of other lengths cannot be compared; give --train.stop_after once",
+    "run_dir": "a sweep names the folders of its runs itself, inside --output",
+    "name": "all runs of a sweep are one model; give --name once",
+    "train.stop_after": "runs of different lengths are not comparable; give --train.stop_after once",
     "train.test_batches": _NO_COMMON_MEASURE,
     "model.kind": _NO_COMMON_MEASURE,
 }
@@ -42,9 +42,9 @@ class Axis:
     """One setting and the values it takes.
 
     Attributes:
-        key: dotted, as in a config.
-        values: typed as in a config, each once.
-        optimizer: whose runs alone take these values; None is for all that have no axis of their own for the key.
+        key: dotted key of a config.
+        values: different values, with the types of the config.
+        optimizer: the only optimizer that takes these values; None for all optimizers without their own axis for the key.
     """
 
     key: str
@@ -53,14 +53,17 @@ class Axis:
 
 
 def parse_grids(texts: Sequence[str]) -> list[Axis]:
-    """Reads the values of all --grid flags.
+    """Parses all --grid flags.
 
     Args:
-        texts: such as "optimizer.lr=1e-3,3e-4", "optimizer.lr=paper", "sgd:optimizer.weight_decay=0". A comma inside
-            brackets belongs to the value: "optimizer.betas=[0.9,0.95],[0.9,0.99]".
+        texts: texts such as "optimizer.lr=1e-3,3e-4", "optimizer.lr=paper", "sgd:optimizer.weight_decay=0". A comma
+            inside brackets belongs to the value: "optimizer.betas=[0.9,0.95],[0.9,0.99]".
+
+    Returns:
+        One axis for each text.
 
     Raises:
-        ConfigError: no grid, an unknown key, one that no grid can be over, no values, one twice, or a bad one.
+        ConfigError: no grid, an unknown key, a key that a grid must not vary, no values, a repeated or an invalid value.
     """
     if not texts:
         raise ConfigError("--grid: a sweep needs at least one, such as --grid optimizer.lr=1e-3,3e-4,1e-4")
@@ -70,7 +73,7 @@ def parse_grids(texts: Sequence[str]) -> list[Axis]:
     for text in texts:
         axis = _parse_axis(parser, text)
         if any((axis.key, axis.optimizer) == (other.key, other.optimizer) for other in axes):
-            raise ConfigError(f"--grid {text}: {axis.key} has a grid already; put all its values into one")
+            raise ConfigError(f"--grid {text}: {axis.key} has a grid already; put all its values into one grid")
         axes.append(axis)
     return axes
 
@@ -82,7 +85,7 @@ def _parse_axis(parser: UserParser, text: str) -> Axis:
         raise ConfigError(f"--grid {text}: expected KEY=VALUE,VALUE,… such as optimizer.lr=1e-3,3e-4")
     if colon and scope not in OPTIMIZERS:
         raise ConfigError(
-            f"--grid {text}: '{scope}' is no optimizer; expected one of {', '.join(OPTIMIZERS)} before the ':'"
+            f"--grid {text}: '{scope}' is not an optimizer; expected one of {', '.join(OPTIMIZERS)} before the ':'"
         )
     _check_key(text, key, scope or None)
     words = [word for part in split_values(listed) for word in NAMED_VALUES.get((key, part), (part,))]
@@ -94,28 +97,28 @@ def _parse_axis(parser: UserParser, text: str) -> Axis:
     for word in words:
         value = _parse_value(parser, key, word, text)
         if value in values:
-            raise ConfigError(f"--grid {text}: {word} is given twice; each value makes a run of its own")
+            raise ConfigError(f"--grid {text}: {word} is given twice; each value makes one run, so give it once")
         values.append(value)
     return Axis(key=key, values=tuple(values), optimizer=scope or None)
 
 
 def _check_key(text: str, key: str, scope: str | None) -> None:
-    """Refuses keys over which runs cannot differ in a sweep."""
+    """Raises ConfigError for an unknown key and for a key in which the runs of a sweep must not differ."""
     if key not in known_keys():
         raise ConfigError(f"--grid {text}: there is no setting '{key}'{suggestion(key)}")
     members = [known for known in known_keys() if known.startswith(key + ".")]
     if members:
         raise ConfigError(f"--grid {text}: {key} is a group of settings; name one of them, such as {members[0]}")
     if key in REFUSED or key.startswith("data."):
-        raise ConfigError(f"--grid {text}: no grid can be over {key}: {REFUSED.get(key, _NO_COMMON_MEASURE)}")
+        raise ConfigError(f"--grid {text}: a grid must not vary {key}: {REFUSED.get(key, _NO_COMMON_MEASURE)}")
     if changeable(key):
         raise ConfigError(f"--grid {text}: {key} does not change what is trained; give it once, as --{key} VALUE")
     if key == "optimizer.name" and scope:
-        raise ConfigError(f"--grid {text}: optimizer.name is what '{scope}:' stands for; leave '{scope}:' out")
+        raise ConfigError(f"--grid {text}: '{scope}:' already sets optimizer.name; leave '{scope}:' out")
 
 
 def split_values(text: str) -> list[str]:
-    """Splits at commas that stand outside brackets.
+    """Splits at commas outside brackets.
 
     Example:
         >>> split_values("[0.9, 0.95],[0.9,0.99]"), split_values("1e-3, 3e-4"), split_values("")
@@ -141,7 +144,7 @@ def get_setting(config: RunConfig, key: str) -> Any:
 
 
 def with_setting(config: RunConfig, key: str, value: Any) -> RunConfig:
-    """A config with another value at a dotted key."""
+    """A copy of a config with another value at a dotted key."""
     section, _, name = key.rpartition(".")
     if not section:
         return dataclasses.replace(config, **{name: value})
@@ -150,14 +153,14 @@ def with_setting(config: RunConfig, key: str, value: Any) -> RunConfig:
 
 
 def settings_of_runs(axes: Sequence[Axis], base_optimizer: str) -> list[dict[str, Any]]:
-    """The cross product: what each run sets, optimizer by optimizer, in the order of the grids.
+    """The settings of each run by dotted key: the cross product of the grids, for each optimizer in turn.
 
     Args:
         axes: from `parse_grids`.
-        base_optimizer: the optimizer of runs if no axis is over it.
+        base_optimizer: the optimizer of the runs if no axis varies it.
 
     Raises:
-        ConfigError: an axis is for an optimizer that the sweep has not, or has no effect on one that it has.
+        ConfigError: an axis is for an optimizer that the sweep lacks, or an optimizer of the sweep does not read it.
     """
     names = next((axis.values for axis in axes if axis.key == "optimizer.name"), (base_optimizer,))
     for axis in axes:

@@ -1,4 +1,4 @@
-"""From a config and its grids to the runs: names, folders, settings, all checked before any of them starts."""
+"""Plans the runs of a sweep from a config and its grids: names, folders, settings; all are checked before any starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.runs.folder import changeable, flatten
 from megatron_lion.sweep.grid import Axis, get_setting, settings_of_runs, with_setting
 
-# A single run may be given these anew when it is resumed; the runs of a sweep must agree in them to be comparable.
+# A single run can be resumed with other values of these; the runs of a sweep must agree in them to be comparable.
 FIXED = ("name", "data.path", "data.tokenizer", "train.stop_after")
 
 
@@ -28,9 +28,9 @@ class PlannedRun:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder, made of the optimizer and the settings of the grids, such as lion-lr0.001.
-        settings: what it sets beyond the base config, by dotted key.
-        config: all its settings.
+        name: name of its folder, from the optimizer and the settings of the grids, such as lion-lr0.001.
+        settings: values that replace those of the base config, by dotted key.
+        config: all settings of the run.
     """
 
     name: str
@@ -43,7 +43,7 @@ class PlannedRun:
 
     @property
     def last_step(self) -> int:
-        """The step after which it is finished."""
+        """The step after which the run is finished."""
         train = self.config.train
         return min(train.steps, train.stop_after or train.steps)
 
@@ -53,7 +53,7 @@ class PlannedRun:
         return self.last_step * self.config.train.global_batch_size * self.config.model.seq_length
 
     def words(self, base: Path) -> list[str]:
-        """The arguments of `megatron-lion pretrain` that start or resume it."""
+        """The arguments of `megatron-lion pretrain` that start or resume the run."""
         words = ["--config", str(base), "--run_dir", str(self.folder)]
         for key, value in self.settings.items():
             words += [f"--{key}", as_typed(value)]
@@ -61,29 +61,29 @@ class PlannedRun:
 
 
 def matters(key: str) -> bool:
-    """Whether runs with other values of a key are other runs to a sweep."""
+    """Whether runs that differ in a key are different runs of a sweep."""
     return key in FIXED or not changeable(key)
 
 
 def settings_digest(config: RunConfig) -> str:
-    """SHA-256 of all settings that decide what a run computes."""
+    """SHA-256 (hexadecimal) of all settings that decide what a run computes."""
     flat = flatten(dataclasses.asdict(config))
     decisive = {key: value for key, value in flat.items() if matters(key)}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def plan_runs(base: RunConfig, axes: Sequence[Axis], folder: Path, processes: int) -> list[PlannedRun]:
-    """Lists the runs and checks each.
+    """Plans the runs and checks the settings of each.
 
     Args:
         base: the settings that all runs share.
         axes: from `parse_grids`.
-        folder: the sweep's; each run gets a folder in it.
-        processes: how many train a run together.
+        folder: the sweep's folder; each run gets a folder in it.
+        processes: number of processes that train a run together.
 
     Raises:
-        ConfigError: a run's settings are impossible, or nothing would be measured to choose by.
-        DataError: the data is not there.
+        ConfigError: a run's settings are invalid, or no validation loss would be measured.
+        DataError: the data does not exist.
     """
     if base.train.test_every == 0:
         raise ConfigError(
@@ -115,7 +115,7 @@ def _need_data(paths: Sequence[str]) -> None:
 
 
 def _check_all(planned: Sequence[PlannedRun], processes: int) -> None:
-    """Tells every problem of every run at once; one that all runs have is told once."""
+    """Raises one ConfigError that lists the problems of all runs; a problem shared by every run is listed once."""
     problems: Counter[str] = Counter()
     first: dict[str, str] = {}
     for run in planned:
@@ -135,7 +135,7 @@ def _check_all(planned: Sequence[PlannedRun], processes: int) -> None:
 
 
 def run_name(settings: dict[str, Any]) -> str:
-    """The optimizer, then each setting by its short name: readable, and the same whatever else the sweep holds.
+    """The name of a run: the optimizer and each setting by its short key. It does not depend on the sweep's other runs.
 
     Example:
         >>> run_name({"optimizer.name": "lion", "optimizer.lr": 1e-3, "schedule.kind": "wsd"})
@@ -150,7 +150,7 @@ def run_name(settings: dict[str, Any]) -> str:
 
 
 def short_key(key: str) -> str:
-    """The last part of a key where only one setting is called so, else the whole key."""
+    """The last part of a key if no other setting has that name, else the whole key."""
     last = key.rpartition(".")[2]
     return last if sum(known.rpartition(".")[2] == last for known in known_keys()) == 1 else key
 
@@ -164,7 +164,7 @@ def _as_name(value: Any) -> str:
 
 
 def as_typed(value: Any) -> str:
-    """A setting as it is given on the command line.
+    """The text of a setting on the command line.
 
     Example:
         >>> as_typed(1e-3), as_typed(None), as_typed((0.9, 0.95)), as_typed(True), as_typed("wsd")
@@ -174,11 +174,11 @@ def as_typed(value: Any) -> str:
 
 
 def base_differences(old: RunConfig, new: RunConfig, varied: Sequence[str]) -> list[str]:
-    """'key: old, now new' for what two commands of one sweep must agree in.
+    """'key: old, now new' for each difference between two base configs that a sweep does not allow.
 
     Args:
         old, new: base configs.
-        varied: keys of the new command's grids, whose base value no run takes.
+        varied: keys of the new command's grids, whose base value no run uses.
     """
     flat = flatten(dataclasses.asdict(new))
     return [

@@ -1,4 +1,4 @@
-"""A sweep's missing runs as a shell script, and as an array job for SLURM."""
+"""Writes the missing runs of a sweep as a shell script or as a SLURM array job."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megatron_lion.sweep.sweep_file import Sweep
 
 _SHELL = """#!/bin/sh
 # {count} of the sweep in {folder} ({config}), one after another.
-# The same script again resumes what is not finished.
+# Running the script again resumes the unfinished runs.
 PYTHON=${{PYTHON:-{python}}}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
-trap 'exit 75' INT TERM          # Ctrl-C: the run saves, and no other begins
+trap 'exit 75' INT TERM          # Ctrl-C: the run saves, and no other starts
 
 {commands}"""
 
@@ -34,7 +34,7 @@ exit_file=$SWEEP/exits/$name"""
 
 
 def shell_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> str:
-    """One command a run, and its exit code kept for the sweep's table."""
+    """A shell script with one command per run, which also records the run's exit code for the sweep's table."""
     commands = [
         f'"$PYTHON" {shlex.join(job_words("pretrain", job_arguments(sweep, run), processes))}\n'
         f"echo $? > {shlex.quote(str(sweep.folder / 'exits' / run.name))}\n"
@@ -47,16 +47,18 @@ def shell_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> st
 
 
 def slurm_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int, script: Path) -> str:
-    """launch/slurm.sbatch as an array job; tasks run beside each other, each with its own index files.
+    """launch/slurm.sbatch as an array job with one task per run.
+
+    Tasks run at the same time, so each has its own index files of the data; runs of the shell script share them.
 
     Args:
-        sweep: whose runs.
-        runs: those that are missing, one a task.
+        sweep: the sweep.
+        runs: its missing runs, one per task.
         processes: GPUs of a node.
-        script: where it will be written, for the line that shows how to submit it.
+        script: path of the script, for the comment that shows how to submit it.
 
     Raises:
-        EnvironmentFault: launch/ was not installed with the package, or a line of the template is not there.
+        EnvironmentFault: launch/ is not installed with the package, or the template lacks a line.
     """
     cases = [
         f"{place}) name={shlex.quote(run.name)}; set -- "
@@ -85,7 +87,7 @@ def slurm_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int, scrip
 
 
 def _with_lines(template: Path, lines: dict[str, str]) -> str:
-    """The text of a template with other lines in place of those that begin with the keys."""
+    """The text of a template in which the line that begins with each key is replaced."""
     text = template.read_text(encoding="utf-8").splitlines()
     for start, line in lines.items():
         places = [place for place, old in enumerate(text) if old.startswith(start)]

@@ -1,4 +1,4 @@
-"""What a sweep has found: a table of its runs, the best of each optimizer, and how to compare these."""
+"""The result of a sweep: a table of its runs, the best run of each optimizer, and the command that compares them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from megatron_lion.sweep.sweep_file import Entry, Sweep, read_sweep
 
 
 def read_records(sweep: Sweep) -> dict[str, RunRecord]:
-    """The runs that have begun, by name."""
+    """Records of the runs that have begun, by name."""
     return {
         entry.name: read_run(sweep.folder / entry.name) for entry in sweep.runs if has_begun(sweep.folder / entry.name)
     }
 
 
 def sweep_table(sweep: Sweep, records: dict[str, RunRecord], choices: Sequence[Choice]) -> Table:
-    """One row a run: its settings, losses, status, and whether it is the best of its optimizer."""
+    """A table with one row per run: its settings, losses, status, and whether it is the best of its optimizer."""
     keys = [
         key for key in dict.fromkeys(key for entry in sweep.runs for key in entry.settings) if key != "optimizer.name"
     ]
@@ -62,15 +62,15 @@ def sweep_table(sweep: Sweep, records: dict[str, RunRecord], choices: Sequence[C
         rows=rows,
         formats=dict.fromkeys(("valid loss", "lowest", "train loss"), ".4f"),
         notes=[
-            "valid loss: at the end of training, in nats per token; the best of an optimizer has the lowest, and the test loss "
-            "has no say in it",
+            "valid loss: at the end of training, in nats per token; for each optimizer the setting with the lowest is chosen, "
+            "the test loss is not used",
             *(f"{choice.name}: {note}" for choice in choices for note in choice.notes),
         ],
     )
 
 
 def _order(sweep: Sweep, entry: Entry, keys: list[str]) -> tuple[Any, ...]:
-    """Optimizers in the order they came, then numbers by size."""
+    """Sort key: optimizers in the order in which they were added, then settings by size."""
     optimizers = list(dict.fromkeys(e.settings["optimizer.name"] for e in sweep.runs))
     values = [entry.settings.get(key) for key in keys]
     numbers = [(0, value, "") if isinstance(value, int | float) else (1, 0.0, str(value)) for value in values]
@@ -85,7 +85,7 @@ def _status(entry: Entry, record: RunRecord | None) -> str:
 
 
 def compare_command(sweep: Sweep, choices: Sequence[Choice]) -> str | None:
-    """The line that compares the best runs; None where there is none."""
+    """The command that compares the best runs, or None if no run was chosen."""
     folders = [str(run.folder) for choice in choices for run in choice.runs]
     return (
         shlex.join(["megatron-lion", "compare", *folders, "--output", str(sweep.folder / "comparison")])
@@ -95,7 +95,11 @@ def compare_command(sweep: Sweep, choices: Sequence[Choice]) -> str | None:
 
 
 def summarise(sweep: Sweep) -> tuple[Table, str | None]:
-    """The table of a sweep and the command that compares its best runs; writes table.md and table.csv into its folder."""
+    """Writes table.md and table.csv into the sweep's folder; returns the table and the command that compares its best runs.
+
+    Raises:
+        StorageError: the file system refused.
+    """
     records = read_records(sweep)
     choices = choose_best(list(records.values()))
     table = sweep_table(sweep, records, choices)
@@ -105,7 +109,7 @@ def summarise(sweep: Sweep) -> tuple[Table, str | None]:
 
 
 def sweep_tables(folders: Sequence[str | Path], *, judged: bool = True) -> list[Table]:
-    """The table of each folder that is a sweep's; without `judged` the choices are explained elsewhere."""
+    """The table of each folder that is a sweep's; without `judged`, the notes on the choices are omitted."""
     sweeps = [sweep for folder in folders if (sweep := read_sweep(Path(folder))) is not None]
     tables = []
     for number, sweep in enumerate(sweeps):

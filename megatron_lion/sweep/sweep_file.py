@@ -1,9 +1,11 @@
-"""sweep.json: what a sweep's folder holds. Whether a run is finished is read from its own folder, never from here alone.
+"""Reads and writes a sweep's folder: sweep.json, its base config, and the exit codes of its runs.
 
 SWEEP/sweep.json        grids as given, digest of base.yaml, and name, settings and status of each run
-SWEEP/base.yaml         what all runs share, resolved: a config file that is edited meanwhile changes nothing
-SWEEP/exits/NAME        exit code of a run's last job, written by whatever started it
+SWEEP/base.yaml         the resolved settings that all runs share; later edits of the config file have no effect
+SWEEP/exits/NAME        exit code of a run's last job, written by the process that started it
 SWEEP/NAME/             a run folder
+
+The status in sweep.json is a copy: each read derives it again from the run folders.
 """
 
 from __future__ import annotations
@@ -32,20 +34,20 @@ BASE = "base.yaml"
 DIVERGED = NumericsError.exit_code
 
 Status = Literal["waiting", "interrupted", "finished", "diverged", "failed"]
-"""diverged: given up because of NaN or infinite gradients, which the same settings would meet again."""
+"""diverged: stopped because of NaN or infinite gradients, which the same settings would give again."""
 
 
 @dataclass(kw_only=True)
 class Entry:
-    """A run as sweep.json holds it.
+    """A run's entry in sweep.json.
 
     Attributes:
-        name: of its folder in the sweep's.
-        settings: what it sets beyond the base config.
+        name: name of its folder inside the sweep's.
+        settings: values that replace those of the base config, by dotted key.
         last_step: the step after which it is finished.
-        settings_sha256: of all its decisive settings; equal settings are one run, whatever grids they come from.
-        status: when the file was written.
-        exit_code: of its last job, where one has ended.
+        settings_sha256: digest of its decisive settings; equal digests are one run, even from different grids.
+        status: status at the last refresh.
+        exit_code: exit code of its last job, or None if no job has ended.
     """
 
     name: str
@@ -58,7 +60,7 @@ class Entry:
 
 @dataclass(kw_only=True)
 class Sweep:
-    """A sweep's folder and what it holds."""
+    """A sweep's folder and the content of its sweep.json."""
 
     folder: Path
     config: str
@@ -71,7 +73,7 @@ class Sweep:
         return self.folder / BASE
 
     def refresh(self) -> None:
-        """Looks into the run folders for each run's status."""
+        """Reads each run's exit code and derives its status from its folder."""
         for entry in self.runs:
             entry.exit_code = read_exit(self.folder, entry.name)
             entry.status = self._status(entry)
@@ -79,7 +81,7 @@ class Sweep:
     def _status(self, entry: Entry) -> Status:
         folder = self.folder / entry.name
         started = has_begun(folder)
-        # Checkpoints of a finished run may have been removed to make room.
+        # The checkpoints of a finished run may have been deleted to free space; the run stays finished.
         if is_committed(folder, entry.last_step) or (entry.status == "finished" and started):
             return "finished"
         if entry.exit_code == DIVERGED and started:
@@ -89,7 +91,7 @@ class Sweep:
         return "interrupted" if started else "waiting"
 
     def save(self) -> None:
-        """Writes sweep.json with the status of now."""
+        """Refreshes the status of all runs and writes sweep.json."""
         self.refresh()
         content = dataclasses.asdict(self)
         del content["folder"]
@@ -97,10 +99,10 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep | None:
-    """Reads a sweep's folder; None where there is none.
+    """Reads a sweep's folder; returns the sweep, or None if the folder has no sweep.json.
 
     Raises:
-        CheckpointError: sweep.json is damaged or of another format, or base.yaml is not the one it was made with.
+        CheckpointError: sweep.json is damaged or has another format.
     """
     path = folder / NAME
     if not path.is_file():
@@ -114,7 +116,7 @@ def read_sweep(folder: Path) -> Sweep | None:
         sweep = Sweep(folder=folder, runs=runs, **content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}: damaged ({error}); move it away and give the sweep's command again: the runs beside it are kept"
+            f"{path}: damaged ({error}); move it away and give the sweep's command again: its run folders are kept"
         ) from error
     sweep.refresh()
     return sweep
@@ -123,25 +125,33 @@ def read_sweep(folder: Path) -> Sweep | None:
 def open_sweep(
     folder: Path, config_file: str, base: RunConfig, grids: Sequence[str], planned: Sequence[PlannedRun]
 ) -> tuple[Sweep, list[PlannedRun]]:
-    """Takes the runs of a command into the sweep of a folder, or makes a new one; writes nothing.
+    """Adds the runs of a command to the sweep of a folder, or creates a new sweep; writes nothing.
+
+    Args:
+        folder: the sweep's folder.
+        config_file: the config file as given.
+        base: the settings that all runs share.
+        grids: the --grid texts.
+        planned: the runs of the command, from `plan_runs`.
 
     Returns:
-        The sweep, and the runs of this command; one that the sweep has already keeps the name it has there.
+        The sweep, and the runs of this command; a run that the sweep already has keeps its name.
 
     Raises:
-        ConfigError: the folder holds something else.
-        CheckpointError: it holds a sweep whose runs have other settings in common; lists them.
+        ConfigError: the folder contains files but no sweep.
+        CheckpointError: the folder's sweep is damaged, or its runs share other settings; the message lists them.
     """
     sweep = read_sweep(folder)
     if sweep is None:
         known = {run.name for run in planned} | {LOCK, "exits", "cache", BASE}
         if folder.is_dir() and (other := [entry.name for entry in folder.iterdir() if entry.name not in known]):
-            raise ConfigError(f"--output {folder}: holds {other[0]} and no sweep ({NAME}); choose another folder")
+            raise ConfigError(f"--output {folder}: contains {other[0]} but no sweep ({NAME}); choose another folder")
         sweep = Sweep(folder=folder, config=config_file, base_sha256=settings_digest(base))
     else:
         _need_same_base(sweep, base, planned)
     if list(grids) not in sweep.grids:
         sweep.grids.append(list(grids))
+    # By digest, not by name: the same settings from another grid have another name, and must not be trained twice.
     by_digest = {entry.settings_sha256: entry for entry in sweep.runs}
     taken = []
     for run in planned:
@@ -157,25 +167,28 @@ def open_sweep(
 
 
 def _need_same_base(sweep: Sweep, base: RunConfig, planned: Sequence[PlannedRun]) -> None:
-    """Refuses a command whose runs could not be compared with those that the sweep has."""
+    """Raises CheckpointError if a command's runs are not comparable with those of the sweep."""
     saved = load_config(sweep.base)
     if settings_digest(saved) != sweep.base_sha256:
         raise CheckpointError(
-            f"{sweep.base}: was changed after the sweep began; put it back, or give another --output and start over"
+            f"{sweep.base}: was changed after the sweep began; restore it, or give another --output and start again"
         )
     varied = set.intersection(*(set(run.settings) for run in planned))
     different = base_differences(saved, base, sorted(varied))
     if different:
         raise CheckpointError(
-            f"{sweep.folder}: holds a sweep with other settings ({'; '.join(different)}); use them, make them a --grid, "
+            f"{sweep.folder}: contains a sweep with other settings ({'; '.join(different)}); use them, make them a --grid, "
             "or give another --output"
         )
 
 
 def write_base(sweep: Sweep, base: RunConfig, planned: Sequence[PlannedRun]) -> None:
-    """Makes the folder and writes base.yaml anew: settings that only say how to run may have changed.
+    """Creates the folder and rewrites base.yaml, since settings that do not change the result may differ from last time.
 
-    A setting that this command's grids give a value keeps its old one there: runs of earlier grids may take it.
+    A setting that this command's grids vary keeps its old value in base.yaml, which runs of earlier grids may use.
+
+    Raises:
+        StorageError: the file system refused.
     """
     if sweep.base.is_file():
         saved = load_config(sweep.base)
@@ -187,7 +200,7 @@ def write_base(sweep: Sweep, base: RunConfig, planned: Sequence[PlannedRun]) -> 
 
 
 def read_exit(folder: Path, name: str) -> int | None:
-    """Exit code of a run's last job; None where none has ended."""
+    """Exit code of a run's last job, or None if no job has ended."""
     try:
         return int((folder / "exits" / name).read_text(encoding="ascii"))
     except (OSError, ValueError):
@@ -195,5 +208,5 @@ def read_exit(folder: Path, name: str) -> int | None:
 
 
 def write_exit(folder: Path, name: str, code: int) -> None:
-    """Notes how a run's job ended."""
+    """Records the exit code of a run's job."""
     write_whole(folder / "exits" / name, f"{code}\n".encode())

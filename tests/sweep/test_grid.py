@@ -1,4 +1,4 @@
-"""Grids: what is understood, what the runs are called, and what is refused before any of them starts."""
+"""Grids: parsing, the names of the runs, and the errors that are raised before any run starts."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_name_says_which_setting_where_two_are_called_alike() -> None:
 
 
 def test_a_run_computes_what_its_arguments_say(config: Path, tmp_path: Path) -> None:
-    """The settings a run was checked with are those that `pretrain` reads from its command line."""
+    """The settings that were checked equal those that `pretrain` reads from the run's command line."""
     from megatron_lion.configfile import load_config
 
     axes = parse_grids(
@@ -108,11 +108,11 @@ def test_a_run_is_its_settings_not_how_it_is_watched(config: Path, tmp_path: Pat
         (["--grid", "optimizer=1,2"], ["group of settings", "optimizer.name"]),
         (["--grid", "optimizer.lr=1,2", "--grid", "optimizer.lr=3"], ["has a grid already"]),
         (["--grid", "run_dir=a,b"], ["run_dir", "--output"]),
-        (["--grid", "data.path=[a],[b]"], ["data.path", "cannot be held against"]),
-        (["--grid", "train.test_batches=1,2"], ["train.test_batches", "cannot be held against"]),
-        (["--grid", "model.kind=gpt2,bert"], ["model.kind", "cannot be held against"]),
+        (["--grid", "data.path=[a],[b]"], ["data.path", "are not comparable"]),
+        (["--grid", "train.test_batches=1,2"], ["train.test_batches", "are not comparable"]),
+        (["--grid", "model.kind=gpt2,bert"], ["model.kind", "are not comparable"]),
         (["--grid", "probe.every=1,2"], ["probe.every", "does not change what is trained"]),
-        (["--grid", "adam:optimizer.lr=1,2"], ["'adam' is no optimizer", "adamw"]),
+        (["--grid", "adam:optimizer.lr=1,2"], ["'adam' is not an optimizer", "adamw"]),
         (["--grid", "sgd:optimizer.lr=1,2"], ["no run of this sweep has that optimizer", "optimizer.name=lion"]),
         (["--grid", "sgd:optimizer.name=lion"], ["leave 'sgd:' out"]),
         (["--grid", "optimizer.name=lion,sgd", "--grid", "optimizer.momentum=0.9,0.8"], ["sgd:optimizer.momentum"]),
@@ -153,7 +153,7 @@ def test_files_that_are_not_there(config: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("irreplaceable")
     assert main(["sweep", str(config), "--grid", "optimizer.lr=1", "--output", str(tmp_path / "thesis")]) == 2
-    assert "holds chapter.tex and no sweep" in capsys.readouterr().err
+    assert "contains chapter.tex but no sweep" in capsys.readouterr().err
     assert [entry.name for entry in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
 
 

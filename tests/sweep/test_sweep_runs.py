@@ -1,4 +1,4 @@
-"""A sweep runs what is missing: real runs, and made-up ones where only the bookkeeping is in question."""
+"""A sweep runs its missing runs: real runs, and fake ones for tests of the bookkeeping."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ GRID = [
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
-    """2 x 2 runs, the first of which diverges."""
+    """2 × 2 runs, the first of which diverges."""
     root = tmp_path_factory.mktemp("swept")
     path = config_file(root, corpus, optimizer__clip_grad=0.0)
     words = ["sweep", str(path), *GRID, "--output", str(root / "sweep")]
@@ -113,7 +113,7 @@ def test_the_same_command_again_runs_nothing_and_compare_takes_the_folder(
     assert "lr=0.01" in shown
     assert f"Runs of the sweep in {words[-1]}" in shown
     assert "LION: lr=1e+30 left out: diverged" in shown
-    assert "Tuning" not in (tmp_path / "out" / "report.html").read_text(), "two rates are no curve"
+    assert "Tuning" not in (tmp_path / "out" / "report.html").read_text(), "two rates are too few for a curve"
 
 
 @pytest.mark.timeout(900)  # processes that import torch, on whatever else the machine does
@@ -128,7 +128,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, corp
     assert process.returncode == 75, error
     assert out == ""
     assert error.splitlines()[-1] == (
-        "megatron-lion: stopped in lion-seed1, 0 of 2 runs are finished; the same command goes on"
+        "megatron-lion: stopped in lion-seed1, 0 of 2 runs are finished; the same command continues"
     )
     assert "checkpoint saved; the same command resumes" in error
     assert statuses(folder) == {"lion-seed1": "interrupted", "lion-seed2": "waiting"}
@@ -153,7 +153,7 @@ def test_a_killed_sweep_leaves_no_run_behind_that_goes_on_alone(tmp_path: Path, 
     process.wait()
     deadline = time.monotonic() + 60
     while not (folder / "lion-seed1" / "checkpoints" / "latest").exists():
-        assert time.monotonic() < deadline, "the run was not asked to save and leave"
+        assert time.monotonic() < deadline, "the run was not asked to save and exit"
         time.sleep(0.1)
     assert statuses(folder)["lion-seed1"] == "interrupted"
 
@@ -165,21 +165,21 @@ def wait_for_lines(process: subprocess.Popen[Any], path: Path, count: int) -> No
 
 
 def test_a_job_of_several_processes_tells_why_it_failed(tmp_path: Path, corpus: str) -> None:
-    """torchrun itself would say 1."""
+    """torchrun itself returns 1."""
     path = config_file(tmp_path, corpus)
     with Jobs() as jobs:
         code = jobs.run("pretrain", ["--config", str(path), "--train.global_batch_size", "7"], processes=2)
     assert code == 2
 
 
-# --- made-up runs ---
+# --- fake runs ---
 
 Pretend = Callable[[str], int]
 
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Runs that leave a folder at once; `codes` by run name says how they end."""
+    """Runs that write their folder at once and end with the exit code of `codes` for their name."""
     found: dict[str, Any] = {"codes": {}, "ran": []}
 
     def run(self: Jobs, verb: str, words: list[str], processes: int = 1, stdout: Any = None) -> int:
@@ -231,7 +231,7 @@ def test_failed_runs_are_told_tried_again_and_diverged_ones_only_when_asked(
     pretended["ran"] = []
     assert main([*words, "--retry-diverged"]) == 0
     assert pretended["ran"] == ["lion-lr3"]
-    shutil.rmtree(tmp_path / "s" / "lion-lr3" / "checkpoints")  # to make room
+    shutil.rmtree(tmp_path / "s" / "lion-lr3" / "checkpoints")  # to free space
     pretended["ran"] = []
     assert main(words) == 0
     assert pretended["ran"] == []
@@ -271,12 +271,12 @@ def test_another_grid_adds_runs_and_knows_those_that_are_there(
     more = ["--grid", "optimizer.lr=1e-3", "--grid", "seed=1,1234", "--grid", "optimizer.weight_decay=0.01"]
     assert main(["sweep", path, *more, "--output", output]) == 0
     assert pretended["ran"] == ["lion-lr0.001", "lion-lr0.003", "lion-lr0.001-seed1-weight_decay0.01"], (
-        "seed 1234 is the config's own: that run is there"
+        "seed 1234 is that of the config: the sweep has that run"
     )
     sweep = read_sweep(tmp_path / "s")
     assert sweep is not None
     assert [len(grid) for grid in sweep.grids] == [1, 3]
-    # sgd has another decay: as a grid of its own it may join.
+    # sgd has another weight decay: given as a grid, its runs may join the sweep.
     joined = ["--grid", "optimizer.name=sgd", "--grid", "optimizer.lr=0.3", "--grid", "optimizer.weight_decay=0"]
     assert main(["sweep", path, *joined, "--output", output]) == 0
     assert load_config(tmp_path / "s" / "base.yaml").optimizer.weight_decay == 0.01
@@ -335,7 +335,7 @@ def test_a_config_that_is_edited_meanwhile_changes_no_run(
     assert main(words) == 4
     base = tmp_path / "s" / "base.yaml"
     base.write_text(base.read_text().replace("weight_decay: 0.01", "weight_decay: 0.5"))
-    assert main(words) == 4, "nor does editing the sweep's own copy"
+    assert main(words) == 4, "editing the sweep's own copy is rejected too"
     assert pretended["ran"] == []
 
 

@@ -1,4 +1,4 @@
-"""A sweep as a shell script and as a SLURM array: the texts, and what they do with stand-ins for Python and SLURM."""
+"""A sweep as a shell script and as a SLURM array: the texts, and their effect with a fake Python and SLURM."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SLURM = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST":
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
-    """An environment with a SLURM of three small scripts, and a launcher that records its arguments."""
+    """An environment with a fake SLURM of small scripts, and a launcher that records its arguments."""
     tools = tmp_path / "bin"
     tools.mkdir()
     executable(tools / "srun", 'shift; exec "$@"')
@@ -161,7 +161,7 @@ def test_the_signal_of_slurm_reaches_the_launcher(
 def test_the_array_is_made_from_the_template(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A line that a user adds is in the array too; without the line that chooses the run nothing is written."""
+    """A line that a user adds is kept in the array; if the line that chooses the run is missing, nothing is written."""
     launch = tmp_path / "launch folder"
     launch.mkdir()
     monkeypatch.setattr("megatron_lion.sweep.scripts.shipped_folder", lambda name: launch)
