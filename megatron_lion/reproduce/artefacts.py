@@ -1,4 +1,4 @@
-"""What must be run for an artefact: verbs with their arguments, in order. Every step resumes or is found done when it comes again."""
+"""Plans of the paper's artefacts: the subcommands with their arguments, in order. Each step can be resumed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ RATE_SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Step:
-    """One verb.
+    """One subcommand of a plan.
 
     Attributes:
-        title: what it does, for people.
-        verb: such as "pretrain".
-        words: its arguments.
-        spread: on several processes: those of this machine, or of all nodes where it is `launched`.
-        launched: by launch/torchrun.sh instead of on this machine alone.
+        title: title for the log.
+        verb: name of the subcommand, such as "pretrain".
+        words: arguments.
+        spread: whether it runs on several processes: those of this machine, or of all nodes if it is `launched`.
+        launched: whether launch/torchrun.sh starts it, instead of this process.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Step:
     launched: bool = False
 
     def shown(self, processes: int) -> str:
-        """As one would type it in the repository."""
+        """The command line, as typed in the repository."""
         words = [word.replace(f"{shipped_folder('configs')}/", "configs/") for word in self.words]
         if self.launched:
             place = words.index("--config")
@@ -60,11 +60,11 @@ class Plan:
     """The steps of an artefact and the runs that they make.
 
     Attributes:
-        artefact, scale: what it is for.
-        needs: "gpt2", "bert" or "": kind of the data that must be there first.
-        steps: in order.
+        artefact, scale: names of the artefact and its scale, "tiny" or "full".
+        needs: kind of the data that must exist first: "gpt2", "bert", or "" for none.
+        steps: the steps in order.
         paper_runs: run folders at the paper's rates, by "model/optimizer".
-        tuned_runs: the same at tuned rates.
+        tuned_runs: run folders at tuned rates, by "model/optimizer".
         seeds: run folders of several seeds, by optimizer.
         comparison: folder of tables and figures, or None.
     """
@@ -83,7 +83,7 @@ def build_plan(artefact: str, scale: Scale, sources: Sources) -> Plan:
     """The plan of an artefact.
 
     Raises:
-        ConfigError: the full scale without text or without WikiText-103.
+        ConfigError: the full scale lacks the text, the tokenizer or vocabulary, or WikiText-103.
     """
     if artefact == "toy":
         words = ("--output", str(sources.output / "toy"))
@@ -94,12 +94,12 @@ def build_plan(artefact: str, scale: Scale, sources: Sources) -> Plan:
 
 
 def data_folder(kind: str, output: Path) -> Path:
-    """Where the tokens of a kind of model lie."""
+    """Folder of the token files for a kind of model."""
     return output / f"data-{kind}"
 
 
 def _prepare(kind: str, sources: Sources) -> Step:
-    """Text to tokens. What is not given is made at these places by `sources.make_missing` before the first step."""
+    """The step from text to tokens; `sources.make_missing` creates the files that are not given before the first step."""
     output = sources.output
     text = sources.text or (str(output / "text" / "train.jsonl"),)
     tokenizer = (
@@ -148,7 +148,7 @@ def _tiny(artefact: str, sources: Sources) -> Plan:
             steps.append(_pretrain(config, run_dir, kind, recipe, sources))
     runs = [*paper.values(), *tuned.values()]
     if artefact == "table-b1":
-        # Windows overlap as in the paper's convention; the first tokens of the text are enough for a small model.
+        # Windows overlap as in the paper's convention. The first 30,000 tokens are enough for a small model.
         some = ("--max-tokens", "2000" if sources.quick else "30000")
         steps += [_evaluate(run_dir, sources, *some) for run_dir in runs]
     folder = sources.output / f"comparison-{artefact}"
@@ -156,7 +156,7 @@ def _tiny(artefact: str, sources: Sources) -> Plan:
 
 
 def _tiny_rates(sources: Sources) -> Plan:
-    """LION and SGD, three seeds each, probed often: the constants are maxima over K."""
+    """LION and SGD with three seeds each, probed every 8 steps, since the constants are maxima over K."""
     steps = [_prepare("gpt2", sources)]
     seeds: dict[str, list[Path]] = {}
     often = ("--train.steps", "160", "--checkpoint.at_steps", "[]", "--probe.every", "8", "--probe.num_batches", "4",
@@ -182,14 +182,14 @@ _FULL = {
 
 
 def _full(artefact: str, sources: Sources) -> Plan:
-    """The paper's runs: 16 A100s, started by launch/torchrun.sh on each node."""
+    """The paper's runs on 16 A100s; launch/torchrun.sh starts them on each node."""
     kind, names = _FULL[artefact]
     needed = [("--text", bool(sources.text)), ("--tokenizer", kind != "gpt2" or sources.tokenizer is not None)]
     needed += [("--vocab", kind != "bert" or sources.vocab is not None)]
     needed += [("--wikitext103", artefact != "table-b1" or sources.wikitext103 is not None)]
     if missing := [flag for flag, given in needed if not given]:
         raise ConfigError(
-            f"reproduce {artefact} --scale full: needs {', '.join(missing)}: nothing stands in for the real ones"
+            f"reproduce {artefact} --scale full: needs {', '.join(missing)}: the full scale has no substitutes for them"
         )
     steps = [_prepare(kind, sources)]
     paper: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""One statement of the paper beside what came out here."""
+"""One statement of the paper and the result of its reproduction."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Claim:
     """One line of a reproduction.
 
     Attributes:
-        what: is said.
-        paper: what the paper has, as text.
-        ours: what came out here, as text.
-        tolerance: what counts as the same; "" where nothing is judged.
-        holds: whether it does; None where the two do not compare.
-        convention: how ours was measured.
-        source: where the paper's comes from.
+        what: the statement.
+        paper: the paper's value, as text.
+        ours: our value, as text.
+        tolerance: criterion of agreement; "" if nothing is judged.
+        holds: whether the values agree; None if they are not comparable.
+        convention: how our value was measured.
+        source: source of the paper's value.
     """
 
     what: str
@@ -38,7 +38,7 @@ class Claim:
 
 
 def joined(values: Iterable[float], form: str = ".3f") -> str:
-    """Numbers side by side.
+    """Numbers in one format, separated by spaces.
 
     >>> joined([1.0, 2.5])
     '1.000 2.500'

@@ -1,4 +1,4 @@
-"""What the paper says beside what came out here: every line with its tolerance, convention and source."""
+"""All claims of an artefact, and their table: paper, result, tolerance, convention and source in each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_lion.reproduce.claim import Claim
 
 
 def claims_of(plan: Plan) -> list[Claim]:
-    """All lines of an artefact, read from its run folders.
+    """All claims of an artefact, computed from its run folders.
 
     Raises:
         CheckpointError: a run or a result is missing.
@@ -29,7 +29,7 @@ def claims_of(plan: Plan) -> list[Claim]:
 
 
 def as_markdown(key: str, claims: Sequence[Claim]) -> str:
-    """The table of an artefact, and how many of its statements hold; `key` is "artefact/scale"."""
+    """The table of an artefact and the number of its statements that hold; `key` is "artefact/scale"."""
     artefact, _, scale = key.partition("/")
     name, _, quick = scale.partition(" ")
     head = f"## {artefact}, {name} scale{', quick: a few steps show that the path works, not how it ends' if quick else ''}"

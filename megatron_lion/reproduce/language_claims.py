@@ -1,4 +1,4 @@
-"""Table B.1 and Figures 2 and 3: perplexities, losses and norm ratios of LION and SGD."""
+"""Claims of Table B.1 and Figures 2 and 3: perplexities, losses and norm ratios of LION and SGD."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from megatron_lion.reproduce.claim import NOT_THEIRS, Claim, joined
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, read_run
 
 TABLE_TOLERANCE = 0.10
-"""Nats; ours to set: the paper states neither weight decay, schedule, warm-up nor the split of the text."""
+"""Nats; our choice: the paper states neither weight decay, schedule, warm-up nor the split of the text."""
 RATIO_BAND = 2.0
-"""Largest over smallest r/√d of a run for which it is called constant; ours to set, the paper shows curves."""
+"""Largest ratio of a run's maximal to its minimal r/√d that counts as constant; our choice, the paper shows curves."""
 LAST_LINES = 10
 _PAPER_NAMES = {"gpt2-small": "GPT-2 Small", "gpt2-medium": "GPT-2 Medium", "gpt2": "GPT-2 Small"}
 
 
 def _groups(plan: Plan) -> Iterator[tuple[str, RunRecord, RunRecord, list[RunRecord]]]:
-    """(model, LION, SGD, tuned runs) of each model; the first two at the paper's rates."""
+    """(model, LION, SGD, tuned runs) of each model; LION and SGD are at the paper's rates."""
     for model in dict.fromkeys(name.split("/")[0] for name in plan.paper_runs):
         lion, sgd = (read_run(plan.paper_runs[f"{model}/{optimizer}"]) for optimizer in ("lion", "sgd"))
         tuned = [read_run(folder) for name, folder in plan.tuned_runs.items() if name.startswith(model + "/")]
@@ -30,7 +30,7 @@ def _groups(plan: Plan) -> Iterator[tuple[str, RunRecord, RunRecord, list[RunRec
 
 
 def perplexity_claims(plan: Plan) -> list[Claim]:
-    """Table B.1: the numbers where the model is the paper's, else the order; then tuned runs, which the paper lacks."""
+    """Table B.1: the numbers if the model is the paper's, else the order; then tuned runs, which the paper lacks."""
     found: list[Claim] = []
     for model, lion, sgd, tuned in _groups(plan):
         name, convention = _PAPER_NAMES[model], _convention(lion)
@@ -108,7 +108,7 @@ def _improves(optimizer: str, values: Sequence[tuple[int, float]], convention: s
 
 
 def curve_claims(plan: Plan) -> list[Claim]:
-    """Figures 2 and 3: the order of the losses, and how constant r/√d is."""
+    """Figures 2 and 3: the order of the losses, and the variation of r/√d."""
     found: list[Claim] = []
     for _, lion, sgd, tuned in _groups(plan):
         for key, name, convention in (
@@ -133,14 +133,14 @@ def curve_claims(plan: Plan) -> list[Claim]:
 
 
 def _ratio(run: RunRecord, which: str) -> Claim:
-    """r/√d over a run's probes: r = Θ(√d) needs it constant; the noise share says what of it is measured.
+    """r/√d over a run's probes, which is constant if r = Θ(√d); the noise share is the noise's part of its squared norm.
 
     Raises:
         CheckpointError: the run has no probes.
     """
     values = run.series("probe/norm_ratio_over_sqrt_d").values
     if not values:
-        raise CheckpointError(f"{run.folder}: has no probes; give the same command again")
+        raise CheckpointError(f"{run.folder}: has no probes; give the same command again to make them")
     noise = run.series("probe/noise_share").values
     band = max(values) / min(values)
     share = f", noise share {min(noise):.0%}–{max(noise):.0%}" if noise else ""
@@ -157,7 +157,7 @@ def _ratio(run: RunRecord, which: str) -> Claim:
 
 
 def _tuned_order(tuned: Sequence[RunRecord], values: Sequence[float], what: str) -> list[Claim]:
-    """How LION compares with SGD when both are tuned: the paper does not say."""
+    """The order of LION and SGD if both are tuned, which the paper does not state."""
     by_optimizer = {run.optimizer: value for run, value in zip(tuned, values, strict=True)}
     if not {"lion", "sgd"} <= by_optimizer.keys():
         return []
@@ -176,20 +176,20 @@ def _tuned_order(tuned: Sequence[RunRecord], values: Sequence[float], what: str)
 
 
 def log_perplexities(run: RunRecord) -> list[tuple[int, float]]:
-    """(step, ln token perplexity) by the first convention that a run was evaluated with.
+    """(step, ln token perplexity) under the first convention with which a run was evaluated.
 
     Raises:
-        CheckpointError: it was not evaluated.
+        CheckpointError: the run was not evaluated.
     """
     key = main_evaluation_key([run])
     found = {int(r["step"]): float(r["log_token_ppl"]) for r in run.evaluations if evaluation_key(r) == key}
     if not found:
-        raise CheckpointError(f"{run.folder}: was not evaluated; give the same command again")
+        raise CheckpointError(f"{run.folder}: was not evaluated; give the same command again to evaluate it")
     return sorted(found.items())
 
 
 def last_loss(run: RunRecord, key: str) -> float:
-    """The training loss of the last logged steps, or the last held-out loss."""
+    """Mean training loss of the last logged steps, or the last held-out loss (nats)."""
     values = run.series(key).values[-LAST_LINES:] if key == "train/loss" else run.series(key).values[-1:]
     return sum(values) / len(values) if values else math.nan
 

@@ -1,4 +1,4 @@
-"""The tightest constants of the K^(−1/4) rate over runs that differ in their seed."""
+"""Claims on the rate constants c_LION and c_SGD, over runs that differ in their seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONSTANTS = (("lion", "probe/grad_l1", "c_LION", 0.701), ("sgd", "probe/grad_l2"
 
 
 def rate_claims(plan: Plan) -> list[Claim]:
-    """c_LION and c_SGD, and whether the rate is kept with them.
+    """c_LION and c_SGD of the runs, and whether the maximum over K is before the last K.
 
     Raises:
         CheckpointError: a run is missing, or has no probes.

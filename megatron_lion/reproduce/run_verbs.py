@@ -1,4 +1,4 @@
-"""Runs the steps of plans one after another. A rerun of the same command goes on where it stopped: every verb does."""
+"""Runs the steps of a plan one after another. Running the same command again continues where it stopped."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from megatron_lion.shipped import shipped_folder
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """Writes a line to stderr and flushes it."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: int | None = None) -> None:
-    """Runs all steps on this machine; trainings of the full scale through launch/torchrun.sh, on this and other nodes.
+    """Runs all steps; launch/torchrun.sh starts the trainings of the full scale, on one or several nodes.
 
-    On several nodes the same command is given on each: what is not a training runs on the node that SLURM or
-    NODE_RANK calls 0, and the others wait for it.
+    On several nodes the same command runs on each node. Steps that are not trainings run on the node whose number
+    (SLURM or NODE_RANK) is 0, and the others wait for it.
 
     Args:
-        plan: what to run.
-        processes: for steps that are spread over this machine.
-        jobs: passes signals on.
-        first, total: for the numbers that are shown.
+        plan: the plan.
+        processes: processes of this machine for the steps that use several.
+        jobs: runs the steps and forwards signals to them.
+        first: number of the first step in the log.
+        total: number of steps in the log.
 
     Raises:
-        StoppedOnRequest: a signal came.
-        MegatronLionError: a step failed; with its exit code.
+        StoppedOnRequest: a signal arrived.
+        MegatronLionError: a step failed; it has the step's exit code.
     """
     rank, nodes = node_rank(), int(os.environ.get("NNODES", "1"))
     for number, step in enumerate(plan.steps, first):
@@ -45,13 +46,14 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
                 step.verb, list(step.words), processes if step.spread else 1
             )  # fmt: skip
             if code and jobs.asked:
-                raise StoppedOnRequest(f"stopped in `{step.verb}` ({step.title}); the same command goes on there")
+                raise StoppedOnRequest(f"stopped in `{step.verb}` ({step.title}); the same command continues there")
             if code:
                 error = MegatronLionError(
                     f"{plan.artefact} stopped: `{step.verb}` ({step.title}) ended with code {code}; see above"
                 )
                 error.exit_code = code if code > 0 else 1
                 raise error
+            # Launched steps need no mark: torchrun's rendezvous already makes the nodes wait for each other.
             if nodes > 1 and rank == 0 and not step.launched:
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.write_text("done\n")
@@ -60,22 +62,22 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
 
 
 def launch_words(step: Step) -> list[str]:
-    """The script of launch/ and its arguments."""
+    """The path of launch/torchrun.sh and its arguments: the config file first, as the script requires."""
     script = shipped_folder("launch") / "torchrun.sh"
     place = step.words.index("--config")
     return [str(script), step.words[place + 1], *step.words[:place], *step.words[place + 2 :]]
 
 
 def node_rank() -> int:
-    """This node's number in a job of several."""
+    """Number of this node among those of the job, from 0."""
     return int(os.environ.get("NODE_RANK", os.environ.get("SLURM_NODEID", "0")))
 
 
 def need_gpus() -> None:
-    """Refuses to begin the paper's runs on a machine without GPUs.
+    """Checks that this machine has a GPU, which the paper's runs need.
 
     Raises:
-        EnvironmentFault: says how to see the plan.
+        EnvironmentFault: there is no CUDA device; the message names --print and --scale tiny.
     """
     import torch
 
@@ -86,7 +88,7 @@ def need_gpus() -> None:
 
 
 def _mark(plan: Plan, number: int) -> Path:
-    """Tells the other nodes that a step of the first one is done (on a file system that all see)."""
+    """The file by which the first node marks a step as done for the others, on a shared file system."""
     output = next(
         (Path(step.words[step.words.index("--output") + 1]).parent for step in plan.steps if "--output" in step.words),
         Path(),
@@ -97,5 +99,5 @@ def _mark(plan: Plan, number: int) -> Path:
 def _wait_for(mark: Path, asked: Callable[[], bool]) -> None:
     while not mark.exists():
         if asked():
-            raise StoppedOnRequest("stopped while waiting for the first node; the same command goes on there")
-        time.sleep(2.0)
+            raise StoppedOnRequest("stopped while waiting for the first node; the same command continues there")
+        time.sleep(2.0)  # polled, since the nodes share nothing but the file system here

@@ -1,4 +1,4 @@
-"""Text and vocabularies of a reproduction: the user's, or the demo corpus and vocabularies trained on the text."""
+"""Text and vocabularies of a reproduction: the user's, or the demo corpus and vocabularies trained on it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from megatron_lion.reproduce.recipes import VOCAB_SIZE
 
 @dataclass(frozen=True)
 class Sources:
-    """What a reproduction is made from.
+    """The inputs of a reproduction.
 
     Attributes:
-        text: training text, as for `prepare --input`; empty takes the demo's corpus.
-        tokenizer: GPT-2's, as for `prepare`; None trains a byte-level BPE on the text.
-        vocab: BERT's vocab.txt; None trains a WordPiece on the text.
-        wikitext103: wiki.test.tokens; None takes the demo's held-out prose.
-        output: folder for everything.
-        processes: of one machine, for the tiny scale.
-        quick: a few steps only.
+        text: training text, as for `prepare --input`; if empty, the demo's corpus.
+        tokenizer: GPT-2's tokenizer, as for `prepare`; if None, a byte-level BPE is trained on the text.
+        vocab: BERT's vocab.txt; if None, a WordPiece vocabulary is trained on the text.
+        wikitext103: wiki.test.tokens; if None, the demo's held-out prose.
+        output: folder for all files.
+        processes: processes on one machine, for the tiny scale.
+        quick: whether runs have only a few steps.
     """
 
     text: tuple[str, ...]
@@ -35,16 +35,16 @@ class Sources:
 
     @property
     def is_small(self) -> bool:
-        """Whether 0.05 % of the text would be too little for a test split: it is less than a gigabyte of files."""
+        """Whether the text is less than a gigabyte of files: the default split of 0.05 % is then too small for a test."""
         files = [Path(name) for name in self.text]
         return all(path.is_file() for path in files) and sum(path.stat().st_size for path in files) < 1e9
 
 
 def check_sources(sources: Sources) -> None:
-    """Refuses files that are not there, before anything runs.
+    """Checks that all given files exist, before the first step.
 
     Raises:
-        DataError: names the flag and the file.
+        DataError: a file does not exist; the message names the flag and the file.
     """
     named = [("--tokenizer", sources.tokenizer), ("--vocab", sources.vocab), ("--wikitext103", sources.wikitext103)]
     for flag, name in named:
@@ -53,15 +53,15 @@ def check_sources(sources: Sources) -> None:
 
 
 def make_missing(sources: Sources, kind: str, say: Callable[[str], None]) -> None:
-    """Makes the text and the vocabulary that were not given, where they are not there yet.
+    """Creates the text and the vocabulary that were not given and do not exist yet.
 
     Args:
-        sources: what was given.
+        sources: the inputs given.
         kind: "gpt2" or "bert".
-        say: told what is made.
+        say: called with a line on each file that is created.
 
     Raises:
-        ConfigError: the folder holds what was made from other text.
+        ConfigError: the output folder contains a reproduction from other text.
     """
     from megatron_lion.prepare.demo_corpus import build_demo_corpus
     from megatron_lion.prepare.vocabularies import train_bpe, train_wordpiece
@@ -81,9 +81,9 @@ def make_missing(sources: Sources, kind: str, say: Callable[[str], None]) -> Non
 
 
 def _note_text(output: Path, files: list[str]) -> None:
-    """Keeps vocabularies, data and runs of one text together: they would be taken for those of another."""
+    """Records the text's SHA-256, so that vocabularies, data and runs of another text are never reused."""
     found = "\n".join(sha256_file(Path(name)) if Path(name).is_file() else name for name in files) + "\n"
     record = output / "text.sha256"
     if record.is_file() and record.read_text(encoding="utf-8") != found:
-        raise ConfigError(f"--output {output}: holds a reproduction from other text; choose another folder")
+        raise ConfigError(f"--output {output}: contains a reproduction from other text; choose another folder")
     write_whole(record, found.encode())

@@ -1,4 +1,4 @@
-"""The toy problem's lines: facts of the problem, reference values, and the inequality where it applies."""
+"""Claims on the toy problem: its minimum, reference values, and the inequality for K ≥ K_min."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_lion.toy.problem import minimum
 from megatron_lion.toy.toy_checks import REFERENCE, REFERENCE_STEPS, match_reference
 
 MOST_DEVIATIONS = 3.0
-"""Standard deviations that a reference value may lie from runs whose starts are as lucky."""
+"""Largest deviation of a reference value, in standard deviations among runs with the same right side."""
 SOURCE = f"{JOURNAL}, A.1.1"
 SIMULATED = "an independent simulation; the paper shows curves"
 
 
 def toy_claims() -> list[Claim]:
-    """Runs the experiment at the paper's settings and compares."""
+    """Runs both experiments at the paper's settings and compares them with the reference values."""
     settings = ToySettings()
     least = minimum(settings.box)
     found = [

@@ -1,4 +1,4 @@
-"""Reproductions: commands that verbs accept, claims that can fail, and one small one from text to verdict."""
+"""Reproductions: valid commands, claims that can fail, and one small reproduction from text to verdict."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NOTHING: dict[str, Any] = {"text": (), "tokenizer": None, "vocab": None, "wikite
 @pytest.mark.parametrize("scale", ["tiny", "full"])
 @pytest.mark.parametrize("artefact", sorted(ARTEFACTS))
 def test_every_step_is_a_command_that_its_verb_accepts(artefact: str, scale: Any, tmp_path: Path) -> None:
-    """And the words that are printed are the words that run."""
+    """The printed arguments are those that run."""
     sources = Sources(**(FULL if scale == "full" else NOTHING), output=tmp_path, quick=scale == "tiny")
     plan = build_plan(artefact, scale, sources)
     for step in plan.steps:
@@ -75,7 +75,7 @@ def test_missing_files_are_named_first(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 class Recorder:
-    """Jobs that only say what they would run."""
+    """Jobs that record the commands instead of running them."""
 
     def __init__(self, codes: dict[int, int] | None = None, *, stop_at: int | None = None) -> None:
         self.ran: list[str] = []
@@ -103,12 +103,12 @@ def test_steps_run_in_order_and_a_failure_ends_them(tmp_path: Path) -> None:
     assert caught.value.exit_code == 6
     assert jobs.ran == ["prepare", "pretrain", "pretrain"]
     jobs = Recorder(stop_at=2)
-    with pytest.raises(StoppedOnRequest, match="goes on there"):
+    with pytest.raises(StoppedOnRequest, match="continues there"):
         run_plan(plan, 2, jobs)
 
 
 def test_several_nodes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All nodes train; the first alone does the rest, and the others wait for its marks."""
+    """All nodes train; only the first runs the other steps, and the others wait for its marks."""
     plan = build_plan("figure-3", "full", Sources(**FULL, output=tmp_path))  # type: ignore[arg-type]
     monkeypatch.setenv("NNODES", "2")
     first: Any = Recorder()
@@ -121,7 +121,7 @@ def test_several_nodes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def full_plan(folder: Path, shift: float = 0.0) -> Plan:
-    """Runs with the numbers of Table B.1, LION's shifted."""
+    """Runs with the numbers of Table B.1, with LION's shifted."""
     plan = build_plan("table-b1", "full", Sources(**FULL, output=folder))  # type: ignore[arg-type]
     from megatron_lion.evaluate.published_results import TABLE_B1
 
@@ -187,7 +187,7 @@ def test_toy_claims_hold() -> None:
 def test_from_text_to_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real verbs in processes of their own, a few steps."""
+    """Runs the real subcommands as processes for a few steps."""
     from tiny_gpt2 import prose
 
     monkeypatch.setattr(plans, "PAPER", (Recipe("lion", 3e-3, 0.01), Recipe("sgd", 1e-4, 0.01)))
@@ -210,7 +210,7 @@ def test_from_text_to_verdict(
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
     assert "LION below SGD at every checkpoint" in shown
-    folder = tmp_path / "out" / "quick"  # beside what a real reproduction would put there
+    folder = tmp_path / "out" / "quick"  # apart from the files of a real reproduction
     found = json.loads((folder / "reproduction.json").read_text())["table-b1/tiny (quick)"]
     judged = [claim["holds"] for claim in found if "below SGD" in claim["what"]]
     assert judged == [True], "at this rate LION learns the words' frequencies in twenty steps and SGD nothing"
