@@ -1,4 +1,4 @@
-"""Files on disk: hashing, atomic writes, locks, and what an operating system's refusal means."""
+"""Files on disk: hashing, atomic writes, locks, and StorageError messages for an OSError."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.
 
 @contextmanager
 def storage_errors(path: str | Path, doing: str = "written") -> Iterator[None]:
-    """Turns an OSError of the block into a StorageError that names the path and what to do about it.
+    """Converts an OSError of the block to a StorageError that names the path and the remedy.
 
     Args:
-        path: what is being written or read.
-        doing: what it could not be, for the message: "written", "read", "made".
+        path: the file or folder that is written or read.
+        doing: participle for the message "cannot be ...": "written", "read", "made".
     """
     try:
         yield
@@ -42,7 +42,7 @@ def storage_errors(path: str | Path, doing: str = "written") -> Iterator[None]:
 
 
 def sha256_file(path: str | Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's content, in hexadecimal.
+    """SHA-256 of a file's content, in hexadecimal; it is read in blocks of 1 MiB.
 
     Args:
         path: the file.
@@ -70,6 +70,7 @@ def write_whole(path: str | Path, content: bytes) -> None:
             with open(temporary, "wb") as stream:
                 stream.write(content)
                 stream.flush()
+                # Before the rename: otherwise a crash can leave the new name with an empty file.
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
         except OSError:
@@ -79,14 +80,14 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Makes renames inside a folder durable, where the file system offers that."""
+    """Makes renames inside a folder durable with fsync, if the file system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # some network file systems do not open folders
         return
     try:
         os.fsync(handle)
-    except OSError:
+    except OSError:  # some file systems reject fsync on a folder: the file is complete, only the rename may be lost
         pass
     finally:
         os.close(handle)

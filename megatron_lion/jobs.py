@@ -1,4 +1,4 @@
-"""Runs subcommands as child processes, optionally under torchrun, forwards stop signals to them, and finds their exit code.
+"""Runs subcommands as child processes, optionally under torchrun, and forwards stop signals to them.
 
 `python -m megatron_lion.jobs first-exit-code FOLDER` prints the exit code of the rank that failed first, for launchers.
 """
@@ -19,11 +19,11 @@ from typing import IO, Any, Self
 from megatron_lion.signals import STOP_SIGNALS, handled, signal_when_parent_ends
 
 STOPPED = 75
-"""Exit code of a job that saved and left because it was asked to."""
+"""Exit code of a job that saved and ended on request."""
 
 
 def job_words(verb: str, words: list[str], processes: int = 1) -> list[str]:
-    """What follows the interpreter to run a verb on so many processes of this machine.
+    """The interpreter's arguments that run a subcommand on `processes` processes of this machine.
 
     Example:
         >>> job_words("env", ["--device", "cpu"])
@@ -31,6 +31,7 @@ def job_words(verb: str, words: list[str], processes: int = 1) -> list[str]:
     """
     if processes == 1:
         return ["-m", "megatron_lion", verb, *words]
+    # Port 0 takes a free one, so that jobs on one machine do not collide.
     return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
             "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "megatron_lion", verb, *words]  # fmt: skip
 
@@ -41,18 +42,18 @@ def world_size_from_env() -> int:
 
 
 def rank_from_env() -> int:
-    """Number of this process among those that torchrun started; 0 without torchrun."""
+    """Rank of this process among those that torchrun started, from 0; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 class Jobs:
-    """Runs verbs one after another; SIGINT, SIGTERM and SIGUSR1 reach the one that runs as a single SIGTERM.
+    """Runs subcommands one after another; forwards SIGINT, SIGTERM and SIGUSR1 to the current one as one SIGTERM.
 
-    A job has a session of its own, so that Ctrl-C in a terminal does not reach it a second time: torchrun would take
-    that for an order to kill its workers while they save.
+    Each job runs in a new session. Otherwise Ctrl-C in a terminal would reach it a second time, and torchrun would
+    kill its workers while they save.
 
     Attributes:
-        asked: whether a signal came; no further job starts then.
+        asked: whether a signal arrived; no further job starts then.
     """
 
     def __init__(self) -> None:
@@ -70,30 +71,30 @@ class Jobs:
         self._handlers.close()
 
     def run(self, verb: str, words: list[str], processes: int = 1, stdout: IO[Any] | None = None) -> int:
-        """Runs a verb to its end.
+        """Runs a subcommand to its end.
 
         Args:
-            verb: such as "pretrain".
-            words: its arguments.
-            processes: how many train together.
-            stdout: where the job's results go; by default where ours go.
+            verb: name of the subcommand, such as "pretrain".
+            words: arguments.
+            processes: number of processes; torchrun starts them if there are several.
+            stdout: stream of the job's results; by default this process's stdout.
 
         Returns:
-            As `run_command`.
+            The exit code, as `run_command`.
         """
         return self.run_command([sys.executable, *job_words(verb, words, processes)], stdout)
 
     def run_command(self, command: list[str], stdout: IO[Any] | None = None) -> int:
-        """Runs a command that starts verbs.
+        """Runs a command that starts subcommands.
 
         Returns:
-            Its exit code: that of the process that failed first, where torchrun would say 1 for everything;
-            75 without starting it where a signal came before.
+            The exit code of the process that failed first (torchrun itself returns 1 for every failure), negative if
+            a signal killed the job. 75, without starting the command, if a signal arrived before.
         """
         if self.asked:
             return STOPPED
         with tempfile.TemporaryDirectory() as folder:
-            # launch/torchrun.sh of an installed package has no .venv beside it: it runs this interpreter.
+            # launch/torchrun.sh of an installed package finds no .venv next to it, so it needs this interpreter.
             environment = {
                 "OMP_NUM_THREADS": "1",
                 "PYTHON": sys.executable,
@@ -103,7 +104,7 @@ class Jobs:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=stdout, start_new_session=True, preexec_fn=_end_with_parent
             )
-            if self.asked:  # the signal came while the process was made
+            if self.asked:  # the signal arrived during Popen, when _ask had no process to forward it to
                 self._process.terminate()
             code = self._process.wait()
             self._process = None
@@ -118,7 +119,7 @@ class Jobs:
 
 
 def _end_with_parent() -> None:
-    """Runs in the new process: if this one is killed, the job is asked to save and end instead of running on alone."""
+    """Called in the new process: if this process is killed, the kernel asks the job to save and end."""
     signal_when_parent_ends(signal.SIGTERM)
 
 
@@ -130,6 +131,7 @@ def record_exit_code(folder: Path, rank: int, exit_code: int, message: str) -> N
 
 def first_exit_code(folder: Path) -> int | None:
     """The exit code of the rank that failed first, or None if no rank recorded one."""
+    # By time: torchrun kills the other ranks after the first failure, and those may record codes of their own.
     files = sorted(folder.glob("exit.*.json"), key=lambda path: path.stat().st_mtime_ns)
     return int(json.loads(files[0].read_text(encoding="utf-8"))["exit_code"]) if files else None
 

@@ -1,4 +1,4 @@
-"""Where log messages go: one file a process in the run folder, and a fallback handler that prints warnings to stderr."""
+"""Log handlers: one file per process in the run folder, and a fallback that prints warnings to stderr."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from megatron_lion.files import storage_errors
 class LastResort(logging.StreamHandler[TextIO]):
     """Prints warnings to stderr while the root logger has no other handler, as `logging.lastResort` does.
 
-    It is a handler of the root logger: packages that find the root logger without one (absl, of emerging-optimizers)
-    add their own, which then prints every message of the log file a second time.
+    It is a handler of the root logger, since a package that finds the root logger without one adds its own (absl, a
+    dependency of emerging-optimizers), which would print every message of the log file a second time.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,13 @@ def install_last_resort() -> None:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Writes the package's log messages, and every warning of the process, to a file while the block runs."""
+    """Writes the package's log messages, and every warning of the process, to a file while the block runs.
+
+    An exception that ends the block is logged and raised again.
+
+    Raises:
+        StorageError: the file cannot be created.
+    """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Signal handlers, blocked signals, and how a child process treats the signals that are meant for its parent."""
+"""Signal handlers, blocked signals, and the handling of a parent's signals in its child processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 @contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """While the block runs, `handler` receives these signals; afterwards the earlier handlers do again."""
+    """Installs `handler` for these signals while the block runs, then restores the earlier handlers."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -36,7 +36,7 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
 
 @contextmanager
 def sigterm_raises(message: str) -> Iterator[None]:
-    """While the block runs, SIGTERM raises StoppedOnRequest(message): for work whose finished parts are kept anyway."""
+    """While the block runs, SIGTERM raises StoppedOnRequest(message); for work whose finished parts are kept anyway."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise StoppedOnRequest(message)
@@ -51,6 +51,7 @@ def stop_signals() -> Iterator[dict[str, bool]]:
     stop = {"now": False}
 
     def ask(number: int, frame: FrameType | None) -> None:
+        # A launcher and a scheduler may both send SIGTERM; only another Ctrl-C comes from a user who will not wait.
         if stop["now"] and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop["now"] = True
@@ -61,10 +62,10 @@ def stop_signals() -> Iterator[dict[str, bool]]:
 
 @contextmanager
 def blocked(numbers: Iterable[int]) -> Iterator[None]:
-    """Blocks signals in this thread; one that arrives meanwhile is delivered at the end.
+    """Blocks signals in this thread; a signal that arrives in the block is delivered at its end.
 
-    Processes that are started in the block inherit the blocked signals and keep them, so a signal to the process group
-    cannot kill a child that has not installed its handlers yet.
+    Processes that are started in the block inherit the blocked signals, so a signal to the process group cannot kill
+    a child that has not installed its handlers yet.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -77,7 +78,7 @@ def blocked(numbers: Iterable[int]) -> Iterator[None]:
 
 
 def signal_when_parent_ends(number: int) -> None:
-    """Asks the kernel to send this process a signal when its parent ends, even if SIGKILL ends it; only on Linux."""
+    """Asks the kernel to send this process a signal when its parent ends, even by SIGKILL; no effect outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
@@ -85,21 +86,21 @@ def signal_when_parent_ends(number: int) -> None:
 def obey_only_the_parent(worker: int) -> None:
     """Makes a loader worker ignore stop signals, except the SIGTERM of the process that started it.
 
-    The parent decides what a stop signal means: it finishes the step and saves, and for that it needs its workers.
-    If one of them dies first, torch raises "DataLoader worker is killed by signal: Terminated" in the middle of the
-    step and no checkpoint is written. The parent ends its workers through the loader's shutdown. If the parent fails
-    and leaves without that, multiprocessing sends them SIGTERM and waits for them without a limit, so a worker that
-    ignored every SIGTERM would keep the failed process alive for ever.
+    On a stop signal the parent finishes the step and saves, for which it needs its workers. If a worker dies first,
+    torch raises "DataLoader worker is killed by signal: Terminated" in the middle of the step, and no checkpoint is
+    written. The parent ends its workers through the loader's shutdown. If it fails and exits without that,
+    multiprocessing sends them SIGTERM and waits without a limit. A worker that ignored every SIGTERM would keep the
+    failed process alive for ever.
 
     Args:
-        worker: its number, which torch passes; not used.
+        worker: number of the worker, which torch passes; not used.
     """
     for number in set(GROUP_SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):  # macOS: torch's handler stays, any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return
-    # A blocked SIGTERM can be read together with its sender, which a Python signal handler does not learn.
+    # sigtimedwait on a blocked SIGTERM returns the sender's pid, which a Python signal handler does not receive.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = multiprocessing.parent_process()  # not os.getppid(): that can be multiprocessing's fork server
     assert parent is not None, "torch runs this in a worker process"
@@ -107,9 +108,9 @@ def obey_only_the_parent(worker: int) -> None:
 
 
 def _exit_with(parent: Any) -> None:
-    # torch's workers look for their parent by os.getppid(): with a fork server they would outlive a killed parent.
+    # torch's workers watch os.getppid(), which is the fork server's pid: they would outlive a killed parent.
     while parent.is_alive():
         received = signal.sigtimedwait({signal.SIGTERM}, 5)
         if received is not None and received.si_pid == parent.pid:
             break
-    os._exit(0)  # torch's own worker leaves with 0 if its parent sends SIGTERM; other codes count as a failure
+    os._exit(0)  # torch's own worker exits with 0 if its parent sends SIGTERM; other codes count as a failure

@@ -1,4 +1,4 @@
-"""What all figures share: colours, greys, axes, reference lines, and how a picture is written.
+"""Colours, axes, reference lines and file output shared by all figures.
 
 The optimizers' colours are Okabe and Ito's palette: distinct for every common kind of colour vision, on white and
 (lightened) on black. matplotlib is imported by the functions that draw, so that the colours are available without it.
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 OPTIMIZER_COLOURS = {"lion": BLUE, "sgd": VERMILION, "adamw": GREEN}
 ORANGE = "#E69F00"
-# For what is not one of the three optimizers.
+# Colours of everything but the three optimizers.
 SPARE_COLOURS = ("#CC79A7", ORANGE, "#56B4E9", "#7F5539", "#6C757D")
-# For words on white that belong to something orange, which is too light to read.
+# Text that belongs to something orange: ORANGE itself is too light to read on white.
 DARK_ORANGE = "#8A5A00"
-# Lines that are no measurement, and their labels.
+# Reference lines and their labels.
 GREY = "#5F6368"
 CONTOUR_GREY = "#8C8C8C"
 GRID_GREY, SPINE_GREY, TICK_GREY = "#E3E5E8", "#9AA0A6", "#3C4043"
@@ -33,14 +33,16 @@ GRID_GREY, SPINE_GREY, TICK_GREY = "#E3E5E8", "#9AA0A6", "#3C4043"
 def new_figure(
     width: float, height: float, columns: int, *, dpi: int, width_ratios: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """A figure on matplotlib's Agg canvas, which needs no display, with axes in a row; global state is not touched.
+    """Creates a figure with a row of axes on matplotlib's Agg canvas, which needs no display.
+
+    It uses no pyplot, whose global state would keep every figure alive.
 
     Args:
-        width: inches.
-        height: inches.
-        columns: axes.
-        dpi: pixels an inch in the file.
-        width_ratios: of the columns; equal by default.
+        width: width in inches.
+        height: height in inches.
+        columns: number of axes.
+        dpi: pixels per inch in the file.
+        width_ratios: relative widths of the columns; equal by default.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -53,13 +55,13 @@ def new_figure(
 def style_axes(
     axes: Axes, *, grid: Literal["x", "y", "both"] | None = "both", box: bool = False, tick_size: float = 8
 ) -> None:
-    """Faint grid below the data, grey spines and ticks.
+    """Draws a faint grid below the data, and grey spines and ticks.
 
     Args:
-        axes: of one panel.
-        grid: the axes whose ticks have grid lines.
-        box: keep the spines at the top and on the right.
-        tick_size: points.
+        axes: axes of one panel.
+        grid: axes whose ticks have grid lines; None for no grid.
+        box: whether the spines at the top and on the right are kept.
+        tick_size: size of the tick labels in points.
     """
     if grid:
         axes.grid(axis=grid, color=GRID_GREY, linewidth=0.8)
@@ -71,7 +73,7 @@ def style_axes(
 
 
 def reference_line(axes: Axes, y: float, label: str, linestyle: Any) -> None:
-    """A grey horizontal line, with its label above it at the left edge."""
+    """Draws a grey horizontal line with its label above it at the left edge."""
     axes.axhline(y, color=GREY, linewidth=1.0, linestyle=linestyle)
     axes.annotate(
         label, (0.0, y), xycoords=axes.get_yaxis_transform(), xytext=(4, 3), textcoords="offset points",
@@ -80,7 +82,7 @@ def reference_line(axes: Axes, y: float, label: str, linestyle: Any) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes a PNG whole or not at all; equal figures are equal files, since no version or date is stored.
+    """Writes a PNG atomically; equal figures give equal files, since no version or date is stored.
 
     Raises:
         StorageError: the file system refused.

@@ -1,4 +1,4 @@
-"""Plans the runs of a sweep from a config and its grids: names, folders, settings; all are checked before any starts."""
+"""Plans the runs of a sweep from a config and its grids, and checks all settings before any run starts."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def slurm_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int, scrip
             "#SBATCH --cpus-per-task": f"#SBATCH --cpus-per-task={4 * processes}",
             "#SBATCH --output": "#SBATCH --output=slurm-%A_%a.out",
             "LAUNCH=": f"LAUNCH=${{LAUNCH:-{shlex.quote(os.path.relpath(launch / 'torchrun.sh'))}}}",
-            "export NPROC_PER_NODE=": f"export NPROC_PER_NODE=${{NPROC_PER_NODE:-{processes}}}           # GPUs a node",
+            "export NPROC_PER_NODE=": f"export NPROC_PER_NODE=${{NPROC_PER_NODE:-{processes}}}           # GPUs per node",
             "# A sweep chooses": choice,
         },
     )

@@ -1,4 +1,4 @@
-"""The result of a sweep: a table of its runs, the best run of each optimizer, and the command that compares them."""
+"""The result of a sweep: a table of its runs, the best of each optimizer, and the command that compares them."""
 
 from __future__ import annotations
 

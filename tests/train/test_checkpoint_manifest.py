@@ -40,7 +40,7 @@ def test_a_whole_manifest_opens_without_its_digest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("found", [2, 0, None, "1"])
 def test_another_format_is_refused(tmp_path: Path, found: Any) -> None:
-    with pytest.raises(CheckpointError, match=rf"{tmp_path.name}: format {found}, this version reads format 1"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path.name}: format {found}; this version reads format 1"):
         ckpt.open_checkpoint(written(tmp_path, format=found))
 
 
@@ -50,9 +50,9 @@ def test_another_format_is_refused(tmp_path: Path, found: Any) -> None:
         (b"", r"manifest\.json: damaged \(Expecting value.*move this step's folder away"),
         (b"\xff\xfe", r"manifest\.json: damaged \('utf-8' codec"),
         (b"9" * 5000, r"manifest\.json: damaged \(Exceeds the limit"),
-        (b"[]", "format None, this version reads format 1"),
-        (b"null", "format None, this version reads format 1"),
-        (b"{}", "format None, this version reads format 1"),
+        (b"[]", "format None; this version reads format 1"),
+        (b"null", "format None; this version reads format 1"),
+        (b"{}", "format None; this version reads format 1"),
         (b'{"format": 1, "step": 3}', r"manifest\.json: does not match its own sha256: .*move this step's folder away"),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_changed_value_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no manifest\.json, so this is no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no manifest\.json, so the checkpoint is not complete"):
         ckpt.open_checkpoint(tmp_path)
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(CheckpointError, match=r"manifest\.json: damaged \(.*Is a directory"):
@@ -106,5 +106,5 @@ def test_metadata_that_only_names_something_else_is_refused(tmp_path: Path, name
     check_metadata(path, [])
     path.write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=named, storage_data={})))
     name = re.escape(named.__qualname__)
-    with pytest.raises(CheckpointError, match=rf"not plain checkpoint metadata \(it names \S+\.{name}\)"):
+    with pytest.raises(CheckpointError, match=rf"not plain checkpoint metadata \(it references \S+\.{name}\)"):
         check_metadata(path, [])
