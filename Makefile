@@ -1,11 +1,11 @@
 # make demo    the whole path on a small corpus, two processes, about five minutes
-# make test    the tests but the slow ones, at most 15 minutes on two cores (make check adds lint and types)
+# make test    the tests except the slow ones, at most 15 minutes on two cores (make check adds lint and types)
 # make test-ci the slow tests
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo
 JOBS   ?= 2
-# Extra of pyproject.toml to install, and more words for pytest: CI sets both.
+# The extra of pyproject.toml to install, and additional arguments for pytest; CI sets both.
 EXTRA  ?= dev
 STAMP  := $(VENV)/.installed-$(EXTRA)
 FLAGS  ?=
@@ -38,7 +38,7 @@ test: $(STAMP)
 test-ci: $(STAMP)
 	@$(PYTEST) -m slow $(FLAGS)
 
-# The property tests with random seeds and ten times the examples.
+# Property tests with random seeds and ten times as many examples.
 test-nightly: $(STAMP)
 	@$(PYTEST) -m hypothesis --hypothesis-profile nightly --timeout 3000 $(FLAGS)
 
@@ -57,7 +57,7 @@ format: $(STAMP)
 
 check: lint types test
 
-# Of the largest environment: make constraints EXTRA=ci
+# From the largest environment: make constraints EXTRA=ci
 constraints: $(STAMP)
 	@{ echo "# Exact versions of the environment that the test suite runs in (Python 3.12, Linux x86-64)."; \
 	   echo "# Made by: make constraints EXTRA=ci"; \

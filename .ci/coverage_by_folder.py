@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def by_folder(data_file: str) -> dict[str, tuple[int, int]]:
-    """(statements, executed statements) of each folder that holds source files, by its path in the repository."""
+    """(statements, executed statements) of each folder with source files, by its path in the repository."""
     measured = coverage.Coverage(data_file=data_file, config_file=str(REPO / "pyproject.toml"))
     measured.load()
     if not measured.get_data().measured_files():
@@ -26,7 +26,7 @@ def by_folder(data_file: str) -> dict[str, tuple[int, int]]:
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for package in ("megatron_lion", "data_prep"):
         for path in sorted((REPO / package).rglob("*.py")):
-            # A file that no test imported is in no data file; it counts as not covered.
+            # A file that no test imports is missing from the data; analysis2 counts it as not covered.
             _, statements, _, missing, _ = measured.analysis2(str(path))
             folder = path.parent.relative_to(REPO).as_posix()
             counts[folder][0] += len(statements)

@@ -1,9 +1,9 @@
-"""Fails on words that style rejects, in comments, docstrings and messages of the code.
+"""Fails if a comment, docstring or message of the code contains a word that the style rejects.
 
     python .ci/words.py [FILE ...]
 
-Without files, the Python and shell files of the packages, tests, benchmarks, launch scripts and .ci are read. Of Python
-only comments and string literals count, so a variable may be named `told`; of a shell script everything does.
+Without arguments it reads the Python and shell files of the packages, tests, benchmarks, launch scripts and .ci. In
+Python only comments and string literals count, so a variable may be named `told`; in a shell script the whole text does.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 FOLDERS = ("megatron_lion", "data_prep", "benchmarks", "tests", "launch", ".ci")
 SUFFIXES = ("", ".py", ".sh", ".sbatch")  # a script of .ci has no suffix
-# These two hold the words as data.
+# These two files contain the words as data.
 EXCEPT = (".ci/words.py", "tests/test_words.py")
-# Words of a phrase may be apart by a line break with a comment's sign.
+# A phrase may be wrapped in a comment: its words may be separated by a line break and a '#'.
 WORDS = re.compile(r"\b(told|tells|heed|mend|anew|none[\s#]+where|so[\s#]+that[\s#]+only)\b", re.IGNORECASE)
 STRINGS = {tokenize.STRING, tokenize.FSTRING_MIDDLE}
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """(first line's number, text) of each text in a file; comments on consecutive lines are one text."""
+    """(number of the first line, text) of each comment or string; comments on consecutive lines are one text."""
     source = path.read_text(encoding="utf-8")
     if path.suffix != ".py":
         yield 1, source
@@ -56,7 +56,7 @@ def findings(path: Path) -> list[tuple[int, str]]:
 
 
 def sources() -> list[Path]:
-    """The files that are read if none is named."""
+    """The files that are read without arguments."""
     return [
         path
         for folder in FOLDERS

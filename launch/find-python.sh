@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prints the first Python of at least 3.12 (set PYTHON to choose one), or says what to do.
+# Prints the path of the first Python 3.12 or newer (PYTHON is tried first), or how to install one.
 for candidate in ${PYTHON:-} python3.12 python3.13 python3 python; do
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then
         command -v "$candidate"

@@ -1,4 +1,4 @@
-"""Settings of the property tests: the same examples at every run, or random and more of them at night.
+"""Settings of the property tests: the same examples in every run, or more and random ones in the nightly profile.
 
 The profile is "ci" unless --hypothesis-profile or the variable HYPOTHESIS_PROFILE names another; `make test-nightly`
 runs the property tests with "nightly".
@@ -16,7 +16,7 @@ NIGHTLY_FACTOR = 10
 
 def load_profile() -> None:
     """Registers the profiles and loads one; must run before the first test module is imported."""
-    # No time limit for an example: other work on the machine must not fail a test.
+    # derandomize: a failure in CI must be reproducible. No deadline: a busy machine must not fail a test.
     settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
     nightly = {"derandomize": False, "max_examples": 100 * NIGHTLY_FACTOR}
     settings.register_profile("nightly", deadline=None, print_blob=True, **nightly)

@@ -1,7 +1,7 @@
 """A skipped test fails the suite in CI, unless its reason is listed here.
 
-A package that CI forgets to install would otherwise drop its tests without a word. The policy is active if the
-environment variable CI is true, or with --no-skips.
+Otherwise a package that CI does not install would silently drop its tests. The policy is active if the environment
+variable CI is true, or with --no-skips.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Generator
 
 import pytest
 
-# Each pattern must match a whole reason. Right: why a CI machine cannot run such a test.
+# Pattern that must match the whole reason: why a CI machine cannot run such a test.
 ALLOWED = {
     r"needs a CUDA device": "CI machines have no GPU",
     r"needs \d+ CUDA devices, \d+ visible": "CI machines have no GPU; a GPU machine may have fewer than a layout needs",
-    r"this machine has a GPU": "the test is about the refusal on a machine without one",
-    r"this machine has NVIDIA's driver": "the test is about a machine without it",
+    r"this machine has a GPU": "the test checks the error on a machine without a GPU",
+    r"this machine has NVIDIA's driver": "the test needs a machine without the driver",
     r"needs deepspeed": "deepspeed is not part of the ci extra",
     r"no \.\./shared/data beside the checkout: .*": "real text and vocabularies are not part of the repository",
 }
@@ -55,7 +55,7 @@ class NoSkips:
 
 
 def _judged[Report: (pytest.TestReport, pytest.CollectReport)](report: Report) -> Report:
-    # An expected failure is reported as a skip too; it has run.
+    # pytest reports an expected failure as a skip, although the test ran.
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ")

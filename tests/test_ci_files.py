@@ -1,4 +1,4 @@
-"""What CI reads: the workflows call .ci/run and targets that exist, and coverage is counted by folder."""
+"""The files of CI: workflows call .ci/run and existing make targets, and coverage is counted by folder."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_a_bug_report_asks_for_the_environment() -> None:
 
 def test_hooks_run_the_tools_of_the_environment() -> None:
     hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"]
-    assert [repo["repo"] for repo in hooks] == ["local"], "a remote hook has a version of its own"
+    assert [repo["repo"] for repo in hooks] == ["local"], "a remote hook would use another version of the tool"
     entries = [hook["entry"] for hook in hooks[0]["hooks"]]
     assert any("ruff check" in entry for entry in entries)
     assert any("ruff format" in entry for entry in entries)
 
 
 def run_ci(tmp_path: Path, fails: str) -> subprocess.CompletedProcess[str]:
-    """.ci/run in a folder whose make runs nothing; the target `fails` fails there."""
+    """Runs .ci/run in a folder with a fake make, in which only the target `fails` fails."""
     for name in (".ci/run", "launch/find-python.sh"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)

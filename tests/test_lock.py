@@ -1,4 +1,4 @@
-"""file_lock: one holder at a time over processes, however one ends, and refusals that say what the file system did."""
+"""file_lock: one holder at a time across processes, release however a holder ends, and the file system's errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ with file_lock(sys.argv[1], "THE RUN", "WAIT"):
 
 @contextmanager
 def holder(path: Path, code: str = HOLDER) -> Iterator[subprocess.Popen[str]]:
-    """A second process that has the lock."""
+    """Starts a second process that holds the lock."""
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPO
     )
@@ -49,13 +49,13 @@ def holder(path: Path, code: str = HOLDER) -> Iterator[subprocess.Popen[str]]:
 
 
 def mine(path: Path, **named: float) -> None:
-    """Takes the lock and gives it back."""
+    """Acquires the lock and releases it."""
     with file_lock(path, "THE RUN", "WAIT", **named):
         pass
 
 
 def kernel_says_held(path: Path) -> bool:
-    """Whether some process has the lock, asked without the product."""
+    """Whether some process holds the lock, asked by flock without this project's code."""
     with open(path, "rb") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +83,7 @@ def test_the_second_process_is_refused_and_learns_who_holds_it(tmp_path: Path) -
 def test_the_end_of_the_block_frees_it(
     error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, not when Python discards the lock object."""
+    """At the end of the block, not when Python deletes the lock object."""
     kept = []
     real = filelock.FileLock
     monkeypatch.setattr(filelock, "FileLock", lambda *words, **named: kept.append(real(*words, **named)) or kept[0])
@@ -151,7 +151,7 @@ def test_a_child_that_leaves_the_block_does_not_release_it(tmp_path: Path) -> No
 
 
 def leaves_block_of_parent(path: Path) -> bool:
-    """In a forked child: the parent has the lock, and the child cannot have it too."""
+    """Called in a forked child: the parent holds the lock, and the child cannot acquire it."""
     try:
         mine(path)
     except BusyError as refusal:

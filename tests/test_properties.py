@@ -1,4 +1,4 @@
-"""Property tests see the same examples at every run, and other and more examples in the nightly profile."""
+"""Property tests use the same examples in every run, and more and random examples in the nightly profile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_plain():
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.Pytester]:
-    """A property test and one that writes what it saw, under the suite's own conftest.py."""
+    """A property test and a test that writes the examples it got, with this suite's conftest.py."""
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.delenv("HYPOTHESIS_PROFILE", raising=False)
     before = settings.get_current_profile_name()

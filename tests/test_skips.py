@@ -1,4 +1,4 @@
-"""A skip with an unlisted reason fails in CI; the listed ones, and any skip elsewhere, do not."""
+"""A skip with an unlisted reason fails in CI; a listed reason, or a skip outside CI, does not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DOCTEST = '''
 
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A small suite in the layout of this one, under this one's conftest; CI is not set."""
+    """A small suite with this suite's layout and conftest.py; CI is not set."""
     monkeypatch.delenv("CI", raising=False)
     tests = pytester.mkdir("tests")
     shutil.copy(HERE / "conftest.py", tests)
@@ -79,7 +79,7 @@ def test_a_skipped_module_fails_in_ci(suite: pytest.Pytester) -> None:
 
 
 def test_a_skip_outside_of_the_tests_folder_fails_in_ci(suite: pytest.Pytester) -> None:
-    """Doctests of the packages are beside the folder whose conftest.py holds the policy."""
+    """Doctests of the packages are outside the folder whose conftest.py contains the policy."""
     suite.makepyfile(documented=DOCTEST)
     run(suite, "tests", "documented.py").assert_outcomes(passed=1, skipped=5, xfailed=1)
     assert "skipped" in run(suite, "tests", "documented.py", "--no-skips").stdout.str()

@@ -1,4 +1,4 @@
-"""What figures share: one place for colours, axes and files; files are whole, and equal for equal pictures."""
+"""Figures take colours, axes and file output from one module; files are atomic, and equal for equal figures."""
 
 from __future__ import annotations
 

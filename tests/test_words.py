@@ -1,4 +1,4 @@
-"""The check of words finds them in comments, docstrings and messages, and leaves names alone."""
+"""The word check finds rejected words in comments, docstrings and messages, and ignores names."""
 
 from __future__ import annotations
 
