@@ -1,11 +1,11 @@
-"""Speed of `megatron-lion prepare --task bert` and of its parts, against NLTK's Punkt and `tokenizers`, in one run.
+"""Compares the speed of `megatron-lion prepare --task bert` and its parts with NLTK's Punkt and `tokenizers`.
 
     python benchmarks/bert_prepare_throughput.py --input FILE… --vocab vocab.txt --punkt MODEL [--output benchmarks/results/NAME]
 
-The baseline does as Megatron-LM's preprocess_data with --split-sentences: json.loads, Punkt, one sentence after the other through
-BertWordPiece, IndexedDatasetBuilder. A second one has our rules in Punkt's place; its tokens must be those of `prepare`, byte
-for byte. MB are 10^6 bytes of UTF-8 text a second of processor time, on one core. MODEL as for sentence_splitters.py. Needs
-JSON lines with a `text` field.
+The baseline works like Megatron-LM's preprocess_data with --split-sentences: json.loads, Punkt, BertWordPiece on one sentence
+at a time, IndexedDatasetBuilder. A second baseline replaces Punkt by our rules; its tokens must equal those of `prepare` byte
+for byte. All are measured in one run. MB are 10^6 bytes of UTF-8 text per second of processor time, on one core. MODEL as for
+sentence_splitters.py. The input is JSON lines with a `text` field.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Processor time of a call."""
+    """Processor time of a call in seconds."""
     clock = Clock()
     work()
     return clock.read()[1]
 
 
 def as_megatron_does(texts: Iterable[str], split: Callable[[str], Sequence[str]], vocab: Path, prefix: Path) -> None:
-    """One document after the other to .bin/.idx."""
+    """Writes one document after the other to .bin/.idx."""
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -51,7 +51,7 @@ def as_megatron_does(texts: Iterable[str], split: Callable[[str], Sequence[str]]
 
 
 def measure(files: list[Path], vocab: Path, model: Path) -> dict[str, object]:
-    """All parts and wholes; ends the program if the tokens differ."""
+    """Measures all parts and whole pipelines; exits if the tokens differ."""
     from megatron_lion.data.tokenizers import load_tokenizer
     from megatron_lion.prepare.options import PrepareOptions
     from megatron_lion.prepare.pipeline import prepare
@@ -108,7 +108,7 @@ def measure(files: list[Path], vocab: Path, model: Path) -> dict[str, object]:
 
 
 def as_markdown(result: dict[str, object]) -> str:
-    """The table."""
+    """The results as a Markdown table."""
     from megatron_lion.compare.table import markdown_grid
 
     megabytes = int(str(result["text_bytes"])) / 1e6

@@ -1,8 +1,8 @@
-"""The optimizers that `optimizer_step.py` compares: how each is built, what it moves, what it must compute.
+"""The optimizers that `optimizer_step.py` compares: how each is built, the bytes it moves, its update rule.
 
-Every contender updates the same tensors from the same gradients. Those of one class promise the same: float32
-parameters; bfloat16 parameters with an exact 32-bit master; bfloat16 parameters with less. Bytes are read + written in
-device memory for each parameter and step, counted from the code.
+Every contender updates the same tensors from the same gradients. The members of a class have the same precision:
+float32 parameters; bfloat16 parameters with an exact 32-bit master; bfloat16 parameters with less. Bytes are those read
+and written in device memory per parameter and step, counted from the code.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Case:
     """A contender on concrete tensors.
 
     Attributes:
-        step: takes one step.
-        params: the tensors the model computes with; gradients go into `grads` of the same order.
+        step: function that takes one step.
+        params: the model's tensors; `grads` has the same order.
         grads: gradient tensors, filled in place.
-        masters: returns the values that count, as float32.
-        optimizer: its state is what is counted as state.
-        extra_bytes: state that the optimizer does not know of, such as a float32 copy.
+        masters: function that returns the most precise values of the parameters as float32.
+        optimizer: the optimizer, whose state is counted as state.
+        extra_bytes: bytes of state outside the optimizer, such as a float32 copy.
     """
 
     step: Callable[[], object]
@@ -51,14 +51,14 @@ class Contender:
     """A way to take an optimizer step.
 
     Attributes:
-        name: what the table calls it.
-        kind: class of what it promises.
-        rule: "lion", "adamw" or "sgd": what it must compute.
-        build: makes a Case from start values and a gradient dtype.
-        bytes_per_parameter: moved, counted from the code; None where it is not known.
-        needs: package that must be installed.
-        devices: where it runs.
-        exact: whether three steps must be within rounding of the float64 result, element for element.
+        name: name in the table.
+        kind: precision class: FLOAT32, MASTER or REDUCED.
+        rule: update rule: "lion", "adamw" or "sgd".
+        build: function that makes a Case from start values.
+        bytes_per_parameter: bytes moved per parameter and step, counted from the code; None if unknown.
+        needs: package that must be installed, or None.
+        devices: kinds of devices on which it runs.
+        exact: whether each element after three steps must be within rounding of the float64 result.
     """
 
     name: str
@@ -84,7 +84,7 @@ def _plain(starts: list[torch.Tensor], make: Callable[[list[torch.Tensor]], torc
 
 
 def _with_copy(starts: list[torch.Tensor], make: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> Case:
-    """A float32 optimizer on master weights, and the copy into the bfloat16 parameters that Megatron makes after it."""
+    """A float32 optimizer on master weights, followed by the copy into bfloat16 parameters that Megatron makes."""
     case = _plain(starts, make)
     models = [start.to(torch.bfloat16) for start in starts]
     update = case.step
@@ -100,7 +100,7 @@ def _with_copy(starts: list[torch.Tensor], make: Callable[[list[torch.Tensor]], 
 def ours(
     master_weights: str, momentum: str, grad_dtype: torch.dtype, implementation: str = "auto"
 ) -> Callable[[list[torch.Tensor]], Case]:
-    """Builds `Lion` in one form of its state, with every state tensor made."""
+    """Returns a builder of `Lion` with one form of its state; every state tensor is allocated in it."""
 
     def build(starts: list[torch.Tensor]) -> Case:
         dtype = torch.float32 if master_weights == "none" else torch.bfloat16

@@ -1,11 +1,11 @@
-"""Checks a GPU and measures performance on it within seven minutes; each result is written as soon as it is measured.
+"""Checks this project on a GPU and measures its performance within seven minutes; each result is saved at once.
 
     PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results            # on the GPU machine, from the root
     python benchmarks/gpu.py --rehearse --output /tmp/rehearsal                  # every stage at tiny sizes on a CPU
 
 `benchmarks/gpu_wheels.py` makes the folder `wheels` for a machine without a package index; a machine with the project
-installed needs none. Each stage is a process with a time limit of its own: an error, a crash or the limit ends that
-stage alone. Every row is in OUTPUT/results.jsonl, durable, before the next measurement begins. Afterwards
+installed does not need it. Each stage is a process with its own time limit: an error, a crash or the limit ends only
+that stage. Every row is on disk in OUTPUT/results.jsonl before the next measurement begins. Afterwards
 `python benchmarks/gpu_report.py OUTPUT` compares the rows with benchmarks/goals.json.
 
 Stages, in order of value: facts (card, bandwidth), correct (bit for bit), kernel (time over bytes / bandwidth), loop
@@ -37,17 +37,17 @@ from gpu_stages.stage import ROWS, Stage, describe, end_with_parent, read_rows, 
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 
-# Seconds that a stage may take, start of its process included; 410 of the 420. A larger budget makes them longer.
+# Seconds of each stage, start of its process included; together 410 of the 420. A larger budget scales them.
 BUDGET_S = 420.0
 CAPS = {"facts": 10, "correct": 60, "kernel": 50, "loop": 110, "run": 90, "peers": 50, "bert": 40}
-# A rehearsal measures nothing, so a loaded machine may take its time.
+# Factor on the limits in a rehearsal, which may run on a loaded machine because it measures nothing.
 REHEARSAL_SLACK = 20
-# Exit code of a stage's process that has recorded its own error.
+# Exit code of a stage's process that recorded its own error.
 RECORDED = 3
-# A stage's process that does not end at its limit is killed so many seconds later.
+# Seconds after its limit at which a stage's process is killed.
 GRACE_S = 2.0
 TABLE_WIDTH = 150
-# Fields of a row that the printed table leaves out: they are the same in every row, or in the part's name.
+# Fields of a row that the printed table omits: they are equal in all rows, or part of the part's name.
 HIDDEN = {"stage", "part", "time", "passed", "trace", "rehearsal", "card", "memory_gib", "driver", "python", "torch",
           "triton", "megatron_core", "commit", "error", "skipped", "size", "mode", "name", "kind"}  # fmt: skip
 
@@ -56,8 +56,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--budget", type=float,
-        help="seconds for all stages; default 420; a larger one gives each stage more. "
-        f"With --rehearse no limit, and the stages' own are {REHEARSAL_SLACK} times longer",
+        help="seconds for all stages; default 420; a larger budget gives each stage more time. "
+        f"With --rehearse there is no limit, and the stages' limits are {REHEARSAL_SLACK} times longer",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl, logs and temporary files")
     parser.add_argument("--only", nargs="+", choices=CAPS, metavar="STAGE", help=f"some of {', '.join(CAPS)}")
@@ -68,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         type=Path,
-        help="dataset folder for stage `run`; default wheels/gpu_data, else it is made of Python's documentation",
+        help="dataset folder for stage `run`; default wheels/gpu_data, else one made from Python's documentation",
     )
     parser.add_argument(
         "--commit", help="commit of this checkout; needed only without git's history and without wheels"
@@ -90,7 +90,7 @@ def main() -> int:
         code = run_stage(json.loads(args.child))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # all rows are on disk; torch's orderly end takes two seconds, as long as a part of a stage
+        os._exit(code)  # all rows are on disk; torch's normal exit takes two seconds, as long as a part of a stage
     add_wheels()
     budget = args.budget or (float("inf") if args.rehearse else BUDGET_S)
     slack = REHEARSAL_SLACK if args.rehearse else max(1.0, budget / BUDGET_S)
@@ -108,7 +108,7 @@ def main() -> int:
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.stderr.write(f"gpu.py: --output {args.output}: {error.strerror}; give a folder that can be made\n")
+        sys.stderr.write(f"gpu.py: --output {args.output}: {error.strerror}; give a folder that can be created\n")
         return 5
     already = len(read_rows(args.output / ROWS))
     with data_for(args, needed="run" in chosen) as data, children_end_with_us() as processes:
@@ -129,7 +129,7 @@ def main() -> int:
 
 
 def add_wheels() -> None:
-    """Puts the folder of gpu_wheels.py on the path if it is in the checkout and megatron-core is nowhere else."""
+    """Adds the folder of gpu_wheels.py to sys.path if it is in the checkout and megatron-core is not installed."""
     try:
         importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
@@ -140,13 +140,13 @@ def add_wheels() -> None:
 def start_stage(
     args: argparse.Namespace, facts: dict[str, Any], name: str, cap: float, data: Path | None, processes: list[Any]
 ) -> None:
-    """Runs a stage in a process group of its own and records how it ended."""
+    """Runs a stage in a new process group and records how it ended."""
     child = {
         "name": name, "output": str(args.output.resolve()), "cap_s": cap, "rehearse": args.rehearse, "facts": facts,
         "data": data and str(data), "text": args.text and str(args.text.resolve()),
     }  # fmt: skip
     before = len(read_rows(args.output / ROWS))
-    # Files of an earlier call would be taken for this one's.
+    # Files of an earlier call would be mistaken for those of this one.
     shutil.rmtree(work_folder(args.output, name), ignore_errors=True)
     log, began = args.output / f"{name}.log", time.monotonic()
     command = [
@@ -180,12 +180,12 @@ def start_stage(
     elif not code:
         record(args, facts, name, seconds=time.monotonic() - began, limit_s=cap)
         if all(outcome(row) not in ("FAILED", "error") for row in read_rows(args.output / ROWS)[before:]):
-            # Checkpoints and tokens: of use only to look for a fault.
+            # Checkpoints and tokens, which are useful only to examine a failure.
             shutil.rmtree(work_folder(args.output, name), ignore_errors=True)
 
 
 def run_stage(child: dict[str, Any]) -> int:
-    """The work of a stage's own process."""
+    """Runs a stage in this process; returns the exit code."""
     end_with_parent()  # a killed driver must not leave a stage on the GPU
     paths = {key: child[key] and Path(child[key]) for key in ("data", "text")}
     stage = Stage(**{**child, **paths, "output": Path(child["output"])})
@@ -199,12 +199,12 @@ def run_stage(child: dict[str, Any]) -> int:
 
 
 def environment(rehearse: bool, stage: str = "") -> dict[str, str]:
-    """This process's environment, with the checkout on the path; a rehearsal sees no GPU and interprets the kernels."""
+    """This process's environment with the checkout on the path; a rehearsal hides the GPU and interprets the kernels."""
     paths = [str(ROOT), str(BENCHMARKS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     paths += [path for path in (str(ROOT / "wheels"),) if path in sys.path]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))), "PYTHONUNBUFFERED": "1"}
     if stage in ("correct", "run"):
-        # They train with train.deterministic and without it in one process; torch looks at this only once.
+        # They train with train.deterministic and without it in one process; torch reads this variable only once.
         found["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if rehearse:
         found |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -212,7 +212,7 @@ def environment(rehearse: bool, stage: str = "") -> dict[str, str]:
 
 
 def common_facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What every row carries. Nothing here starts CUDA: the stages' processes do."""
+    """The facts that every row contains. This process does not initialise CUDA: only the stages' processes do."""
     from measuring import commit, processor, version_of
 
     facts: dict[str, Any] = {"card": None, "memory_gib": None, "driver": None}
@@ -236,7 +236,7 @@ def common_facts(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def carried_commit() -> str | None:
-    """Returns the commit that gpu_wheels.py noted if git cannot name it, else None."""
+    """Returns the commit that gpu_wheels.py recorded if git cannot name it, else None."""
     if (ROOT / ".git").exists() and shutil.which("git"):
         return None
     from measuring import CARRIED, source_digest
@@ -245,12 +245,12 @@ def carried_commit() -> str | None:
     words = next((path.read_text().split() for path in noted if path.is_file()), None)
     if not words:
         return None
-    return words[0] if words[1:] == [source_digest()] else f"{words[0]}, and other sources than those"
+    return words[0] if words[1:] == [source_digest()] else f"{words[0]}, with changed sources"
 
 
 @contextlib.contextmanager
 def data_for(args: argparse.Namespace, *, needed: bool) -> Iterator[Path | None]:
-    """The dataset of stage `run`: given, carried, or made by a process beside the first stages, which use the GPU."""
+    """The dataset of stage `run`: given, carried, or made by a CPU process while the first stages use the GPU."""
     carried = next((path for folder in sys.path if (path := Path(folder) / "gpu_data").is_dir()), None)
     data = args.data or (None if args.rehearse else carried)
     if data is not None or not needed:
@@ -269,7 +269,7 @@ def data_for(args: argparse.Namespace, *, needed: bool) -> Iterator[Path | None]
 
 @contextlib.contextmanager
 def children_end_with_us() -> Iterator[list[Any]]:
-    """Kills the stage that runs when this process is asked to stop."""
+    """Kills the running stage if this process receives a stop signal."""
     processes: list[Any] = []
 
     def stop(number: int, frame: Any) -> None:
@@ -286,7 +286,7 @@ def children_end_with_us() -> Iterator[list[Any]]:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a stage's process and what it started, in the group that it leads."""
+    """Kills a stage's process and its children, which are in its process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -302,7 +302,7 @@ def last_line(log: Path) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A line a row: stage, part, outcome, figures."""
+    """One line per row: stage, part, outcome, figures."""
     lines = [f"\n{'stage':<8} {'part':<44} {'outcome':<8} figures"]
     for row in rows:
         head = f"{row['stage']:<8} {row['part']:<44} {outcome(row):<8} "
@@ -315,7 +315,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def outcome(row: dict[str, Any]) -> str:
-    """error, skipped, passed, FAILED, or measured if the row holds figures and no check."""
+    """error, skipped, passed, FAILED, or measured if the row has figures and no check."""
     word = next((word for word in ("error", "skipped") if row.get(word)), None)
     return word or {True: "passed", False: "FAILED", None: "measured"}[row.get("passed")]
 

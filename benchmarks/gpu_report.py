@@ -1,9 +1,9 @@
-"""Compares the results of the GPU check with the goals: each is 'met', 'missed by x' or 'not measured'.
+"""Compares the results of the GPU check with the goals; each goal is 'met', 'missed by x' or 'not measured'.
 
     python benchmarks/gpu_report.py DIR             # DIR of gpu.py; writes benchmarks/results/gpu-DATE-CARD.md and .jsonl
     python benchmarks/gpu_report.py --docs          # rewrites the table in docs/performance.md from those files
 
-A rehearsal has no figure about a GPU: its report is printed and not written.
+The figures of a rehearsal are not about a GPU, so its report is printed but not written.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def report_folder(folder: Path, results: Path) -> None:
 
 
 def free_name(results: Path, name: str, source: Path) -> str:
-    """The name, or with -2, -3 … if another run's rows have it; the same file grown by rows replaces itself."""
+    """The name, with -2, -3 … if a file of another run has it; a file whose rows are the first of these is replaced."""
     for number in range(1, 1000):
         found = results / f"{name}{f'-{number}' if number > 1 else ''}.jsonl"
         if not found.exists() or source.read_bytes().startswith(found.read_bytes()):
@@ -81,7 +81,7 @@ def read(path: Path) -> list[Row]:
     """The rows of one machine and commit.
 
     Raises:
-        ValueError: there is no file, a line that is no row, or rows of several machines or commits.
+        ValueError: the file does not exist, a line is not a row, or the rows are of several machines or commits.
     """
     if not path.exists():
         raise ValueError(f"{path}: does not exist; run benchmarks/gpu.py --output {path.parent} first")
@@ -104,9 +104,10 @@ def goals() -> list[dict[str, Any]]:
 
 
 def measured(goal: dict[str, Any], rows: list[Row]) -> tuple[Any, str]:
-    """(value of a goal, a remark): the newest row of each part, and of these the largest figure.
+    """(value of a goal, remark): the largest figure among the newest rows of its parts.
 
-    A check of several parts passes if all pass; a part without a value leaves it unmeasured unless another one failed.
+    A check of several parts passes if all pass. If a part has no value, the goal is not measured unless another part
+    failed.
     """
     newest = {row["part"]: row for row in rows if row["stage"] == goal["stage"] and row["part"] in goal["parts"]}
     values = [row[goal["field"]] for row in newest.values() if row.get(goal["field"]) is not None]
@@ -120,7 +121,7 @@ def measured(goal: dict[str, Any], rows: list[Row]) -> tuple[Any, str]:
     best = max(values)
     if not lacking:
         return best, ""
-    # The largest can only grow with a part that is missing: then a figure above the limit is decided, one below it is not.
+    # A missing part can only raise the largest figure: a figure above the limit is decided, one below it is not.
     decided = (best > goal["must"]) if goal["better"] == "lower" else (best >= goal["must"])
     some = f"{len(values)} of {len(goal['parts'])} measured"
     return (best, some) if decided else (None, f"{some}, {shown(best)}")
@@ -193,10 +194,10 @@ def write_docs(results: Path, document: Path = DOCUMENT) -> None:
     """Rewrites the generated part of a document.
 
     Raises:
-        ValueError: the document lacks the marks, or there is no folder of results.
+        ValueError: the document lacks the marks, or the folder of results does not exist.
     """
     if not results.is_dir():
-        raise ValueError(f"--results {results}: no such folder; the table is made of its files")
+        raise ValueError(f"--results {results}: no such folder; the table is made from its files")
     text = document.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"{document}: no lines {BEGIN.strip()} and {END.strip()}; put them where the table belongs")
@@ -205,7 +206,7 @@ def write_docs(results: Path, document: Path = DOCUMENT) -> None:
 
 
 def docs_table(results: Path) -> str:
-    """A column for each result file, or the goals alone; nothing but these files is read."""
+    """The table of goals with one column per result file; only the goals and these files are read."""
     files = sorted(results.glob("gpu-*.jsonl"))
     columns = [read(path) for path in files]
     heads = [f"[{rows[-1]['card']}, {rows[-1]['time'][:10]}](../benchmarks/results/{path.stem}.md)"
@@ -223,7 +224,7 @@ def docs_table(results: Path) -> str:
 
 
 def limits(goal: dict[str, Any]) -> list[str]:
-    """The cells about the goal itself, under `LIMITS`."""
+    """The cells of a goal's limits, with the headings `LIMITS`."""
     return [goal["what"], limit(goal, "must"), limit(goal, "stretch"), goal.get("card", "any")]
 
 

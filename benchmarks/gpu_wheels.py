@@ -1,11 +1,11 @@
-"""Fetches what a GPU machine without a package index lacks, into a folder that is copied along with the checkout.
+"""Fetches the packages that a GPU machine without a package index lacks, for copying with the checkout.
 
     python benchmarks/gpu_wheels.py --output wheels
-    PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results          # there, from the checkout's root
+    PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results          # on the machine, from the checkout's root
 
-The machine is taken to have Python 3.12 on Linux x86-64 with torch ≥ 2.11, triton, numpy, transformers, tokenizers,
-rich, PyYAML, psutil and pytest. Unless `--required-only` is given, the pure-Python optimizers that stage `peers` compares
-are included. The folder also holds the dataset of stage `run` and the commit of this checkout.
+The machine must have Python 3.12 on Linux x86-64 with torch ≥ 2.11, triton, numpy, transformers, tokenizers, rich,
+PyYAML, psutil and pytest. Unless `--required-only` is given, the pure-Python optimizers that stage `peers` compares are
+included. The folder also contains the dataset of stage `run` and the commit of this checkout.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from measuring import CARRIED as MARK
 from measuring import commit, source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
-# Pinned in constraints.txt where the project itself needs them.
+# Versions are those of constraints.txt for packages that the project itself needs.
 REQUIRED = ("megatron-core", "jsonargparse", "docstring_parser")
 OPTIONAL = ("lion-pytorch", "emerging-optimizers", "typeshed_client==2.15.0", "flashoptim==0.1.4")
-# megatron-core's wheel holds a compiled helper; pip compares these tags one by one.
+# megatron-core's wheel contains a compiled helper, so it has platform tags; pip needs every tag that it may have.
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder to make; an earlier one of this script is replaced"
+        "--output",
+        type=Path,
+        required=True,
+        help="folder to create; a folder that this script made earlier is replaced",
     )
     parser.add_argument("--required-only", action="store_true", help=f"only {', '.join(REQUIRED)}")
     parser.add_argument(
         "--with", dest="more", nargs="+", default=[], metavar="PACKAGE", help="more packages, e.g. bitsandbytes"
     )
-    parser.add_argument(
-        "--no-data", action="store_true", help="without the dataset; gpu.py then makes it, in ten seconds"
-    )
+    parser.add_argument("--no-data", action="store_true", help="omit the dataset; gpu.py then makes it, in ten seconds")
     args = parser.parse_args()
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output}: not a folder")
     if args.output.exists() and any(args.output.iterdir()) and not (args.output / MARK).exists():
         parser.error(f"--output {args.output}: not empty and not made by this script; choose another folder")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside it and renamed at the end: a call without a network must not cost an earlier folder.
+    # Made under a temporary name and renamed at the end: a call without a network must not destroy an earlier folder.
     folder = Path(tempfile.mkdtemp(prefix="wheels-", dir=args.output.parent))
     try:
         if reason := fill(folder, args):
@@ -64,13 +65,13 @@ def main() -> int:
 
 
 def fill(folder: Path, args: argparse.Namespace) -> str | None:
-    """Puts packages, dataset and commit into a folder; returns the reason if something required is missing."""
+    """Writes packages, dataset and commit into a folder; returns the reason if something required is missing."""
     (folder / MARK).write_text(f"{commit()} {source_digest()}\n")
     for package in [*REQUIRED, *([] if args.required_only else OPTIONAL), *args.more]:
         if not fetch(pinned(package), folder):
             if package in REQUIRED:
                 return f"{package} cannot be fetched, and the GPU check needs it; run this where pip reaches a package index"
-            sys.stderr.write(f"left out: {package} cannot be fetched as a wheel\n")
+            sys.stderr.write(f"omitted: {package} cannot be fetched as a wheel\n")
     if not args.no_data:
         command = [sys.executable, str(ROOT / "benchmarks" / "gpu_data.py"), str(folder / "gpu_data")]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
@@ -81,14 +82,14 @@ def fill(folder: Path, args: argparse.Namespace) -> str | None:
 
 
 def pinned(package: str) -> str:
-    """The package with the version of constraints.txt, if it is there."""
+    """The requirement of a package, with the version of constraints.txt if it is listed there."""
     name = re.sub("[-_]", "[-_]", package) if "==" not in package else "$^"
     found = re.search(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE | re.IGNORECASE)
     return f"{package}=={found[1]}" if found else package
 
 
 def fetch(package: str, output: Path) -> bool:
-    """Unpacks one wheel, without what it depends on, into the folder; returns whether that worked."""
+    """Unpacks one wheel without its dependencies into the folder; returns whether that worked."""
     target = ["--python-version", "3.12", "--implementation", "cp", "--only-binary", ":all:"]
     target += [word for tag in PLATFORMS for word in ("--platform", tag)]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile",

@@ -1,4 +1,4 @@
-"""What the benchmarks share: what a figure depends on, and how it is printed and written."""
+"""Shared by the benchmarks: the facts on which a figure depends, and the output of results."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str:
-    """Short hash of this checkout, with + where it has changes."""
+    """Short hash of this checkout's commit, with + if files have changed; "unknown" without git."""
     folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -65,11 +65,11 @@ def commit() -> str:
 
 
 CARRIED = "megatron_lion_commit.txt"
-"""File in the wheels folder: the commit, and the digest of the sources that it was written for."""
+"""File in the wheels folder: the commit, and the digest of its sources."""
 
 
 def source_digest() -> str:
-    """A hash of this checkout's Python, C++ and YAML files: whether a copy without git is what its note says."""
+    """SHA-256 (16 hexadecimal digits) of this checkout's Python, C++ and YAML files, to check a copy without git."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent.parent
     for folder in ("megatron_lion", "benchmarks", "configs"):
@@ -91,7 +91,7 @@ def shown(value: float | None, form: str) -> str:
 
 
 def write_results(output: str | None, title: str, text: str, facts: dict[str, Any]) -> None:
-    """Writes OUTPUT.md and OUTPUT.json, if asked."""
+    """Writes OUTPUT.md and OUTPUT.json unless `output` is empty."""
     if not output:
         return
     Path(output).parent.mkdir(parents=True, exist_ok=True)

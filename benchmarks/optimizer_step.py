@@ -1,18 +1,19 @@
-"""Time, bytes, launches and state of one optimizer step: ours against every other that is installed.
+"""Measures time, bytes, launches and state of one optimizer step: ours and all others that are installed.
 
     python benchmarks/optimizer_step.py                                  # every size that suits this machine
     python benchmarks/optimizer_step.py --sizes gpt2-124m-dp16 --output benchmarks/results/optimizer_step
 
-Prints one table, ratios first, and with --output writes OUTPUT.md and OUTPUT.json. Every contender must compute the
-right thing before it is timed: three steps against float64.
+Prints one table, ratios first, and with --output writes OUTPUT.md and OUTPUT.json. Before a contender is timed, three of
+its steps are compared with float64.
 
-On CUDA, times are medians over CUDA events (`device`) and of the wall with a final synchronisation (`wall`); launches
-come from the profiler, waits from torch's synchronisation debug mode, temporaries from the allocator. On a CPU,
-`device` is the wall, launches are torch operations, and the Triton kernel is not timed, for it would run in an
-interpreter. Rounds go around all contenders, so that another job on the machine slows them alike. `of copy` is bytes /
-time over the bandwidth of a copy measured in the same process: 1.00 is as fast as memory allows, where caches are small.
-A CPU reads what a copy overwrites, uncounted; what is updated in place was read anyway, so there the bound is the
-bandwidth in place, which is printed too.
+On CUDA, times are medians between CUDA events (`device`) and of the wall clock with a final synchronisation (`wall`).
+Launches come from the profiler, waits from torch's synchronisation debug mode, temporaries from the allocator. On a CPU,
+`device` is the wall clock, launches are torch operations, and the Triton kernel is not timed, since it would run in an
+interpreter. Each round times all contenders in turn, so another job on the machine slows them equally.
+
+`of copy` is bytes / time divided by the bandwidth of a copy in the same process: 1.00 is the speed of memory if caches
+are small. A CPU also reads the memory that a copy overwrites, which is not counted. An update in place has read it
+anyway, so its bound is the bandwidth in place, which is printed too.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ BASELINES = {FLOAT32: "ours", MASTER: "ours split32", REDUCED: "ours split24, in
 
 
 def gpt2_shapes(layers: int, hidden: int, vocabulary: int = 50304, seq_length: int = 1024) -> Shapes:
-    """Every tensor of a GPT-2, in the order of its layers; 148 of them at 12 layers."""
+    """The shape of every tensor of a GPT-2 in the order of its layers; 148 tensors at 12 layers."""
     block: Shapes = [(hidden,), (hidden,), (3 * hidden, hidden), (3 * hidden,), (hidden, hidden), (hidden,)]
     block += [(hidden,), (hidden,), (4 * hidden, hidden), (4 * hidden,), (hidden, 4 * hidden), (hidden,)]
     return [(vocabulary, hidden), (seq_length, hidden), *block * layers, (hidden,), (hidden,)]
 
 
 def shard_shapes(shapes: Shapes, ranks: int, rank: int) -> Shapes:
-    """Flat pieces of the tensors that one rank's contiguous share of all elements holds (ZeRO-1)."""
+    """Flat shapes of the tensor pieces in one rank's contiguous share of all elements (ZeRO-1)."""
     sizes = [int(torch.Size(shape).numel()) for shape in shapes]
     share = -(-sum(sizes) // ranks)
     first, pieces = 0, []
@@ -64,12 +65,12 @@ SIZES: dict[str, Shapes] = {
     "gpt2-124m-dp16": shard_shapes(gpt2_shapes(12, 768), 16, 7),
     "flat-1b": [(10**9,)],
 }
-AT_ONCE = 2 * 10**7  # parameters that all contenders may hold at once
+AT_ONCE = 2 * 10**7  # largest number of parameters with which all contenders are in memory at once
 CHECK_SHAPES: Shapes = [(300, 7), (1000,), (33,), (1,)]
 
 
 def float64_result(rule: str, starts: list[torch.Tensor], gradients: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """What the rule makes of the start values, in float64."""
+    """The parameters after the steps of the rule from the start values, in float64."""
     params = [torch.nn.Parameter(start.double()) for start in starts]
     momenta = [torch.zeros_like(param) for param in params]
     plain: torch.optim.Optimizer | None = None
@@ -90,7 +91,12 @@ def float64_result(rule: str, starts: list[torch.Tensor], gradients: list[list[t
 
 
 def check(contender: Contender, device: str) -> None:
-    """Raises RuntimeError unless three steps give what the contender's rule says."""
+    """Compares three steps of a contender with its rule in float64.
+
+    Raises:
+        RuntimeError: the result is wrong.
+    """
+    # Start values and gradients are exact in bfloat16, so that every contender begins from the same numbers.
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(shape, generator=generator).bfloat16().float().to(device) for shape in CHECK_SHAPES]
     gradients = [
@@ -104,7 +110,8 @@ def check(contender: Contender, device: str) -> None:
         case.step()
     for got, expected in zip(case.masters(), float64_result(contender.rule, starts, gradients), strict=True):
         error = (got.double() - expected).abs()
-        # Exact: float32 rounding of values of a few units. Else: some signs near 0 turn, and bfloat16 rounds.
+        # Exact: 1e-5 allows float32 rounding of values of a few units. Else: bfloat16 rounds values
+        # (2^-8 relative), and a reduced momentum flips some signs of directions near 0 (2 lr each).
         wrong = (
             error.max() > 1e-5 if contender.exact else error.mean() > 0.1 * HYPER["lr"] + 2**-8 * expected.abs().mean()
         )
@@ -113,7 +120,7 @@ def check(contender: Contender, device: str) -> None:
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts torch operations that compute something."""
+    """Counts torch operations that compute something, that is all but views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -126,7 +133,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def count_launches(step: Callable[[], object], device: str) -> int:
-    """Work that one step hands to the device: kernels and copies, or torch operations on a CPU."""
+    """Number of kernels and copies that one step launches, or of torch operations on a CPU."""
     if device == "cpu":
         with CountOperations() as counted:
             step()
@@ -151,7 +158,7 @@ def host_waits(step: Callable[[], object]) -> dict[str, int]:
 
 
 def temporaries(step: Callable[[], object]) -> int:
-    """Bytes that a step takes beyond what it holds before and after."""
+    """Peak bytes that a step allocates beyond those allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -178,7 +185,7 @@ def time_once(step: Callable[[], object], device: str) -> tuple[float, float]:
 
 
 def bandwidths(device: str, numel: int | None = None) -> dict[str, float]:
-    """Bytes read and written a second by a copy of `numel` float32 (default 2 GiB, or 128 MiB on a CPU), and in place."""
+    """Bytes read and written per second by a copy of `numel` float32 (default 2 GiB, or 128 MiB on a CPU), and in place."""
     source = torch.ones(numel or (2**29 if device == "cuda" else 2**25), device=device)
     target = torch.zeros_like(source)
     works = {"copy": lambda: target.copy_(source), "in_place": lambda: target.mul_(1.0)}
@@ -187,7 +194,7 @@ def bandwidths(device: str, numel: int | None = None) -> dict[str, float]:
 
 
 def measure(size: str, contenders: list[Contender], device: str, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """One row for each contender on one size, all of them in memory together and timed in turn."""
+    """One row for each contender on one size; all are in memory together and timed in turn."""
     numel = sum(int(torch.Size(shape).numel()) for shape in SIZES[size])
     cases = [(contender, build(contender, SIZES[size], device)) for contender in contenders]
     facts = {contender.name: describe(case, device) for contender, case in cases}
@@ -195,7 +202,7 @@ def measure(size: str, contenders: list[Contender], device: str, rounds: int, ba
     for round_ in range(rounds + 3):
         for contender, case in cases:
             taken = time_once(case.step, device)
-            if round_ >= 3:
+            if round_ >= 3:  # the first three rounds compile and warm up
                 times[contender.name].append(taken)
     rows = []
     for contender, case in cases:
@@ -211,7 +218,7 @@ def measure(size: str, contenders: list[Contender], device: str, rounds: int, ba
 
 
 def compare_with_ours(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row its wall time over that of our contender of the same size and class, if that was measured."""
+    """Adds to each row its wall time divided by that of our contender of the same size and class, if measured."""
     for row in rows:
         same = (r for r in rows if (r["size"], r["name"]) == (row["size"], BASELINES[str(row["class"])]))
         base = next(same, None)
@@ -219,7 +226,7 @@ def compare_with_ours(rows: list[dict[str, Any]]) -> None:
 
 
 def build(contender: Contender, shapes: Shapes, device: str) -> Case:
-    """The contender on tensors of these shapes, filled with values that stay in range."""
+    """The contender on tensors of these shapes after one step, which allocates its state and compiles its kernels."""
     starts = [torch.full(shape, 0.5, device=device) for shape in shapes]
     case = contender.build(starts)
     for grad in case.grads:
@@ -229,7 +236,7 @@ def build(contender: Contender, shapes: Shapes, device: str) -> Case:
 
 
 def describe(case: Case, device: str) -> dict[str, int | None]:
-    """What can be counted without a clock."""
+    """Counts of a step that need no clock: launches, host waits and temporary bytes (None on a CPU)."""
     if device == "cpu":
         return {"launches": count_launches(case.step, device), "waits": None, "temporaries_bytes": None}
     return {
@@ -275,7 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--sizes", help=f"of {', '.join(SIZES)}; default: all on CUDA, gpt2-124m-dp16 on a CPU")
     parser.add_argument(
-        "--skip", default="", help="leave out contenders with one of these words, by commas, in the name"
+        "--skip", default="", help="words separated by commas; contenders with one of them in the name are omitted"
     )
     parser.add_argument("--rounds", type=int, help="timed rounds; default: 50 on CUDA, 21 on a CPU")
     parser.add_argument("--threads", type=int, help="torch threads on a CPU")
@@ -285,7 +292,7 @@ def arguments() -> argparse.Namespace:
     args.sizes = (args.sizes or (",".join(SIZES) if args.device == "cuda" else "gpt2-124m-dp16")).split(",")
     args.rounds = args.rounds or (50 if args.device == "cuda" else 21)
     if unknown := [size for size in args.sizes if size not in SIZES]:
-        parser.error(f"--sizes: {', '.join(unknown)}: needs some of {', '.join(SIZES)}")
+        parser.error(f"--sizes: {', '.join(unknown)}: expected some of {', '.join(SIZES)}")
     return args
 
 
@@ -302,7 +309,7 @@ def main() -> None:
         try:
             check(contender, args.device)
             usable.append(contender)
-        except Exception as error:  # a peer that does not work here is left out, and said so
+        except Exception as error:  # a peer that does not work on this machine is omitted, and reported
             if contender.name.startswith("ours"):
                 raise
             left_out.append(f"{contender.name} ({type(error).__name__}: {str(error).splitlines()[0]})")
@@ -314,18 +321,18 @@ def main() -> None:
     text = ""
     for size in args.sizes:
         numel = sum(int(torch.Size(shape).numel()) for shape in SIZES[size])
-        # If all contenders fit in memory they are timed in turn; otherwise each runs alone, so one failure affects no other.
+        # If all contenders fit in memory they are timed in turn; else each runs alone, so a failure affects no other.
         together = args.device != "cuda" and numel <= AT_ONCE
         for group in [usable] if together else [[contender] for contender in usable]:
             try:
                 rows += measure(size, group, args.device, args.rounds, bandwidth["copy"])
-            except RuntimeError as error:  # out of memory is one
+            except RuntimeError as error:  # includes out of memory
                 names = ", ".join(contender.name for contender in group)
                 left_out.append(f"{names} at {size} ({type(error).__name__}: {str(error).splitlines()[0]})")
                 sys.stderr.write(f"left out: {left_out[-1]}\n")
             compare_with_ours(rows)
             text = report(facts, args, rows, left_out)
-            # After every row, so that an error or a time limit later loses none.
+            # After every row, so that a later error or time limit loses none.
             write_results(args.output, "One optimizer step", text, {**facts, "left_out": left_out, "rows": rows})
     sys.stdout.write(text)
 
@@ -335,7 +342,7 @@ def report(facts: dict[str, Any], args: argparse.Namespace, rows: list[dict[str,
     head = f"{heading(facts)}; copy {facts['copy_gb_per_s']:.1f} GB/s, in place "
     head += f"{facts['in_place_gb_per_s']:.1f} GB/s; medians of {args.rounds} rounds.\n"
     if left_out:
-        head += "\nLeft out, for they do not work here: " + "; ".join(left_out) + ".\n"
+        head += "\nOmitted because they do not work on this machine: " + "; ".join(left_out) + ".\n"
     return head + table(rows, args.device)
 
 

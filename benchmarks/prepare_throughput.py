@@ -1,13 +1,12 @@
-"""Speed of `megatron-lion prepare` against one document after another, as Megatron-LM's preprocess_data works.
+"""Compares the speed of `megatron-lion prepare` with Megatron-LM's way of one document at a time.
 
     python benchmarks/prepare_throughput.py --input FILE… --tokenizer PATH [--workers 2] [--output RESULT.json]
 
 One run on one machine: (1) the baseline on one core: json.loads, encode one text, IndexedDatasetBuilder.add_document;
-(2) prepare on one process with `tokenizers`, and with gigatoken where it is installed; (3) the same on several
-processes. MB are 10^6 bytes of UTF-8 text; times are the whole call, hashing, starting processes and writing
-included. Rates are given per second of the clock and per second of processor time; on a machine that others use
-as well only the second says something. The token files of all variants are compared byte by byte. Needs JSON
-lines with a `text` field.
+(2) prepare on one process with `tokenizers`, and with gigatoken if it is installed; (3) the same on several
+processes. MB are 10^6 bytes of UTF-8 text. Times are of the whole call, including hashing, process start and writing.
+Rates are per second of wall time and per second of processor time; on a shared machine only the second is meaningful.
+The token files of all variants are compared byte by byte. The input is JSON lines with a `text` field.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ import time
 from datetime import date
 from pathlib import Path
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core in use is a process we started
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no threads: every busy core is one process of this benchmark
 
 
 class Clock:
-    """Seconds since it was made: (of the clock, of processor time with that of ended children)."""
+    """Seconds since its creation: (wall time, processor time including that of ended children)."""
 
     def __init__(self) -> None:
         self._began = self._now()
@@ -43,7 +42,7 @@ class Clock:
 
 
 def baseline(files: list[Path], tokenizer: Path, prefix: Path) -> tuple[float, float]:
-    """Encodes as preprocess_data's worker does, on one core."""
+    """Encodes like a worker of preprocess_data, on one core."""
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -62,7 +61,7 @@ def baseline(files: list[Path], tokenizer: Path, prefix: Path) -> tuple[float, f
 
 
 def identical(first: Path, second: Path, ending: str) -> bool:
-    """Whether two prefixes' files of that ending hold the same bytes."""
+    """Whether the files of two prefixes with this ending have the same bytes."""
     return Path(f"{first}{ending}").read_bytes() == Path(f"{second}{ending}").read_bytes()
 
 
@@ -72,7 +71,7 @@ def token_hash(prefix: Path) -> str:
 
 
 def measure(files: list[Path], tokenizer: Path, workers: int) -> dict[str, object]:
-    """All variants, each into a fresh folder."""
+    """Runs all variants, each into a new folder."""
     from megatron_lion.prepare.pipeline import PrepareOptions, prepare
 
     rows: list[dict[str, object]] = []

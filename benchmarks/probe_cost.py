@@ -1,14 +1,14 @@
-"""What a full-gradient probe costs besides the forward and backward passes it needs.
+"""Measures the time of a full-gradient probe relative to the forward and backward passes it needs.
 
-Both run in one process on the same batches, turn by turn: the passes alone (megatron-core's schedule, gradients added
-up in DDP's buffers, nothing reduced or read), and the whole probe (ladder, sampled coordinates, norms by parameter,
-reductions, result). The ratio of their times is the figure; it does not depend on how fast the machine is, and CPU
-seconds of the process do not depend on what else runs on it. What a probe adds to a batch does not depend on how many
-samples the batch has, so the ratio falls with --global-batch-size.
+Two things run in turn in one process on the same batches. The first is the passes alone: megatron-core's schedule,
+gradients accumulated in DDP's buffers, no reduction or readout. The second is the whole probe: ladder, sampled
+coordinates, norms by parameter, reductions, result. The figure is the ratio of their times, which does not depend on
+the machine's speed; the ratio of CPU seconds does not depend on other processes either. The probe's extra work per batch
+does not depend on the batch size, so the ratio falls with --global-batch-size.
 
     python benchmarks/probe_cost.py --output benchmarks/results/probe_cost.json
     torchrun --nproc-per-node 2 benchmarks/probe_cost.py …            # with reductions between processes
-    python benchmarks/probe_cost.py --size gpt2-small --device cuda   # what a GPU user should look at
+    python benchmarks/probe_cost.py --size gpt2-small --device cuda   # the relevant case on a GPU
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
         "--global-batch-size",
         type=int,
         default=None,
-        help="samples a batch; default: of the size, 16 or the paper's 640",
+        help="samples per batch; default by size, 16 or the paper's 640",
     )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=None)
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def make_config(args: argparse.Namespace, folder: Path, ranks: Any) -> RunConfig:
-    """A run on random tokens: what they are does not change the cost."""
+    """Config of a run on random tokens; their values do not change the cost."""
     model, batch, micro, precision = SIZES[args.size]
     batch = args.global_batch_size or batch
     if ranks.is_main:
@@ -110,12 +110,13 @@ def make_config(args: argparse.Namespace, folder: Path, ranks: Any) -> RunConfig
 
 
 def passes_alone(run: Any) -> None:
-    """The forward and backward passes of a probe's batches, and nothing besides."""
+    """Runs only the forward and backward passes of a probe's batches."""
     config, chunk = run.config, run.model[0]
     batches = run.probe_batches()
     chunk.zero_grad_buffer()
     chunk.eval()
     settings = chunk.config
+    # Without these hooks megatron-core's schedule reduces and scales no gradients.
     settings.finalize_model_grads_func = settings.grad_scale_func = settings.no_sync_func = None
     with chunk.no_sync():
         for _ in range(config.probe.num_batches):
@@ -140,6 +141,7 @@ def whole_probe(run: Any) -> None:
 
 def timed(call: Any, run: Any) -> tuple[float, float]:
     """(wall seconds, CPU seconds of this process) of a call."""
+    # Garbage of the last call, ranks that are behind and queued kernels would otherwise count into this call.
     gc.collect()
     torch.distributed.barrier()
     run.device.synchronize()
@@ -150,7 +152,7 @@ def timed(call: Any, run: Any) -> tuple[float, float]:
 
 
 def measure(run: Any, repeats: int) -> dict[str, Any]:
-    """Times both, each first half of the times."""
+    """Times both; each of them runs first in half of the rounds."""
     timed(passes_alone, run)
     timed(whole_probe, run)
     pairs = []
@@ -184,7 +186,7 @@ def measure(run: Any, repeats: int) -> dict[str, Any]:
 
 
 def facts(device: str, world_size: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Where and with what this was measured."""
+    """Hardware, versions and settings of the measurement."""
     repo = Path(__file__).resolve().parent
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=repo, capture_output=True, text=True, check=False

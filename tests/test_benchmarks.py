@@ -1,4 +1,4 @@
-"""Every benchmark starts: a script that nobody runs every day must not rot."""
+"""Every benchmark starts, so that scripts which are run rarely do not break unnoticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the GPU check says that a step's time goes: groups of kernels, overlaps counted once, host waits by line."""
+"""The GPU check's breakdown of a step: time by group of kernels, overlaps counted once, host waits by line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpu_stages import breakdown
 
 
 def operation(*names: str, kernels: tuple[tuple[str, float], ...] = ()) -> SimpleNamespace:
-    """A profiled operation, innermost name first, with the (name, microseconds) of what it launched."""
+    """A profiled operation, innermost name first, with the (name, microseconds) of each kernel it launched."""
     parent = operation(*names[1:]) if len(names) > 1 else None
     launched = [SimpleNamespace(name=name, duration=duration) for name, duration in kernels]
     return SimpleNamespace(name=names[0], cpu_parent=parent, device_type=DeviceType.CPU, kernels=launched)
@@ -52,7 +52,7 @@ def test_operations_belong_to_groups(names: tuple[str, ...], group: str) -> None
 
 
 def test_kernels_are_counted_by_group_and_overlaps_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps: 40 µs of products, 10 of the optimizer, a copy of 2 to the device; the device works 49 µs of them."""
+    """Two steps: products of 40 µs, the optimizer 10 µs, a copy of 2 µs to the device, which is busy for 49 µs."""
     events = [
         operation("aten::mm", kernels=(("gemm", 30.0), ("gemm", 10.0))),
         operation("lion", breakdown.OPTIMIZER, kernels=(("lion_kernel", 10.0),)),
@@ -86,7 +86,7 @@ def test_kernels_are_counted_by_group_and_overlaps_once(monkeypatch: pytest.Monk
     assert found["launches"]["matrix products"] == 1.0
     assert found["launches"]["optimizer"] == 0.5
     assert found["busy_ms"] == pytest.approx(0.0245)
-    assert (run.optimizer.step, chunk.zero_grad_buffer) == (len, len), "the ranges are taken off again"
+    assert (run.optimizer.step, chunk.zero_grad_buffer) == (len, len), "the ranges are removed again"
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20))))

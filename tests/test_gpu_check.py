@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: the rehearsal runs every line that a CPU can, and a kill, an error or a limit costs one stage at most."""
+"""benchmarks/gpu.py: a rehearsal runs all code that a CPU can; a kill, an error or a limit ends at most one stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "benchmarks" / "gpu.py"
 STAGES = ("facts", "correct", "kernel", "loop", "run", "peers", "bert")
 FACTS = ("card", "memory_gib", "driver", "python", "torch", "triton", "megatron_core", "commit", "rehearsal", "time")
-# Parts of goals that a rehearsal leaves out: sizes and peers for a GPU only.
+# Parts of goals that a rehearsal omits: sizes and peers for a GPU only.
 GPU_ONLY = {
     "gpt2-355m split32, fp32 momentum", "flat-1b split32, fp32 momentum", "gpt2-355m split32, bf16 momentum",
     "flat-1b split32, bf16 momentum", "gpt2-355m split24, int8 momentum", "flat-1b split24, int8 momentum",
@@ -46,7 +46,7 @@ def start(folder: Path, *words: str, python_path: Path | None = None) -> subproc
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Its output; exit code 1 means that a row failed."""
+    """Runs the check and returns its output; exit code 1 means that a row failed."""
     output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == code, output[-3000:]
     return output
@@ -55,12 +55,12 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 def until(ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not ready():
-        assert time.monotonic() < deadline, "it did not come to that"
+        assert time.monotonic() < deadline, "the check did not reach that point"
         time.sleep(0.02)
 
 
 def kill_and_see_all_end(driver: subprocess.Popen[str], folder: Path) -> None:
-    """Kills the driver; what it started must end with it, and not later by coming to its end, which would add rows."""
+    """Kills the driver; its children must end at once. A child that finished its work instead would add rows."""
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.kill()
     driver.wait()
@@ -86,7 +86,7 @@ def test_every_stage_runs_and_every_check_passes(rehearsal: tuple[Path, str]) ->
     skipped = {row["part"] for row in rows if "skipped" in row}
     assert "CUDA graph" in skipped
     assert [path.name for path in rehearsal[0].iterdir() if path.is_dir()] == ["gpu_data"], (
-        "what a stage made is removed"
+        "the files of a stage are removed"
     )
     assert "evaluate" not in skipped
     for row in rows:
@@ -125,7 +125,7 @@ def test_the_table_is_printed_after_every_stage(rehearsal: tuple[Path, str]) -> 
 
 @pytest.mark.slow
 def test_every_part_of_a_goal_is_a_row(rehearsal: tuple[Path, str]) -> None:
-    """Else a renamed part would be reported as not measured for ever."""
+    """Otherwise a renamed part would always be reported as not measured."""
     rows = {(row["stage"], row["part"]): row for row in read(rehearsal[0])}
     goals = json.loads((REPO / "benchmarks" / "goals.json").read_text())["goals"]
     for goal in goals:
@@ -163,7 +163,7 @@ def package(folder: Path, name: str, source: str) -> None:
 
 
 def test_a_stage_that_raises_and_a_peer_out_of_memory_leave_the_others_running(tmp_path: Path) -> None:
-    """The first as on a machine without megatron-core, the second as on a card that is too small."""
+    """The first error simulates a machine without megatron-core, the second a card that is too small."""
     packages = tmp_path / "packages"
     package(packages, "megatron", "raise ImportError('megatron-core is not here')\n")
     package(
@@ -207,9 +207,11 @@ def test_a_stage_is_killed_at_its_limit(tmp_path: Path, gpu: Any, monkeypatch: p
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(tmp_path)])
     for name in ("gpu_peers_files", "peers"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "earlier").write_text("of another call, or the user's own")
+        (tmp_path / name / "earlier").write_text("from another call, or from the user")
     assert gpu.main() == 1
-    assert not (tmp_path / "gpu_peers_files").exists(), "an earlier call's files would be taken for this one's"
+    assert not (tmp_path / "gpu_peers_files").exists(), (
+        "files of an earlier call would be mistaken for those of this one"
+    )
     assert (tmp_path / "peers" / "earlier").exists()
     rows = read(tmp_path)
     assert [(row["stage"], row["error"].split(";")[0]) for row in rows] == [
@@ -231,7 +233,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, gpu: Any, monkeypatch: pytest.
 
 
 def test_on_a_gpu_machine_whose_stages_fail_the_driver_goes_on(tmp_path: Path) -> None:
-    """A driver's word that there is a card, and a torch that sees none: each stage records why, none ends the others."""
+    """The driver reports a card that torch does not find: each stage records the reason, and none ends the others."""
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
     tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 580.159.04'\n")
@@ -248,7 +250,7 @@ def test_on_a_gpu_machine_whose_stages_fail_the_driver_goes_on(tmp_path: Path) -
         "--commit",
         "abc",
     ]
-    # The real limits, but time for a loaded machine to start a process: nothing is measured here.
+    # The real limits, plus time for a loaded machine to start a process; nothing is measured here.
     done = subprocess.run([*command, "--budget", "400"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
@@ -309,7 +311,7 @@ def test_an_output_that_cannot_be_made(tmp_path: Path, gpu: Any, monkeypatch: py
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--rehearse", "--output", str(tmp_path / "file" / "below")])
     assert gpu.main() == 5
-    assert "give a folder that can be made" in capsys.readouterr().err
+    assert "give a folder that can be created" in capsys.readouterr().err
 
 
 def test_without_git_the_carried_commit_is_taken(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,11 +323,11 @@ def test_without_git_the_carried_commit_is_taken(tmp_path: Path, gpu: Any, monke
     (tmp_path / measuring.CARRIED).write_text(f"abc1234 {measuring.source_digest()}\n")
     assert gpu.carried_commit() == "abc1234"
     (tmp_path / measuring.CARRIED).write_text("abc1234 0123456789abcdef\n")
-    assert gpu.carried_commit() == "abc1234, and other sources than those", "the sources changed after the note"
+    assert gpu.carried_commit() == "abc1234, with changed sources"
 
 
 def test_a_peer_is_divided_by_ours_alone(tmp_path: Path, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If ours fails, the next one of its class must not take its place."""
+    """If our contender fails, the next of its class must not become the baseline."""
     from gpu_stages import stage_peers as peers
 
     times = {"torch AdamW fused + copy": 4.0, "ours split32": 2.0}

@@ -1,4 +1,4 @@
-"""The GPU check's own checks can fail: a wrong update, a changed neighbour and two runs that differ are found."""
+"""The checks of the GPU check can fail: they find a wrong update, a changed neighbour and two runs that differ."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ GOOD = {"step": 130, "state_fingerprint": "s", "weights_fingerprint": "w", "cons
     [
         ({"signalled": True, "code": 75, "manifest": GOOD}, True),
         ({"signalled": True, "code": 0, "manifest": GOOD}, False),
-        ({"signalled": False, "code": 75, "manifest": GOOD}, False),  # it had ended before the signal
+        ({"signalled": False, "code": 75, "manifest": GOOD}, False),  # the run ended before the signal
         ({"signalled": True, "code": 75, "manifest": {**GOOD, "state_fingerprint": "other"}}, False),
         ({"signalled": True, "code": 1, "error": "FileNotFoundError: no checkpoint"}, False),
     ],

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_report.py: verdicts, what is refused, and a document that says nothing but the result files."""
+"""benchmarks/gpu_report.py: verdicts, rejected input, and a document that contains only the result files' values."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ EXACT = [f"{size} split32, fp32 momentum" for size in ("gpt2-124m", "gpt2-355m",
         ("kernel-exact", [row("kernel", part, over_bound=1.03) for part in EXACT], "met, stretch too"),
         ("kernel-exact", [row("kernel", EXACT[0], over_bound=1.03), row("kernel", EXACT[1], over_bound=1.2)], "missed by 0.12"),
         ("kernel-exact", [row("kernel", part, over_bound=1.08) for part in EXACT], "met"),
-        # With parts missing, a figure above the limit is decided, one below it is not.
+        # If parts are missing, a figure above the limit is decided, one below it is not.
         ("kernel-exact", [row("kernel", EXACT[0], over_bound=1.03)], "not measured"),
         ("tokens-124m", [row("loop", "micro-batch 16, dropout 0", tokens_per_s=4e5)], "met"),
         ("tokens-124m", [row("loop", "micro-batch 16, dropout 0", tokens_per_s=3e5)], "not measured"),
-        # A part that was measured again counts as measured last.
+        # Of a part that was measured again, the last row counts.
         ("waits", [row("kernel", EXACT[0], waits=9), row("kernel", EXACT[0], waits=0)], "met"),
         ("kernel-exact", [row("kernel", EXACT[0], error="OutOfMemoryError: too small")], "not measured"),
         # Higher is better.

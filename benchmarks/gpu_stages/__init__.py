@@ -1,1 +1,1 @@
-"""The stages of benchmarks/gpu.py, one module each; `stage.py` holds what they share."""
+"""The stages of benchmarks/gpu.py, one module each; `stage.py` has their common parts."""

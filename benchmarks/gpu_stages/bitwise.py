@@ -1,4 +1,4 @@
-"""The kernel against the reference, bit for bit: every form of the state, odd addresses, awkward numbers, skipped steps."""
+"""Compares kernel and reference bit for bit: forms of the state, odd addresses, special values, skipped steps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 from megatron_lion.optim.lion import MASTER_CHOICES, MOMENTUM_CHOICES, Lion
 
-# Lengths around a program's 1,024 elements and an int8 block's 32, and an empty tensor.
+# Lengths around the 1,024 elements of a kernel program and the 32 of an int8 block, and an empty tensor.
 LENGTHS = (1023, 1024, 0, 1025, 1, 31, 33)
-# ±0, the smallest and a middling subnormal, the smallest normal, bfloat16 ties of both parities, the largest number,
+# ±0, the smallest and a medium subnormal, the smallest normal, bfloat16 ties of both parities, the largest number,
 # infinities, NaN.
 AWKWARD = tuple(
     struct.unpack("<f", struct.pack("<I", bits))[0]
@@ -25,7 +25,7 @@ AWKWARD = tuple(
 
 
 class Form(NamedTuple):
-    """One combination of settings that the kernel is compiled for."""
+    """One combination of settings for which the kernel is compiled."""
 
     master_weights: str
     momentum: str
@@ -47,7 +47,7 @@ FORMS = [
 
 
 def differences(device: str, forms: list[Form], processes: int) -> list[str]:
-    """Returns the forms that differ from the reference, and where; several processes, because to compile one takes 0.3 s."""
+    """Returns the forms that differ from the reference, and where. It uses several processes, since compiling one form takes 0.3 s."""
     shares = [forms[number::processes] for number in range(processes)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return [line for found in pool.map(_differences_of, shares, itertools.repeat(device)) for line in found]
@@ -60,8 +60,8 @@ def _differences_of(forms: list[Form], device: str) -> list[str]:
 def difference(form: Form, device: str) -> str | None:
     """Returns the first tensor in which three steps on `device` differ from the reference on the CPU, or None.
 
-    The first and third step are taken, the second has found_inf set and must change nothing. Gradients are scaled by
-    a multiplier. Offset 0 starts the momentum at zero, offset 3 with the first gradient.
+    The first and third step are taken. The second has found_inf set and must change nothing. Gradients are scaled by
+    a multiplier. Offset 0 starts the momentum at zero, offset 3 at the first gradient.
     """
     reference, ours = (_steps(form, *place) for place in (("reference", "cpu"), ("triton", device)))
     for name, expected in reference.items():
@@ -96,7 +96,7 @@ def _steps(form: Form, implementation: str, device: str) -> dict[str, torch.Tens
     for gradient, found in zip(gradients, (0.0, 1.0, 0.0), strict=True):
         grad_buffer.copy_(gradient)
         optimizer.step(grad_multiplier=multiplier, found_inf=torch.tensor(found, device=device))
-    # The whole buffers: what lies before, between and behind the tensors must keep its bits.
+    # The whole buffers are compared: elements before, between and after the tensors must keep their bits.
     found_tensors = {"parameters": buffer, "gradients": grad_buffer}
     for number, param in enumerate(params):
         found_tensors |= {f"{name} of tensor {number}": value for name, value in optimizer.state[param].items()}
@@ -104,7 +104,7 @@ def _steps(form: Form, implementation: str, device: str) -> dict[str, torch.Tens
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors are equal in every bit; all NaNs count as equal, because processors make different ones."""
+    """Whether two tensors are equal in every bit; all NaNs count as equal, since processors give them different bits."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     if not left.is_floating_point():

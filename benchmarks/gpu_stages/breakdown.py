@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by group of kernels, from torch's profiler."""
+"""Breakdown of a training step's time by group of kernels, from torch's profiler."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from megatron_lion.train import step as step_module
 from megatron_lion.train.run import Run
 
 GROUPS = ("matrix products", "attention", "loss", "element-wise", "gradient buffers", "optimizer", "copies")
-# Ranges that this module puts around calls which have no operation of their own name.
+# Ranges that this module puts around calls that have no torch operation.
 OPTIMIZER, BUFFERS = "megatron_lion: optimizer", "megatron_lion: gradient buffers"
 MATRIX = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::dot"}
 
 
 def profile_steps(run: Run, take_one: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """Milliseconds a step by group: of kernels on CUDA, of the operations themselves on a CPU.
+    """Milliseconds per step by group: of kernels on CUDA, of the operations on a CPU.
 
     Args:
-        run: whose optimizer and gradient buffers are marked.
-        take_one: takes one step.
-        steps: how many are profiled.
+        run: the run; its optimizer and gradient buffers are marked with ranges.
+        take_one: function that takes one step.
+        steps: number of profiled steps.
 
     Returns:
         `ms` and `launches` by group (on CUDA also `unattributed`: kernels of no known operation), and `busy_ms` (time in
-        which the device ran any kernel), each for one step.
+        which the device ran at least one kernel), each per step.
     """
     on_cuda = run.device.kind == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
@@ -43,7 +43,7 @@ def profile_steps(run: Run, take_one: Callable[[], Any], steps: int) -> dict[str
     events = profile.events()
     spent, launches = dict.fromkeys(GROUPS, 0.0), dict.fromkeys(GROUPS, 0)
     for event in events:
-        # Calls of the CUDA runtime have numbers that may be those of other operations, whose kernels would count twice.
+        # Calls of the CUDA runtime may share their number with other operations, whose kernels would then count twice.
         if event.device_type != DeviceType.CPU or event.name.startswith(("cuda", "cuLaunch")):
             continue
         if not on_cuda:
@@ -65,7 +65,7 @@ def profile_steps(run: Run, take_one: Callable[[], Any], steps: int) -> dict[str
 
 
 def group_of(event: Any) -> str:
-    """The group of an operation, from its own name and those of the operations that called it, backward ones included."""
+    """The group of an operation, from its name and the names of its callers, also in the backward pass."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -73,7 +73,7 @@ def group_of(event: Any) -> str:
     chain = "\n".join(names)
     if OPTIMIZER in names:
         return "optimizer"
-    if BUFFERS in names or "AccumulateGrad" in chain:  # Megatron's hook adds into the fp32 buffer there
+    if BUFFERS in names or "AccumulateGrad" in chain:  # Megatron's hook adds to the fp32 buffer in it
         return "gradient buffers"
     if any(
         word in chain for word in ("scaled_dot_product", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -85,7 +85,7 @@ def group_of(event: Any) -> str:
 
 
 def covered(ranges: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals: kernels of two streams at the same time count once."""
+    """Length of the union of intervals: overlapping kernels of two streams count once."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(ranges):
         total += max(0.0, end - max(start, reached))
@@ -95,14 +95,14 @@ def covered(ranges: list[tuple[float, float]]) -> float:
 
 @contextlib.contextmanager
 def marked(run: Run) -> Iterator[None]:
-    """Puts named ranges around the optimizer's step and everything that touches whole gradient buffers."""
+    """Puts named ranges around the optimizer's step and all calls on whole gradient buffers."""
     plain_step, plain_finalize = run.optimizer.step, step_module.finalize_model_grads
     plain_zero = [chunk.zero_grad_buffer for chunk in run.model]
 
     def ranged(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **named: Any) -> Any:
-            # torch.profiler.record_function makes a user annotation, to which the profiler attributes no kernel: LION's
-            # own launch, which no operation surrounds, would then belong to nothing. This has the scope of a function.
+            # The profiler attributes no kernel to torch.profiler.record_function, which is a user annotation. LION's launch
+            # is inside no torch operation and would be unattributed. This range has the scope of a function instead.
             with _RecordFunctionFast(name):
                 return call(*args, **named)
 

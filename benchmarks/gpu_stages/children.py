@@ -1,4 +1,4 @@
-"""Runs megatron-lion verbs as child processes of a stage: starts, stops and waits for them."""
+"""Starts, stops and waits for megatron-lion subcommands as child processes of a stage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POLL_S = 0.005
 
 
 class Child:
-    """One process, in a group of its own; its output goes to a log in the stage's folder."""
+    """One process in a new process group; its output goes to a log in the stage's folder."""
 
     def __init__(self, stage: Stage, name: str, words: list[str], *, hide_gpu: bool = False) -> None:
         self.name, self.log = name, stage.folder / f"{name}.log"
@@ -30,10 +30,10 @@ class Child:
             )  # fmt: skip
 
     def wait(self, seconds: float) -> int:
-        """The exit code.
+        """Waits for the end of the process and returns its exit code.
 
         Raises:
-            TimeoutError: it did not end in time; it is killed then.
+            TimeoutError: it did not end in time and was killed.
         """
         try:
             return self.process.wait(timeout=max(0.1, seconds))
@@ -42,12 +42,12 @@ class Child:
             raise TimeoutError(f"{self.name} did not end within {seconds:.0f} s; {self.last_line()}") from None
 
     def check(self, seconds: float) -> None:
-        """Waits, and raises RuntimeError with the last line of the log unless the exit code is 0."""
+        """Waits for the end; raises RuntimeError with the last line of the log unless the exit code is 0."""
         if code := self.wait(seconds):
             raise RuntimeError(f"{self.name} exited with code {code}; last line of its log: {self.last_line()}")
 
     def signal_group(self, number: int) -> None:
-        """Sends a signal to the process and everything it started, as torchrun, timeout and SLURM do."""
+        """Sends a signal to the process and its children, like torchrun, timeout and SLURM."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -70,7 +70,7 @@ def logged_step(run_dir: Path) -> int:
 
 
 def wait_for_step(child: Child, run_dir: Path, step: int, seconds: float) -> bool:
-    """Whether the run reached the step before its process ended; looks every few milliseconds."""
+    """Whether the run reached the step before its process ended; checks every few milliseconds."""
     deadline = time.monotonic() + seconds
     while logged_step(run_dir) < step:
         if child.process.poll() is not None or time.monotonic() > deadline:
@@ -83,7 +83,7 @@ def newest_manifest(run_dir: Path) -> dict[str, Any]:
     """The manifest of a run's newest checkpoint.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the run has no checkpoint.
     """
     found = sorted(run_dir.glob("checkpoints/step_*/manifest.json"))
     if not found:

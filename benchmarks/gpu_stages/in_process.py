@@ -1,4 +1,4 @@
-"""The parts of stage `run` that run in its own process, beside the runs that it started."""
+"""The parts of stage `run` that run in its own process, parallel to the runs that it started."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PROBE_SAMPLES, PROBE_BATCHES = 16, 100
 
 @dataclass
 class Beside:
-    """What runs beside this process.
+    """The processes that run parallel to this one.
 
     Attributes:
         twin: folder of the undisturbed run.
-        undisturbed, cpu: its process, and the CPU's side.
-        answer: file that the CPU's side writes.
+        undisturbed, cpu: process of the undisturbed run, and the CPU process.
+        answer: file that the CPU process writes.
         stopper: thread that stops and resumes another run.
-        interrupted: what that thread found.
+        interrupted: results of that thread.
     """
 
     twin: Path
@@ -53,7 +53,7 @@ class Beside:
 
 
 def checks(stage: Stage, beside: Beside, tiny: RunConfig) -> None:
-    """All parts in order; what is timed comes last, when the others have ended."""
+    """Runs all parts in order; the timed part comes last, after the other processes have ended."""
     device, twin, cpu, answer = select_device(stage.device), beside.twin, beside.cpu, beside.answer
     with process_groups(device) as ranks:
         stage.attempt("recompute with dropout", 5, lambda: recompute(stage, device, ranks))
@@ -69,9 +69,9 @@ def checks(stage: Stage, beside: Beside, tiny: RunConfig) -> None:
 
 
 def recompute(stage: Stage, device: Device, ranks: Ranks) -> None:
-    """Recomputed layers draw the same dropout again: the first loss is equal bit for bit, gradient norms to 1e-6.
+    """Recomputed layers draw the same dropout masks: the first loss is equal bit for bit, gradient norms to 1e-6.
 
-    Only the gradient depends on what is recomputed. Later losses follow from it; whether they are equal is recorded.
+    Recomputation changes only the gradient. Later losses follow from it; whether they are equal is recorded.
     """
     found = {}
     for name, on in (("stored", False), ("recomputed", True)):
@@ -97,7 +97,7 @@ def same_as_cpu(stage: Stage, config: RunConfig, device: Device, ranks: Ranks, c
 
 
 def to_cpu_and_back(stage: Stage, twin: Path, device: Device, ranks: Ranks, cpu: Child, answer: Path) -> None:
-    """The checkpoint of this device, restored and saved by the CPU, restored here: the same state each time."""
+    """A checkpoint of this device, restored and saved by the CPU and restored here, has the same state each time."""
     on_cpu = tuple(answered(stage, cpu, answer)["fingerprints"])
     config = replace(load_config(twin / "config.yaml"), run_dir=str(stage.folder / "back"))
     back = load_and_save(config, stage.folder / "back", device, ranks, found_in=stage.folder / "from-cpu")
@@ -116,20 +116,20 @@ def answered(stage: Stage, cpu: Child, answer: Path) -> dict[str, Any]:
 
 
 def peak_bytes(device: Device) -> int:
-    """The peak so far (bytes). It never decreases, so the difference of two readings is the extra memory of the code between."""
+    """Peak memory of this process so far in bytes; the difference of two readings is the extra memory of the code between."""
     return int(torch.cuda.max_memory_allocated()) if device.kind == "cuda" else 0
 
 
 def training_samples(data: Path, seq_length: int) -> int:
-    """Samples of a dataset's training part: a probe reads none of them twice."""
+    """Number of samples in a dataset's training split: a probe reads each at most once."""
     return (read_manifest(data).splits["train"].tokens - 1) // seq_length
 
 
 def probe_small(stage: Stage, device: Device, ranks: Ranks) -> None:
-    """100 batches at GPT-2 Small's initial weights: r / √d, and the time over the passes that the probe needs.
+    """Probes 100 batches at GPT-2 Small's initial weights: r / √d, and the time relative to the passes it needs.
 
-    Batches are of 16 samples of 1,024 tokens; the paper's are of 640 samples. What a probe adds to a batch does not
-    depend on its size, so the ratio is larger here than at 640.
+    Batches have 16 samples of 1,024 tokens; the paper's have 640 samples. The probe's extra work per batch does not
+    depend on the batch size, so the ratio is larger here than at 640.
     """
     assert stage.data is not None
     model = MODELS["gpt2-124m"][0] if not stage.rehearse else "gpt2_tiny.yaml"
@@ -142,9 +142,9 @@ def probe_small(stage: Stage, device: Device, ranks: Ranks) -> None:
         "probe.every": 1, "probe.num_batches": batches, "checkpoint.at_steps": "[]",
     }  # fmt: skip
     config = check(load_config(CONFIGS / model, words(settings)))
-    torch.compiler.reset()  # another shape than the parts above: without it mcore's fusions are compiled for any shape
+    torch.compiler.reset()  # the parts above had another shape: without a reset mcore's fusions are compiled for dynamic shapes
     with built(config, device, ranks) as (built_run, _):
-        first = probe_run(built_run)  # compiles, and is the result
+        first = probe_run(built_run)  # compiles the fusions; its result is used, its time is not
         assert first is not None
         if device.kind == "cuda":
             torch.cuda.reset_peak_memory_stats()

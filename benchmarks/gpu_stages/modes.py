@@ -1,4 +1,4 @@
-"""LION inside DistributedOptimizer on one rank: the fused step against Megatron's fp32 shards, bit for bit."""
+"""LION in DistributedOptimizer on one rank: compares the fused step with Megatron's fp32 shards bit for bit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODES = {SHARDS: "shards", FUSED: "fp32", HALF_UP: "fp32", SPLIT: "split32"}
 
 
 def compare_modes(stage: Stage) -> None:
-    """20 steps (4 in a rehearsal) in each mode, from the same weights and batches, without and with clipping."""
+    """Takes 20 steps (4 in a rehearsal) in each mode from the same weights and batches, without and with clipping."""
     settings = tiny_settings(stage.rehearse) | {
         "train.precision": "bf16",
         "train.steps": 4 if stage.rehearse else 20,
@@ -60,10 +60,10 @@ def train(config: Any, device: Any, ranks: Any, *, reference: bool) -> dict[str,
 
 
 def use_our_norm(run: Run, apart: list[float]) -> None:
-    """Lets Megatron's shards clip by the norm of the fused step, and notes by how much upstream's own norm differs.
+    """Lets Megatron's shards clip by the norm of the fused step, and records the difference of upstream's own norm.
 
-    On CUDA the two sum the tensors in another order. One last bit of the norm is one of the clip coefficient, and the
-    comparison of the updates, which is what this is about, would fail for it.
+    On CUDA the two norms sum the tensors in different orders. A difference in the last bit of the norm changes the clip
+    coefficient, and the comparison of the updates would fail although the updates are equal.
     """
     megatron: Any = run.optimizer.megatron
     upstream = megatron.get_grad_norm
@@ -89,7 +89,7 @@ def compare(stage: Stage, part: str, one: dict[str, Any], other: dict[str, Any])
 
 @contextlib.contextmanager
 def copies_rounded_half_up() -> Iterator[None]:
-    """fp32 masters write their bf16 copies as split masters do; otherwise exact ties, 1 value in 65,536, differ."""
+    """Makes fp32 masters round their bf16 copies like split masters; otherwise exact ties, 1 value in 65,536, differ."""
     encode = PackedLayout.encode
 
     def half_up(layout: Any, param: Any, state: Any, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The CPU's side of stage `run`, in a process that sees no GPU: a tiny model's numbers, and a checkpoint there and back.
+"""The CPU process of stage `run`, which has no GPU: a tiny model's numbers, and a checkpoint restored and saved.
 
 python -m gpu_stages.on_cpu REQUEST.json ANSWER.json
 """
@@ -26,7 +26,7 @@ from .runs import built, fingerprints, take_step
 
 
 def tiny_numbers(config: RunConfig, device: Device, ranks: Ranks) -> dict[str, Any]:
-    """What must not depend on the device: initial weights bit for bit, norms of a probe and a loss to rounding."""
+    """Numbers that must not depend on the device: initial weights bit for bit, a probe's norms and a loss to rounding."""
     with built(config, device, ranks) as (run, batches):
         weights = fingerprints(run)[1]
         probe = probe_run(run)
@@ -45,7 +45,7 @@ def load_and_save(
 ) -> tuple[str, str]:
     """Restores the newest checkpoint of a run on this device, saves it in another folder, and takes one more step.
 
-    Restoring compares fingerprints; the step uses the dropout streams, whose states differ between kinds of devices.
+    Restoring compares fingerprints. The step uses the dropout streams, whose states differ between kinds of devices.
     """
     checkpoint = find_latest(found_in or Path(source.run_dir))
     assert checkpoint is not None
@@ -68,7 +68,9 @@ def main() -> None:
         config = load_config(Path(request["tiny_config"]))
         answer["tiny"] = tiny_numbers(replace(config, device="cpu"), device, ranks)
         run_dir = Path(request["run_dir"])
-        while not list(run_dir.glob("checkpoints/step_*/manifest.json")):  # it trains beside us; our parent ends us
+        while not list(
+            run_dir.glob("checkpoints/step_*/manifest.json")
+        ):  # the run trains at the same time; the parent process kills this one at its limit
             time.sleep(0.05)
         run = replace(load_config(run_dir / "config.yaml"), device="cpu")
         answer["fingerprints"] = load_and_save(run, Path(request["target"]), device, ranks)

@@ -1,4 +1,4 @@
-"""What is checked before the first stage: a mistake that costs a line here would cost minutes of a GPU later."""
+"""Checks before the first stage, so that a wrong argument does not cost minutes of a GPU."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from measuring import version_of
 from .stage import ROWS, SAME, read_rows
 
 REQUIRED = ("megatron-core", "jsonargparse", "docstring_parser")
-# These stages import megatron-core or the config files' parser; the others need torch and triton alone.
+# These stages import megatron-core or the parser of config files; the others need only torch and triton.
 NEED_PACKAGES = {"correct", "loop", "run", "bert"}
 
 
 def problem_of(args: argparse.Namespace, facts: dict[str, Any], stages: Sequence[str]) -> str | None:
-    """Returns the first reason not to start, in one line with what to do, or None."""
+    """Returns the first reason not to start, with its remedy in one line, or None."""
     missing = [package for package in REQUIRED if version_of(package) is None]
     if missing and NEED_PACKAGES.intersection(stages):
         return (

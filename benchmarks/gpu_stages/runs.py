@@ -1,4 +1,4 @@
-"""Built runs for the stages that train: random tokens, steps, fingerprints."""
+"""Helpers of the stages that train: runs on random tokens, steps, fingerprints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_lion.train.run import Run, build_run
 
 
 def random_tokens(folder: Path, vocab_size: int, seq_length: int) -> str:
-    """A dataset of random tokens: what they are does not matter to a check of bits."""
+    """A dataset of random tokens, whose values do not matter to a comparison of bits."""
     return random_data(folder, "gpt2", seq_length, vocab_size=vocab_size)
 
 
@@ -31,7 +31,7 @@ def built(config: RunConfig, device: Device, ranks: Ranks) -> Iterator[tuple[Run
 
 
 def fingerprints(run: Run) -> tuple[str, str]:
-    """Of master weights with optimizer state, and of the model's own weights."""
+    """Fingerprints of the master weights with optimizer state, and of the model's weights."""
     return state_fingerprint(run.model, run.optimizer), weights_fingerprint(run.model)
 
 

@@ -10,7 +10,7 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# What a check of bits needs: nothing measured on the way, no warm-up, a rate that leaves many weights on rounding ties.
+# For comparisons of bits: no tests or probes, no warm-up, and a rate with which many weights are rounding ties.
 QUIET = {
     "train.test_every": 0, "probe.every": 0, "checkpoint.every": 0, "checkpoint.at_steps": "[]", "schedule.kind": "constant",
     "schedule.warmup_steps": 0, "optimizer.lr": 2.0**-10, "optimizer.weight_decay": 0.1, "log.progress": False,
@@ -22,12 +22,12 @@ SMALLER = {
 
 
 def tiny_settings(rehearse: bool) -> dict[str, Any]:
-    """Overrides of configs/gpt2_tiny.yaml: 4 layers of width 128, or less than that in a rehearsal."""
+    """Overrides of configs/gpt2_tiny.yaml: 4 layers of width 128, or a smaller model in a rehearsal."""
     return {**QUIET, **(SMALLER if rehearse else {})}
 
 
 def tiny_config(run_dir: Path, data: Path | str, settings: dict[str, Any]) -> RunConfig:
-    """configs/gpt2_tiny.yaml with other settings, by dotted key, checked as `pretrain` does."""
+    """The config of configs/gpt2_tiny.yaml with other settings by dotted key, checked like in `pretrain`."""
     return check(
         load_config(CONFIGS / "gpt2_tiny.yaml", words({**settings, "run_dir": run_dir, "data.path": f"[{data}]"}))
     )

@@ -1,4 +1,4 @@
-"""One stage of the GPU check: its device, its clock, and the rows that it appends as they are measured."""
+"""A stage of the GPU check: its device, its time limit, and the rows that it appends as they are measured."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from pathlib import Path
 from typing import Any
 
 ROWS = "results.jsonl"
-# What a figure depends on: rows that differ in one of these do not belong into one file.
+# Facts on which a figure depends: all rows of a file must agree in them.
 SAME = ("card", "driver", "torch", "triton", "megatron_core", "commit", "rehearsal")
 _PR_SET_PDEATHSIG = 1
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Appends one JSON line and makes it durable: a lost machine or a kill must not take earlier rows with it."""
-    # One write call on a file opened for appending: a kill leaves the line whole or absent, never half a line.
+    """Appends one JSON line with fsync, so that a lost machine or a kill loses no earlier row."""
+    # One write call on a file opened for appending: after a kill the line is complete or absent.
     with open(path, "ab", buffering=0) as file:
         file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
         os.fsync(file.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a results file, or none if there is no file.
+    """Returns the rows of a results file, or an empty list if it does not exist.
 
     Raises:
-        ValueError: a line is no row of this script; the message names file and line.
+        ValueError: a line is not a row of this script; the message names file and line.
     """
     if not path.exists():
         return []
@@ -41,7 +41,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-        except ValueError as error:  # not UTF-8, too
+        except ValueError as error:  # also raised for text that is not UTF-8
             raise ValueError(f"{path}, line {number}: not a JSON object") from error
         missing = (
             [key for key in ("stage", "part", "time", *SAME) if key not in row] if isinstance(row, dict) else ["fields"]
@@ -55,20 +55,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def work_folder(output: Path, stage: str) -> Path:
-    """Where a stage keeps its files; gpu.py removes it, so its name must be nobody else's."""
+    """Folder of a stage's files; gpu.py deletes it, so its name must be unique to the stage."""
     return output / f"gpu_{stage}_files"
 
 
 @dataclass
 class Stage:
-    """What a stage's process works with.
+    """The inputs of a stage's process.
 
     Attributes:
-        name: of the stage.
+        name: name of the stage.
         output: folder of results.jsonl; each stage may keep files in `work_folder`.
-        cap_s: seconds that the stage may take; its process is killed after that.
-        rehearse: tiny sizes on a CPU, to show that every line runs.
-        facts: card, driver, versions and commit; they are part of every row.
+        cap_s: limit in seconds, after which the process is killed.
+        rehearse: whether to use tiny sizes on a CPU, to show that all code runs.
+        facts: card, driver, versions and commit, which are part of every row.
         data: prepared dataset folder with real text, or None.
         text: file to evaluate on, or None.
         started: monotonic time at which the stage's process was started.
@@ -89,13 +89,13 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """A folder for the files of this stage."""
+        """The folder for the files of this stage; it is created."""
         path = work_folder(self.output, self.name)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def remaining(self) -> float:
-        """Seconds until the cap."""
+        """Seconds until the limit."""
         return self.cap_s - (time.monotonic() - self.started)
 
     def row(self, part: str, **values: Any) -> None:
@@ -104,15 +104,15 @@ class Stage:
         append_row(self.output / ROWS, {**moment, **values, "rehearsal": self.rehearse, **self.facts})
 
     def attempt(self, part: str, needs_s: float, work: Callable[[], None]) -> bool:
-        """Runs one part of the stage and records what it raises, out of memory included.
+        """Runs one part of the stage and records its exception, out of memory included.
 
         Args:
-            part: its name in the rows.
-            needs_s: seconds that it takes on an H100; it is not started if fewer remain.
-            work: appends its own rows.
+            part: name of the part in the rows.
+            needs_s: seconds that the part takes on an H100; it is skipped if fewer remain.
+            work: function that appends the rows of the part.
 
         Returns:
-            Whether it ran to its end.
+            Whether the part ran to its end.
         """
         if self.remaining() < needs_s:
             self.row(
@@ -143,7 +143,7 @@ def _last_frames(error: BaseException) -> list[str]:
 
 
 def release_memory() -> None:
-    """Frees what the last part left, so that the next one does not run out of memory because of it."""
+    """Frees the memory of the last part, so that the next one does not run out of memory because of it."""
     import torch
 
     gc.collect()
@@ -152,6 +152,6 @@ def release_memory() -> None:
 
 
 def end_with_parent() -> None:
-    """Asks the kernel to kill this process when the one that started it ends, however it ends (Linux only)."""
+    """Asks the kernel to kill this process when its parent ends, even by SIGKILL (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

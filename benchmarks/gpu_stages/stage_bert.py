@@ -1,4 +1,4 @@
-"""Stage `bert`: BERT-Base and BERT-Small with the real loader and with batches that are ready: what the loader costs."""
+"""Stage `bert`: BERT-Base and BERT-Small with the real loader and with ready batches: the cost of the loader."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(stage: Stage) -> None:
 def measure(
     stage: Stage, model: str, source: str, data: str, device: Device, ranks: Ranks, found: dict[str, float]
 ) -> None:
-    """Tokens a second with batches from `source`; the loader's row has its share of the rate with ready batches."""
+    """Measures tokens/s with batches from `source`; the loader's row has its ratio to the rate with ready batches."""
     torch.compiler.reset()
     warmup, steps = (1, 3) if stage.rehearse else (4, 12)
     args = Namespace(micro_batch_size=2 if stage.rehearse else MODELS[model][1], num_microbatches=2,
@@ -57,7 +57,7 @@ def measure(
 
 
 def ready_batches(run: Run) -> Iterator[Any]:
-    """The micro-batches of the first step, on the device, over and over."""
+    """The micro-batches of the first step, on the device, repeated without end."""
     batches = run.train_batches()
     first = list(itertools.islice(batches, run.config.num_microbatches(run.ranks.world_size)))
     return itertools.cycle(first)

@@ -1,4 +1,4 @@
-"""Stage `correct`: the compiled kernel and the distributed optimizer match their references bit for bit."""
+"""Stage `correct`: compares the compiled kernel and the distributed optimizer with their references bit for bit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def run(stage: Stage) -> None:
     stage.attempt("kernel = reference", 20, lambda: every_form(stage))
     stage.attempt("CUDA graph", 2, lambda: graph(stage))
     stage.attempt("2^31 + 16 elements", 5, lambda: beyond_int32(stage))
-    # megatron-core is imported only here: what is above runs without it.
+    # megatron-core is imported only here: the parts above run without it.
     from .modes import compare_modes
 
     stage.attempt("DistributedOptimizer on one rank", 20, lambda: compare_modes(stage))
 
 
 def compiler(stage: Stage) -> None:
-    """A kernel of one element; its launcher is built by the C compiler, which a slim image may lack."""
+    """Compiles a kernel of one element; Triton builds its launcher with a C compiler, which a slim image may lack."""
     from megatron_lion.optim.triton_check import why_no_triton
 
     reason = why_no_triton()
@@ -38,7 +38,7 @@ def compiler(stage: Stage) -> None:
 
 def every_form(stage: Stage) -> None:
     began = time.monotonic()
-    # Each process compiles its share; more than 8 contexts on one GPU cost more memory than they save time.
+    # Each process compiles its share of the forms. More than 8 CUDA contexts cost memory and save little time.
     processes = 1 if stage.rehearse else max(1, min(8, (os.cpu_count() or 2) // 2))
     forms = FORMS[::19] if stage.rehearse else FORMS
     wrong = differences(stage.device, forms, processes)
@@ -49,7 +49,7 @@ def every_form(stage: Stage) -> None:
 
 
 def graph(stage: Stage) -> None:
-    """A step waits for nothing; each replay of a captured step takes exactly one step, or none if found_inf is set."""
+    """A step makes no host wait; each replay of a captured step takes exactly one step, or none if found_inf is set."""
     if stage.device == "cpu":
         stage.row("CUDA graph", skipped="needs CUDA")
         return
@@ -80,13 +80,13 @@ def graph(stage: Stage) -> None:
 
 
 def beyond_int32(stage: Stage) -> None:
-    """One step over more elements than an int32 offset reaches, every one compared: 21.5 GB and chunks of 2^24."""
+    """Takes one step over more elements than an int32 offset reaches and compares all, in 21.5 GB and chunks of 2^24."""
     numel = (2**12 if stage.rehearse else 2**31) + 16
     chunk = 2**8 if stage.rehearse else 2**24
     device = stage.device
 
     def start(first: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and bf16 gradients of a chunk, the same whenever they are asked for."""
+        """Weights and bf16 gradients of a chunk, seeded by its offset, so that the reference draws the same again."""
         generator = torch.Generator(device).manual_seed(first)
         weights, gradients = (torch.randn(length, generator=generator, device=device) for _ in range(2))
         return weights.bfloat16(), gradients.bfloat16()

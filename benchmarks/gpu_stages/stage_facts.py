@@ -1,4 +1,4 @@
-"""Stage `facts`: what card this is and how fast it copies and multiplies; every other figure is read against it."""
+"""Stage `facts`: the card and its speed of copies and matrix products, to which other figures are compared."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def device(stage: Stage) -> None:
 
 
 def bandwidth(stage: Stage) -> None:
-    """Bytes read and written a second by a copy of 2 GiB (4 MiB in a rehearsal) and by a multiplication in place."""
+    """Bytes read and written per second by a copy of 2 GiB (4 MiB in a rehearsal) and by a multiplication in place."""
     found = bandwidths(stage.device, REHEARSAL_NUMEL if stage.rehearse else None)
     stage.row("bandwidth", copy_gb_per_s=found["copy"] / 1e9, in_place_gb_per_s=found["in_place"] / 1e9)
 
 
 def matmul(stage: Stage) -> None:
-    """A bf16 product of random square matrices: the median of ten after three."""
+    """Speed of a bf16 product of random square matrices: the median of ten after three warm-up products."""
     size = 8192 if stage.device == "cuda" else 256
     left, right = (torch.randn(size, size, device=stage.device, dtype=torch.bfloat16) for _ in range(2))
     times = [time_once(lambda: left @ right, stage.device)[0] for _ in range(13)][3:]

@@ -1,4 +1,4 @@
-"""Stage `kernel`: time of the fused step against the time that its bytes need, launches and host waits a step."""
+"""Stage `kernel`: time of the fused step relative to that of a copy of its bytes, launches and host waits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from optimizer_step import SIZES, Shapes, bandwidths, describe, time_once
 from .stage import Stage, release_memory
 from .stage_facts import REHEARSAL_NUMEL
 
-# (master weights, momentum): bytes read and written a parameter with fp32 gradients, counted from the kernel.
+# (master weights, momentum): bytes read and written per parameter with fp32 gradients, counted from the kernel.
 MODES = {("split32", "fp32"): 20.0, ("split32", "bf16"): 16.0, ("split24", "int8"): 12.125}
-# The shards and models of the paper first; one flat tensor of 10^9 elements is the kernel without its tables.
+# The shards and models of the paper come first; one flat tensor of 10^9 elements measures the kernel without its tables.
 ORDER = ("gpt2-124m", "gpt2-124m-dp16", "gpt2-355m", "flat-1b")
 REHEARSAL_SHAPES: Shapes = [(33,), (1025,)]
 REPLAYS = 50
 # An L2 cache holds up to 60 MB; a shard of 124M at DP 16 takes 60 to 90 MB.
 COPIES, LARGE = 4, 5 * 10**7
-# A graph of so many steps is replayed: the launch gap of one replay, some microseconds, is then small beside a step.
+# Number of steps in a replayed graph: the launch gap of one replay, some microseconds, is then small.
 GRAPH_MS = 4.0
 
 
@@ -36,10 +36,10 @@ def part_name(size: str, mode: tuple[str, str]) -> str:
 
 
 def measure(stage: Stage, size: str, mode: tuple[str, str], copy: float) -> None:
-    """One mode on one size: kernel time, the time that its bytes need at the speed of a copy, launches, waits."""
+    """Measures one mode on one size: kernel time, the time its bytes need at copy speed, launches, waits."""
     shapes = REHEARSAL_SHAPES if stage.rehearse else SIZES[size]
     numel = sum(int(torch.Size(shape).numel()) for shape in shapes)
-    # A small size stands in memory several times, and steps go around the copies, so that the L2 cache holds none of it.
+    # A small size is in memory several times and steps alternate between the copies, so the L2 cache has none of it.
     cases = [make_case(mode, shapes, stage.device) for _ in range(COPIES if numel < LARGE else 1)]
     case = cases[0]
     facts = describe(case, stage.device)
@@ -58,7 +58,7 @@ def measure(stage: Stage, size: str, mode: tuple[str, str], copy: float) -> None
 
 
 def make_case(mode: tuple[str, str], shapes: Shapes, device: str) -> Case:
-    """LION on tensors of these shapes, after one step: the kernel is compiled and its tables are on the device."""
+    """LION on tensors of these shapes after one step, with the kernel compiled and its tables on the device."""
     case = ours(*mode, torch.float32, "triton")([torch.full(shape, 0.5, device=device) for shape in shapes])
     for grad in case.grads:
         grad.normal_()
@@ -67,7 +67,7 @@ def make_case(mode: tuple[str, str], shapes: Shapes, device: str) -> Case:
 
 
 def kernel_seconds(cases: list[Case], device: str) -> tuple[float, str]:
-    """(seconds of one step on the device without the host's part, how it was timed).
+    """(seconds of one step on the device without the host's part, method of timing).
 
     The tables are on the device, so a captured step is the kernel alone.
     """
@@ -84,7 +84,7 @@ def kernel_seconds(cases: list[Case], device: str) -> tuple[float, str]:
 
 
 def median_of_replays(replay: Callable[[], None]) -> float:
-    """Median seconds of a replay between two events, over REPLAYS after three."""
+    """Median seconds of a replay between two events, over REPLAYS after three warm-up replays."""
     for _ in range(3):
         replay()
     return statistics.median(time_once(replay, "cuda")[0] for _ in range(REPLAYS))

@@ -1,4 +1,4 @@
-"""Stage `loop`: tokens/s of the whole training loop, GPT-2 124M in bf16 with `split32`, and where a step's time goes."""
+"""Stage `loop`: tokens/s of the whole training loop of GPT-2 in bf16, and the breakdown of a step's time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .stage import Stage
 
 @dataclass(frozen=True)
 class Variant:
-    """What is timed: a key of train_step.MODELS and OPTIMIZERS, samples a micro-batch, dropout, seconds on an H100."""
+    """A timed case: keys of train_step.MODELS and OPTIMIZERS, samples per micro-batch, dropout, seconds on an H100."""
 
     name: str
     samples: int
@@ -30,7 +30,7 @@ class Variant:
     needs_s: float = 18.0
 
 
-# Dropout 0 is what nanoGPT and llm.c measure; 0.1 is what the configs ship. The fp32 shards are Megatron's own path.
+# nanoGPT and llm.c measure with dropout 0; our configs have 0.1. The fp32 shards are Megatron's own code path.
 VARIANTS = (
     Variant("micro-batch 16, dropout 0", 16, 0.0),
     Variant("micro-batch 16, dropout 0.1", 16, 0.1),
@@ -56,8 +56,8 @@ def run(stage: Stage) -> None:
 
 
 def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ranks) -> None:
-    """Medians of 15 steps after 5, then a profile of 3 more, then the host waits of one."""
-    # mcore's fusions are compiled by shape; without this a second shape compiles them for any shape, and slower.
+    """Measures medians of 15 steps after 5, then a profile of 3 steps, then the host waits of one step."""
+    # mcore's fusions are compiled by shape; without a reset a second shape compiles them for dynamic shapes: slower.
     torch.compiler.reset()
     if device.kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -76,7 +76,7 @@ def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ra
     first = {key: figures.pop(key) for key in ("tokens_per_s", "mfu", "step_ms", "section_ms")}
     stage.row(variant.name, **first, **figures, dropout=variant.dropout, optimizer=variant.optimizer)
     profile = profile_steps(built, lambda: take_step(built, batches), PROFILED)
-    # The profiler slows the host, so the idle time is taken from the step without it.
+    # The profiler slows the host, so the idle time is computed from the step time without it.
     idle = first["step_ms"] - profile["busy_ms"] if device.kind == "cuda" else None
     buckets = sum(len(buffer.buckets) for buffer in built.optimizer.megatron.buffers)
     launches = profile["launches"]

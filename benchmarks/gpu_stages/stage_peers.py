@@ -1,4 +1,4 @@
-"""Stage `peers`: a step of ours beside the optimizers that people use, those that are installed here."""
+"""Stage `peers`: times a step of ours and of other optimizers, as far as they are installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from optimizer_step import SIZES, check, measure
 
 from .stage import Stage
 
-# By class of what is promised; ours first, it is what the others are divided by.
+# By precision class; ours is the first of each, by which the others are divided.
 NAMES = (
     "ours split32",
     "torch AdamW fused + copy",
@@ -24,7 +24,7 @@ NAMES = (
     "bitsandbytes Lion 8-bit",
     "emerging-optimizers Lion + copy",
 )
-# It compiles its update for each shape, which takes longer than all others together: last on a GPU, left out on a CPU.
+# It compiles its update for each shape, which takes longer than all others together: last on a GPU, skipped on a CPU.
 COMPILED = "emerging-optimizers Lion + copy"
 ORDER = ("gpt2-124m-dp16", "gpt2-124m")
 REHEARSAL_SHAPES = [(50, 8), (33,)]
@@ -49,12 +49,12 @@ def run(stage: Stage) -> None:
     pairs = [(size, contender) for size in ORDER for contender in usable]
     base: dict[tuple[str, str], float] = {}
     for size, contender in sorted(pairs, key=lambda pair: pair[1].name == COMPILED):
-        # One at a time: a peer that fails or runs out of memory takes no other peer's row with it.
+        # One at a time: a peer that fails or runs out of memory costs no other peer's row.
         stage.attempt(f"{size} {contender.name}", 2, lambda s=size, c=contender: time_step(stage, s, c, base))
 
 
 def time_step(stage: Stage, size: str, contender: Contender, base: dict[tuple[str, str], float]) -> None:
-    """One contender on one size, divided by the first of its class, which is ours."""
+    """Measures one contender on one size, relative to the first of its class, which is ours."""
     if contender.name == COMPILED:
         check(contender, stage.device)
     (row,) = measure(size, [contender], stage.device, 3 if stage.rehearse else ROUNDS, 1.0)

@@ -1,7 +1,7 @@
-"""Stage `run`: a pretraining run as a user has it: stopped, resumed, taken to a CPU and back, probed, evaluated.
+"""Stage `run`: a user's pretraining run: stopped, resumed, moved to a CPU and back, probed, evaluated.
 
-Parts that are not timed run in parallel: an undisturbed run, one that is stopped and resumed, the CPU's side, and this
-process. The probe of GPT-2 Small, which is timed, runs after they have finished.
+Parts that are not timed run in parallel: an undisturbed run, a run that is stopped and resumed, the CPU process, and
+this process. The probe of GPT-2 Small, which is timed, runs after they have finished.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .children import Child, newest_manifest, wait_for_step
 from .settings import CONFIGS, tiny_config, tiny_settings, words
 from .stage import Stage, describe
 
-# (steps, the step after which SIGTERM comes); a rehearsal leaves a loaded machine 100 steps of time for the signal.
+# (steps, step after which SIGTERM is sent); 100 steps remain, so that the signal is in time on a loaded machine too.
 LENGTHS = {"cuda": (200, 100), "cpu": (130, 30)}
 EVALUATED_TOKENS = 30_000
 
@@ -47,7 +47,7 @@ def run(stage: Stage) -> None:
     cpu = Child(
         stage, "on_cpu", ["-m", "gpu_stages.on_cpu", str(stage.folder / "request.json"), str(answer)], hide_gpu=True
     )
-    # megatron-core is imported here and not at the top: seven seconds in which the processes above import it too.
+    # megatron-core is imported here, not at the top: the seven seconds overlap with its import in the processes above.
     from .in_process import Beside, checks
 
     checks(stage, Beside(twin, undisturbed, cpu, answer, stopper, interrupted), tiny)
@@ -56,7 +56,7 @@ def run(stage: Stage) -> None:
 
 
 def wait_for_data(stage: Stage, data: Path) -> None:
-    """The dataset is made beside the first stages."""
+    """Waits for the dataset, which another process makes during the first stages."""
     while not data.is_dir():
         if stage.remaining() < 5:
             raise TimeoutError(f"{data.name}: the dataset was not made in time; see data.log")
@@ -78,7 +78,7 @@ def pretrain_words(run_dir: Path, settings: dict[str, Any]) -> list[str]:
 
 
 def stop_and_resume(stage: Stage, run_dir: Path, settings: dict[str, Any], found: dict[str, Any]) -> None:
-    """Thread body: starts a run, sends SIGTERM to its process group on the way, and runs the command again."""
+    """Thread body: starts a run, sends SIGTERM to its process group in the middle, and runs the command again."""
     try:
         first = Child(stage, "cut", pretrain_words(run_dir, settings))
         found["signalled"] = wait_for_step(first, run_dir, LENGTHS[stage.device][1], stage.remaining())
@@ -101,7 +101,7 @@ def finished(stage: Stage, run_dir: Path, child: Child) -> None:
 
 
 def same_as_undisturbed(stage: Stage, twin: Path, found: dict[str, Any]) -> None:
-    """Exit code 75, a checkpoint of that moment, and the end of the undisturbed run bit for bit."""
+    """Checks exit code 75, a checkpoint of that step, and the same final state as the undisturbed run bit for bit."""
     expected = newest_manifest(twin)
     keys = ("step", "state_fingerprint", "weights_fingerprint", "consumed_samples")
     same = "manifest" in found and all(found["manifest"][key] == expected[key] for key in keys)
@@ -113,7 +113,7 @@ def same_as_undisturbed(stage: Stage, twin: Path, found: dict[str, Any]) -> None
 
 
 def parity_config(stage: Stage) -> RunConfig:
-    """fp32, no dropout: what differs between two devices is the order of their sums alone."""
+    """Settings with fp32 and no dropout, with which two devices differ only in the order of their sums."""
     settings = tiny_settings(stage.rehearse) | {
         "device": stage.device, "train.precision": "fp32", "train.steps": 1, "probe.every": 1, "probe.num_batches": 4,
     }  # fmt: skip
@@ -122,7 +122,7 @@ def parity_config(stage: Stage) -> RunConfig:
 
 
 def evaluate(stage: Stage, run_dir: Path) -> None:
-    """Perplexity of the first 30,000 tokens of the given text, windows without overlap."""
+    """Evaluates the perplexity of the first 30,000 tokens of the given text in windows without overlap."""
     if stage.text is None:
         stage.row("evaluate", skipped="no text: give --text FILE")
         return

@@ -52,7 +52,7 @@ def test_what_is_not_known_is_refused_by_name():
     environment = {**os.environ, "PYTHONPATH": str(REPO)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
-    assert "--models: gpt3: needs some of gpt2-124m" in result.stderr
+    assert "--models: gpt3: expected some of gpt2-124m" in result.stderr
 
 
 def interrupted_benchmark(rank: int, output: str) -> tuple[str, list[str], list[str]]:
