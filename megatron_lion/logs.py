@@ -14,8 +14,8 @@ from megatron_lion.files import storage_errors
 class LastResort(logging.StreamHandler[TextIO]):
     """Prints warnings to stderr while the root logger has no other handler, as `logging.lastResort` does.
 
-    It is a handler of the root logger, since a package that finds the root logger without one adds its own (absl, a
-    dependency of emerging-optimizers), which would print every message of the log file a second time.
+    It is a handler of the root logger. A package that finds the root logger without one adds its own, such as absl, a
+    dependency of emerging-optimizers. That handler would print every message of the log file a second time.
     """
 
     def __init__(self) -> None:

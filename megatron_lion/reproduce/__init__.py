@@ -1,1 +1,1 @@
-"""The paper's artefacts: how to make each, what the paper says, and what came out here."""
+"""Reproduces the paper's artefacts: plans and starts the runs, and compares the results with the paper."""

@@ -24,7 +24,7 @@ HONESTY = (
     "sigma^2 and L measured along a run are lower bounds on the suprema in the assumptions, so K_min and the bound "
     "are estimates.",
 )
-"""Printed below the table: the limits of what Corollary 3 says about training."""
+"""Notes below the table: the limits of Corollary 3's statement on training."""
 
 
 @dataclass(frozen=True)
