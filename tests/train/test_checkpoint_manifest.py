@@ -100,7 +100,7 @@ def test_random_states_are_read_at_their_own_layout_only(tmp_path: Path, saved_a
 
 @pytest.mark.parametrize("named", [os.system, eval, torch.load, torch.Tensor, Counter, Path])
 def test_metadata_that_only_names_something_else_is_refused(tmp_path: Path, named: Any) -> None:
-    """Nothing is called here, so that only the list of known names can refuse it."""
+    """Nothing is called here, so that just the list of known names can refuse it."""
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps(Metadata(state_dict_metadata={}, planner_data=torch.float16, storage_data={})))
     check_metadata(path, [])
