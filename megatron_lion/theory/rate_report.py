@@ -90,7 +90,7 @@ def advice_section(
     """
     K = K or run.scheduled_steps
     if K is None:
-        raise ConfigError(f"{run.folder}: config.yaml does not say train.steps; give --steps K")
+        raise ConfigError(f"{run.folder}: config.yaml does not set train.steps; give --steps K")
     noise, ends = estimate_variance(run), estimate_gap(run)
     bound = estimate_smoothness(run, noise)
     lines = [f"- K = {K}, d = {run.dimension:,}"]
