@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -141,3 +143,17 @@ def test_mccandlish_inverts_its_model(signal, variance, small, factor):
     big = small * factor
     found = mccandlish(signal + variance / small, small, signal + variance / big, big)
     assert found == pytest.approx((signal, variance), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_ratios_do_not_depend_on_the_size_of_the_gradient(scale):
+    """r = ‖ḡ‖₁ / ‖ḡ‖₂, and so its spread between groups, stays if every gradient is multiplied by a number."""
+    _, groups, _, norms = simulated_groups(8, 100, 1.0, 2.0, torch.Generator().manual_seed(3))
+    scaled = [Group(group.level, scale * group.l1, scale**2 * group.squares, group.count, None) for group in groups]
+    larger = replace(norms, grad_l1=scale * norms.grad_l1, grad_l2=scale * norms.grad_l2)
+    singles = [group.l1 / math.sqrt(group.squares) for group in groups if group.level == 0]
+    rung = make_rung(1, larger, scaled)
+    assert rung.num_groups == 8
+    assert rung.norm_ratio_std == pytest.approx(
+        statistics.stdev(singles) / statistics.fmean(singles) * norms.norm_ratio, rel=1e-9
+    )

@@ -12,10 +12,12 @@ import pytest
 import torch
 from distributed import run_distributed
 from probe_cases import probe_config
-from tiny import opened_run
+from tiny import opened_run, tiny_config
 
 from megatron_lion.errors import DataError
 from megatron_lion.gradient.coordinate_sample import CoordinateSample
+from megatron_lion.gradient.moving import window_cost
+from megatron_lion.parallel import Ranks
 from megatron_lion.runs.probes import longest_ladder, read_probe, read_probes
 
 
@@ -185,3 +187,11 @@ def test_the_ladder_shown_is_the_longest_of_the_same_data(tmp_path):
     write("step_0000007-32-test.json", 32, data="test")
     write("step_0000007-64-fixed.json", 64, ladder=False)
     assert longest_ladder(tmp_path, own) == longer
+
+
+@pytest.mark.parametrize(("sharded", "mebibytes"), [(True, "1.5"), (False, "3.0")])
+def test_cost_of_a_moving_window_is_four_bytes_per_parameter_of_the_shard(tmp_path, sharded, mebibytes):
+    """3 Mi parameters: 12 MiB over TP 2 × PP 2, and over 2 data-parallel ranks too if the optimizer is sharded."""
+    config = tiny_config(tmp_path, "data", parallel__use_distributed_optimizer=sharded, probe__num_batches=7)
+    ranks = Ranks(rank=0, world_size=8, dp_rank=0, dp_size=2, tp_rank=0, tp_size=2, pp_rank=0, pp_size=2)
+    assert f"use {mebibytes} MiB more per process" in window_cost(config, 3 * 2**20, ranks)
