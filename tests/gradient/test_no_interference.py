@@ -8,8 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from distributed import fits, run_distributed, skip_unless_fits
-from tiny import error_of, outcome, read_metrics, run_all, tiny_config, train, write_corpus
+from megatron.core.transformer.transformer_block import TransformerBlock
+from tiny import error_of, opened_run, outcome, read_metrics, run_all, tiny_config, train, write_corpus
+
+from megatron_lion.gradient.accumulate import set_dropout
 
 SETTINGS = {
     "bf16": (1, {"train__precision": "bf16"}),
@@ -189,3 +193,13 @@ def test_moving_window_is_the_mean_of_the_unclipped_gradients_of_its_steps(tmp_p
     assert line["probe/grad_l2"] == pytest.approx(float(mean.norm()), rel=1e-6)
     losses = outcome(config.run_dir)["losses"]
     assert line["probe/loss"] == pytest.approx(sum(losses[2:]) / 3, rel=1e-12)
+
+
+def test_a_probe_without_dropout_keeps_recomputing_activations(tmp_path, corpus):
+    """A model that fits only with recomputation must fit during the probe, too."""
+    with opened_run(tiny_config(tmp_path / "run", corpus, model__hidden_dropout=0.1)) as run:
+        for on in (False, True):
+            set_dropout(run.model[0], on=on)
+            training = {type(module): module.training for module in run.model[0].modules()}
+            assert training[TransformerBlock]
+            assert training[torch.nn.Dropout] == on
