@@ -65,3 +65,17 @@ def test_many_blocks_are_packed_as_the_definition_says(implementation):
     param.grad = torch.from_numpy(values).to(DEVICE)
     optimizer.step()
     assert np.array_equal(optimizer.state[param]["exp_avg"].cpu().numpy(), packed_by_numpy(values))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("master_weights", "dtype"), [("split32", torch.int16), ("split24", torch.int8)])
+def test_a_master_weight_that_is_nan_has_one_form(implementation, master_weights, dtype):
+    """0x7FC0 and a remainder of 0: an equal state has equal bytes, whatever NaN the arithmetic made."""
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16, device=DEVICE))
+    optimizer = Lion([param], lr=0.1, master_weights=master_weights, implementation=implementation)
+    param.grad = torch.tensor([1.0, float("nan"), float("-inf")], dtype=torch.bfloat16, device=DEVICE)
+    optimizer.step()
+    assert param.detach().view(torch.int16)[1:].tolist() == [0x7FC0, 0x7FC0]
+    remainder = optimizer.state[param]["master_param"]
+    assert remainder.dtype == dtype
+    assert remainder[1:].tolist() == [0, 0]

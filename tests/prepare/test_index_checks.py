@@ -167,3 +167,11 @@ def test_documents_without_a_token_are_too_little_data(tmp_path: Path) -> None:
     corpora = open_corpora(DataConfig(path=[str(tmp_path / "a")], split="100,0,0"), MODEL)
     with pytest.raises(DataError, match="too little data: none of its 3 documents"):
         build_datasets(corpora, MODEL, (8, 0, 0), seed=1, cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("vocab_size", [1, 256, 65_499, 65_500, 65_501, 65_536, 250_000])
+def test_token_dtype_is_megatrons(vocab_size):
+    """Token files for a vocabulary have the dtype that Megatron's own tools choose for it."""
+    from megatron.core.datasets.indexed_dataset import DType
+
+    assert indexed_check.token_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
