@@ -16,7 +16,7 @@ from probe_cases import probe_config
 from properties import examples
 from tiny import opened_run
 
-from megatron_lion.gradient.coordinate_sample import CoordinateSample, Group
+from megatron_lion.gradient.coordinate_sample import CoordinateSample, Group, _spread
 from megatron_lion.gradient.noise import estimate_noise, make_rung, mccandlish, rungs_of
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO, GradientNorms
 
@@ -157,3 +157,16 @@ def test_ratios_do_not_depend_on_the_size_of_the_gradient(scale):
     assert rung.norm_ratio_std == pytest.approx(
         statistics.stdev(singles) / statistics.fmean(singles) * norms.norm_ratio, rel=1e-9
     )
+
+
+@given(numel=st.integers(1, 3000), share=st.floats(0.001, 1.0), key=st.text(max_size=3))
+@examples(100)
+def test_sampled_coordinates_lie_one_in_each_of_equal_intervals(numel, share, key):
+    count = max(1, int(numel * share))
+    index = _spread(numel, count, key).tolist()
+    for number, place in enumerate(index):
+        # Interval `number` is [number, number + 1) · numel / count; in whole numbers, so that nothing is rounded.
+        assert number * numel <= (place + 1) * count - 1
+        assert place * count < (number + 1) * numel
+    assert _spread(numel, numel, key).tolist() == list(range(numel))
+    assert _spread(numel, count, key).tolist() == index
