@@ -7,6 +7,8 @@ from distributed import run_distributed
 from probe_cases import probe_config
 from tiny import error_of, opened_run, write_corpus
 
+from megatron_lion.data.probe_samples import ProbeSamples
+
 
 def sample_ids_of(rank, configs):
     """Work of one process: tokens of the samples that probes at steps 0, 1 and 0 read, or the error."""
@@ -82,3 +84,17 @@ def test_one_batch_less_than_refused_is_accepted(tmp_path, corpus, samples):
     found = run_distributed(sample_ids_of, 1, configs)[0]
     assert len(set(found[str(most)][0])) == len(found[str(most)][0]) == 8 * most
     assert found[str(most + 1)][0] == "ConfigError"
+
+
+def test_fresh_samples_are_one_pass_that_begins_elsewhere():
+    """Sample k of the probe is sample start + k of the shuffled data, and the pass continues at the first sample after the last."""
+    samples = ProbeSamples(list("abcdefg"), 7, seed=5)
+    starts = set()
+    for step in range(30):
+        view = samples.at(step)
+        read = [view[index] for index in range(len(view))]
+        start = read[0]
+        at = "abcdefg".index(start)
+        assert "".join(read) == "abcdefgabcdefg"[at : at + 7]
+        starts.add(start)
+    assert len(starts) > 3
