@@ -170,3 +170,16 @@ def test_sampled_coordinates_lie_one_in_each_of_equal_intervals(numel, share, ke
         assert place * count < (number + 1) * numel
     assert _spread(numel, numel, key).tolist() == list(range(numel))
     assert _spread(numel, count, key).tolist() == index
+
+
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_the_error_of_the_signal_is_from_the_largest_groups_of_which_there_are_enough(best):
+    """Inner products of larger halves are less noisy, and 4 of them are the least whose spread says something."""
+    dots = [3.0, 4.0, 6.0, 7.0]
+    groups = [Group(0, 1.0, 2.0, 1, None) for _ in range(8)]
+    for level in (1, 2, 3, 4):
+        values = dots if level == best else [100.0 * level] * (8 if level < best else 3)
+        groups += [Group(level, 1.0, 1.0, 1, value + number * (level != best)) for number, value in enumerate(values)]
+    norms = GradientNorms(2.0, 1.0, 1.0, 0.0, None, 0.0, None, 10)
+    estimate = estimate_noise(groups, Group(-1, 1.0, 1.0, 8, None), norms, batch_samples=1, sampled_fraction=1.0)
+    assert estimate.signal_standard_error == pytest.approx(statistics.stdev(dots) / 2, rel=1e-12)
