@@ -17,7 +17,7 @@ from properties import examples
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.corpora import open_corpora
-from megatron_lion.data.datasets import build_datasets, micro_batches, sample_ids
+from megatron_lion.data.datasets import _parts_in_use, build_datasets, micro_batches, sample_ids
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, DataError
@@ -251,3 +251,19 @@ def test_ids_beyond_the_vocabulary_are_damage(corpus: str, tmp_path: Path) -> No
         DataError, match=rf"token id \d+, the vocabulary has {tiny.VOCAB // 2}: a \.bin file is damaged"
     ):
         list(micro_batches(dataset, **common, device=CPU, vocab_size=tiny.VOCAB // 2))
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("80,10,10", [(0.0, 0.8), (0.8, 0.9), (0.9, 1.0)]),
+        ("50,0,50", [(0.0, 0.5), (0.5, 1.0)]),
+        ("0,0,3", [(0.0, 1.0)]),
+    ],
+)
+def test_every_part_that_megatron_builds_is_checked(
+    tmp_path: Path, split: str, expected: list[tuple[float, float]]
+) -> None:
+    corpora = open_corpora(DataConfig(path=[tiny.write_corpus(tmp_path / "text")], split=split), MODEL)
+    parts = [part for _, *part in _parts_in_use(corpora, (5, None, None))]
+    np.testing.assert_allclose(parts, expected, atol=1e-12)
