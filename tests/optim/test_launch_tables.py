@@ -98,3 +98,20 @@ def test_foreach_operations_of_other_devices_are_the_reference(master_weights, m
             take_step(given, layout, True, multiplier)
         ends.append([tensor for slot in slots for tensor in (slot.param, *slot.state.values())])
     assert all(same_bits(one, other) for one, other in zip(*ends, strict=True))
+
+
+def test_tables_are_kept_while_every_tensor_stays_where_it_is():
+    """Rebuilding them costs the host about ten times what checking the addresses does."""
+    params = [torch.nn.Parameter(torch.ones(40, device=DEVICE)) for _ in range(3)]
+    optimizer = Lion(params, implementation="triton")
+    grads = [torch.ones(40, device=DEVICE) for _ in params]
+    fleets = []
+    for step in range(4):
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        if step == 3:
+            params[1].grad = grads[1].clone()
+        optimizer.step()
+        fleets.append(optimizer._fleet)
+    assert fleets[0] is fleets[1] is fleets[2]
+    assert fleets[3] is not fleets[2]
