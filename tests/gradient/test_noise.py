@@ -35,7 +35,7 @@ def sampled(rank, config, size):
         ) as full:  # fmt: skip
             reads = []
             for _ in range(4):
-                full.add(batches)
+                assert not full.add(batches), "no process was asked to stop"
                 reads.append(full.read().norms())
             groups, whole = sample.groups()
         return [vars(group) for group in groups], vars(whole), [norms.as_dict() for norms in reads], sample.fraction
