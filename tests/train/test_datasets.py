@@ -267,3 +267,10 @@ def test_every_part_that_megatron_builds_is_checked(
     corpora = open_corpora(DataConfig(path=[tiny.write_corpus(tmp_path / "text")], split=split), MODEL)
     parts = [part for _, *part in _parts_in_use(corpora, (5, None, None))]
     np.testing.assert_allclose(parts, expected, atol=1e-12)
+
+
+def test_training_tokens_are_the_first_share_of_all(tmp_path: Path) -> None:
+    path = tiny.write_corpus(tmp_path / "text")
+    total = open_corpora(DataConfig(path=[path], split="1,0,0"), MODEL).train_tokens
+    assert total == np.fromfile(f"{path}.bin", dtype=np.uint16).size
+    assert open_corpora(DataConfig(path=[path], split="50,25,25"), MODEL).train_tokens == total // 2
