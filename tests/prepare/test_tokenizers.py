@@ -213,3 +213,19 @@ def test_no_torch_and_no_transformers_are_imported() -> None:
     heavy = "{'torch', 'transformers', 'tokenizers'}"
     code = f"import sys, megatron_lion.data.tokenizers; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[UNK]\n\xff\n##a\n", "vocab.txt: byte 6 is not UTF-8"),
+        (b"[UNK]\na\n##a\na\n", "vocab.txt: line 4: 'a' is also line 2"),
+        (b"[UNK]\na\n", "vocab.txt: no line begins with ##"),
+        (b"a\n##a\n", "vocab.txt: [UNK] is missing"),
+    ],
+)
+def test_damaged_wordpiece_vocabularies_are_named(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(tmp_path / "vocab.txt")
+    assert said in str(caught.value)
