@@ -38,6 +38,13 @@ def in_second_moment(run: Any) -> None:
     flip_lowest_bit(list(local_shards(run.model, run.optimizer))[3].state["exp_avg_sq"])
 
 
+def in_packed_momentum(run: Any) -> None:
+    """Changes one int8 value by one unit. At the same shards int8 is loaded exactly, so a difference is no rounding."""
+    packed = next(state["exp_avg"] for state in run.optimizer.inner.state.values())
+    assert packed.dtype == torch.uint8
+    packed[3] ^= 1
+
+
 def in_model_weight(run: Any) -> None:
     flip_lowest_bit(list(run.model[0].parameters())[3])
 
@@ -46,6 +53,7 @@ def nowhere(run: Any) -> None:
     pass
 
 
+INT8 = {"train__precision": "bf16", "optimizer__master_weights": "split32", "optimizer__momentum_dtype": "int8"}
 UNSHARDED = {"parallel__use_distributed_optimizer": False}
 # name: where one bit is wrong, which fingerprint shows it ("" if none does), settings
 CASES: dict[str, tuple[Callable[[Any], None], str, dict[str, Any]]] = {
@@ -57,6 +65,8 @@ CASES: dict[str, tuple[Callable[[Any], None], str, dict[str, Any]]] = {
     "fp32 adamw: second moment": (in_second_moment, "state", {"optimizer__name": "adamw"}),
     "bf16: master weight": (in_master_weight, "state", {"train__precision": "bf16"}),
     "bf16: momentum": (in_momentum, "state", {"train__precision": "bf16"}),
+    "int8: nothing": (nowhere, "", INT8),
+    "int8: momentum": (in_packed_momentum, "state", INT8),
     "bf16: weight of the model": (in_model_weight, "weights", {"train__precision": "bf16"}),
     "bf16 unsharded: weight of the model": (in_model_weight, "weights", {"train__precision": "bf16", **UNSHARDED}),
 }
