@@ -130,3 +130,24 @@ def test_found_inf_may_have_any_dtype(implementation, dtype):
         before = [params[0][0].item(), params[2][0].item()]
         optimizer.step(found_inf=found_inf)
         assert [before[0] - params[0][0].item(), before[1] - params[2][0].item()] == expected
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_multiplier_also_decides_which_elements_of_cautious_lion_move(implementation):
+    """The count of agreeing elements, which sets how far the others go, is of the multiplied gradients."""
+    ends = []
+    for factor in (None, -0.25):
+        param = torch.nn.Parameter(torch.linspace(-1, 1, 40, device=DEVICE))
+        name = "reference" if factor is None else implementation
+        optimizer = Lion([param], lr=0.1, betas=(0.5, 0.5), cautious=True, implementation=name)
+        for step in range(3):
+            grad = torch.cos(torch.arange(40.0, device=DEVICE) * (step + 1))
+            multiplier = None
+            if factor is None:
+                grad = grad * -0.25
+            else:
+                multiplier = torch.tensor([factor], device=DEVICE)
+            param.grad = grad
+            optimizer.step(grad_multiplier=multiplier)
+        ends.append(param.detach())
+    assert same_bits(*ends)
