@@ -2,8 +2,8 @@
 
     python .ci/words.py [FILE ...]
 
-Without arguments it reads the Python and shell files of the packages, tests, benchmarks, launch scripts and .ci. In
-Python only comments and string literals count, so a variable may be named `told`; in a shell script the whole text does.
+Without arguments it checks the Python and shell files of the package, tests, benchmarks, launch scripts and .ci. A Python
+file is checked in its comments and string literals, so a variable may be named `told`. A shell script is checked whole.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def as_markdown(result: dict[str, object]) -> str:
         f"{result['documents']:,} documents, {megabytes:.1f} MB of text; {result['machine']}, Python {result['python']}, "
         f"{result['date']}; load average {result['load_average_1min_at_end']} at the end. Processor time of one core.\n\n"
     )
-    rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
+    rows: list[dict[str, object]] = result["rows"]
     cells = [[str(row[key]) for key in ("what", "mb_per_core_s", "ratio")] for row in rows]
     return head + markdown_grid(["", "MB per core-second", "times the first of its kind"], cells, "lrr") + "\n"
 

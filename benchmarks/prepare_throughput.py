@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     result = measure(args.input, args.tokenizer, args.workers)
-    for row in result["rows"]:  # type: ignore[attr-defined]
+    for row in result["rows"]:
         print(f"{row['what']:36} {row['processes']} process(es) {row['seconds']:8.2f} s {row['mb_per_s']:8.2f} MB/s "
               f"{row['mb_per_core_s']:8.2f} MB/core-s  x{row['per_core_over_baseline']:.1f} a core")  # fmt: skip
     if args.output:

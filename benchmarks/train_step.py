@@ -251,7 +251,7 @@ def time_sections(run: Run) -> list[Any]:
             sections.append(lambda: seconds)
         return result
 
-    run.optimizer.step = step  # type: ignore[method-assign]
+    run.optimizer.step = step
     return sections
 
 

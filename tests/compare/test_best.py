@@ -16,7 +16,7 @@ from megatron_lion.errors import CheckpointError
 
 def grid(root: Path, rates: dict[float, float], **settings: object) -> list[Path]:
     """Runs of LION whose losses are higher by the offset given for their rate."""
-    return [write_run(root / f"lion-{rate:g}", lr=rate, offset=offset, **settings) for rate, offset in rates.items()]  # type: ignore[arg-type]
+    return [write_run(root / f"lion-{rate:g}", lr=rate, offset=offset, **settings) for rate, offset in rates.items()]
 
 
 def edit_metrics(folder: Path, *, until: int, add: tuple[dict[str, object], ...] = ()) -> None:

@@ -20,7 +20,7 @@ def fixed(logits_V: list[float]):
 
 def drawn(logits_V: list[float], **settings: float) -> set[int]:
     """Returns the tokens that occur in 400 draws."""
-    chosen = SamplingSettings(max_new_tokens=400, **{"temperature": 1.0, "top_k": 0, **settings})  # type: ignore[arg-type]
+    chosen = SamplingSettings(max_new_tokens=400, **{"temperature": 1.0, "top_k": 0, **settings})
     return set(sample(fixed(logits_V), [0], 1, chosen, seq_length=4, end_id=None)[0])
 
 

@@ -55,7 +55,7 @@ def train_with_copies_rounded_half_up(rank: int, configs: dict[str, Any]) -> dic
         if name == "master_param" and layout.master_weights == "fp32" and param.dtype == torch.bfloat16:
             param.copy_(split_master(state[name], "split32")[0])
 
-    PackedLayout.encode = half_up  # type: ignore[method-assign]
+    PackedLayout.encode = half_up
     return tiny.train_each(rank, configs)
 
 

@@ -119,7 +119,7 @@ def test_private_parts_are_marked_and_listed() -> None:
 
 def test_state_keys_come_from_the_optimizers_name() -> None:
     """Therefore StatefulDistributedOptimizer has its own keys."""
-    source = inspect.getsource(DistributedOptimizer.optimizer_state_keys.fget)  # type: ignore[attr-defined]
+    source = inspect.getsource(DistributedOptimizer.optimizer_state_keys.fget)
     assert '{"lion": ("exp_avg",)}' in source
     assert '("exp_avg", "exp_avg_sq")' in source
 
@@ -175,7 +175,7 @@ def inner_facts(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
             found[name] = {
                 "upstream": plain[0][key]["param"].numel(), "ours": ours[0][key]["param"].numel(),
                 "unpadded": wrapper.buffers[0].numel_unpadded, "whole": wrapper.buffers[0].numel,
-                "complaint": complaint, "keys": DistributedOptimizer.optimizer_state_keys.fget(wrapper),  # type: ignore[attr-defined]
+                "complaint": complaint, "keys": DistributedOptimizer.optimizer_state_keys.fget(wrapper),
             }  # fmt: skip
     return found
 

@@ -64,7 +64,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, wrong_after: 
         return Backend(tokenizer, wrong_after)
 
     module = types.ModuleType("gigatoken.gigatoken_rs")
-    module.load_hf_json = load  # type: ignore[attr-defined]
+    module.load_hf_json = load
     monkeypatch.setitem(sys.modules, "gigatoken", types.ModuleType("gigatoken"))
     monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", module)
     monkeypatch.setattr("megatron_lion.prepare.encoders._gigatoken_version", lambda: "0")
@@ -125,4 +125,4 @@ def test_asking_for_what_is_not_there(tokenizer: Tokenizer, monkeypatch: pytest.
         build_encoder("gigatoken", tokenizer)
     assert build_encoder("auto", tokenizer).name.startswith("tokenizers")
     with pytest.raises(ConfigError, match="encoder 'fast'"):
-        PrepareOptions(tokenizer=tokenizer, output="x", encoder="fast")  # type: ignore[arg-type]
+        PrepareOptions(tokenizer=tokenizer, output="x", encoder="fast")

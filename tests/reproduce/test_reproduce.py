@@ -109,7 +109,7 @@ def test_steps_run_in_order_and_a_failure_ends_them(tmp_path: Path) -> None:
 
 def test_several_nodes_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All nodes train; only the first runs the other steps, and the others wait for its marks."""
-    plan = build_plan("figure-3", "full", Sources(**FULL, output=tmp_path))  # type: ignore[arg-type]
+    plan = build_plan("figure-3", "full", Sources(**FULL, output=tmp_path))
     monkeypatch.setenv("NNODES", "2")
     first: Any = Recorder()
     run_plan(plan, 8, first)
@@ -122,7 +122,7 @@ def test_several_nodes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def full_plan(folder: Path, shift: float = 0.0) -> Plan:
     """Runs with the numbers of Table B.1, with LION's shifted."""
-    plan = build_plan("table-b1", "full", Sources(**FULL, output=folder))  # type: ignore[arg-type]
+    plan = build_plan("table-b1", "full", Sources(**FULL, output=folder))
     from megatron_lion.evaluate.published_results import TABLE_B1
 
     for name, run_dir in plan.paper_runs.items():

@@ -40,6 +40,6 @@ def test_a_run_folder_is_read_whole(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_run_is_named(tmp_path: Path, make: object, says: str) -> None:
-    make(tmp_path / "it")  # type: ignore[operator]
+    make(tmp_path / "it")
     with pytest.raises(CheckpointError, match=says):
         read_run(tmp_path / "it")

@@ -74,7 +74,7 @@ def facts_of(config: Any) -> dict[str, Any]:
 
     asked: dict[str, Any] = {}
 
-    class Recorder(DataLoader):  # type: ignore[type-arg]
+    class Recorder(DataLoader):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             asked.update(workers=kwargs["num_workers"], pinned=kwargs["pin_memory"])
             super().__init__(*args, **kwargs)

@@ -21,7 +21,7 @@ KINDS = ["cosine", "linear", "constant", "inverse_sqrt", "wsd"]
 def run_of(
     kind: str, *, steps: int, warmup: int, lr: float = 1.0, min_lr: float = 0.0, decay: float = 0.2
 ) -> RunConfig:
-    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, min_lr=min_lr, wsd_decay_fraction=decay)  # type: ignore[arg-type]
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, min_lr=min_lr, wsd_decay_fraction=decay)
     return RunConfig(
         schedule=schedule, optimizer=OptimizerConfig(lr=lr), train=TrainConfig(steps=steps, global_batch_size=8)
     )
@@ -97,7 +97,7 @@ def test_warmup_may_be_a_share_of_the_steps() -> None:
 )
 def test_schedules_that_cannot_be(change: dict[str, float], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
-        check_config(run_of(steps=100, **change), 1)  # type: ignore[arg-type]
+        check_config(run_of(steps=100, **change), 1)
 
 
 def test_a_share_that_is_no_number_is_reported_with_the_rest() -> None:

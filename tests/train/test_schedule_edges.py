@@ -11,7 +11,7 @@ from megatron_lion.train.schedule import lr_at
 
 
 def run_of(kind: str, steps: int, warmup: int, lr: float, min_lr: float, decay: float = 0.2) -> RunConfig:
-    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, min_lr=min_lr, wsd_decay_fraction=decay)  # type: ignore[arg-type]
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, min_lr=min_lr, wsd_decay_fraction=decay)
     return RunConfig(schedule=schedule, optimizer=OptimizerConfig(lr=lr), train=TrainConfig(steps=steps))
 
 
