@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,6 +19,9 @@ from megatron_lion.prepare.vocabularies import train_bpe
 
 REPO = Path(__file__).resolve().parent.parent
 SAMPLES = REPO.parent / "shared" / "data"
+needs_samples = pytest.mark.skipif(
+    not SAMPLES.is_dir(), reason="no ../shared/data beside the checkout: real text, vocabularies, evaluation files"
+)
 
 
 def recipe(name: str, folder: Path, **variables: str | Path) -> subprocess.CompletedProcess[str]:
@@ -62,6 +66,42 @@ def test_bert_recipe_makes_sentences(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "data" / "openwebtext-bert" / "manifest.json").read_text())
     assert manifest["sentences"]["sentences"] > 2 * manifest["documents"]
+
+
+@needs_samples
+def test_gpt_recipes_on_real_text_count_transformers_tokens(tmp_path: Path) -> None:
+    """150 documents of OpenWebText with GPT-2's own vocabulary; one end marker a document."""
+    from transformers import GPT2TokenizerFast
+
+    with open(SAMPLES / "corpus" / "sample.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in itertools.islice(lines, 150)]
+    write_jsonl(tmp_path / "openwebtext" / "a.jsonl", texts)
+    reference = GPT2TokenizerFast(str(SAMPLES / "gpt2" / "vocab.json"), str(SAMPLES / "gpt2" / "merges.txt"))
+    expected = sum(len(ids) for ids in reference(texts)["input_ids"]) + len(texts)
+    for name in ("openwebtext.sh", "own_text.sh"):
+        done = recipe(
+            name, tmp_path, INPUT="openwebtext", TOKENIZER=SAMPLES / "gpt2", OUTPUT=f"made by {name}", SPLIT="8,1,1"
+        )
+        assert done.returncode == 0, done.stderr
+        manifest = json.loads((tmp_path / f"made by {name}" / "manifest.json").read_text())
+        assert (manifest["documents"], manifest["tokens"]) == (150, expected)
+
+
+@needs_samples
+def test_bert_recipe_on_real_text_counts_transformers_tokens(tmp_path: Path) -> None:
+    """Sentences are encoded one by one; WordPiece ids of a text do not depend on where it is divided at blanks."""
+    from transformers import BertTokenizerFast
+
+    with open(SAMPLES / "corpus" / "sample.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in itertools.islice(lines, 150)]
+    write_jsonl(tmp_path / "openwebtext" / "a.jsonl", texts)
+    done = recipe("openwebtext_bert.sh", tmp_path, VOCAB=SAMPLES / "bert" / "vocab.txt", OUTPUT="made", SPLIT="8,1,1")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
+    reference = BertTokenizerFast(str(SAMPLES / "bert" / "vocab.txt"), do_lower_case=True)
+    expected = sum(len(ids) for ids in reference(texts, add_special_tokens=False)["input_ids"])
+    assert (manifest["documents"], manifest["tokens"]) == (150, expected)
+    assert manifest["sentences"]["sentences"] > 5 * 150
 
 
 def test_recipe_ends_with_the_exit_code_of_prepare(tmp_path: Path) -> None:
