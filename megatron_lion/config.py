@@ -1,4 +1,4 @@
-"""Settings of a run as typed dataclasses; the text after each field is its --help text.
+"""Settings of a run as typed dataclasses with their --help texts, and sizes that follow from them.
 
 A config is read by `megatron_lion.configfile`, checked by `config_checks`, saved in the run folder with all defaults
 filled in, and not changed after that. Counts are optimizer steps unless the name shows another unit; `seq_length` is in

@@ -1,4 +1,4 @@
-"""Figures of a run's probes: norm ratio over training, the ladder, and norm ratio by layer and kind."""
+"""Figures of the probes of one run, or of comparable runs: norm ratio over training, ladder, layers and kinds."""
 
 from __future__ import annotations
 

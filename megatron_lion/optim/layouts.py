@@ -1,4 +1,4 @@
-"""LION's packed state: which tensors it consists of, and how a step reads and writes them.
+"""LION's packed state: its tensors, how a step reads and writes them, and the dtypes and β2 it allows.
 
 The plain form, `PlainLayout`, is in update.py, so that lion.py and update.py work without this file. The number formats
 are in precision.py.

@@ -1,4 +1,4 @@
-"""Runs the steps of a plan one after another. Running the same command again continues where it stopped."""
+"""Runs the steps of plans one after another, on one or several nodes; a rerun continues where it stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes metrics.jsonl and forwards the numbers to TensorBoard and Weights & Biases if they are enabled."""
+"""Writes metrics.jsonl, repairs its torn last line, and forwards numbers to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds and reads probe results, RUN/probe/step_0001000.json; gradient/probe_result.py defines their content.
+"""Names, finds and reads probe results, RUN/probe/step_0001000.json; gradient/probe_result.py has their content.
 
 The run's own probe of a step is step_0001000.json. Results with other settings at that step have the settings in their
 name, such as step_0001000-64-fixed.json.

@@ -1,4 +1,4 @@
-"""Range checks of numbers, and the constants, settings and terms in which the theorems are stated."""
+"""The theorems' constants, settings and terms, and the checks that numbers are in the range a theorem needs."""
 
 from __future__ import annotations
 

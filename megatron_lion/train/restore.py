@@ -1,4 +1,4 @@
-"""Restores model, optimizer, counters and random states from a checkpoint and compares fingerprints."""
+"""Restores a run from a checkpoint and refuses it if the restored state does not have the saved fingerprint."""
 
 from __future__ import annotations
 
