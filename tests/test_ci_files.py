@@ -50,7 +50,11 @@ def test_a_bug_report_asks_for_the_environment() -> None:
 def test_hooks_run_the_tools_of_the_environment() -> None:
     hooks = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"]
     assert [repo["repo"] for repo in hooks] == ["local"], "a remote hook would use another version of the tool"
+    # One of a key that is written twice is lost silently, so each entry of the file must be an entry that was read.
+    written = re.findall(r"^\s+entry: (.*)$", (REPO / ".pre-commit-config.yaml").read_text(), re.MULTILINE)
     entries = [hook["entry"] for hook in hooks[0]["hooks"]]
+    assert entries == written
+    assert {hook["id"] for hook in hooks[0]["hooks"]} >= {"mypy", "imports", "words", "whitespace"}
     assert any("ruff check" in entry for entry in entries)
     assert any("ruff format" in entry for entry in entries)
 
