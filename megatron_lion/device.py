@@ -1,4 +1,4 @@
-"""The device, CUDA or CPU: its dtypes, memory and peak, and a CPU replacement for megatron-core's CUDA calls.
+"""The device, CUDA or CPU: its dtypes, memory and peak FLOP/s, and a CPU replacement for megatron-core's CUDA calls.
 
 megatron-core 0.19.2 names CUDA in its source (`device="cuda"`, `torch.cuda.current_stream()`, …) and never checks
 whether a device exists. If none exists, `install_cpu_stand_in` replaces these calls by their CPU equivalents, once and

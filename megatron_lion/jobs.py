@@ -1,4 +1,4 @@
-"""Runs subcommands as child processes, optionally under torchrun, and forwards stop signals to them.
+"""Child processes: subcommands, also under torchrun; stop signals, torchrun's environment, ranks' exit codes.
 
 `python -m megatron_lion.jobs first-exit-code FOLDER` prints the exit code of the rank that failed first, for launchers.
 """

@@ -1,1 +1,1 @@
-"""Reads run folders and compares them; needs neither torch nor a model."""
+"""Compares runs: tables, figures and an HTML report; needs neither torch nor a model."""

@@ -1,1 +1,1 @@
-"""Reads tokenized corpora: file checks, tokenizers, datasets and the order of samples."""
+"""Token files: format, checks, writer, manifest, tokenizers, datasets and the order of samples."""

@@ -1,4 +1,4 @@
-"""The full-gradient probe of a run: accumulates, reads the ladder on the way, and builds the result."""
+"""The full-gradient probe of a run: accumulates the gradient, reads the noise ladder, and builds the result."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""LION: the algorithm, its kernels, and its place in Megatron's distributed optimizer."""
+"""LION (algorithm, kernels, reduced-precision state), SGD, and their place in Megatron's DistributedOptimizer."""

@@ -1,4 +1,4 @@
-"""Table rows that the fused loops read: the addresses of a tensor, and the hyper-parameters of a group.
+"""Table rows that kernels.py and lion.cpp read: a tensor's addresses, and a group's hyper-parameters.
 
 The Triton kernel (`kernels.py`) and the C++ loop (`lion.cpp`) read the same tables.
 """

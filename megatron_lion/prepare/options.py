@@ -1,4 +1,4 @@
-"""PrepareOptions: the settings of a preparation, checked when created, and the manifest they lead to."""
+"""PrepareOptions: the settings of a preparation, checked when created, and the manifest planned from them."""
 
 from __future__ import annotations
 

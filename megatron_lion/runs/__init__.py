@@ -1,1 +1,1 @@
-"""The run folder: paths, lock, settings, metrics, checkpoints and probe results; imports no torch."""
+"""The run folder: paths, lock, settings, metrics, checkpoints and probe results; torch only for TensorBoard."""

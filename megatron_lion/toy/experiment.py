@@ -1,4 +1,4 @@
-"""The experiments on the two-dimensional problem: both sides of the theorems, computed exactly.
+"""Simulates LION on the two-dimensional problem and computes both sides of the theorems.
 
 f(θ) = θ₁² + θ₂² + 5 cos θ₁ cos θ₂ has Hessian eigenvalues 2 − 5 cos(θ₁ ± θ₂) in [−3, 7], so L = 7. Its minima
 (0, ±2.125), (±2.125, 0) have f* = 1.884. The gradient comes with N(0, 1) noise per coordinate: σ² = 2, d = 2.

@@ -1,1 +1,1 @@
-"""The training loop, schedules, checkpoints and metrics."""
+"""The training loop, the learning-rate schedule, checkpoints, resuming, and probes of saved checkpoints."""

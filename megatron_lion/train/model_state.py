@@ -1,4 +1,4 @@
-"""The model's weights as megatron-core ShardedTensors, and loading them from a checkpoint."""
+"""The model's weights as ShardedTensors, loading them, and the check that a checkpoint fits the model."""
 
 from __future__ import annotations
 
