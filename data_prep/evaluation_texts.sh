@@ -15,14 +15,16 @@ OUTPUT=${OUTPUT:-data/evaluation}        # folder for both
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
 
+[ -n "$WIKITEXT$LAMBADA" ] || { echo "give WIKITEXT or LAMBADA, the path of the downloaded file" >&2; exit 2; }
 mkdir -p "$OUTPUT"
 words=()
-for file in ${WIKITEXT:+"$WIKITEXT"} ${LAMBADA:+"$LAMBADA"}; do
-    "$PYTHON" -m megatron_lion.evaluate.known_texts "$file" || exit $?
-    # Copied under a temporary name and renamed, so that an interrupted copy leaves no partial text.
-    cp "$file" "$OUTPUT/.$(basename "$file").tmp"
-    mv "$OUTPUT/.$(basename "$file").tmp" "$OUTPUT/$(basename "$file")"
-done
-[ -z "$WIKITEXT" ] || words+=(--wikitext103 "$OUTPUT/$(basename "$WIKITEXT")")
-[ -z "$LAMBADA" ] || words+=(--lambada "$OUTPUT/$(basename "$LAMBADA")")
-echo "next: megatron-lion evaluate RUN --steps all ${words[*]}" >&2
+take() {   # KIND FILE: checks the file, copies it, and adds its flag of `evaluate` to the words
+    [ -n "$2" ] || return 0
+    "$PYTHON" -m megatron_lion.evaluate.known_texts "$1" "$2"
+    cp "$2" "$OUTPUT/.$(basename "$2").tmp"
+    mv "$OUTPUT/.$(basename "$2").tmp" "$OUTPUT/$(basename "$2")"
+    words+=("--$1" "$OUTPUT/$(basename "$2")")
+}
+take wikitext103 "$WIKITEXT"
+take lambada "$LAMBADA"
+printf 'next: megatron-lion evaluate RUN --steps all%s\n' "$(printf ' %q' "${words[@]}")" >&2

@@ -20,7 +20,8 @@ ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and report it, or
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
 
-# INPUT is not quoted: each of its words is one input.
+# INPUT is not quoted: each of its words is one input. set -f leaves patterns to prepare, because bash reads ** as *.
+set -f
 # shellcheck disable=SC2086
 "$PYTHON" -m megatron_lion prepare --task bert --splitter "$SPLITTER" --input $INPUT --json-key "$JSON_KEY" --tokenizer "$VOCAB" \
     --output "$OUTPUT" --split "$SPLIT" --seed "$SEED" --workers "$WORKERS" --on-error "$ON_ERROR"

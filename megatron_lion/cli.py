@@ -17,7 +17,6 @@ from typing import Any
 
 from megatron_lion import __version__
 from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
-from megatron_lion.jobs import record_exit_code
 from megatron_lion.logs import install_last_resort
 
 VERBS = {
@@ -143,6 +142,8 @@ def _report(error: MegatronLionError) -> None:
         sys.stderr.write(f"{prefix}{error}\n")
     folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
     if rank is not None and folder and os.path.isdir(folder):
+        from megatron_lion.jobs import record_exit_code
+
         record_exit_code(Path(folder), int(rank), error.exit_code, str(error))
 
 

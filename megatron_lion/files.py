@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
-
 from megatron_lion.errors import BusyError, StorageError
 
 _BLOCK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# EBADF: NFS implements flock by record locks, which need a descriptor that is open for writing.
+# EBADF: some network file systems report it for a descriptor that they cannot lock.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
 
 
@@ -118,10 +116,12 @@ def file_lock(
         BusyError: another process holds the lock; the message names its pid and host.
         StorageError: the file system cannot lock, or refuses the file.
     """
+    import filelock  # here: it takes 20 ms, and few subcommands lock
+
     path = Path(path)
     with storage_errors(path.parent, "made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    # Without fallback_to_soft=False, filelock replaces a missing flock by a file that a killed holder leaves behind.
+    # fallback_to_soft=False: never a lock that is a file, which a killed holder would leave behind.
     lock = filelock.FileLock(
         path, timeout=wait_s, thread_local=False, fallback_to_soft=False, on_acquired=_write_holder
     )
@@ -163,6 +163,8 @@ def _holder(path: Path) -> str:
 
 def _is_held(path: Path) -> bool:
     """Whether a lock file that this user may only read is locked now."""
+    import filelock
+
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:

@@ -94,11 +94,11 @@ class Jobs:
         if self.asked:
             return STOPPED
         with tempfile.TemporaryDirectory() as folder:
-            # launch/torchrun.sh of an installed package finds no .venv next to it, so it needs this interpreter.
+            # launch/torchrun.sh takes this interpreter: another, such as make's PYTHON, may lack the package.
             environment = {
                 "OMP_NUM_THREADS": "1",
-                "PYTHON": sys.executable,
                 **os.environ,
+                "PYTHON": sys.executable,
                 "MEGATRON_LION_EXIT_DIR": folder,
             }
             self._process = subprocess.Popen(
@@ -126,7 +126,10 @@ def _end_with_parent() -> None:
 def record_exit_code(folder: Path, rank: int, exit_code: int, message: str) -> None:
     """Writes a rank's exit code to `exit.<rank>.json`: torchrun reports 1 for every failed worker."""
     content = {"rank": rank, "exit_code": exit_code, "error": message}
-    (folder / f"exit.{rank}.json").write_text(json.dumps(content), encoding="utf-8")
+    # Renamed when complete: torchrun may kill this rank at any moment, and the reader parses every file.
+    temporary = folder / f".exit.{rank}.json.tmp"
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(folder / f"exit.{rank}.json")
 
 
 def first_exit_code(folder: Path) -> int | None:
@@ -137,7 +140,7 @@ def first_exit_code(folder: Path) -> int | None:
 
 
 if __name__ == "__main__":
-    verb, folder = sys.argv[1:]
-    assert verb == "first-exit-code", verb
-    found = first_exit_code(Path(folder))
+    if len(sys.argv) != 3 or sys.argv[1] != "first-exit-code":
+        sys.exit("usage: python -m megatron_lion.jobs first-exit-code FOLDER")
+    found = first_exit_code(Path(sys.argv[2]))
     sys.stdout.write("" if found is None else f"{found}\n")

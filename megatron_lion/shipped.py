@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron_lion.errors import EnvironmentFault
 
+KNOWN_FILES = {"configs": "gpt2_small.yaml", "launch": "torchrun.sh"}
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -25,7 +26,8 @@ def shipped_folder(name: Literal["configs", "launch"], package: Path = PACKAGE) 
         EnvironmentFault: the folder is in neither place.
     """
     for folder in (package / name, package.parent / name):
-        if folder.is_dir():
+        # A known file: a folder of this name beside an installed package may belong to another project.
+        if (folder / KNOWN_FILES[name]).is_file():
             return folder
     raise EnvironmentFault(
         f"{package}: the package was installed without its {name}/ folder; install the package again"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -67,9 +65,6 @@ def blocked(numbers: Iterable[int]) -> Iterator[None]:
     Processes that are started in the block inherit the blocked signals, so a signal to the process group cannot kill
     a child that has not installed its handlers yet.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, set(numbers))
     try:
         yield
@@ -80,6 +75,8 @@ def blocked(numbers: Iterable[int]) -> Iterator[None]:
 def signal_when_parent_ends(number: int) -> None:
     """Asks the kernel to send this process a signal when its parent ends, even by SIGKILL; no effect outside Linux."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
@@ -102,6 +99,8 @@ def obey_only_the_parent(worker: int) -> None:
         return
     # sigtimedwait on a blocked SIGTERM returns the sender's pid, which a Python signal handler does not receive.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    import multiprocessing
+
     parent = multiprocessing.parent_process()  # not os.getppid(): that can be multiprocessing's fork server
     assert parent is not None, "torch runs this in a worker process"
     threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()

@@ -9,10 +9,10 @@ import pytest
 from megatron_lion.jobs import Jobs
 
 
-def test_launchers_run_this_interpreter_unless_another_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_run_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHON", raising=False)
     script = '[ "$PYTHON" = "$1" ]'
     with Jobs() as jobs:
         assert jobs.run_command(["sh", "-c", script, "sh", sys.executable]) == 0
-        monkeypatch.setenv("PYTHON", "/opt/python")
-        assert jobs.run_command(["sh", "-c", script, "sh", "/opt/python"]) == 0
+        monkeypatch.setenv("PYTHON", "/opt/python-without-the-package")
+        assert jobs.run_command(["sh", "-c", script, "sh", sys.executable]) == 0

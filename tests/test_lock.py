@@ -208,7 +208,8 @@ def test_a_file_that_cannot_be_opened_is_not_in_use(
 def test_one_who_may_only_read_it_learns_whether_it_is_held() -> None:
     """Another user's run folder: both messages, as a user without the right to write."""
     ask = (
-        "import os, sys\nfrom megatron_lion.files import file_lock\n"
+        "import os, sys\nimport filelock  # before the rights to read its folder are dropped\n"
+        "from megatron_lion.files import file_lock\n"
         "if os.geteuid() == 0:\n    os.setgroups([])\n    os.setegid(65534)\n    os.seteuid(65534)\n"
         "try:\n    with file_lock(sys.argv[1], 'THE RUN', 'WAIT'):\n        print('mine')\n"
         "except Exception as error:\n    print(type(error).__name__, error)\n"

@@ -116,11 +116,11 @@ def test_evaluation_recipe_refuses_a_changed_file(tmp_path: Path) -> None:
     (tmp_path / "wiki.test.tokens").write_text(" = Robert <unk> = \n")
     done = recipe("evaluation_texts.sh", tmp_path, LAMBADA="")
     assert done.returncode == 3
-    assert "wiki.test.tokens: not a published evaluation text" in done.stderr
+    assert "wiki.test.tokens: is not a published text" in done.stderr
     assert not list((tmp_path / "data" / "evaluation").iterdir())
-    assert (
-        recipe("evaluation_texts.sh", tmp_path, LAMBADA="", WIKITEXT="").returncode == 0
-    )  # an empty value leaves it out
+    nothing = recipe("evaluation_texts.sh", tmp_path, LAMBADA="", WIKITEXT="")
+    assert nothing.returncode == 2
+    assert "give WIKITEXT or LAMBADA" in nothing.stderr
 
 
 @pytest.mark.skipif(
@@ -133,3 +133,23 @@ def test_evaluation_recipe_takes_the_published_files(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "texts").iterdir()} == {wikitext.name, lambada.name}
     assert (tmp_path / "texts" / wikitext.name).read_bytes() == wikitext.read_bytes()
     assert "--wikitext103 texts/wiki.test.tokens --lambada texts/lambada_test.jsonl" in done.stderr
+
+
+@needs_samples
+@pytest.mark.parametrize("given", ["wikitext/test.txt", "wikitext/wiki.valid.tokens", "lambada/lambada_test.jsonl"])
+def test_another_published_text_is_not_the_test_text(tmp_path: Path, given: str) -> None:
+    """WikiText-2's file has the same name as WikiText-103's, and its perplexity is another number."""
+    done = recipe("evaluation_texts.sh", tmp_path, WIKITEXT=SAMPLES / given, LAMBADA="")
+    assert done.returncode == 3
+    assert "needed is WikiText-103 tokens test or WikiText raw test" in done.stderr
+
+
+def test_patterns_reach_every_folder(tmp_path: Path) -> None:
+    """bash reads ** as *, so the recipe must leave patterns to prepare."""
+    texts = prose(90)
+    for number, folder in enumerate(("a", "a/b", "a/b/c")):
+        write_jsonl(tmp_path / folder / "text.jsonl", texts[number::3])
+    train_bpe([tmp_path / "a" / "text.jsonl"], 300, tmp_path / "gpt2")
+    done = recipe("own_text.sh", tmp_path, INPUT="a/**/*.jsonl", OUTPUT="made", SPLIT="80,10,10", WORKERS="1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "made" / "manifest.json").read_text())["documents"] == 90

@@ -60,7 +60,7 @@ def run(args: Any) -> None:
     from megatron_lion.evaluate.open_target import split_target
     from megatron_lion.jobs import world_size_from_env
     from megatron_lion.runs.folder import read_config
-    from megatron_lion.runs.steps import choose_steps
+    from megatron_lion.runs.steps import choose_step
 
     if world_size_from_env() > 1:
         raise ConfigError("export runs on one process: start it without torchrun")
@@ -70,7 +70,7 @@ def run(args: Any) -> None:
     from megatron_lion.interop.hf_export import export_checkpoint
 
     with open_run(folder, device=args.device, precision="fp32", tokenizer=args.tokenizer) as model:
-        (step,) = choose_steps(step_word, model.steps)[-1:]
+        step = choose_step(step_word, model.steps)
         dtype = None if args.dtype == "stored" else args.dtype
         done = export_checkpoint(
             model, step, Path(args.output), dtype=dtype, overwrite=args.overwrite, check=args.check

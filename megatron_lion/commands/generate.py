@@ -75,10 +75,10 @@ def run(args: Any) -> None:
             raise ConfigError(f"{flag} {given}: must be {expected}")
     folder, step = split_target(Path(args.target), args.step)
     from megatron_lion.evaluate.text_sampling import SamplingSettings, sample
-    from megatron_lion.runs.steps import choose_steps
+    from megatron_lion.runs.steps import choose_step
 
     with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
-        model.load(choose_steps(step, model.steps)[-1])
+        model.load(choose_step(step, model.steps))
         tokenizer = model.tokenizer
         end_id = tokenizer.eod_id if tokenizer.eod_token is not None else None
         prompt = tokenizer.encode(args.prompt) if args.prompt else [tokenizer.eod_id]

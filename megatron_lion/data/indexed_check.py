@@ -93,8 +93,11 @@ class IndexedInfo:
         """Smallest and largest token id; the first access reads the whole of PREFIX.bin."""
         # Mapped and scanned in parts of 4 Mi tokens: the file may be larger than memory.
         tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-        parts = [tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS)]
-        return min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)
+        parts = (tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS))
+        ends = [
+            (int(part.min()), int(part.max())) for part in parts
+        ]  # one pass: each part is in the cache for the second
+        return min(low for low, _ in ends), max(high for _, high in ends)
 
     @property
     def max_token(self) -> int:

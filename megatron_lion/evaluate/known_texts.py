@@ -26,32 +26,38 @@ LAMBADA: dict[str, str] = {
     "4aa8d02cd17c719165fc8a7887fddd641f43fcafa4b1c806ca8abc31fabdb226": "LAMBADA test, as processed for GPT-2"
 }
 UNKNOWN = "unknown"
+# What a published zero-shot result is measured on; the files of WikiText-2 and of the validation split have similar names.
+EXPECTED = {"wikitext103": ("WikiText-103 tokens test", "WikiText raw test"), "lambada": tuple(LAMBADA.values())}
 
 
-def identify(path: str | Path) -> str:
-    """Returns the name of the published text that a file contains, by the SHA-256 of its bytes.
+def identify(path: str | Path, kind: str) -> str:
+    """Name of a published text.
+
+    Args:
+        path: the file.
+        kind: "wikitext103" or "lambada": what it must be.
 
     Raises:
-        DataError: the file cannot be read, or is not a published text.
+        DataError: the file cannot be read, or is not such a text.
     """
     try:
         found = sha256_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); give the path of the downloaded file") from None
-    name = (WIKITEXT | LAMBADA).get(found)
-    if name is None:
-        raise DataError(
-            f"{path}: not a published evaluation text (SHA-256 {found[:12]}); expected wiki.test.tokens "
-            "or wiki.test.raw of WikiText-103, or lambada_test.jsonl, exactly as published; download it again"
-        )
+    name = (WIKITEXT | LAMBADA).get(found, f"not a published text (SHA-256 {found[:12]})")
+    if name not in EXPECTED[kind]:
+        raise DataError(f"{path}: is {name}; needed is {' or '.join(EXPECTED[kind])}, exactly as published")
     return name
 
 
-def main(paths: list[str]) -> int:
-    """Prints the name of each file's text; returns the exit code."""
+def main(words: list[str]) -> int:
+    """Prints the name of a file's text; returns the exit code."""
+    if len(words) != 2 or words[0] not in EXPECTED:
+        sys.stderr.write("usage: python -m megatron_lion.evaluate.known_texts wikitext103|lambada FILE\n")
+        return 2
+    kind, path = words
     try:
-        for path in paths:
-            sys.stdout.write(f"{path}: {identify(path)}\n")
+        sys.stdout.write(f"{path}: {identify(path, kind)}\n")
     except DataError as error:
         sys.stderr.write(f"megatron-lion: {error}\n")
         return error.exit_code

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .agreement import agreement_kernel
 from .cautious import factors
-from .kernels import lion_kernel
+from .kernels import LR, lion_kernel
 from .tensor_tables import Row, hyper_parameters, master_form, row_of
 from .update import PlainLayout, Slot
 
@@ -231,7 +231,7 @@ def update_plan(
     if plan is None or plan.rows != rows or plan.lrs != lrs:
         groups_table = torch.empty(len(groups), len(hyper[0]), dtype=torch.float32, device=device)
         # Column LR of each group in `groups_table`: the kernel reads every rate through an address.
-        columns = [groups_table.data_ptr() + 4 * (6 * index + 5) for index in range(len(groups))]
+        columns = [groups_table[index, LR.value :].data_ptr() for index in range(len(groups))]
         plan = LaunchTables(
             rows,
             (),

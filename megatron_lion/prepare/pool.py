@@ -31,7 +31,7 @@ def usable_cores() -> int:
 
 def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, encoder: EncoderName) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for platforms without pthread_sigmask
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # should anything in the worker unblock it
     signal_when_parent_ends(signal.SIGKILL)  # a killed parent must not leave workers behind
     # If the parent ended before the line above, that line has no effect.
     if sys.platform == "linux" and os.getppid() != parent:
@@ -47,8 +47,7 @@ def _interrupts_blocked_in_children() -> Iterator[None]:
     An interrupt from the terminal reaches every process, and would end a worker that is still importing with a
     traceback. Only the parent handles it; an interrupt during the block is delivered at its end.
     """
-    if hasattr(signal, "pthread_sigmask"):
-        resource_tracker.ensure_running()  # otherwise the first worker starts it, which unblocks SIGINT
+    resource_tracker.ensure_running()  # otherwise the first worker starts it, which unblocks SIGINT
     with blocked([signal.SIGINT]):
         yield
 

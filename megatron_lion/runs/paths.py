@@ -1,4 +1,4 @@
-"""Names and paths of the files in a run folder; no other module spells them out.
+"""Names and paths of the files in a run folder that more than one module reads or writes.
 
 RUN/config.yaml            settings, resolved
 RUN/run.json               facts: name, optimizer, number of parameters, digests

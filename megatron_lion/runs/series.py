@@ -46,11 +46,6 @@ class Series:
         """The value at the last step, or None if the series is empty."""
         return self.values[-1] if self.values else None
 
-    def at_or_before(self, step: float) -> tuple[int, float] | None:
-        """Returns the last (step, value) that is not after `step`, or None."""
-        found = [pair for pair in zip(self.steps, self.values, strict=True) if pair[0] <= step]
-        return found[-1] if found else None
-
     def best(self) -> tuple[int, float] | None:
         """Returns (step, value) of the smallest value, or None if the series is empty."""
         pairs = list(zip(self.steps, self.values, strict=True))

@@ -69,12 +69,24 @@ def list_steps(run_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in found)
 
 
-def choose_steps(asked: str, available: Sequence[int]) -> list[int]:
+def choose_step(asked: str, available: Sequence[int]) -> int:
+    """Returns the step that `--step` selects: "latest" or a number; see `choose_steps`.
+
+    >>> choose_step("latest", [10, 20])
+    20
+    """
+    if asked == "all" or "," in asked:
+        raise ConfigError(f"--step {asked}: give latest, or one step such as 10000")
+    return choose_steps(asked, available, flag="--step")[0]
+
+
+def choose_steps(asked: str, available: Sequence[int], *, flag: str = "--steps") -> list[int]:
     """Returns the steps that `--steps` selects, ascending.
 
     Args:
         asked: "all", "latest" or steps separated by commas.
         available: steps that have a complete checkpoint, ascending.
+        flag: name of the flag, for messages.
 
     Raises:
         ConfigError: `asked` has none of these forms.
@@ -89,13 +101,16 @@ def choose_steps(asked: str, available: Sequence[int]) -> list[int]:
         try:
             wanted = sorted({int(part.replace("_", "")) for part in asked.split(",")})
         except ValueError:
-            raise ConfigError(f"--steps {asked}: give all, latest, or steps such as 10000,20000") from None
+            wish = (
+                "latest, or one step such as 10000" if flag == "--step" else "all, latest, or steps such as 10000,20000"
+            )
+            raise ConfigError(f"{flag} {asked}: give {wish}") from None
     if not available:
         raise CheckpointError("the run has no complete checkpoint yet; wait for its first save")
     missing = [step for step in wanted if step not in available]
     if missing:
         known = ", ".join(map(str, available))
-        raise CheckpointError(f"--steps {asked}: no complete checkpoint of step {missing[0]} (there are: {known})")
+        raise CheckpointError(f"{flag} {asked}: no complete checkpoint of step {missing[0]} (there are: {known})")
     return wanted
 
 

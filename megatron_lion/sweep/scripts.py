@@ -79,7 +79,8 @@ def slurm_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int, scrip
             "#SBATCH --gpus-per-node": f"#SBATCH --gpus-per-node={processes}",
             "#SBATCH --cpus-per-task": f"#SBATCH --cpus-per-task={4 * processes}",
             "#SBATCH --output": "#SBATCH --output=slurm-%A_%a.out",
-            "LAUNCH=": f"LAUNCH=${{LAUNCH:-{shlex.quote(os.path.relpath(launch / 'torchrun.sh'))}}}",
+            "LAUNCH=": f"LAUNCH=${{LAUNCH:-{shlex.quote(os.path.relpath(launch / 'torchrun.sh'))}}}\n"
+            f"export PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}",
             "export NPROC_PER_NODE=": f"export NPROC_PER_NODE=${{NPROC_PER_NODE:-{processes}}}           # GPUs per node",
             "# A sweep chooses": choice,
         },

@@ -12,6 +12,7 @@ from megatron_lion.config import RunConfig
 from megatron_lion.data.corpora import Corpora
 from megatron_lion.errors import CheckpointError
 from megatron_lion.parallel import Ranks, agree
+from megatron_lion.runs.steps import Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 
 
@@ -58,7 +59,7 @@ def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def check_model(config: RunConfig, corpora: Corpora, checkpoint: ckpt.Checkpoint) -> None:
+def check_model(config: RunConfig, corpora: Corpora, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError unless the checkpoint belongs to this model and this data."""
     manifest, where = checkpoint.manifest, checkpoint.folder
     ours = model_facts(config, corpora.vocab_size)
@@ -84,9 +85,7 @@ def check_model(config: RunConfig, corpora: Corpora, checkpoint: ckpt.Checkpoint
         )
 
 
-def load_weights(
-    config: RunConfig, corpora: Corpora, model: list[Any], checkpoint: ckpt.Checkpoint, ranks: Ranks
-) -> None:
+def load_weights(config: RunConfig, corpora: Corpora, model: list[Any], checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Verifies a checkpoint and loads its weights into the model, at any layout; a collective call.
 
     Raises:

@@ -8,6 +8,7 @@ import torch
 
 from megatron_lion.errors import CheckpointError
 from megatron_lion.parallel import agree, derive_seed, seed_everything
+from megatron_lion.runs.steps import Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
 from megatron_lion.train.model_state import check_model, load_model_tensors, load_weights, model_sharded_state
@@ -17,7 +18,7 @@ from megatron_lion.train.run import Run, bucket_sizes
 logger = logging.getLogger(__name__)
 
 
-def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     """Verifies a checkpoint and restores model, optimizer, counters and random states; a collective call.
 
     Args:
@@ -56,7 +57,7 @@ def restore_run(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     _compare_fingerprints(run, checkpoint)
 
 
-def restore_weights(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+def restore_weights(run: Run, checkpoint: Checkpoint) -> None:
     """Verifies a checkpoint and loads only the model's weights, at any layout; a collective call.
 
     Master weights and optimizer state do not change, so the run can be measured afterwards but not trained.
@@ -68,12 +69,12 @@ def restore_weights(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     run.step = int(checkpoint.manifest["step"])
 
 
-def is_import(checkpoint: ckpt.Checkpoint) -> bool:
+def is_import(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint holds imported initial weights: step 0, without optimizer state."""
     return checkpoint.step == 0 and checkpoint.manifest.get("state_layout") is None
 
 
-def why_no_state(run: Run, checkpoint: ckpt.Checkpoint) -> str | None:
+def why_no_state(run: Run, checkpoint: Checkpoint) -> str | None:
     """Returns why optimizer state and master weights cannot be loaded at this layout, or None if they can."""
     if checkpoint.manifest.get("state_layout") is None:
         return "it holds no optimizer state"
@@ -84,7 +85,7 @@ def why_no_state(run: Run, checkpoint: ckpt.Checkpoint) -> str | None:
     return None
 
 
-def _check_state(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+def _check_state(run: Run, checkpoint: Checkpoint) -> None:
     manifest, where = checkpoint.manifest, checkpoint.folder
     if manifest["optimizer"] != run.optimizer.name:
         raise CheckpointError(
@@ -101,7 +102,7 @@ def _check_state(run: Run, checkpoint: ckpt.Checkpoint) -> None:
             )
 
 
-def _compare_fingerprints(run: Run, checkpoint: ckpt.Checkpoint) -> None:
+def _compare_fingerprints(run: Run, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError if the restored state differs from the saved one without having been rounded."""
     manifest, optimizer = checkpoint.manifest, run.optimizer
     form = manifest.get("state_form", optimizer.state_form())
@@ -121,7 +122,7 @@ def _compare_fingerprints(run: Run, checkpoint: ckpt.Checkpoint) -> None:
     logger.info("%s: its state is rounded to %s, from %s", checkpoint.folder, optimizer.state_form(), form)
 
 
-def _not_what_was_saved(checkpoint: ckpt.Checkpoint, what: str, found: str, saved: str) -> CheckpointError:
+def _not_what_was_saved(checkpoint: Checkpoint, what: str, found: str, saved: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.folder}: the restored {what} fingerprint {found[:12]}, but {saved[:12]} was saved; "
         "please report this, and resume from another step"

@@ -21,6 +21,7 @@ from megatron_lion.model.objective import Objective
 from megatron_lion.optim.distributed_optimizer import StatefulDistributedOptimizer
 from megatron_lion.optim.train_optimizer import TrainOptimizer, build_optimizer
 from megatron_lion.parallel import Ranks, agree, derive_seed, seed_everything
+from megatron_lion.runs.steps import Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
 from megatron_lion.train.model_state import load_weights, model_facts, model_sharded_state
@@ -108,7 +109,7 @@ def build_run(
     ranks: Ranks,
     *,
     for_training: bool = True,
-    imported: ckpt.Checkpoint | None = None,
+    imported: Checkpoint | None = None,
 ) -> Run:
     """Opens the data, builds model and optimizer and seeds dropout; a collective call.
 
@@ -152,7 +153,7 @@ def config_digest(config: RunConfig) -> str:
     return hashlib.sha256(dump_config(config).encode()).hexdigest()
 
 
-def save_run(run: Run) -> ckpt.Checkpoint:
+def save_run(run: Run) -> Checkpoint:
     """Writes and commits a checkpoint of everything that determines the rest of the run; a collective call."""
     sync_parameters(run.model)  # otherwise the model's weights of the last step may not be gathered yet
     layout = run.config.checkpoint.layout

@@ -27,6 +27,11 @@ def by_slug(tables: list[Table]) -> dict[str, Table]:
     return {table.slug: table for table in tables}
 
 
+def value_at(series, step):
+    """The last value that is not after a step."""
+    return [value for at, value in zip(series.steps, series.values, strict=True) if at <= step][-1]
+
+
 def test_table_b1_holds_the_natural_log_of_each_checkpoint(runs: list[RunRecord]) -> None:
     table = by_slug(build_tables(runs))["log-perplexity"]
     assert table.columns == ["model", "optimizer", "200", "400", "600", "800", "1k"]
@@ -83,7 +88,7 @@ def test_equal_budgets_and_targets(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "a", steps=1000), write_run(tmp_path / "b", optimizer="sgd", steps=500)])
     tables = by_slug(build_tables(runs))
     lion, sgd = tables["equal-budget"].rows
-    assert lion[2] == lion[3] == runs[0].series("test/loss").at_or_before(500)[1]
+    assert lion[2] == lion[3] == value_at(runs[0].series("test/loss"), 500)
     assert sgd[2] == runs[1].series("test/loss").last
     target = max(min(run.series("test/loss").values) for run in runs)
     lion, sgd = tables["to-target"].rows
@@ -101,14 +106,14 @@ def test_losses_by_step_by_tokens_and_by_time_are_aligned(tmp_path: Path) -> Non
     by_step = tables["loss-by-step"]
     assert by_step.columns == ["model", "optimizer", "200", "400", "600", "800", "1k"]
     lion, sgd = by_step.rows
-    assert lion[2:] == [runs[0].series("test/loss").at_or_before(step)[1] for step in (200, 400, 600, 800, 1000)]
-    assert sgd[3:] == [runs[1].series("test/loss").at_or_before(400)[1], None, None, None], "it had ended"
+    assert lion[2:] == [value_at(runs[0].series("test/loss"), step) for step in (200, 400, 600, 800, 1000)]
+    assert sgd[3:] == [value_at(runs[1].series("test/loss"), 400), None, None, None], "it had ended"
     assert [row[2:] for row in tables["loss-by-tokens"].rows] == [row[2:] for row in by_step.rows]
     assert tables["loss-by-tokens"].columns[2] == "3.2768M"
     by_time = tables["loss-by-time"]
     assert by_time.columns[2:] == ["2 min", "4 min", "6 min", "8 min"]
     within = [s for s in runs[0].series("test/loss").steps if runs[0].training_seconds(s) <= 120]
-    assert by_time.rows[0][2] == runs[0].series("test/loss").at_or_before(within[-1])[1]
+    assert by_time.rows[0][2] == value_at(runs[0].series("test/loss"), within[-1])
 
 
 def test_a_loss_measured_long_before_does_not_stand_for_a_later_one(tmp_path: Path) -> None:

@@ -62,8 +62,6 @@ def test_series_answers() -> None:
     series = Series((10, 20, 30), (3.0, 1.0, 2.0))
     assert series.best() == (20, 1.0)
     assert series.last == 2.0
-    assert series.at_or_before(25) == (20, 1.0)
-    assert series.at_or_before(5) is None
     assert series.first_at_most(2.5) == 20
     assert series.first_at_most(0.5) is None
     assert series.smoothed(2).values == (3.0, 2.0, 1.5)

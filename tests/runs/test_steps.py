@@ -10,7 +10,7 @@ import pytest
 
 from megatron_lion import runs
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.runs.steps import choose_steps, is_committed, list_steps, run_and_step, step_folder
+from megatron_lion.runs.steps import choose_step, choose_steps, is_committed, list_steps, run_and_step, step_folder
 
 
 def test_steps_are_chosen_by_name_or_number() -> None:
@@ -48,3 +48,13 @@ def test_the_room_needs_no_torch() -> None:
     code = f"import sys, {', '.join(names)}; print(*({{'torch', 'megatron', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("asked", ["all", "10,20", "soon"])
+def test_one_step_is_one_step(asked: str) -> None:
+    """Several would silently become the last one."""
+    assert (choose_step("latest", [10, 20]), choose_step("10", [10, 20])) == (20, 10)
+    with pytest.raises(ConfigError, match=f"--step {asked}: give latest, or one step"):
+        choose_step(asked, [10, 20])
+    with pytest.raises(CheckpointError, match="--step 30: no complete checkpoint of step 30"):
+        choose_step("30", [10, 20])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -174,6 +176,8 @@ def test_the_array_is_made_from_the_template(
     asked = [line.split("=")[0] for line in made if line.startswith("#SBATCH")]
     assert len(asked) == len(set(asked)) == text.count("\n#SBATCH") + 2, "the partition and --array"
     assert "launch folder/torchrun.sh'}" in next(line for line in made if line.startswith("LAUNCH="))
+    # torchrun.sh of an installed package finds no environment beside it.
+    assert f"export PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}" in made
     script.unlink()
     template.write_text(text.replace("# A sweep chooses", "# Somebody chose"))
     assert main([*words, "--slurm"]) == 9
