@@ -1,4 +1,4 @@
-"""Import rules between folders, modules that must not load torch, unsafe calls, and rules for files.
+"""Import rules between folders, modules that must not load torch, and rules for files.
 
 The contracts in pyproject.toml state the allowed imports; `make lint` checks them with import-linter.
 """
@@ -198,25 +198,6 @@ def test_help_needs_no_torch(verb: str) -> None:
     out, _ = run_python("-c", code)
     assert verb in out
     assert "--help" in out
-
-
-def test_no_unsafe_calls() -> None:
-    """No call may run code from data; train/checkpoint_tensors.py reads pickles through an allow-list."""
-    forbidden = {"eval", "exec"}
-    for path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.Call):
-                continue
-            text = ast.unparse(node.func)
-            where = f"{path.relative_to(REPO)}:{node.lineno}"
-            assert not (isinstance(node.func, ast.Name) and text in forbidden), f"{where}: {text}"
-            assert text not in ("pickle.load", "pickle.loads", "os.system", "tarfile.extractall"), f"{where}: {text}"
-            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            if text == "torch.load":
-                assert keywords.get("weights_only") == "True", f"{where}: torch.load without weights_only=True"
-            assert keywords.get("shell") != "True", f"{where}: shell=True"
-            assert keywords.get("allow_pickle") != "True", f"{where}: allow_pickle=True"
-            assert keywords.get("trust_remote_code") != "True", f"{where}: trust_remote_code=True"
 
 
 def test_design_page_lists_every_file() -> None:
