@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
+import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_lion.errors import BusyError, StorageError
 
 _BLOCK_BYTES = 1 << 20
+_TEMPORARY = re.compile(r"\..+\.tmp(-\d+-[0-9a-f]{6})?")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # EBADF: some network file systems report it for a descriptor that they cannot lock.
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EBADF}
@@ -32,6 +36,11 @@ def storage_errors(path: str | Path, doing: str = "written") -> Iterator[None]:
     except OSError as error:
         where = error.filename if isinstance(error.filename, str) else path
         reason = error.strerror or str(error)
+        if error.errno == errno.ELOOP:  # of O_NOFOLLOW: see open_own
+            raise StorageError(
+                f"{where}: cannot be {doing}: it is a symbolic link, and files of a run are not written through links; "
+                "remove the link, then give the same command again"
+            ) from error
         if error.errno in _FULL:
             remedy = "make room there or choose a folder on another disk, then give the same command again"
         else:
@@ -58,23 +67,114 @@ def sha256_file(path: str | Path, on_bytes: Callable[[int], None] | None = None)
 def write_whole(path: str | Path, content: bytes) -> None:
     """Writes a file by temporary name, fsync and rename: a reader sees the old content or the new.
 
+    A temporary file that a killed process left is used again, so none collects.
+
     Raises:
         StorageError: the file system refused.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     with storage_errors(path):
+        handle, temporary = _open_temporary(path)
         try:
-            with open(temporary, "wb") as stream:
+            with open(handle, "wb") as stream:
                 stream.write(content)
                 stream.flush()
                 # Before the rename: otherwise a crash can leave the new name with an empty file.
                 os.fsync(stream.fileno())
-            os.replace(temporary, path)
+                os.replace(temporary, path)  # before the close, which ends the lock on the temporary file
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+def _open_temporary(path: Path) -> tuple[int, Path]:
+    """Opens an empty temporary file beside `path`, alone, and returns its descriptor and path.
+
+    Its name is fixed, so that the next writer removes what a killed one left. Two processes may write the same result at the
+    same time (two `evaluate` of one run); the second one takes a name of its own.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    handle = open_own(temporary, os.O_WRONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Without locks the fixed name is used as it is.
+            alone = error.errno in _NO_LOCKS
+        else:
+            # Between open and flock the other writer may have renamed this very file to its final name. A second link
+            # to it is another name for somebody's file, which must not be emptied either.
+            found = os.fstat(handle)
+            alone = found.st_nlink == 1 and os.path.samestat(found, os.lstat(temporary))
+    except FileNotFoundError:
+        alone = False
+    except BaseException:
+        os.close(handle)
+        raise
+    if alone:
+        os.ftruncate(handle, 0)
+        return handle, temporary
+    os.close(handle)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(3).hex()}")
+    return open_own(temporary, os.O_WRONLY | os.O_EXCL), temporary
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes the temporary files of `write_whole`, and folders named like them, that killed processes left in a folder.
+
+    Call it only if no other process writes into the folder.
+    """
+    for entry in Path(folder).glob(".*.tmp*"):
+        if _TEMPORARY.fullmatch(entry.name) is None:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):  # it is harmless, and the next start tries again
+                entry.unlink()
+
+
+def open_own(path: str | Path, flags: int) -> int:
+    """Opens a file of ours for writing, creating it if needed, and returns its descriptor.
+
+    A folder may come from elsewhere, with a link in place of a file: O_NOFOLLOW keeps us from writing to its target, and
+    O_NONBLOCK from waiting for the reader of a named pipe.
+
+    Raises:
+        OSError: the file system refused; ELOOP for a symbolic link, EINVAL for a file that is not a regular one.
+    """
+    handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return handle
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Appends a line to a file in one write; a killed process loses no line that it has written.
+
+    Raises:
+        StorageError: the file system refused; part of the line may have been written.
+    """
+    with storage_errors(path):
+        handle = open_own(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            rest = memoryview(f"{line}\n".encode())
+            while rest:  # a disk that is nearly full takes a part, and refuses the rest
+                rest = rest[os.write(handle, rest) :]
+        finally:
+            os.close(handle)
+
+
+def make_folder(folder: str | Path) -> None:
+    """Makes a folder and those above it, if they do not exist.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with storage_errors(folder, "made"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -119,8 +219,7 @@ def file_lock(
     import filelock  # here: it takes 20 ms, and few subcommands lock
 
     path = Path(path)
-    with storage_errors(path.parent, "made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # fallback_to_soft=False: never a lock that is a file, which a killed holder would leave behind.
     lock = filelock.FileLock(
         path, timeout=wait_s, thread_local=False, fallback_to_soft=False, on_acquired=_write_holder
@@ -184,4 +283,5 @@ def _lock_refusal(path: Path, error: OSError) -> str:
             f"{path}: cannot be locked: its file system offers no locks ({reason}); choose a folder on another disk, or "
             "mount this one with locks (Lustre: -o flock; NFS: without nolock)"
         )
-    return f"{path}: cannot be locked: {reason}; check its permissions and the disk, then give the same command again"
+    remedy = "make room there" if error.errno in _FULL else "check its permissions and the disk"
+    return f"{path}: cannot be locked: {reason}; {remedy}, then give the same command again"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
-from megatron_lion.files import storage_errors
+from megatron_lion.files import make_folder, open_own, storage_errors
 
 
 class LastResort(logging.StreamHandler[TextIO]):
@@ -38,18 +41,58 @@ def install_last_resort() -> None:
         root.addHandler(LastResort())
 
 
+class _LogFile(logging.FileHandler):
+    """Appends to a log file, and reports once if the disk refuses a message.
+
+    A log is for people, and nothing reads it back. A full disk must not end a run that could go on, and the metrics and
+    checkpoints of the run end it with a StorageError if they find no room themselves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.reported = False
+        super().__init__(path, encoding="utf-8")
+
+    def _open(self) -> TextIOWrapper:
+        return open(open_own(self.baseFilename, os.O_WRONLY | os.O_APPEND), "a", encoding=self.encoding)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.reported:  # a stream keeps what the disk refused, and would grow
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self._report(error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # the stream writes what it could not write before
+            self._report(error)
+
+    def _report(self, error: OSError) -> None:
+        if not self.reported:
+            self.reported = True
+            sys.stderr.write(
+                f"megatron-lion: {self.baseFilename}: cannot be written: {error.strerror or error}; "
+                "log messages are missing from here on, and the run goes on\n"
+            )
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Writes the package's log messages, and every warning of the process, to a file while the block runs.
 
-    An exception that ends the block is logged and raised again.
+    An exception that ends the block is logged and raised again. A message that the disk refuses is lost, with one line on stderr.
 
     Raises:
         StorageError: the file cannot be created.
     """
+    make_folder(path.parent)
     with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     package = logging.getLogger("megatron_lion")
     level = package.level

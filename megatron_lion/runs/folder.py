@@ -18,13 +18,14 @@ from typing import Any
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.files import file_lock, storage_errors, write_whole
+from megatron_lion.files import file_lock, make_folder, remove_leftovers, storage_errors, write_whole
 from megatron_lion.runs.paths import (
     LOCK,
     checkpoints_folder,
     config_file,
     has_begun,
     has_config,
+    is_rank_log,
     lock_file,
     log_folder,
     step_name,
@@ -66,15 +67,8 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
     run_dir = Path(config.run_dir)
     saved = config_file(run_dir)
     if fresh and saved.is_file():
-        number = 1
-        while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-            number += 1
         with storage_errors(run_dir):
-            aside.mkdir()
-            for entry in run_dir.iterdir():
-                if entry.name != LOCK:  # this job holds it; moved, it would no longer protect run_dir
-                    os.replace(entry, aside / entry.name)
-            _bring_back_imported(aside, run_dir)
+            _move_aside(run_dir)
     checkpoints = {entry.name for entry in checkpoints_folder(run_dir).glob("*")}
     # Imported weights (step 0) determine only the model, which is compared with the checkpoint when it is loaded.
     begun = has_begun(run_dir) or bool(checkpoints - {LATEST, step_name(0)})
@@ -85,22 +79,58 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
             raise CheckpointError(
                 f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
             )
-    elif not saved.is_file() and run_dir.is_dir() and any(entry.name != LOCK for entry in run_dir.iterdir()):
-        raise ConfigError(f"run_dir: {run_dir} is not empty and holds no run (no config.yaml); choose another folder")
-    with storage_errors(run_dir):
-        log_folder(run_dir).mkdir(parents=True, exist_ok=True)
-        save_config(config, saved)
+    elif not saved.is_file() and (foreign := _foreign_entry(run_dir)) is not None:
+        raise ConfigError(
+            f"run_dir: {run_dir} is not empty and holds no run (no config.yaml, but {foreign!r}); choose another folder"
+        )
+    # The settings first: from here on the folder is a run's, and a job that is killed while it starts can start again.
+    save_config(config, saved)
+    make_folder(log_folder(run_dir))
+    for folder in (run_dir, checkpoints_folder(run_dir)):
+        remove_leftovers(folder)
 
 
-def _bring_back_imported(aside: Path, run_dir: Path) -> None:
-    """Copies what a run with imported weights starts from back into its folder: step 0, tokenizer and config."""
-    weights = step_folder(aside, 0)
-    if not weights.is_dir():
-        return
-    checkpoints_folder(run_dir).mkdir()
-    os.replace(weights, step_folder(run_dir, 0))
-    shutil.copytree(tokenizer_folder(aside), tokenizer_folder(run_dir))
-    shutil.copyfile(config_file(aside), config_file(run_dir))
+def _foreign_entry(run_dir: Path) -> str | None:
+    """Returns the name of an entry of a folder without config.yaml that is not left over from a job that could not start."""
+    if not run_dir.is_dir():
+        return None
+    log = log_folder(run_dir)
+    for entry in sorted(run_dir.iterdir()):
+        ours = entry.name == LOCK or entry.name.startswith(f".{config_file(run_dir).name}.tmp")
+        # Earlier versions made log/ before config.yaml.
+        ours = ours or (entry == log and entry.is_dir() and all(is_rank_log(file.name) for file in entry.iterdir()))
+        if not ours:
+            return entry.name
+    return None
+
+
+def _move_aside(run_dir: Path) -> None:
+    """Moves a run into the next free RUN.old-N; an imported run keeps what it starts from: step 0, tokenizer and settings.
+
+    config.yaml leaves last: if the job is killed on the way, the folder is still a run, and the same command goes on.
+    """
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
+        number += 1
+    aside.mkdir()
+    kept = {LOCK, config_file(run_dir).name}  # this job holds the lock; moved, it would no longer protect run_dir
+    imported = step_folder(run_dir, 0)
+    checkpoints, tokenizer = checkpoints_folder(run_dir), tokenizer_folder(run_dir)
+    if imported.is_dir():
+        kept |= {checkpoints.name, tokenizer.name}
+        checkpoints_folder(aside).mkdir()
+        for entry in checkpoints.iterdir():
+            if entry != imported:
+                os.replace(entry, checkpoints_folder(aside) / entry.name)
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, tokenizer_folder(aside))
+    for entry in run_dir.iterdir():
+        if entry.name not in kept:
+            os.replace(entry, aside / entry.name)
+    if imported.is_dir():
+        shutil.copyfile(config_file(run_dir), config_file(aside))
+    else:
+        os.replace(config_file(run_dir), config_file(aside))
 
 
 def read_config(run_dir: Path) -> RunConfig:

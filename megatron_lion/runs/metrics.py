@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import RunConfig, to_dict
-from megatron_lion.errors import EnvironmentFault
-from megatron_lion.files import storage_errors
+from megatron_lion.errors import EnvironmentFault, StorageError
+from megatron_lion.files import append_line, open_own, storage_errors, write_whole
 from megatron_lion.runs.paths import metrics_file
 from megatron_lion.runs.series import parse_line
+
+WANDB_STEP = "optimizer_step"
+"""The metric over which Weights & Biases draws the others."""
+_BLOCK_BYTES = 1 << 16
 
 
 class MetricsWriter:
@@ -25,14 +30,21 @@ class MetricsWriter:
         run_dir: the run's folder.
         config: the run's settings; the section log enables the sinks.
         is_main: whether this process is the first rank.
+        start: the step that the run starts after; sinks drop what an earlier job wrote behind it.
+
+    Attributes:
+        failure: the error of the first line that could not be written. `write` keeps it for its caller, since only the
+            first rank meets it and all ranks must raise it together; no further line is written.
 
     Raises:
-        EnvironmentFault: the package of an enabled sink is not installed.
+        EnvironmentFault: the package of an enabled sink is not installed, or the sink refuses to start.
+        StorageError: a file cannot be written.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, *, is_main: bool) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, *, is_main: bool, start: int = 0) -> None:
         self.path = metrics_file(run_dir)
         self.is_main = is_main
+        self.failure: StorageError | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not is_main:
@@ -45,7 +57,11 @@ class MetricsWriter:
                 raise EnvironmentFault(
                     "log.tensorboard: install it with `pip install megatron-lion[tensorboard]`"
                 ) from error
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+            folder = run_dir / "tensorboard"
+            # After a crash, the steps behind the checkpoint come again. TensorBoard hides the events from purge_step on that
+            # lie before this writer's. The held-out loss and the probe of step 0 come again too.
+            with storage_errors(folder):
+                self._tensorboard = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         if config.log.wandb_project:
             try:
                 import wandb
@@ -53,43 +69,63 @@ class MetricsWriter:
                 raise EnvironmentFault(
                     "log.wandb_project: install it with `pip install megatron-lion[wandb]`"
                 ) from error
-            self._wandb = wandb.init(
-                project=config.log.wandb_project,
-                id=_wandb_id(run_dir),
-                dir=str(run_dir),
-                config=to_dict(config),
-                resume="allow",
-            )
+            with storage_errors(run_dir):
+                self._wandb = wandb.init(
+                    project=config.log.wandb_project,
+                    id=_wandb_id(run_dir),
+                    dir=str(run_dir),
+                    config=to_dict(config),
+                    resume="allow",
+                )
+            # W&B's own step may only increase, and it drops lines of earlier ones: those that a run repeats after a crash.
+            self._wandb.define_metric("*", step_metric=WANDB_STEP)
 
     def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
         """Writes values of one step. Non-finite numbers are written as null, because JSON cannot represent them."""
-        if not self.is_main:
+        if not self.is_main or self.failure is not None:
             return
         line = {"step": step, "time": round(time.time(), 3), **{key: _jsonable(value) for key, value in values.items()}}
-        # Opened and closed for each line: a killed process loses no line that it has written.
-        with storage_errors(self.path), open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        try:
+            append_line(self.path, json.dumps(line, allow_nan=False))
+            self._forward(step, {key: value for key, value in values.items() if isinstance(value, int | float)})
+        except StorageError as error:
+            self.failure = error
+
+    def _forward(self, step: int, numbers: dict[str, float | int]) -> None:
         if self._tensorboard is not None:
-            for key, value in numbers.items():
-                self._tensorboard.add_scalar(key, value, step)
+            with storage_errors(self.path.parent / "tensorboard"):
+                for key, value in numbers.items():
+                    self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+            with storage_errors(self.path.parent / "wandb"):
+                self._wandb.log({**numbers, WANDB_STEP: step})
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        """Writes what the sinks have buffered.
+
+        Raises:
+            StorageError: a sink could not write it; only if no line failed before.
+        """
+        try:
+            with storage_errors(self.path.parent):
+                if self._tensorboard is not None:
+                    self._tensorboard.close()
+                if self._wandb is not None:
+                    self._wandb.finish()
+        except StorageError:
+            if self.failure is None:
+                raise
 
 
 def _wandb_id(run_dir: Path) -> str:
     """Returns the run's Weights & Biases id; it is stored in the run folder, so a resumed run keeps it."""
     path = run_dir / "wandb_id"
     with storage_errors(path):
-        if not path.exists():
-            path.write_text(uuid.uuid4().hex[:12] + "\n", encoding="ascii")
-        return path.read_text(encoding="ascii").strip()
+        found = path.read_text(encoding="ascii").strip() if path.exists() else ""
+    if not found:
+        found = uuid.uuid4().hex[:12]
+        write_whole(path, f"{found}\n".encode())
+    return found
 
 
 def _jsonable(value: Any) -> Any:
@@ -100,13 +136,19 @@ def _jsonable(value: Any) -> Any:
 
 def _end_last_line(path: Path) -> None:
     """Completes a last line without a line end, or removes it if a kill truncated it; readers apply the same test."""
-    with storage_errors(path):
-        if not path.exists():
-            return
-        with open(path, "rb+") as stream:
-            content = stream.read()
-            start = content.rfind(b"\n") + 1
-            if parse_line(content[start:]) is not None:
-                stream.write(b"\n")
-            else:
-                stream.truncate(start)
+    if not path.exists() and not path.is_symlink():
+        return
+    with storage_errors(path), open(open_own(path, os.O_RDWR), "rb+") as stream:
+        # From the end, in blocks: the file of a long run has a gigabyte, and its last line a kilobyte.
+        start = stream.seek(0, os.SEEK_END)
+        last = b""
+        while start > 0 and b"\n" not in last:
+            size = min(_BLOCK_BYTES, start)
+            start = stream.seek(start - size)
+            last = stream.read(size) + last
+        torn = last.rfind(b"\n") + 1
+        if parse_line(last[torn:]) is not None:
+            stream.seek(0, os.SEEK_END)
+            stream.write(b"\n")
+        else:
+            stream.truncate(start + torn)

@@ -12,6 +12,7 @@ RUN/tokenizer/, RUN/log/, RUN/lock
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 LOCK = "lock"
@@ -68,6 +69,11 @@ def log_folder(run_dir: Path) -> Path:
 
 def rank_log_file(run_dir: Path, rank: int) -> Path:
     return log_folder(run_dir) / f"rank{rank:05d}.log"
+
+
+def is_rank_log(name: str) -> bool:
+    """Whether a file name is one of `rank_log_file`."""
+    return re.fullmatch(r"rank\d{5,}\.log", name) is not None
 
 
 def has_config(run_dir: Path) -> bool:

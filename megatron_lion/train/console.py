@@ -6,6 +6,7 @@ import datetime
 import logging
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -54,7 +55,8 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
     for line in lines:
         logger.info("%s", line)
     if run.ranks.is_main:
-        Console(stderr=True, highlight=False, soft_wrap=True).print("\n".join(lines))
+        with suppress(OSError):  # a closed pipe or a full disk behind stderr ends no run
+            Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print("\n".join(lines))
 
 
 class TrainProgress:
@@ -105,8 +107,9 @@ class TrainProgress:
             self._last_plain = now
             pace = (now - self._started) / max(1, step - self._start_step)
             end = datetime.datetime.now() + datetime.timedelta(seconds=pace * (self.total - step))
-            sys.stderr.write(f"{self.label}: step {step}/{self.total}  {facts}  done about {end:%Y-%m-%d %H:%M}\n")
-            sys.stderr.flush()
+            with suppress(OSError):
+                sys.stderr.write(f"{self.label}: step {step}/{self.total}  {facts}  done about {end:%Y-%m-%d %H:%M}\n")
+                sys.stderr.flush()
 
     def note(self, text: str) -> None:
         """Shows what runs between the steps, such as a probe or a held-out measurement; "" removes it."""

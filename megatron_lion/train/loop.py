@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_lion.config import RunConfig
-from megatron_lion.device import Device, select_device
+from megatron_lion.device import select_device
 from megatron_lion.errors import NumericsError, StoppedOnRequest
-from megatron_lion.files import storage_errors
+from megatron_lion.files import make_folder, storage_errors, sync_folder
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.moving import MovingWindow
 from megatron_lion.gradient.probe_result import ProbeResult
@@ -64,7 +65,8 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
             if ranks.is_main:  # one lock per job: a second rank of this job could not acquire it
                 stack.enter_context(locked(run_dir))
                 prepare_run_folder(config, fresh=fresh)
-        stack.enter_context(log_file(rank_log_file(run_dir, ranks.rank)))
+        with agree("opening the log"):
+            stack.enter_context(log_file(rank_log_file(run_dir, ranks.rank)))
         with agree("looking for a checkpoint"):
             latest = find_latest(run_dir)
         imported = latest if latest is not None and is_import(latest) else None
@@ -72,10 +74,12 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
         resumed = latest if imported is None else None
         if resumed is not None:
             restore_run(run, resumed)
-        describe_run(run)
+        with agree("writing the facts of the run"):
+            describe_run(run)
         announce(run, resumed=resumed is not None, source=imported.manifest["source"] if imported is not None else None)
-        metrics = MetricsWriter(run_dir, config, is_main=ranks.is_main)
-        stack.callback(metrics.close)
+        with agree("opening metrics.jsonl"):
+            metrics = MetricsWriter(run_dir, config, is_main=ranks.is_main, start=run.step)
+            stack.callback(metrics.close)
         progress = stack.enter_context(
             TrainProgress(config, start=run.step, shown=config.log.progress and ranks.is_main)
         )
@@ -106,7 +110,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
         window = MovingWindow(config, run.model, run.optimizer, ranks, run.corpora.vocab_size)
     if run.step == 0 or probe_is_missing(run):
         observe(run, metrics, progress, stop, window, at_start=run.step == 0)
-        if _any_rank(stop["now"], run.device):
+        if _asked_to_stop(run, metrics, stop):
             raise StoppedOnRequest(f"stopped before step {run.step + 1} of {last}; run the same command to start there")
     while run.step < stop_after:
         on_gradient = window.add if window is not None and window.wants(run.step + 1) else None
@@ -134,7 +138,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             progress.update(run.step, values)
         observe(run, metrics, progress, stop, window)
         clock.leave_out()
-        asked = _any_rank(stop["now"], run.device)
+        asked = _asked_to_stop(run, metrics, stop)
         ending = asked or run.step == stop_after
         if ending or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
             logger.info("saved %s", save_run(run).folder)
@@ -215,8 +219,7 @@ def write_probe(run: Run, result: ProbeResult) -> None:
     with agree("writing the probe"):
         if run.ranks.is_main:
             path = probe_file(run.run_dir, result.step)
-            with storage_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             write_json(path, result.as_dict())
 
 
@@ -275,8 +278,14 @@ def describe_run(run: Run) -> None:
         "world_size": run.ranks.world_size, "precision": config.train.precision, "device": run.device.name(),
     })  # fmt: skip
     write_json(environment_file(run.run_dir), environment_facts(run.device.name(), run.ranks.world_size))
-    if tokenizer is not None and not (folder := tokenizer_folder(run.run_dir)).is_dir():
-        tokenizer.save(folder)
+    folder = tokenizer_folder(run.run_dir)
+    if tokenizer is not None and not folder.is_dir():
+        # Renamed when complete: a job that is killed here must not leave half a tokenizer under the final name.
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        tokenizer.save(temporary)
+        with storage_errors(folder):
+            os.replace(temporary, folder)
+        sync_folder(folder.parent)
 
 
 class _Clock:
@@ -321,14 +330,24 @@ class _Clock:
         }
 
 
-def _any_rank(flag: bool, device: Device) -> bool:
+def _asked_to_stop(run: Run, metrics: MetricsWriter, stop: dict[str, bool]) -> bool:
+    """Whether a stop signal reached any rank; a collective call.
+
+    Raises:
+        StorageError: the first rank could not write a metric, on all ranks.
+    """
     # A signal reaches the ranks at different times, or only one of them. All must stop after the same step; otherwise a
-    # rank that continues would wait for the others in its next collective.
-    if dist.get_world_size() == 1:
-        return flag
-    box = torch.tensor([int(flag)], device=device.torch_device)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return bool(box.item())
+    # rank that continues would wait for the others in its next collective. The same holds for a full disk on one rank.
+    flags = [stop["now"], metrics.failure is not None]
+    if dist.get_world_size() > 1:
+        box = torch.tensor(flags, dtype=torch.int32, device=run.device.torch_device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        flags = [bool(flag) for flag in box.tolist()]
+    if flags[1]:
+        with agree("writing metrics.jsonl"):
+            if metrics.failure is not None:
+                raise metrics.failure
+    return flags[0]
 
 
 __all__ = ["Ranks", "pretrain"]

@@ -53,20 +53,71 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_tensorboard_hides_the_steps_that_a_run_repeats(start: int, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for begin, end, loss in ((0, 5, 1.0), (start, 7, 2.0)):
+        writer = MetricsWriter(tmp_path, config_with(tmp_path, tensorboard=True), is_main=True, start=begin)
+        for step in range(begin + bool(begin), end):
+            writer.write(step, {"train/loss": loss})
+        writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(step, 1.0 if start > 0 and step <= start else 2.0) for step in range(7)]
+
+
+def test_only_the_end_of_a_long_file_is_read(tmp_path: Path) -> None:
+    """A start must not read a gigabyte; the file here is sparse, so reading it all would take a minute and its memory."""
+    config = config_with(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    for tail, kept in (
+        (b'\n{"step": 2}', b'\n{"step": 2}\n'),
+        (b'\n{"step": 2, "a', b"\n"),
+        (b'\n{"step": 2}\n', None),
+    ):
+        with open(path, "wb") as stream:
+            stream.seek(1 << 40)
+            stream.write(tail)
+        MetricsWriter(tmp_path, config, is_main=True)
+        with open(path, "rb") as stream:
+            stream.seek(1 << 40)
+            assert stream.read() == (tail if kept is None else kept)
+
+
+@pytest.mark.parametrize("size", [10, (1 << 16) - 3, 1 << 16, 200_000])
+def test_a_long_last_line_is_kept_or_dropped_whole(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first, long = '{"step": 1}\n', json.dumps({"step": 2, "note": "x" * size})
+    for text, kept in (
+        (first + long, first + long + "\n"),
+        (first + long[:-1], first),
+        (long, long + "\n"),
+        (long[:-2], ""),
+    ):
+        path.write_text(text)
+        MetricsWriter(tmp_path, config_with(tmp_path), is_main=True)
+        assert path.read_text() == kept
+
+
 class FakeWandb(types.ModuleType):
     """Records the calls it receives."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
         self.started: list[dict[str, Any]] = []
-        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.logged: list[dict[str, float]] = []
+        self.axes: list[tuple[str, str]] = []
 
     def init(self, **settings: Any) -> FakeWandb:
         self.started.append(settings)
         return self
 
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        self.logged.append((step, numbers))
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, numbers: dict[str, float]) -> None:
+        self.logged.append(numbers)
 
     def finish(self) -> None:
         pass
@@ -82,7 +133,30 @@ def test_wandb_goes_on_under_the_same_id(tmp_path: Path, monkeypatch: pytest.Mon
     assert [settings["project"] for settings in wandb.started] == ["lion", "lion"]
     assert wandb.started[0]["id"] == wandb.started[1]["id"] != ""
     assert wandb.started[0]["config"]["optimizer"]["name"] == "lion"
-    assert wandb.logged == [(1, {"train/loss": 2.0}), (2, {"train/loss": 2.0})]
+    assert wandb.logged == [{"train/loss": 2.0, "optimizer_step": step} for step in (1, 2)]
+    assert wandb.axes == [("*", "optimizer_step")] * 2
+
+
+def test_wandb_gets_the_steps_that_a_run_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own step may only increase: it drops lines of earlier ones, so it must not be given any."""
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for steps in ((1, 2, 3), (3, 4)):
+        writer = MetricsWriter(tmp_path, config_with(tmp_path, wandb_project="p"), is_main=True, start=steps[0] - 1)
+        for step in steps:
+            writer.write(step, {"train/loss": 1.0})
+        writer.close()
+    assert [line["optimizer_step"] for line in wandb.logged] == [1, 2, 3, 3, 4]
+
+
+@pytest.mark.parametrize("old", ["", "\n"])
+def test_an_empty_wandb_id_is_made_again(old: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (tmp_path / "wandb_id").write_text(old)
+    MetricsWriter(tmp_path, config_with(tmp_path, wandb_project="p"), is_main=True)
+    assert len(wandb.started[0]["id"]) == 12
+    assert (tmp_path / "wandb_id").read_text().strip() == wandb.started[0]["id"]
 
 
 def test_wandb_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
