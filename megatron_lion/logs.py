@@ -81,6 +81,13 @@ class _LogFile(logging.FileHandler):
             )
 
 
+def warn(logger: logging.Logger, text: str) -> None:
+    """Logs a warning and prints it to stderr, also while `log_file` sends the log to a file."""
+    logger.warning("%s", text)
+    if not only_last_resort():
+        sys.stderr.write(text + "\n")
+
+
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Writes the package's log messages, and every warning of the process, to a file while the block runs.

@@ -8,22 +8,26 @@ path had been made again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_lion.config import ModelConfig
+from megatron_lion.data.blends import index_contents, open_datasets
 from megatron_lion.data.corpora import Corpora, shares
-from megatron_lion.data.indexed_check import IndexedInfo
+from megatron_lion.data.index_cache import Content, index_folder
+from megatron_lion.data.indexed_check import IndexedInfo, sequence_lengths
 from megatron_lion.data.manifest import SPLITS
 from megatron_lion.device import Device
 from megatron_lion.errors import DataError
-from megatron_lion.parallel import Ranks, derive_seed
+from megatron_lion.files import storage_errors
+from megatron_lion.parallel import Ranks, agree, derive_seed
 from megatron_lion.signals import GROUP_SIGNALS, blocked, obey_only_the_parent
 
 
@@ -53,44 +57,67 @@ def build_datasets(
         model: model settings; the kind and the sequence length are used.
         num_samples: number of samples needed of train, valid and test; 0 builds no dataset.
         seed: seed of the shuffle and of BERT's masks.
-        cache: folder for the index files, with one subfolder for each content digest.
+        cache: folder for the index files, with one subfolder for each content digest, seed and number of samples.
 
     Returns:
         Three datasets, None for a split with 0 samples. For GPT-2, item i is a dict of int64 (S,) tokens, labels,
         position_ids and float32 (S,) loss_mask. For BERT see `BertDataset`.
 
     Raises:
-        DataError: a split has too few documents or tokens for a sample.
+        DataError: a split has too few documents or tokens for a sample, or fewer samples than will be read.
+        StorageError: the index files cannot be written or read.
+        BusyError: another job is building the same index files.
     """
-    blends = []
-    for split, count in zip(SPLITS, num_samples, strict=True):
-        paths = [str(prefix) for prefix in corpora.prefixes[split]]
-        blends.append((paths, corpora.weights) if count else None)
-    common: dict[str, Any] = {
-        "random_seed": seed,
-        "sequence_length": model.seq_length,
-        "path_to_cache": str(cache / corpora.digest[:16]),
-    }
     dataset_class, config_class, special = _dataset_classes(corpora, model, num_samples)
-    common.update(special)
+    common: dict[str, Any] = {"random_seed": seed, "sequence_length": model.seq_length, **special}
+    paths = {split: [str(prefix) for prefix in corpora.prefixes[split]] for split in SPLITS}
     if corpora.split is None:
-        settings = config_class(blend_per_split=blends, **common)
+        sizes = [count or None for count in num_samples]
+        common["blend_per_split"] = [
+            (paths[split], corpora.weights) if size else None for split, size in zip(SPLITS, sizes, strict=True)
+        ]
     else:
-        settings = config_class(blend=(paths, corpora.weights), split=corpora.split, **common)
-    sizes = [count or None for count in num_samples]
-    if corpora.split is not None:
         # Megatron then builds every split that has a share, wanted or not, and needs a size for each.
         sizes = [count or 1 for count in num_samples]
-    # lambda: True builds on every rank, behind Megatron's barrier: rank 0 writes the index files first. Without it, ranks
-    # race for the same files.
-    try:
-        built = BlendedMegatronDatasetBuilder(dataset_class, sizes, lambda: True, settings).build()
-    except (AssertionError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise DataError(
-            f"{corpora.prefixes['train'][0]}: too little data for samples of {model.seq_length} tokens in every split "
-            f"({error}); give more text, a shorter model.seq_length or larger shares"
-        ) from error
-    return [dataset if count else None for dataset, count in zip(built, num_samples, strict=True)]
+        common.update(blend=(paths["train"], corpora.weights), split=corpora.split)
+
+    def opened(folder: Path) -> list[Any]:
+        return open_datasets(dataset_class, config_class(path_to_cache=str(folder), **common), sizes)
+
+    def build(folder: Path) -> list[Content]:
+        try:
+            datasets = opened(folder)
+        except IndexError as error:  # Megatron gives each corpus its share of the samples and 0.5 % more
+            raise DataError(
+                f"data.weights: {corpora.weights} over {len(paths['train'])} corpora draw more samples from one of them than its "
+                f"share of {sizes}: too few samples for so many corpora; give fewer corpora, or a larger train.test_batches, "
+                "train.steps or train.global_batch_size"
+            ) from error
+        return [content for dataset in datasets if dataset is not None for content in index_contents(dataset)]
+
+    key = {
+        "megatron_core": metadata.version("megatron-core"), "class": dataset_class.__name__, "samples": sizes,
+        "settings": json.loads(json.dumps(common, default=lambda value: value.unique_identifiers)),
+    }  # fmt: skip
+    folder = index_folder(cache, corpora.digest, key, build)
+    with agree("opening the index files"), storage_errors(folder, "read"):
+        datasets = [dataset if count else None for dataset, count in zip(opened(folder), num_samples, strict=True)]
+        _check_lengths(datasets, num_samples, corpora, model)
+    return datasets
+
+
+def _check_lengths(
+    datasets: Sequence[Any], num_samples: Sequence[int | None], corpora: Corpora, model: ModelConfig
+) -> None:
+    """Rejects datasets with fewer samples than will be read, before the first step."""
+    for split, dataset, count in zip(SPLITS, datasets, num_samples, strict=True):
+        found = 0 if dataset is None else len(dataset)
+        if count and found < count:
+            fewer = "train.steps" if split == "train" else "train.test_batches or probe.num_batches"
+            raise DataError(
+                f"{corpora.prefixes[split][0]}: the {split} data holds {found:,} samples of {model.seq_length:,} tokens, {count:,} "
+                f"will be read; give more text, a larger share in data.split, or a smaller {fewer}"
+            )
 
 
 def _parts_in_use(corpora: Corpora, num_samples: Sequence[int | None]) -> Iterator[tuple[IndexedInfo, float, float]]:
@@ -104,22 +131,30 @@ def _parts_in_use(corpora: Corpora, num_samples: Sequence[int | None]) -> Iterat
                 yield corpora.infos[prefix], begin, end
 
 
-def check_documents(info: IndexedInfo, begin: float, end: float) -> None:
-    """Rejects a part of the documents that is empty; Megatron would count its epochs without end.
+def check_documents(info: IndexedInfo, begin: float, end: float, needed: int = 1) -> None:
+    """Rejects a part of the documents with too few tokens. Of an empty one Megatron would count the epochs without end.
 
     Args:
         info: the pair of token files.
         begin, end: range of the documents, as shares in [0, 1].
+        needed: tokens that the part must have.
 
     Raises:
-        DataError: the part has no document.
+        DataError: the part has fewer tokens.
     """
     # Rounded as Megatron rounds its split matrix; another rounding would check other documents.
-    first, last = round(begin * info.num_documents), round(end * info.num_documents)
-    if first == last or info.num_tokens == 0:
+    first, last = round(begin * info.num_sequences), round(end * info.num_sequences)
+    tokens = int(sequence_lengths(info)[first:last].sum(dtype=np.int64))
+    more = "give more text, or larger shares (or 0) in data.split"
+    if tokens == 0:
         raise DataError(
             f"{info.prefix}: too little data: none of its {info.num_documents} documents is in the part from "
-            f"{begin:.2%} to {end:.2%}; give more text, or larger shares (or 0) in data.split"
+            f"{begin:.2%} to {end:.2%}; {more}"
+        )
+    if tokens < needed:
+        raise DataError(
+            f"{info.prefix}: too little data: the part from {begin:.2%} to {end:.2%} has {tokens:,} tokens, {needed:,} are needed "
+            f"for one sample (model.seq_length and its last label); {more}, or data.weights"
         )
 
 
@@ -135,8 +170,10 @@ def _dataset_classes(
             bert.check_sentences(info, begin, end)
         special = bert.bert_settings(corpora.tokenizer, corpora.digest, corpora.settings)
         return bert.BertDataset, bert.BertDatasetConfig, special
+    # Several corpora without weights are blended by their numbers of samples in one pass; none may be 0.
+    needed = model.seq_length + 1 if len(corpora.prefixes["train"]) > 1 and corpora.weights is None else 1
     for info, begin, end in _parts_in_use(corpora, num_samples):
-        check_documents(info, begin, end)
+        check_documents(info, begin, end, needed)
     # Without a tokenizer the last id stands in: no mask or position is reset at this token, so its value has no effect.
     eod = corpora.tokenizer.eod_id if corpora.tokenizer is not None else corpora.vocab_size - 1
     return (

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.data.manifest import SplitInfo, read_manifest
@@ -124,6 +125,11 @@ class IndexedInfo:
                     f"{path}: sha256 is {found[:16]}…, in {MANIFEST_NAME} {stated[:16]}…: changed or damaged; "
                     f"{rebuild or rebuild_hint(self.prefix)}"
                 )
+
+
+def sequence_lengths(info: IndexedInfo) -> npt.NDArray[np.int32]:
+    """Returns the number of tokens of each sequence, an (S,) array mapped from PREFIX.idx."""
+    return np.memmap(info.idx_path, dtype="<i4", mode="r", offset=HEADER.size, shape=(info.num_sequences,))
 
 
 def with_ending(prefix: str | Path, ending: str) -> Path:

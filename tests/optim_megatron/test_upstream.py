@@ -14,6 +14,8 @@ import tiny
 import torch
 from distributed import run_distributed
 from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
@@ -57,6 +59,12 @@ def test_version() -> None:
         (filesystem_async.FileSystemWriterAsync.preload_tensors, "write_buckets, non_blocking"),
         (mcore_torch._replace_state_dict_keys_with_sharded_keys, "sharded_state_dict, keep_only_main_replica"),
         (BertModel._sanity_check_attention_and_get_attn_mask_dimension, "self"),
+        (BlendedMegatronDatasetBuilder.build_generic_dataset, "cls, is_built_on_rank, synchronize_ranks, args"),
+        (BlendedMegatronDatasetBuilder._build_megatron_datasets_parallel, "self, prefixes, split, sizes_per_dataset"),
+        (
+            BlendedMegatronDatasetBuilder._build_megatron_dataset_splits,
+            "self, dataset_path, split, sizes, synchronize_ranks",
+        ),
     ],
     ids=lambda value: getattr(value, "__qualname__", None),
 )
@@ -83,6 +91,18 @@ def test_signatures(function: Any, parameters: str) -> None:
 def test_parameters_that_we_name(function: Any, needed: str) -> None:
     found = inspect.signature(inspect.unwrap(function)).parameters
     assert not set(needed.split()) - set(found)
+
+
+def test_index_files_are_written_in_place_and_read_unchecked() -> None:
+    """Therefore data/index_cache.py has them built in another folder and compares them."""
+    source = inspect.getsource(GPTDataset._build_document_sample_shuffle_indices)
+    assert source.count("numpy.save(path_to_") == source.count("safe_numpy_load(path_to_") == 3
+
+
+def test_ranks_wait_for_rank_0_without_hearing_of_its_errors() -> None:
+    """Therefore data/blends.py builds without barriers."""
+    for function in ("build_generic_dataset", "_build_megatron_datasets_parallel"):
+        assert "barrier()" in inspect.getsource(getattr(BlendedMegatronDatasetBuilder, function))
 
 
 def test_groups_are_kept_in_a_list_that_can_be_emptied() -> None:
