@@ -58,6 +58,23 @@ class BertDataset(BERTMaskedWordPieceDataset):
     With positions the vocabulary's matrix multiplies M vectors instead of S, about a seventh.
     """
 
+    def __init__(
+        self,
+        dataset: Any,
+        path: str,
+        indices: Any,
+        num_samples: int | None,
+        split: Any,
+        config: BERTMaskedWordPieceDatasetConfig,
+    ) -> None:
+        """Builds the dataset with the arguments of Megatron's; `num_samples` None asks for one pass.
+
+        mcore 0.19.2: MaskedWordPieceDataset hands None to C++ code that takes a number.
+        """
+        if num_samples is None:
+            num_samples = _samples_in_one_pass(dataset, indices, config)
+        super().__init__(dataset, path, indices, num_samples, split, config)
+
     def __getitem__(self, idx: int) -> dict[str, Any]:
         sample = super().__getitem__(idx)
         real = sample["padding_mask"] > 0
@@ -79,21 +96,24 @@ class BertDataset(BERTMaskedWordPieceDataset):
     @functools.cached_property
     def samples_in_one_pass(self) -> int:
         """Number of samples before any text repeats; later passes cut the documents at other places."""
-        config = self.config
-        # The call that Megatron's dataset makes, but for one epoch and without a limit. Three tokens of a sample are
-        # [CLS] and two [SEP]; a sample needs two sentences.
-        index = helpers.build_mapping(
-            self.dataset.document_indices[np.append(self.indices, self.indices[-1] + 1)],
-            self.dataset.sequence_lengths,
-            1,
-            np.iinfo(np.int64).max,
-            config.sequence_length - 3,
-            config.short_sequence_probability,
-            config.random_seed,
-            False,
-            2,
-        )
-        return int(index.shape[0])
+        return _samples_in_one_pass(self.dataset, self.indices, self.config)
+
+
+def _samples_in_one_pass(dataset: Any, indices: npt.NDArray[np.int32], config: BERTMaskedWordPieceDatasetConfig) -> int:
+    # The call that Megatron's dataset makes, but for one epoch and without a limit. Three tokens of a sample are
+    # [CLS] and two [SEP]; a sample needs two sentences.
+    index = helpers.build_mapping(
+        dataset.document_indices[np.append(indices, indices[-1] + 1)],
+        dataset.sequence_lengths,
+        1,
+        np.iinfo(np.int64).max,
+        config.sequence_length - 3,
+        config.short_sequence_probability,
+        config.random_seed,
+        False,
+        2,
+    )
+    return int(index.shape[0])
 
 
 def most_masked(seq_length: int, probability: float) -> int:

@@ -93,6 +93,7 @@ def open_probe_samples(
 
 def samples_in_one_pass(dataset: Any) -> int:
     """Returns the number of samples of a Megatron dataset before any text repeats; for a blend, in any of its parts."""
+    dataset = getattr(dataset, "first", dataset)  # of SeveralPasses
     parts = getattr(dataset, "datasets", None)
     if parts is None:
         if hasattr(dataset, "samples_in_one_pass"):

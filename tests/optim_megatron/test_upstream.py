@@ -105,6 +105,13 @@ def test_ranks_wait_for_rank_0_without_hearing_of_its_errors() -> None:
         assert "barrier()" in inspect.getsource(getattr(BlendedMegatronDatasetBuilder, function))
 
 
+def test_a_blend_without_weights_ends_after_one_pass() -> None:
+    """Therefore data/blends.py adds the passes after it."""
+    source = inspect.getsource(BlendedMegatronDatasetBuilder._build_blended_dataset_splits)
+    assert "size_i = min(self.sizes[i], sum(weights_i))" in source
+    assert "size = min(self.sizes[i], sum(weights))" in source
+
+
 def test_groups_are_kept_in_a_list_that_can_be_emptied() -> None:
     """parallel.py takes the groups from this list when a run ends."""
     assert isinstance(parallel_state._global_process_group_list, list | None)
