@@ -1,4 +1,4 @@
-"""Entry point of `python -m megatron_lion`, which torchrun starts as its worker."""
+"""Entry point of `python -m megatron_lion`, which the launcher starts as its ranks."""
 
 import sys
 

@@ -1,22 +1,20 @@
-"""Child processes: subcommands, also under torchrun; stop signals, torchrun's environment, ranks' exit codes.
-
-`python -m megatron_lion.jobs first-exit-code FOLDER` prints the exit code of the rank that failed first, for launchers.
-"""
+"""Child processes that run subcommands, on one or several processes; a rank's number, and its exit code on file."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
-from megatron_lion.signals import STOP_SIGNALS, handled, signal_when_parent_ends
+from megatron_lion.signals import STOP_SIGNALS, end_with_parent, handled
+
+STORE = "MEGATRON_LION_STORE"
+"""Variable by which the launcher names the store to its ranks: the path of a file, or `tcp://ADDRESS:PORT/JOB`."""
 
 STOPPED = 75
 """Exit code of a job that saved and ended on request."""
@@ -31,26 +29,23 @@ def job_words(verb: str, words: list[str], processes: int = 1) -> list[str]:
     """
     if processes == 1:
         return ["-m", "megatron_lion", verb, *words]
-    # Port 0 takes a free one, so that jobs on one machine do not collide.
-    return ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
-            "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m", "megatron_lion", verb, *words]  # fmt: skip
+    return ["-m", "megatron_lion.launcher", "--processes", str(processes), verb, *words]
 
 
 def world_size_from_env() -> int:
-    """Number of processes that torchrun started; 1 without torchrun."""
+    """Number of processes of this job, which their launcher sets; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank_from_env() -> int:
-    """Rank of this process among those that torchrun started, from 0; 0 without torchrun."""
+    """Rank of this process among those of its job, from 0; 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 class Jobs:
-    """Runs subcommands one after another; forwards SIGINT, SIGTERM and SIGUSR1 to the current one as one SIGTERM.
+    """Runs subcommands one after another; passes the first stop signal on to the current one as SIGTERM.
 
-    Each job runs in a new session. Otherwise Ctrl-C in a terminal would reach it a second time, and torchrun would
-    kill its workers while they save.
+    Each job runs in a new session. Otherwise Ctrl-C in a terminal would reach it a second time.
 
     Attributes:
         asked: whether a signal arrived; no further job starts then.
@@ -76,7 +71,7 @@ class Jobs:
         Args:
             verb: name of the subcommand, such as "pretrain".
             words: arguments.
-            processes: number of processes; torchrun starts them if there are several.
+            processes: number of processes; `megatron_lion.launcher` starts them if there are several.
             stdout: stream of the job's results; by default this process's stdout.
 
         Returns:
@@ -88,27 +83,21 @@ class Jobs:
         """Runs a command that starts subcommands.
 
         Returns:
-            The exit code of the process that failed first (torchrun itself returns 1 for every failure), negative if
-            a signal killed the job. 75, without starting the command, if a signal arrived before.
+            The command's exit code, negative if a signal killed it. 75, without starting the command, if a signal
+            arrived before.
         """
         if self.asked:
             return STOPPED
-        with tempfile.TemporaryDirectory() as folder:
-            # launch/torchrun.sh takes this interpreter: another, such as make's PYTHON, may lack the package.
-            environment = {
-                "OMP_NUM_THREADS": "1",
-                **os.environ,
-                "PYTHON": sys.executable,
-                "MEGATRON_LION_EXIT_DIR": folder,
-            }
-            self._process = subprocess.Popen(
-                command, env=environment, stdout=stdout, start_new_session=True, preexec_fn=_end_with_parent
-            )
-            if self.asked:  # the signal arrived during Popen, when _ask had no process to forward it to
-                self._process.terminate()
-            code = self._process.wait()
-            self._process = None
-            return (first_exit_code(Path(folder)) or code) if code else 0
+        # launch/torchrun.sh takes this interpreter: another, such as make's PYTHON, may lack the package.
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable}
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=stdout, start_new_session=True, preexec_fn=end_with_parent()
+        )
+        if self.asked:  # the signal arrived during Popen, when _ask had no process to forward it to
+            self._process.terminate()
+        code = self._process.wait()
+        self._process = None
+        return code
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -118,29 +107,10 @@ class Jobs:
             self._process.terminate()
 
 
-def _end_with_parent() -> None:
-    """Called in the new process: if this process is killed, the kernel asks the job to save and end."""
-    signal_when_parent_ends(signal.SIGTERM)
-
-
 def record_exit_code(folder: Path, rank: int, exit_code: int, message: str) -> None:
-    """Writes a rank's exit code to `exit.<rank>.json`: torchrun reports 1 for every failed worker."""
+    """Writes a rank's exit code and message to `exit.<rank>.json`, from which the launcher finds the job's cause."""
     content = {"rank": rank, "exit_code": exit_code, "error": message}
-    # Renamed when complete: torchrun may kill this rank at any moment, and the reader parses every file.
+    # Renamed when complete: a launcher may kill this rank at any moment, and the reader parses every file.
     temporary = folder / f".exit.{rank}.json.tmp"
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(folder / f"exit.{rank}.json")
-
-
-def first_exit_code(folder: Path) -> int | None:
-    """The exit code of the rank that failed first, or None if no rank recorded one."""
-    # By time: torchrun kills the other ranks after the first failure, and those may record codes of their own.
-    files = sorted(folder.glob("exit.*.json"), key=lambda path: path.stat().st_mtime_ns)
-    return int(json.loads(files[0].read_text(encoding="utf-8"))["exit_code"]) if files else None
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "first-exit-code":
-        sys.exit("usage: python -m megatron_lion.jobs first-exit-code FOLDER")
-    found = first_exit_code(Path(sys.argv[2]))
-    sys.stdout.write("" if found is None else f"{found}\n")

@@ -6,12 +6,9 @@ wait for it.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError
+from megatron_lion.rendezvous import join_job
 
 
 @dataclass(frozen=True)
@@ -44,21 +42,6 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
-
-
-def _init_process_group(device: Device, timeout_s: float) -> None:
-    timeout = timedelta(seconds=timeout_s)
-    options: dict[str, Any] = {"backend": device.backend, "timeout": timeout}
-    if device.kind == "cuda":
-        options["device_id"] = device.torch_device
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(**options)
-    else:
-        # A single process without torchrun: a file store opens no port; a TCPStore listens on all interfaces.
-        handle, path = tempfile.mkstemp(prefix="megatron-lion-")
-        os.close(handle)
-        os.unlink(path)  # the store creates its file itself; only the unused name is needed
-        dist.init_process_group(store=dist.FileStore(path, 1), rank=0, world_size=1, **options)
 
 
 @contextmanager
@@ -88,7 +71,7 @@ def process_groups(
     ours = not dist.is_initialized()
     if ours:
         try:
-            _init_process_group(device, timeout_s)
+            join_job(device, timeout_s)
         except (RuntimeError, ValueError) as error:
             raise PeerError(f"the processes of this job did not find each other: {error}") from error
     try:

@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron_lion.errors import StoppedOnRequest
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask a job to save and end."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+"""Signals that ask a job to save and end; SIGHUP is a closed terminal, SIGUSR1 is SLURM before a time limit."""
 # torchrun and GNU timeout send these to the whole process group, a terminal and SLURM to every process of the job.
-GROUP_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+GROUP_SIGNALS = STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1
 
@@ -78,6 +78,31 @@ def signal_when_parent_ends(number: int) -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def end_with_parent() -> Callable[[], None]:
+    """Returns a function for `Popen(preexec_fn=...)`: if this process ends, the child receives SIGTERM."""
+    parent = os.getpid()
+    if sys.platform == "linux":
+        import ctypes  # here and not in the child: between fork and exec it must not import
+
+        prctl = ctypes.CDLL(None).prctl
+
+    def ask_the_kernel() -> None:
+        if sys.platform == "linux":
+            prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it ended before the kernel was asked
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask_the_kernel
+
+
+@contextmanager
+def collected() -> Iterator[list[int]]:
+    """While the block runs, each stop signal is appended to the returned list and has no other effect."""
+    received: list[int] = []
+    with handled(STOP_SIGNALS, lambda number, frame: received.append(number)):
+        yield received
 
 
 def obey_only_the_parent(worker: int) -> None:

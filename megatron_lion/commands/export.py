@@ -63,7 +63,7 @@ def run(args: Any) -> None:
     from megatron_lion.runs.steps import choose_step
 
     if world_size_from_env() > 1:
-        raise ConfigError("export runs on one process: start it without torchrun")
+        raise ConfigError("export runs on one process: start it without a launcher")
     folder, step_word = split_target(Path(args.target), args.step)
     check_architecture(args.architecture, read_config(folder).model.kind)
     from megatron_lion.evaluate.open_run import open_run

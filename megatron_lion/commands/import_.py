@@ -43,7 +43,7 @@ def run(args: Any) -> None:
     from megatron_lion.jobs import world_size_from_env
 
     if world_size_from_env() > 1:
-        raise ConfigError("import runs on one process: start it without torchrun; the run loads at any layout")
+        raise ConfigError("import runs on one process: start it without a launcher; the run loads at any layout")
     source = Path(args.source)
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a Hugging Face model folder")

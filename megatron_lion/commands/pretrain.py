@@ -11,7 +11,7 @@ from megatron_lion.configfile import add_run_config, dump_config, run_config_fro
 
 HELP = (
     "Pretrain GPT-2 or BERT. The same command resumes from the newest checkpoint. megatron-lion starts one process; for N processes "
-    "use torchrun --nproc-per-node N -m megatron_lion pretrain …"
+    "use python -m megatron_lion.launcher --processes N pretrain …"
 )
 
 

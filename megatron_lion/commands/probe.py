@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "Measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise. megatron-lion starts one process; for N "
-    "processes use torchrun --nproc-per-node N -m megatron_lion probe …"
+    "processes use python -m megatron_lion.launcher --processes N probe …"
 )
 
 

@@ -15,8 +15,9 @@ HELP = (
 )
 
 
-NODES = """# On each of two nodes with eight A100s: export NNODES=2 NPROC_PER_NODE=8 MASTER_ADDR=node0 NODE_RANK=0 (1 on the other),
-# then run `megatron-lion reproduce … --scale full`. It runs these commands; all but the trainings on NODE_RANK 0 alone.
+NODES = """# On each of two nodes with eight A100s: export NNODES=2 NPROC_PER_NODE=8 MASTER_ADDR=10.0.0.1 NODE_RANK=0 (1 on the other)
+# JOB_ID=… (a random word, the same on both; docs/launching.md).
+# Then run `megatron-lion reproduce … --scale full`. It runs these commands; all but the trainings on NODE_RANK 0 alone.
 
 """
 

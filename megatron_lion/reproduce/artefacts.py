@@ -48,7 +48,7 @@ class Step:
             place = words.index("--config")
             return shlex.join(["launch/torchrun.sh", words[place + 1], *words[:place], *words[place + 2 :]])
         start = (
-            f"torchrun --nproc-per-node {processes} -m megatron_lion"
+            f"python -m megatron_lion.launcher --processes {processes}"
             if self.spread and processes > 1
             else "megatron-lion"
         )

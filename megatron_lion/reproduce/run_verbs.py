@@ -53,7 +53,7 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
                 )
                 error.exit_code = code if code > 0 else 1
                 raise error
-            # Launched steps need no mark: torchrun's rendezvous already makes the nodes wait for each other.
+            # Launched steps need no mark: their launchers already wait for each other.
             if nodes > 1 and rank == 0 and not step.launched:
                 mark.parent.mkdir(parents=True, exist_ok=True)
                 mark.write_text("done\n")

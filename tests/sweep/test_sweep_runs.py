@@ -165,7 +165,7 @@ def wait_for_lines(process: subprocess.Popen[Any], path: Path, count: int) -> No
 
 
 def test_a_job_of_several_processes_tells_why_it_failed(tmp_path: Path, corpus: str) -> None:
-    """torchrun itself returns 1."""
+    """The launcher returns the code of the rank that failed first."""
     path = config_file(tmp_path, corpus)
     with Jobs() as jobs:
         code = jobs.run("pretrain", ["--config", str(path), "--train.global_batch_size", "7"], processes=2)

@@ -59,10 +59,10 @@ def test_the_printed_script_runs_each_and_keeps_its_code(
     assert [path.read_text() for path in sorted((folder / "exits").iterdir())] == ["0\n", "0\n", "6\n"]
 
 
-def test_several_processes_are_started_by_torchrun(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_processes_are_started_by_the_launcher(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--print", "--processes", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.count("-m torch.distributed.run --nproc-per-node 2 ") == 3
+    assert out.count("-m megatron_lion.launcher --processes 2 pretrain ") == 3
 
 
 REPO = Path(__file__).resolve().parents[2]

@@ -1,0 +1,97 @@
+"""Brings the processes of a job together: without a port on one machine, through one store on several nodes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_lion.device import Device
+from megatron_lion.errors import PeerError
+from megatron_lion.jobs import STORE
+
+logger = logging.getLogger(__name__)
+
+_REMIND_S = 60.0
+
+
+def join_job(device: Device, timeout_s: float) -> None:
+    """Makes torch's default process group of this job's processes.
+
+    No process listens outside of this machine if all of them run on it: stores are a file in the launcher's private
+    folder or, for one process, in memory, and gloo and NCCL listen on the loopback interface. torch's own TCPStore
+    listens on all interfaces, and torchrun's agent unpickles what it finds in one.
+
+    Args:
+        device: from `select_device`.
+        timeout_s: longest time to wait for the other processes, and later in a collective, seconds.
+
+    Raises:
+        PeerError: some processes did not join in time.
+        RuntimeError, ValueError: torch could not start its backend.
+    """
+    options: dict[str, Any] = {"backend": device.backend, "timeout": timedelta(seconds=timeout_s)}
+    if device.kind == "cuda":
+        options["device_id"] = device.torch_device
+    rank, size, store = 0, 1, dist.HashStore()
+    if "RANK" in os.environ and (STORE in os.environ or "MASTER_ADDR" in os.environ):
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size):
+        _listen_on_loopback()
+    if size > 1:
+        store = _open_store(size, timeout_s)
+        _wait_for_all(store, rank, size, timeout_s)
+    dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=size, **options)
+
+
+def _listen_on_loopback() -> None:
+    # Cluster profiles often name the network for jobs of several nodes, so values that are already set do not count.
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if names:
+        os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={names[0]}"  # NCCL takes a plain name for a prefix
+
+
+def _open_store(size: int, timeout_s: float) -> Any:
+    limit = timedelta(seconds=timeout_s)
+    name = os.environ.get(STORE)
+    if name is None:  # plain torchrun, or another launcher of torch's kind
+        return next(dist.rendezvous("env://", timeout=limit))[0]
+    if not name.startswith("tcp://"):
+        return dist.FileStore(name, size)
+    address, _, job = name.removeprefix("tcp://").partition("/")
+    host, _, port = address.rpartition(":")
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=limit)
+    return dist.PrefixStore(f"{job}/ranks", store)
+
+
+def _wait_for_all(store: Any, rank: int, size: int, timeout_s: float) -> None:
+    """Waits until every rank has come here.
+
+    It waits in Python, because torch's own wait in C++ ignores signals and does not tell who is missing.
+    """
+    store.set(f"joined/{rank}", "")
+    store.add("joined", 1)
+    began, pause, reminded = time.monotonic(), 0.01, 0.0
+    while store.add("joined", 0) < size:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)  # hundreds of ranks may ask one store
+        waited = time.monotonic() - began
+        if waited > timeout_s:
+            raise PeerError(
+                f"ranks {_missing(store, size)} of {size} did not join the job within {timeout_s:.0f} s "
+                "(parallel.timeout_s); see their output, or whether their node started"
+            )
+        if waited - reminded > _REMIND_S:
+            reminded = waited
+            logger.warning("waiting for ranks %s of %d to join, for %.0f s now", _missing(store, size), size, waited)
+
+
+def _missing(store: Any, size: int) -> str:
+    missing = [str(rank) for rank in range(size) if not store.check([f"joined/{rank}"])]
+    return ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")

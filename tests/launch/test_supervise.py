@@ -1,0 +1,111 @@
+"""The launcher's supervision with small processes in the place of ranks: causes, exit codes, a killed parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from job_processes import REPO, alive
+
+from megatron_lion import supervise
+from megatron_lion.supervise import Rank, find_cause, watch
+
+HOST = socket.gethostname()
+
+
+def scripts(tmp_path: Path, *texts: str, stop_timeout_s: float = 100) -> tuple[int, str, float]:
+    """Runs a shell script for each rank; returns the cause's code and message, and the seconds it took."""
+    ranks = [Rank(number, ["sh", "-c", text], {**os.environ, "W": str(tmp_path)}) for number, text in enumerate(texts)]
+    began = time.monotonic()
+    watch(ranks, [], stop_timeout_s)
+    assert not any(rank.running() for rank in ranks)
+    cause = find_cause(ranks, tmp_path)
+    return cause.code, cause.message, time.monotonic() - began
+
+
+def report(rank: int, code: int) -> str:
+    """A shell command that leaves a rank's exit file and ends with that code."""
+    content = json.dumps({"rank": rank, "exit_code": code, "error": f"error {code} of rank {rank}"})
+    return f"echo '{content}' > $W/exit.{rank}.json; exit {code}"
+
+
+FOREVER = "while :; do sleep 0.1; done"
+AFTER_0 = "until [ -e $W/exit.0.json ]; do sleep 0.02; done; "
+AFTER_1 = AFTER_0.replace("0.json", "1.json")
+STUCK = f"trap '' TERM; {FOREVER}"
+
+
+@pytest.mark.parametrize(
+    ("texts", "code", "message"),
+    [
+        (("exit 0", "exit 0"), 0, ""),
+        (("kill -9 $$", report(1, 8)), 8, f"rank 0 on {HOST} was lost: it was ended by SIGKILL; if nobody did that, the"),
+        ((report(0, 8), f"{AFTER_0} kill -9 $$"), 8, f"rank 1 on {HOST} was lost"),
+        (("kill -ABRT $$", "exit 1"), 8, f"rank 0 on {HOST} was lost: it was ended by SIGABRT; with NCCL, its watchdog"),
+        ((report(0, 8), f"{AFTER_0} {report(1, 5)}"), 5, "error 5 of rank 1"),
+        ((report(0, 3), f"{AFTER_0} {report(1, 5)}"), 3, "error 3 of rank 0"),
+        (("exit 1", report(1, 8)), 1, f"rank 0 on {HOST} failed with code 1"),
+        ((report(0, 75), report(1, 75)), 75, "error 75 of rank "),
+        ((report(0, 75), f"{AFTER_0} {report(1, 8)}"), 75, "error 75 of rank 0"),
+        ((f"{AFTER_1} {report(0, 75)}", report(1, 8)), 8, "error 8 of rank 1"),
+        (("kill -TERM $$", FOREVER), 75, "stopped before the first step"),
+    ],
+    ids=[
+        "done", "lost", "lost later than missed", "watchdog", "own error", "first own error", "traceback", "stopped",
+        "stopped, then missed", "missed, then stopped", "stopped in its start",
+    ],
+)  # fmt: skip
+def test_the_cause(texts: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
+    found = scripts(tmp_path, *texts)
+    assert found[0] == code
+    assert found[1].startswith(message)
+
+
+def test_a_rank_that_hangs_after_the_failure_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is killed, but is not taken for the cause."""
+    monkeypatch.setattr(supervise, "NOTICE_S", 0.3)
+    monkeypatch.setattr(supervise, "END_S", 0.3)
+    code, message, seconds = scripts(tmp_path, report(0, 8), STUCK)
+    assert (code, message) == (8, "error 8 of rank 0")
+    assert seconds > 0.6, "the others have time to report and to end"
+
+
+def test_a_rank_that_does_not_end_on_request(tmp_path: Path) -> None:
+    code, message, _ = scripts(tmp_path, "kill -TERM $$", STUCK, stop_timeout_s=0.5)
+    assert (code, message) == (75, "stopped before the first step; the same command starts there")
+    code, message, _ = scripts(tmp_path, f"trap 'exit 0' TERM; {report(0, 75)}", STUCK, stop_timeout_s=0.5)
+    assert (code, message) == (75, "error 75 of rank 0")
+
+
+PARENT = """
+import sys, time
+from megatron_lion import supervise
+from megatron_lion.supervise import Rank
+rank = Rank(0, [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"], {})
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_rank_ends_when_its_launcher_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=REPO)
+    assert parent.stdout is not None
+    rank = psutil.Process(int(parent.stdout.readline()))
+    try:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        deadline = time.monotonic() + 60
+        while alive(rank):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        if rank.is_running():
+            rank.kill()
