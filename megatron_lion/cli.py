@@ -11,12 +11,13 @@ import keyword
 import os
 import signal
 import sys
-from pathlib import Path
+from traceback import print_exc
 from types import ModuleType
 from typing import Any
 
 from megatron_lion import __version__
-from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
+from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
+from megatron_lion.exit_report import UNTYPED, leave, record, report
 from megatron_lion.logs import install_last_resort
 
 VERBS = {
@@ -70,8 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _run_verb(words)
     except MegatronLionError as error:
         if traceback and not isinstance(error, StoppedOnRequest):
-            raise
-        _report(error)
+            print_exc()
+        report(error)
         return error.exit_code
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter's last flush fails again
@@ -79,6 +80,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("megatron-lion: interrupted\n")
         return 128 + signal.SIGINT  # the shell's code for a process that SIGINT ended
+    except Exception:
+        if "RANK" not in os.environ:
+            raise  # the interpreter prints the traceback and ends with 1
+        return _record_bug()
 
 
 def _run_verb(words: list[str]) -> int:
@@ -131,22 +136,14 @@ def parse(parser: Any, words: list[str]) -> Any:
     return namespace
 
 
-def _report(error: MegatronLionError) -> None:
-    """Prints one line to stderr; under torchrun also writes exit.<rank>.json to MEGATRON_LION_EXIT_DIR, for launchers."""
-    rank = os.environ.get("RANK")
-    prefix = f"megatron-lion[rank {rank}]: " if rank not in (None, "0") else "megatron-lion: "
-    # Every rank raises these errors itself, so rank 0 alone prints them.
-    alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)
-    told_by = 0 if error.told_by is None and alike else error.told_by
-    if told_by is None or int(rank or 0) == told_by:
-        sys.stderr.write(f"{prefix}{error}\n")
-    folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
-    if rank is not None and folder and os.path.isdir(folder):
-        from megatron_lion.jobs import record_exit_code
-
-        record_exit_code(Path(folder), int(rank), error.exit_code, str(error))
+def _record_bug() -> int:
+    """Prints the traceback of an unexpected exception under torchrun, and records its exit code for launchers."""
+    print_exc()
+    kind, error, _ = sys.exc_info()
+    record(UNTYPED, f"{kind.__name__ if kind else 'error'}: {' '.join(str(error).split())[:300]}")
+    return UNTYPED
 
 
 def entry() -> None:
-    """Entry point of the `megatron-lion` console script."""
-    sys.exit(main())
+    """Entry point of the `megatron-lion` console script and of `python -m megatron_lion`."""
+    leave(main())

@@ -168,8 +168,8 @@ class ParallelConfig:
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather parameters while the forward pass runs (needs overlap_grad_reduce)."""
-    timeout_s: float = 1800
-    """Seconds that a process waits for its peers before the job ends."""
+    timeout_s: float = 600
+    """Seconds that a process waits in a collective for its peers before the job ends with code 8."""
 
 
 @dataclass(frozen=True, kw_only=True)

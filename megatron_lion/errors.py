@@ -54,9 +54,14 @@ class BusyError(MegatronLionError):
 
 
 class PeerError(MegatronLionError):
-    """Another rank was lost or did not answer in time (exit code 8)."""
+    """Another rank was lost or did not answer in time (exit code 8).
+
+    Attributes:
+        lost: the ranks at fault, as far as they are known.
+    """
 
     exit_code = 8
+    lost: tuple[int, ...] = ()
 
 
 class EnvironmentFault(MegatronLionError):

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_lion.collective_faults import is_collective_fault, is_own_fault, one_line, start_fault
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError
+from megatron_lion.peers import PeerWatch, alone, failure_text, mark, set_timeout, waits, watched
 from megatron_lion.rendezvous import join_job
 
 
@@ -50,9 +52,12 @@ def process_groups(
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
-    timeout_s: float = 1800,
+    timeout_s: float = 600,
 ) -> Iterator[Ranks]:
-    """Joins the job, builds megatron-core's groups, and destroys them at the end, also after an exception.
+    """Joins the job, builds megatron-core's groups, watches the other ranks, and destroys the groups at the end.
+
+    A collective that fails in the block is raised as PeerError. After an error that not all ranks share, the groups
+    stay: with NCCL their destruction waits for ranks that wait for this one. The command line then ends the process.
 
     Args:
         device: from `select_device`.
@@ -64,54 +69,95 @@ def process_groups(
 
     Raises:
         ConfigError: the layout does not fit the number of processes.
-        PeerError: the other processes did not join the job.
+        PeerError: the other processes did not join the job, or one was lost or late in the block; names its rank.
+        EnvironmentFault: the backend cannot start or work on this machine.
     """
     from megatron.core import parallel_state
 
+    destroy = True
     ours = not dist.is_initialized()
     if ours:
         try:
             join_job(device, timeout_s)
         except (RuntimeError, ValueError) as error:
-            raise PeerError(f"the processes of this job did not find each other: {error}") from error
+            raise start_fault(error) from error
     try:
-        world_size = dist.get_world_size()
-        layout = tensor_model_parallel_size * pipeline_model_parallel_size
-        if world_size % layout:
-            raise ConfigError(
-                f"parallel: tensor_model_parallel_size {tensor_model_parallel_size} x pipeline_model_parallel_size "
-                f"{pipeline_model_parallel_size} = {layout} does not divide the {world_size} processes of this job"
-            )
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            # On CUDA too: mcore 0.19.2 uses its gloo groups only to gather optimizer state on data-parallel rank 0
-            # (distrib_optim_fully_reshardable_mem_efficient). Our checkpoints gather over the data-parallel group
-            # itself, so unused gloo groups would cost each process sockets and host name lookups.
-            create_gloo_process_groups=False,
-            distributed_timeout_minutes=max(1, round(timeout_s / 60)),
-        )
-        yield Ranks(
-            rank=dist.get_rank(),
-            world_size=world_size,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-            tp_size=tensor_model_parallel_size,
-            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            pp_size=pipeline_model_parallel_size,
-        )
+        with watched(timeout_s) as watch, _collective_faults(watch):
+            yield _join_groups(device, tensor_model_parallel_size, pipeline_model_parallel_size, timeout_s)
+    except BaseException as error:
+        told = isinstance(error, MegatronLionError) and error.told_by is not None
+        destroy = dist.get_world_size() == 1 or (told and not isinstance(error, PeerError))
+        raise
     finally:
         # mcore 0.19.2: it forgets its groups, but torch.distributed keeps each alive, with its threads and sockets.
         groups = dict.fromkeys(parallel_state._global_process_group_list or ())
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_global_memory_buffer()
-        if ours and dist.is_initialized():
+        if destroy and ours and dist.is_initialized():
             dist.destroy_process_group()
-        elif dist.is_initialized():
+        elif destroy and dist.is_initialized():
             for group in groups:
                 if group is not None:  # None means the default group, which its owner destroys
                     dist.destroy_process_group(group)
+
+
+def _join_groups(device: Device, tensor_parallel: int, pipeline_parallel: int, timeout_s: float) -> Ranks:
+    """Builds megatron-core's groups over the default group, all with this time limit."""
+    from megatron.core import parallel_state
+
+    set_timeout(timeout_s)  # the default group may be older than this job
+    world_size = dist.get_world_size()
+    layout = tensor_parallel * pipeline_parallel
+    if world_size % layout:
+        raise ConfigError(
+            f"parallel: tensor_model_parallel_size {tensor_parallel} x pipeline_model_parallel_size "
+            f"{pipeline_parallel} = {layout} does not divide the {world_size} processes of this job"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel,
+        pipeline_model_parallel_size=pipeline_parallel,
+        # On CUDA too: mcore 0.19.2 uses its gloo groups only to gather optimizer state on data-parallel rank 0
+        # (distrib_optim_fully_reshardable_mem_efficient). Our checkpoints gather over the data-parallel group
+        # itself, so unused gloo groups would cost each process sockets and host name lookups.
+        create_gloo_process_groups=False,
+        # mcore 0.19.2: declared as int, but only passed to timedelta, so fractions of a minute are kept.
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tensor_parallel,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pipeline_parallel,
+    )
+
+
+@contextmanager
+def _collective_faults(watch: PeerWatch | None) -> Iterator[None]:
+    """Raises a failed collective of the block as PeerError, and leaves each error for the other ranks to read."""
+    try:
+        yield
+    except BaseException as error:
+        if is_own_fault(error):
+            fault = start_fault(error)
+            _leave_message(watch, fault)
+            raise fault from error
+        if not is_collective_fault(error):
+            _leave_message(watch, error)
+            raise
+        lost = watch.blame(error) if watch is not None else PeerError(f"lost a peer: {one_line(error)}")
+        _leave_message(watch, lost)
+        raise lost from error
+
+
+def _leave_message(watch: PeerWatch | None, error: BaseException) -> None:
+    if watch is not None and isinstance(error, PeerError):
+        watch.end("lost", failure_text(error), error.lost)
+    elif watch is not None:
+        watch.end("failed", failure_text(error))
 
 
 def derive_seed(seed: int, stream: str) -> int:
@@ -157,6 +203,7 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
     """
     if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(values, group=group)
+        mark()
     return values
 
 
@@ -179,6 +226,7 @@ def reduce_sums(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], de
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             totals.zero_()
         dist.all_reduce(totals)
+        mark()
     return dict(zip(names, totals.tolist(), strict=True))
 
 
@@ -188,6 +236,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=source)
+    mark()
     return box[0]
 
 
@@ -205,13 +254,17 @@ def agree(what: str) -> Iterator[None]:
         MegatronLionError: of this rank, or else of the lowest rank that failed.
     """
     error: MegatronLionError | None = None
-    try:
-        yield
-    except MegatronLionError as caught:
-        error = caught
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, None if error is None else (type(error), str(error)))
+    found: list[Any] = []
+    with alone(what):  # the others wait in the collective for as long as the slowest works
+        try:
+            yield
+        except MegatronLionError as caught:
+            error = caught
+        waits()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, None if error is None else (type(error), str(error)))
+    if found:
         failed = [(rank, item) for rank, item in enumerate(found) if item is not None]
         if failed:
             rank, (kind, message) = failed[0]

@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_lion.collective_faults import is_collective_fault
 from megatron_lion.errors import CheckpointError, StorageError
 from megatron_lion.files import storage_errors
 from megatron_lion.parallel import agree
@@ -158,6 +159,8 @@ def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
             loaded = TorchDistLoadShardedStrategy().load(tensors, folder)
             merge(loaded, local)
         except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
+            if is_collective_fault(error):
+                raise  # a lost rank says nothing about the checkpoint
             causes = (
                 [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
             )

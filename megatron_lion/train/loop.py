@@ -27,6 +27,7 @@ from megatron_lion.logs import log_file
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.optim.parameter_shards import nonfinite_gradients
 from megatron_lion.parallel import Ranks, agree, broadcast_object
+from megatron_lion.peers import mark
 from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.paths import environment_file, facts_file, rank_log_file, tokenizer_folder
@@ -113,6 +114,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
         if _asked_to_stop(run, metrics, stop):
             raise StoppedOnRequest(f"stopped before step {run.step + 1} of {last}; run the same command to start there")
     while run.step < stop_after:
+        mark(f"step {run.step + 1}")
         on_gradient = window.add if window is not None and window.wants(run.step + 1) else None
         result = train_step(
             run.model,
@@ -141,6 +143,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
         asked = _asked_to_stop(run, metrics, stop)
         ending = asked or run.step == stop_after
         if ending or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
+            mark(f"saving step {run.step}")
             logger.info("saved %s", save_run(run).folder)
             with agree("removing old checkpoints"):
                 if ranks.is_main:
@@ -187,12 +190,14 @@ def observe(
     with random_state_kept():
         if test_due:
             progress.note("measuring the held-out losses")
+            mark(f"measuring the held-out losses of step {run.step}")
             count = config.train.test_batches * config.num_microbatches(run.ranks.world_size)
             for split, name in ((1, "valid"), (2, "test")):
                 means = mean_losses(run.model, run.held_out_batches(split), run.objective, config, count)
                 values.update({f"{name}/{key}": value for key, value in means.items()})
         result = None
         if probe_due:
+            mark(f"probing the full gradient at step {run.step}")
             result = window.take(run.step) if window is not None else _probe(run, progress, stop)
             values.update(result.metrics() if result is not None else {})
     if values:

@@ -21,6 +21,7 @@ from megatron_lion.model.objective import Objective
 from megatron_lion.optim.distributed_optimizer import StatefulDistributedOptimizer
 from megatron_lion.optim.train_optimizer import TrainOptimizer, build_optimizer
 from megatron_lion.parallel import Ranks, agree, derive_seed, seed_everything
+from megatron_lion.peers import alone
 from megatron_lion.runs.steps import Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
@@ -128,16 +129,17 @@ def build_run(
     cache = Path(config.data.cache) if config.data.cache else Path(config.run_dir) / "cache"
     held_out = train.test_batches * train.global_batch_size if train.test_every else 0
     datasets: list[Any] = [None, None, None]
-    if for_training:
-        datasets = build_datasets(
-            corpora, config.model, [train.steps * train.global_batch_size, held_out, held_out],
-            seed=derive_seed(config.seed, "data"), cache=cache,
-        )  # fmt: skip
     probe_samples = None
-    if config.probe.mode == "frozen" and (config.probe.every or not for_training):
-        probe_samples = open_probe_samples(
-            corpora, config.model, config.probe, train.global_batch_size, seed=config.seed, cache=cache
-        )
+    with alone("building the sample index"):  # the first rank builds it; at a large corpus this takes minutes
+        if for_training:
+            datasets = build_datasets(
+                corpora, config.model, [train.steps * train.global_batch_size, held_out, held_out],
+                seed=derive_seed(config.seed, "data"), cache=cache,
+            )  # fmt: skip
+        if config.probe.mode == "frozen" and (config.probe.every or not for_training):
+            probe_samples = open_probe_samples(
+                corpora, config.model, config.probe, train.global_batch_size, seed=config.seed, cache=cache
+            )
     seed_everything(config.seed, ranks)  # for dropout; initial weights come from generators seeded by name
     model = build_model(config, device, corpora.vocab_size)
     if imported is not None:  # before the optimizer copies its master weights from the model

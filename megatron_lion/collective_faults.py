@@ -1,0 +1,68 @@
+"""Which exceptions of torch.distributed mean a lost peer, and which a fault of this rank or its machine."""
+
+from __future__ import annotations
+
+import re
+
+import torch.distributed as dist
+
+from megatron_lion.errors import EnvironmentFault, MegatronLionError, PeerError
+
+# What gloo, NCCL and the stores write if the other side is missing. gloo raises plain RuntimeErrors, so the text decides.
+_LOST = re.compile(
+    r"connection (was )?closed by (remote )?peer|connection reset|connection closed|broken pipe|socket closed|timed out|"
+    r"time ?out|connection refused|no route to host|network is unreachable|host is down|remote (process|error)|"
+    r"remoteerror|communicator was aborted|failed to recv|clients joined|failed to connect|ncclinprogress",
+    re.IGNORECASE,
+)
+# What they write if this machine itself is at fault; wins over _LOST.
+_OWN = re.compile(
+    r"out of memory|unhandled cuda error|cuda (driver|failure|error)|no socket interface|unable to find (address|interface)|"
+    r"unable to resolve|no space left|invalid (usage|config|argument)|duplicate gpu|address already in use|eaddrinuse|"
+    r"failed to (bind|listen)|no nccl|not (built|compiled) with|environment variable|too many open files|"
+    r"cannot allocate memory|no such device",
+    re.IGNORECASE,
+)
+_BACKEND = re.compile(r"gloo|nccl", re.IGNORECASE)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of an exception without line breaks and without the C++ stack that torch appends."""
+    text = re.split(r"\n?Exception raised from |\nC\+\+ CapturedTraceback", str(error))[0]
+    return " ".join(text.split())[:limit]
+
+
+def is_collective_fault(error: BaseException) -> bool:
+    """Whether an exception of a block with collectives means that a peer is lost or late.
+
+    False for faults of this rank: memory, shapes, a dead loader worker, an error in a file.
+    """
+    if not isinstance(error, RuntimeError) or _OWN.search(str(error)):
+        return False
+    if isinstance(error, dist.DistError):
+        return True
+    return bool(_BACKEND.search(str(error)) and _LOST.search(str(error)))
+
+
+def is_own_fault(error: BaseException) -> bool:
+    """Whether torch.distributed failed because of this machine: memory, driver, network interface."""
+    return isinstance(error, dist.DistError) and bool(_OWN.search(str(error)))
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective fault is an expired time limit; otherwise the connection broke."""
+    return bool(re.search(r"timed out|time ?out", str(error), re.IGNORECASE))
+
+
+def start_fault(error: BaseException) -> MegatronLionError:
+    """The error to report for an exception of `init_process_group`.
+
+    A missing peer is a PeerError. Everything else (driver, memory, network interface, a variable that is not set, a
+    taken port) is an EnvironmentFault with the text of the backend.
+    """
+    text = one_line(error)
+    if not _OWN.search(text) and _LOST.search(text):
+        return PeerError(f"the processes of this job did not find each other: {text}")
+    return EnvironmentFault(
+        f"the communication between processes cannot start on this machine: {type(error).__name__}: {text}"
+    )

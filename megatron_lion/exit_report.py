@@ -1,0 +1,72 @@
+"""How a process ends after an error: its line on stderr, its exit file for launchers, and its exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
+from megatron_lion.jobs import rank_from_env, record_exit_code, world_size_from_env
+
+UNTYPED = 1
+"""Exit code of an exception that is not a MegatronLionError: an error in this project or below it."""
+
+
+def report(error: MegatronLionError, *, direct: bool = False) -> None:
+    """Prints one line to stderr; under torchrun also writes exit.<rank>.json to MEGATRON_LION_EXIT_DIR, for launchers.
+
+    Args:
+        error: its message is the line.
+        direct: write with one system call, as a thread beside the main thread must (see `write_line`).
+    """
+    rank = os.environ.get("RANK")
+    prefix = f"megatron-lion[rank {rank}]: " if rank not in (None, "0") else "megatron-lion: "
+    # Every rank raises these errors itself, so rank 0 alone prints them.
+    alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)
+    told_by = 0 if error.told_by is None and alike else error.told_by
+    if told_by is None or int(rank or 0) == told_by:
+        (write_line if direct else _print)(f"{prefix}{error}")
+    record(error.exit_code, str(error))
+
+
+def _print(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def write_line(text: str) -> None:
+    """Writes a line to this process's stderr without Python's lock on it.
+
+    A loader worker that is forked while another thread holds the lock inherits it locked, for ever.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="replace"))
+
+
+def record(exit_code: int, message: str) -> None:
+    """Writes this rank's exit file if torchrun started it and a launcher reads the file."""
+    folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
+    if "RANK" in os.environ and folder and os.path.isdir(folder):
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that is reported
+            record_exit_code(Path(folder), rank_from_env(), exit_code, message)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """Ends the process; after an error on one of several ranks at once."""
+    if exit_code and world_size_from_env() > 1:
+        leave_at_once(exit_code)
+    sys.exit(exit_code)
+
+
+def leave_at_once(exit_code: int) -> NoReturn:
+    """Ends the process without waiting for anything.
+
+    The interpreter's normal end destroys the process groups that are left. With NCCL this waits for the peers, and
+    they wait for this rank in a collective, until the time limit.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(exit_code)

@@ -1,0 +1,156 @@
+"""Time limits of the groups, stages in which one rank works alone, what is waited for, and whose fault an exception is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import run_distributed
+
+from megatron_lion import peers
+from megatron_lion.collective_faults import is_collective_fault, start_fault
+from megatron_lion.device import Device, install_cpu_stand_in
+from megatron_lion.errors import DataError, EnvironmentFault, PeerError
+from megatron_lion.parallel import agree, process_groups
+from megatron_lion.peer_board import FileBoard, TcpBoard
+
+CPU = Device("cpu", 0, "gloo")
+GLOO = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/"
+
+
+def limits(rank: int, seconds: float) -> list[float]:
+    """The time limit of every group of this process, in seconds, as its backend holds it."""
+    install_cpu_stand_in()
+    with process_groups(CPU, tensor_model_parallel_size=2, timeout_s=seconds):
+        groups = [group for group in dist.distributed_c10d._world.pg_map if isinstance(group, dist.ProcessGroup)]
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+@pytest.mark.parametrize("seconds", [89.0, 20.5])
+def test_every_group_has_the_time_limit_in_seconds(seconds: float) -> None:
+    """megatron-core takes whole minutes; 20 s became a minute, 89 s one and 100 s two."""
+    for found in run_distributed(limits, 2, seconds):
+        assert len(found) > 5
+        assert set(found) == {seconds}
+
+
+def work_alone(rank: int) -> str:
+    """Rank 0 works for longer than the time limit; rank 1 waits for it. Returns what rank 1 prints meanwhile."""
+    install_cpu_stand_in()
+    peers.NOTICE_S = 1.0
+    folder = tempfile.mkdtemp()
+    os.dup2(os.open(f"{folder}/err", os.O_WRONLY | os.O_CREAT), 2)
+    with process_groups(CPU, timeout_s=60):
+        assert peers._watch is not None
+        peers._watch.timeout_s = 1.0  # only now: joining the groups may take longer on a loaded machine
+        peers.set_timeout(1.0)
+        with agree("reading a large file"):
+            if rank == 0:
+                time.sleep(6)
+        peers.set_timeout(60)
+    return Path(folder, "err").read_text()
+
+
+def test_a_rank_that_works_alone_is_waited_for_and_named() -> None:
+    worker, waiter = run_distributed(work_alone, 2)
+    assert "megatron-lion" not in worker
+    assert "waited" in waiter
+    assert f"'reading a large file' for rank 0 ({socket.gethostname()}" in waiter
+    assert waiter.count("waited") <= 3, "the intervals double"
+
+
+OWN = [
+    RuntimeError("DataLoader worker (pid(s) 4242) exited unexpectedly"),
+    RuntimeError("DataLoader worker (pid 12) is killed by signal: Terminated. "),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+    RuntimeError("[enforce fail at /gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 40 vs 4"),
+    DataError("the data holds token id 999"),
+    ValueError("timed out"),
+    TimeoutError("timed out"),
+    KeyError("gloo"),
+]
+LOST = [
+    RuntimeError(f"{GLOO}pair.cc:553] Connection closed by peer [127.0.0.1]:19336"),
+    RuntimeError(f"{GLOO}pair.cc:537] Read error [127.0.0.1]:19894: Connection reset by peer"),
+    RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation to complete"),
+    dist.DistBackendError("NCCL communicator was aborted on rank 0."),
+    dist.DistBackendError("NCCL error: remote process exited or there was a network error, ncclRemoteError: …"),
+    dist.DistStoreError("wait timeout after 20000ms, keys: /default_pg/0//1"),
+    dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (a, 1)."),
+]
+
+
+@pytest.mark.parametrize("error", OWN, ids=str)
+def test_a_ranks_own_fault_is_no_lost_peer(error: Exception) -> None:
+    assert not is_collective_fault(error)
+
+
+@pytest.mark.parametrize("error", LOST, ids=str)
+def test_failed_collectives_are_lost_peers(error: Exception) -> None:
+    assert is_collective_fault(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (dist.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error … Cuda failure 2 'out of memory'"), EnvironmentFault),
+        (dist.DistBackendError("ncclInternalError … Bootstrap : no socket interface found"), EnvironmentFault),
+        (dist.DistBackendError("NCCL error …, ncclSystemError: Failed to open libibverbs.so"), EnvironmentFault),
+        (RuntimeError("CUDA driver version is insufficient for CUDA runtime version"), EnvironmentFault),
+        (RuntimeError("[enforce fail at gloo/transport/tcp/device.cc:84] Unable to find address for: none"), EnvironmentFault),
+        (ValueError("environment variable MASTER_PORT expected, but not set"), EnvironmentFault),
+        (dist.DistNetworkError("The server socket has failed to listen … EADDRINUSE, address already in use"), EnvironmentFault),
+        (dist.DistStoreError("Timed out after 6 seconds waiting for clients. 1/2 clients joined."), PeerError),
+        (dist.DistNetworkError("The client socket has timed out … (10.77.0.1, 29555)"), PeerError),
+        (dist.DistBackendError("NCCL error …: ncclRemoteError: A call failed possibly due to a network error"), PeerError),
+        (RuntimeError("Gloo connectFullMesh failed with [pair.cc:144] Connection refused"), PeerError),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_start_is_reported_as_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    """Only a missing peer is "did not find each other"; NCCL's own faults, such as memory, keep their text."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(dist, "init_process_group", fail)
+    with pytest.raises(kind) as raised, process_groups(CPU):
+        pass
+    assert type(raised.value) is kind
+    assert ("did not find each other" in str(raised.value)) == (kind is PeerError)
+    assert str(error)[:30] in str(raised.value)
+    assert type(start_fault(error)) is kind
+
+
+def test_boards_keep_the_last_message_of_each_rank(tmp_path: Path) -> None:
+    """A store with several nodes and files on one node behave alike; a rank without a message is no error."""
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    for boards in [
+        (TcpBoard("127.0.0.1", host.port, "x"), TcpBoard("127.0.0.1", host.port, "x")),
+        (FileBoard(tmp_path / "x"), FileBoard(tmp_path / "x")),
+    ]:
+        one, two = boards
+        one.post(0, {"count": 1})
+        one.post(0, {"count": 2})
+        two.post(2, {"count": 3})
+        assert two.read([0, 1]) == {0: {"count": 2}}
+        assert one.read([1, 2]) == {2: {"count": 3}}
+        one.remove()
+
+
+def test_a_store_that_is_gone_is_reported_in_time() -> None:
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    board = TcpBoard("127.0.0.1", host.port, "x")
+    board.post(0, {})
+    del host
+    with pytest.raises(RuntimeError):
+        board.read([0])
