@@ -105,7 +105,8 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down after the norm is logged. 0 disables clipping."""
     max_skipped_steps: int = 3
-    """Stop after this many consecutive steps with NaN or infinite gradients (each such step is skipped)."""
+    """Stop after this many consecutive steps with NaN or infinite gradients (ten times as many in fp16), or whose loss counts no
+    token. Each such step is skipped, and nothing is saved until a step is taken."""
 
     def resolved_betas(self) -> tuple[float, float]:
         """Returns (beta1, beta2), with the default for null."""

@@ -7,6 +7,8 @@ import math
 from megatron_lion.config import RunConfig
 from megatron_lion.errors import ConfigError
 
+FP32_MAX = 3.4028234663852886e38
+
 
 def check_config(config: RunConfig, world_size: int) -> None:
     """Raises one ConfigError that lists all invalid settings.
@@ -61,6 +63,10 @@ def _check_numbers(config: RunConfig) -> list[str]:
     for key in ("lr", "weight_decay", "clip_grad", "eps"):
         value = getattr(optimizer, key)
         need(value >= 0 and value != float("inf"), f"optimizer.{key}", value, "a finite number of at least 0")
+    if optimizer.name == "adamw" and 0 <= (beta := optimizer.resolved_betas()[0]) < 1:
+        # AdamW divides the rate by 1 - beta1^step, and torch refuses a factor that fp32 cannot hold.
+        largest = FP32_MAX * (1 - beta)
+        need(not largest < optimizer.lr < math.inf, "optimizer.lr", optimizer.lr, f"at most {largest:.3g} for adamw")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "a number in [0, 1)")
     # Packed master weights exist only in LION's fused step, which works on the distributed optimizer's bf16 shards.
     packed = optimizer.master_weights != "shards"

@@ -24,7 +24,7 @@ class ConfigError(MegatronLionError):
 
 
 class DataError(MegatronLionError):
-    """A corpus, vocabulary or token file is missing, damaged or does not fit (exit code 3)."""
+    """A corpus, vocabulary or token file is missing, damaged or does not fit, or holds nothing to measure (exit code 3)."""
 
     exit_code = 3
 
@@ -42,7 +42,7 @@ class StorageError(MegatronLionError):
 
 
 class NumericsError(MegatronLionError):
-    """Gradients or loss stayed NaN or infinite, so that no step could be taken (exit code 6)."""
+    """Gradients, loss or training state are NaN or infinite, so that no step can be taken (exit code 6)."""
 
     exit_code = 6
 

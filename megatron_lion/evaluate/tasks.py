@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_lion.errors import ConfigError
+from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.evaluate.lambada import Passages, passage_segment
 from megatron_lion.evaluate.perplexity import perplexity, plan_windows, stream_segments
 from megatron_lion.evaluate.token_scores import Segment, SegmentScores
@@ -68,12 +68,19 @@ class Task:
         suffix: part of the file's name that differs from the default convention's.
         segments: the token segments to score.
         summarize: function from the scores to the measured fields of the result.
+
+    Raises:
+        DataError: the text has no token to score.
     """
 
     conditions: dict[str, Any]
     suffix: str
     segments: list[Segment] = field(repr=False)
     summarize: Callable[[SegmentScores], dict[str, Any]] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            raise DataError(f"{self.conditions['text_path']}: the text has no token to score")
 
     @property
     def kind(self) -> str:

@@ -8,7 +8,7 @@ buffers over all ranks is the sum of the gradients of all samples so far, withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -48,11 +48,13 @@ class FullGradient:
         dropout_seed: seed of the dropout masks, or None for no dropout.
         master_weights: whether θ is the optimizer's fp32 master weights; otherwise the model's own weights.
         sample: coordinate sample that also follows sums over disjoint groups of batches, or None.
+        count_names: further scalars of the loss function's dictionary to sum into `counts`.
 
     Attributes:
         num_batches: global batches summed so far.
         count: divisor of the mean: everything that the loss function counted (tokens of GPT-2, samples of BERT).
         losses: (loss sum in nats, count) of each batch.
+        counts: sums of `count_names` over all batches.
 
     Example:
         with FullGradient(model, optimizer, forward_step, ranks, ...) as full:
@@ -75,6 +77,7 @@ class FullGradient:
         dropout_seed: int | None = None,
         sample: CoordinateSample | None = None,
         master_weights: bool = True,
+        count_names: Sequence[str] = (),
     ) -> None:
         self.model, self.optimizer, self.forward_step, self.ranks = model, optimizer, forward_step, ranks
         self.num_microbatches, self.micro_batch_size, self.seq_length = num_microbatches, micro_batch_size, seq_length
@@ -84,6 +87,7 @@ class FullGradient:
         self.rows = parameter_rows(model)
         self.num_batches = 0
         self.losses: list[tuple[float, int]] = []
+        self.counts = dict.fromkeys(count_names, 0.0)
         self._stack = ExitStack()
 
     @property
@@ -153,15 +157,19 @@ class FullGradient:
         )
         # float64 holds counts exactly up to 2^53; megatron-core's own token counters are int32. The stop flag is in the same
         # tensor, so that all ranks learn it from one all-reduce and leave after the same batch.
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3 + len(self.counts), dtype=torch.float64, device=self.device)
         if self.ranks.tp_rank == 0:  # only the last stage has losses; all tensor-parallel ranks have the same ones
             for output in outputs:
                 totals[0] += output["loss_sum"]
                 totals[1] += output["num_tokens"]
+                for place, name in enumerate(self.counts, start=3):
+                    totals[place] += output[name]
         totals[2] = float(stop)
         if self.ranks.world_size > 1:
             dist.all_reduce(totals)
-        loss_sum, count, asked = totals.tolist()
+        loss_sum, count, asked, *counts = totals.tolist()
+        for name, value in zip(self.counts, counts, strict=True):
+            self.counts[name] += value
         self.losses.append((loss_sum, int(count)))
         self.num_batches += 1
         if self.sample is not None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_lion.config import RunConfig
+from megatron_lion.errors import DataError
 from megatron_lion.gradient.accumulate import FullGradient
 from megatron_lion.gradient.coordinate_sample import CoordinateSample
 from megatron_lion.gradient.noise import NoiseEstimate, Rung, estimate_noise, make_rung, rungs_of
@@ -30,6 +31,7 @@ class ProbedRun(Protocol):
     model: list[Any]
     optimizer: TrainOptimizer
     corpora: Any
+    objective: Any
     step: int
 
     @property
@@ -58,6 +60,9 @@ def probe_run(
 
     Returns:
         The result, or None if any process was asked to stop; the run is then unchanged.
+
+    Raises:
+        DataError: the loss counts nothing in a batch; on all ranks.
     """
     config = run.config
     started = time.perf_counter()
@@ -71,15 +76,19 @@ def probe_run(
         num_microbatches=config.num_microbatches(run.ranks.world_size),
         micro_batch_size=config.train.micro_batch_size, seq_length=config.model.seq_length,
         vocab_size=run.corpora.vocab_size, dropout_seed=dropout_seed, sample=sample,
-        master_weights=master_weights,
+        master_weights=master_weights, count_names=run.objective.count_names,
     ) as full:  # fmt: skip
         while full.num_batches < config.probe.num_batches:
             if full.add(batches, stop=should_stop()):
                 return None
+            if not full.losses[-1][1]:
+                raise _nothing_counted(config, f"batch {full.num_batches}", "num_tokens")
             if full.num_batches in rungs:
                 table = full.read()
                 read.append((full.num_batches, table.norms()))
             on_batch(full.num_batches)
+        if (name := run.objective.uncounted(full.counts)) is not None:
+            raise _nothing_counted(config, f"all {full.num_batches} batches", name)
         ladder, noise = _ladder(read, sample, config.train.global_batch_size)
         num_samples = full.num_batches * config.train.global_batch_size
         result = ProbeResult(
@@ -94,6 +103,16 @@ def probe_run(
         )  # fmt: skip
     warn_of(result, run.ranks)
     return result
+
+
+def _nothing_counted(config: RunConfig, which: str, name: str) -> DataError:
+    split = "test" if config.probe.data == "test" else "training"
+    error = DataError(
+        f"probe: the loss counts nothing in {which} of the {split} samples ({name} is 0); check the data and its index cache "
+        "(data.cache, or the run's folder cache)"
+    )
+    error.told_by = 0  # all ranks raise it alike
+    return error
 
 
 def _ladder(
@@ -116,7 +135,7 @@ def standard_error(losses: list[tuple[float, int]]) -> float | None:
     """
     if len(losses) < 2:
         return None
-    means = [loss / max(1, tokens) for loss, tokens in losses]
+    means = [loss / tokens for loss, tokens in losses]
     center = math.fsum(means) / len(means)
     return math.sqrt(math.fsum((mean - center) ** 2 for mean in means) / (len(means) - 1) / len(means))
 
@@ -131,10 +150,12 @@ def probe_facts(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def warn_of(result: ProbeResult, ranks: Ranks) -> None:
-    """Logs a warning if the gradient is not finite or the KKT residual is undefined."""
+    """Logs a warning if the gradient is not finite or zero, or the KKT residual is undefined."""
     if not ranks.is_main:
         return
     norms = result.table.norms()
+    if norms.grad_l2 == 0.0:
+        _log.warning("probe at step %d: the gradient is exactly zero (loss %g)", result.step, result.loss)
     if not math.isfinite(norms.grad_l2):
         bad = [
             name for name, part in result.table.grouped(lambda name: name).items() if not math.isfinite(part.grad_l2)

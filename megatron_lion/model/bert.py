@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from megatron_lion.config import ModelConfig
 from megatron_lion.model.attention import SdpaAttention
 from megatron_lion.model.mcore_settings import GELUS
-from megatron_lion.model.objective import Batch, Objective
+from megatron_lion.model.objective import Batch, Objective, mean
 from megatron_lion.parallel import all_reduce_sum
 
 NUM_TOKEN_TYPES = 2
@@ -175,6 +175,8 @@ class MaskedAndOrder(Objective):
     sum_names = (
         "loss_sum", "num_tokens", "mlm_loss_sum", "num_masked", "mlm_correct", "sop_loss_sum", "num_samples", "sop_correct",
     )  # fmt: skip
+    # Also the masked tokens: without one, L has no first term. Samples always have one unless their masks are damaged.
+    count_names = ("num_masked", "num_samples")
 
     def forward_step(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Any, Any]:
         """Runs one micro-batch.
@@ -189,14 +191,14 @@ class MaskedAndOrder(Objective):
         return output, functools.partial(loss_sums, batch)
 
     def means(self, sums: dict[str, float]) -> dict[str, float]:
-        masked, samples = max(1.0, sums["num_masked"]), max(1.0, sums["num_samples"])
-        mlm_loss, sop_loss = sums["mlm_loss_sum"] / masked, sums["sop_loss_sum"] / samples
+        masked, samples = sums["num_masked"], sums["num_samples"]
+        mlm_loss, sop_loss = mean(sums["mlm_loss_sum"], masked), mean(sums["sop_loss_sum"], samples)
         return {
             "loss": mlm_loss + sop_loss,
             "mlm_loss": mlm_loss,
             "sop_loss": sop_loss,
-            "mlm_accuracy": sums["mlm_correct"] / masked,
-            "sop_accuracy": sums["sop_correct"] / samples,
+            "mlm_accuracy": mean(sums["mlm_correct"], masked),
+            "sop_accuracy": mean(sums["sop_correct"], samples),
         }
 
     def weigh_steps(self, batches: Iterator[Batch], num_microbatches: int) -> Iterator[Batch]:

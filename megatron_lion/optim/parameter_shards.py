@@ -71,15 +71,21 @@ def counts_here(parameter: torch.nn.Parameter) -> bool:
     return param_is_not_shared(parameter) and (split or parallel_state.get_tensor_model_parallel_rank() == 0)
 
 
-def local_shards(model: list[Any], optimizer: TrainOptimizer) -> Iterator[Shard]:
-    """Yields all slices that this rank accounts for; over all ranks they cover the model exactly once."""
+def local_shards(model: list[Any], optimizer: TrainOptimizer, *, replicas: bool = False) -> Iterator[Shard]:
+    """Yields all slices that this rank accounts for; over all ranks they cover the model exactly once.
+
+    Args:
+        model: DDP-wrapped chunks.
+        optimizer: the optimizer of their parameters.
+        replicas: also yield this rank's copies of slices that another rank accounts for.
+    """
     wrapper = optimizer.megatron
     decays = optimizer.weight_decays()
     sharded = isinstance(wrapper, StatefulDistributedOptimizer)
     mains = {} if sharded else dict(optimizer.model_and_main_params())
     for chunk in model:
         for name, parameter in named_global_parameters(chunk):
-            if not counts_here(parameter):
+            if not (replicas or counts_here(parameter)):
                 continue
             grad = getattr(parameter, "main_grad", None)
             if isinstance(wrapper, StatefulDistributedOptimizer):
@@ -91,23 +97,8 @@ def local_shards(model: list[Any], optimizer: TrainOptimizer) -> Iterator[Shard]
                 state = {key: tensors[key].view(-1) for key in wrapper.state_keys}
                 piece = grad.view(-1)[span.start : span.end] if grad is not None else None
                 yield Shard(name, parameter, span.start, tensors["param"].view(-1), piece, state, decays[parameter])
-            elif parallel_state.get_data_parallel_rank() == 0:  # every data-parallel rank holds the same whole copy
+            elif replicas or parallel_state.get_data_parallel_rank() == 0:  # each data-parallel rank holds a whole copy
                 main = mains[parameter]
                 state = {key: optimizer.inner.state[main][key].view(-1) for key in STATE_KEYS[optimizer.name]}
                 piece = grad.view(-1) if grad is not None else None
                 yield Shard(name, parameter, 0, main.data.view(-1), piece, state, decays[parameter])
-
-
-def nonfinite_gradients(model: list[Any]) -> list[str]:
-    """Returns "name[index]" of each parameter whose gradient buffer on this rank is not finite.
-
-    index is the flat index of the first such element in this rank's part of the parameter.
-    """
-    found = []
-    for chunk in model:
-        for name, parameter in named_global_parameters(chunk):
-            grad = getattr(parameter, "main_grad", None)
-            if grad is not None and not bool(torch.isfinite(grad).all()):
-                index = int((~torch.isfinite(grad.view(-1))).nonzero()[0])
-                found.append(f"{name}[{index}]")
-    return found

@@ -45,7 +45,7 @@ class StepResult:
 
     Attributes:
         grad_l2: norm of the whole gradient before clipping; NaN or infinite if the step was skipped.
-        skipped: True if nothing was changed because a gradient was not finite.
+        skipped: True if nothing was changed, because a gradient was not finite or `skip` was called.
     """
 
     grad_l2: float
@@ -106,6 +106,12 @@ class TrainOptimizer:
         self.num_skipped += skipped
         self.num_steps += not skipped
         return StepResult(grad_l2, skipped)
+
+    def skip(self) -> StepResult:
+        """Counts a step that the caller does not take; no gradient is read and nothing is changed, not even the loss scale."""
+        self.zero_grad()
+        self.num_skipped += 1
+        return StepResult(math.nan, True)
 
     def weight_decays(self) -> dict[torch.nn.Parameter, float]:
         """Returns the decay of each model parameter of this rank: the λ of its group, 0 if exempt."""

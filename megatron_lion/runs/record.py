@@ -148,11 +148,12 @@ class RunRecord:
 
     @property
     def diverged(self) -> bool:
-        """Whether the run ended because its gradients stayed NaN or infinite."""
+        """Whether the run ended because its gradients stayed NaN or infinite, or its state became so."""
         skipped, limit = self.series("optim/skipped_steps"), self.settings.get("optimizer.max_skipped_steps", 1)
-        return (
-            not self.finished and bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > self.last_logged
-        )
+        gave_up = self.series("optim/gave_up")
+        if self.finished or (gave_up and gave_up.steps[-1] > self.last_logged):
+            return not self.finished
+        return bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > self.last_logged
 
     @property
     def valid_loss(self) -> float | None:

@@ -3,6 +3,8 @@
 Every element contributes mix(bits) · (2 · global index + 1) mod 2^64 to its tensor's sum. Sums over shards therefore
 add up to the same number at any data-, tensor- or pipeline-parallel size. Two states with equal fingerprints are equal
 bit for bit, except with a probability of about 2^-64. The hash detects faults; file digests detect manipulation.
+
+The same pass refuses a state that holds a NaN or an infinity: it has no fingerprint, so it is neither saved nor resumed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_lion.errors import NumericsError
+from megatron_lion.optim.nonfinite import Damage, damage_of, describe_damage, gather_damage, is_nonfinite
 from megatron_lion.optim.parameter_shards import counts_here, local_shards, named_global_parameters
 from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import all_reduce_sum
@@ -79,13 +83,19 @@ def state_fingerprint(model: list[Any], optimizer: TrainOptimizer) -> str:
 
     Returns:
         32 hexadecimal digits, the same on every rank and at every layout.
+
+    Raises:
+        NumericsError: an element is NaN or infinite; names its tensor; on all ranks.
     """
     total = 0
+    damage: list[Damage] = []
     for shard in local_shards(model, optimizer):
         placement = _placement(shard.parameter)
         for key, flat in {"param": shard.main, **shard.state}.items():
             total += _tensor_sum(flat, shard.start, placement, _salt(f"{shard.name}:{key}"))
-    return _over_all_ranks(total, next(model[0].parameters()).device)
+            if is_nonfinite(flat):
+                damage.append(damage_of(key, shard.name, flat, shard.start))
+    return _over_all_ranks(total, damage, next(model[0].parameters()).device)
 
 
 @torch.no_grad()
@@ -94,15 +104,22 @@ def weights_fingerprint(model: list[Any]) -> str:
 
     Returns:
         32 hexadecimal digits, the same on every rank and at every layout.
+
+    Raises:
+        NumericsError: a weight is NaN or infinite; names it; on all ranks.
     """
     total = 0
+    damage: list[Damage] = []
     # Data ranks hold copies of the same weights: each weight counts once.
     if parallel_state.get_data_parallel_rank() == 0:
         for chunk in model:
             for name, parameter in named_global_parameters(chunk):
                 if counts_here(parameter):
-                    total += _tensor_sum(parameter.data.view(-1), 0, _placement(parameter), _salt(name))
-    return _over_all_ranks(total, next(model[0].parameters()).device)
+                    flat = parameter.data.view(-1)
+                    total += _tensor_sum(flat, 0, _placement(parameter), _salt(name))
+                    if is_nonfinite(flat):
+                        damage.append(damage_of("weight", name, flat, 0))
+    return _over_all_ranks(total, damage, next(model[0].parameters()).device)
 
 
 def _salt(name: str) -> int:
@@ -110,6 +127,9 @@ def _salt(name: str) -> int:
     return _signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
 
-def _over_all_ranks(total: int, device: torch.device) -> str:
-    box = torch.tensor([_signed(total)], dtype=torch.int64, device=device)
-    return hashlib.sha256(str(int(all_reduce_sum(box))).encode()).hexdigest()[:32]
+def _over_all_ranks(total: int, damage: list[Damage], device: torch.device) -> str:
+    box = torch.tensor([_signed(total), len(damage)], dtype=torch.int64, device=device)
+    summed, damaged = all_reduce_sum(box).tolist()
+    if damaged:
+        raise NumericsError(describe_damage(gather_damage(damage)))
+    return hashlib.sha256(str(summed).encode()).hexdigest()[:32]

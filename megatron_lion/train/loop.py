@@ -25,16 +25,16 @@ from megatron_lion.gradient.moving import MovingWindow
 from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.logs import log_file
 from megatron_lion.model.sizes import flops_per_token, model_size
-from megatron_lion.optim.parameter_shards import nonfinite_gradients
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.peers import mark
 from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.paths import environment_file, facts_file, rank_log_file, tokenizer_folder
 from megatron_lion.runs.probes import probe_file
-from megatron_lion.runs.steps import find_latest
+from megatron_lion.runs.steps import find_latest, list_steps
 from megatron_lion.train import checkpoint as ckpt
-from megatron_lion.train.console import TrainProgress, announce
+from megatron_lion.train.console import TrainProgress, announce, warn
+from megatron_lion.train.health import Health, LastBatch, damaged_state
 from megatron_lion.train.random_state import random_state_kept
 from megatron_lion.train.restore import is_import, restore_run
 from megatron_lion.train.run import Run, build_run, save_run, sync_parameters
@@ -54,7 +54,8 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
 
     Raises:
         StoppedOnRequest: a stop signal arrived; a checkpoint was saved first.
-        NumericsError: too many consecutive steps had non-finite gradients.
+        NumericsError: the state is not finite, or too many consecutive steps had non-finite gradients; not saved.
+        DataError: the loss counted nothing in too many consecutive steps, or in the held-out samples.
         ConfigError, DataError, CheckpointError, BusyError: raised before anything is computed.
         StorageError: the run folder could not be written.
     """
@@ -98,22 +99,23 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
 
     Raises:
         StoppedOnRequest: a rank was asked to stop.
-        NumericsError: too many consecutive steps had non-finite gradients.
+        NumericsError, DataError: see `pretrain`.
     """
     config, ranks = run.config, run.ranks
-    batches = run.train_batches()
+    batches = LastBatch(run.train_batches())
     clock = _Clock(run)
-    skipped_in_a_row = 0
+    health = Health(run, metrics)
     last = config.train.steps
     stop_after = min(last, config.train.stop_after or last)
     window = None
     if config.probe.every and config.probe.mode == "moving":
         window = MovingWindow(config, run.model, run.optimizer, ranks, run.corpora.vocab_size)
     if run.step == 0 or probe_is_missing(run):
-        observe(run, metrics, progress, stop, window, at_start=run.step == 0)
+        observe(run, metrics, progress, stop, health, window, at_start=run.step == 0)
         if _asked_to_stop(run, metrics, stop):
             raise StoppedOnRequest(f"stopped before step {run.step + 1} of {last}; run the same command to start there")
-    while run.step < stop_after:
+    save_due = False
+    while run.step < stop_after or (save_due and run.step < last):
         mark(f"step {run.step + 1}")
         on_gradient = window.add if window is not None and window.wants(run.step + 1) else None
         result = train_step(
@@ -126,35 +128,59 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             lr_at(config, run.step + 1),
             on_gradient=on_gradient,
         )
-        if window is not None and on_gradient is not None:
+        if window is not None and on_gradient is not None and not result.skipped:
             window.add_loss(result.loss, result.num_tokens)
         run.step += 1
         run.consumed_samples += config.train.global_batch_size
         clock.count(result)
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-        if result.skipped:  # the same on every rank, so the collective in it is safe
-            report_skipped(run, metrics, skipped_in_a_row)
-        if run.step % config.train.log_every == 0 or run.step in (1, stop_after):
+        health.judge(result)
+        is_periodic = is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps
+        save_due = save_due or is_periodic or run.step >= stop_after
+        # Before the log line: a run whose end cannot be saved must not look finished to readers of metrics.jsonl.
+        may_save = save_due and health.may_save(batches.last)
+        if run.step % config.train.log_every == 0 or run.step == 1 or run.step >= stop_after:
             values = clock.values(result)
             metrics.write(run.step, values)
             progress.update(run.step, values)
-        observe(run, metrics, progress, stop, window)
+        observe(run, metrics, progress, stop, health, window)
         clock.leave_out()
         asked = _asked_to_stop(run, metrics, stop)
-        ending = asked or run.step == stop_after
-        if ending or is_due(run.step, config.checkpoint.every) or run.step in config.checkpoint.at_steps:
+        if asked and not save_due:
+            save_due, may_save = True, health.may_save(batches.last)
+        if may_save:
             mark(f"saving step {run.step}")
-            logger.info("saved %s", save_run(run).folder)
-            with agree("removing old checkpoints"):
-                if ranks.is_main:
-                    ckpt.remove_old(
-                        run.run_dir, keep=config.checkpoint.keep, always_keep={0, *config.checkpoint.at_steps, last}
-                    )
+            save(run, health)
+            save_due = False
             clock.restart()
-        if asked and run.step < stop_after:
+        if asked and not save_due and run.step < stop_after:
             raise StoppedOnRequest(
                 f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes"
             )
+
+
+def save(run: Run, health: Health) -> None:
+    """Saves a checkpoint and removes old ones; a collective call.
+
+    Raises:
+        NumericsError: the state is not finite; nothing is written and nothing removed.
+    """
+    checkpoint, last = run.config.checkpoint, run.config.train.steps
+    if health.skipped_in_a_row:  # only at the end of an fp16 run; see `Health.judge`
+        warn(
+            f"warning: the last {health.skipped_in_a_row} step(s) overflowed the loss scale and changed nothing; the state before "
+            f"them is saved as step {run.step}",
+            shown=run.ranks.is_main,
+        )
+    try:
+        logger.info("saved %s", save_run(run).folder)
+    except NumericsError as error:
+        raise damaged_state(run, str(error)) from error
+    with agree("removing old checkpoints"):
+        if run.ranks.is_main:
+            # The save of a step that was skipped was made after a later step.
+            steps = list_steps(run.run_dir)
+            chosen = {min((found for found in steps if found >= step), default=step) for step in checkpoint.at_steps}
+            ckpt.remove_old(run.run_dir, keep=checkpoint.keep, always_keep={0, last, *chosen})
 
 
 def observe(
@@ -162,6 +188,7 @@ def observe(
     metrics: MetricsWriter,
     progress: TrainProgress,
     stop: dict[str, bool],
+    health: Health,
     window: MovingWindow | None = None,
     *,
     at_start: bool = False,
@@ -176,6 +203,7 @@ def observe(
         metrics: receives the measured values.
         progress: the progress line.
         stop: flag; a stop signal sets `stop["now"]`.
+        health: asked if a held-out loss is not finite.
         window: gradient sums of `probe.mode` moving, or None.
         at_start: whether this is before the first step, where enabled measurements are always due.
     """
@@ -193,7 +221,11 @@ def observe(
             mark(f"measuring the held-out losses of step {run.step}")
             count = config.train.test_batches * config.num_microbatches(run.ranks.world_size)
             for split, name in ((1, "valid"), (2, "test")):
-                means = mean_losses(run.model, run.held_out_batches(split), run.objective, config, count)
+                means = mean_losses(
+                    run.model, run.held_out_batches(split), run.objective, config, count, what=f"the {name} split"
+                )
+                if not all(map(math.isfinite, means.values())):
+                    health.require_finite_state()
                 values.update({f"{name}/{key}": value for key, value in means.items()})
         result = None
         if probe_due:
@@ -238,34 +270,6 @@ def probe_is_missing(run: Run) -> bool:
 def is_due(step: int, every: int) -> bool:
     """Whether `step` is a positive multiple of `every`; False if `every` is 0."""
     return every > 0 and step > 0 and step % every == 0
-
-
-def report_skipped(run: Run, metrics: MetricsWriter, in_a_row: int) -> None:
-    """Logs a skipped step and the parameters whose gradient is not finite; a collective call.
-
-    Args:
-        run: the run; its gradient buffers still contain the gradient of the skipped step.
-        metrics: receives the number of skipped steps and the location.
-        in_a_row: consecutive skipped steps, this one included.
-
-    Raises:
-        NumericsError: `in_a_row` reached `optimizer.max_skipped_steps` (ten times as many in fp16).
-    """
-    names = nonfinite_gradients(run.model)
-    found: list[list[str]] = [[] for _ in range(run.ranks.world_size)]
-    dist.all_gather_object(found, names)
-    ranks = [rank for rank, items in enumerate(found) if items]
-    logger.warning("step %d skipped: gradients not finite on this rank in %s", run.step, names or "none")
-    # The reduction has already spread the value to other ranks; the rank that produced it is one of those listed.
-    where = f"first in {found[ranks[0]][0]}, seen on ranks {ranks}" if ranks else "in the reduced gradient or its norm"
-    metrics.write(run.step, {"optim/skipped_steps": run.optimizer.num_skipped, "optim/nonfinite_gradient": where})
-    # Dynamic loss scaling of fp16 overflows now and then by design; only a long series indicates a fault.
-    limit = run.config.optimizer.max_skipped_steps * (10 if run.config.train.precision == "fp16" else 1)
-    if in_a_row >= limit:
-        raise NumericsError(
-            f"step {run.step}: gradients were NaN or infinite {in_a_row} times in a row ({where}); these steps changed nothing. "
-            "Lower optimizer.lr or check the data of these steps; the newest checkpoint is older"
-        )
 
 
 def describe_run(run: Run) -> None:

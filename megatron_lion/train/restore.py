@@ -6,9 +6,9 @@ import logging
 
 import torch
 
-from megatron_lion.errors import CheckpointError
+from megatron_lion.errors import CheckpointError, NumericsError
 from megatron_lion.parallel import agree, derive_seed, seed_everything
-from megatron_lion.runs.steps import Checkpoint
+from megatron_lion.runs.steps import GO_BACK, Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
 from megatron_lion.train.model_state import check_model, load_model_tensors, load_weights, model_sharded_state
@@ -54,7 +54,10 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
         # not repeat the masks of the run's first steps.
         seed_everything(derive_seed(run.config.seed, f"resume at {run.step}"), run.ranks)
     # The digests cover the files only. The fingerprint covers what arrived in memory after resharding, element by element.
-    _compare_fingerprints(run, checkpoint)
+    try:
+        _compare_fingerprints(run, checkpoint)
+    except NumericsError as error:  # saved by a version that did not check it
+        raise CheckpointError(f"{checkpoint.folder}: {error}, so it cannot be trained from; {GO_BACK}") from error
 
 
 def restore_weights(run: Run, checkpoint: Checkpoint) -> None:

@@ -26,7 +26,8 @@ class TrainStep:
         loss: mean over the global batch before the update (nats per token).
         grad_l2: ℓ2 norm of the mean gradient before clipping.
         num_tokens: tokens read, over all ranks, padding included.
-        skipped: whether the step changed nothing because a gradient was not finite.
+        skipped: whether the step changed nothing, because a gradient was not finite or the loss counted nothing.
+        uncounted: the objective's count that was 0, if that is why the step was skipped.
         parts: the other means of the objective over the global batch, by name.
     """
 
@@ -34,6 +35,7 @@ class TrainStep:
     grad_l2: float
     num_tokens: int
     skipped: bool
+    uncounted: str | None = None
     parts: dict[str, float] = field(default_factory=dict)
 
 
@@ -61,7 +63,8 @@ def train_step(
         config: the run's settings.
         ranks: this process's ranks.
         lr: learning rate of this step.
-        on_gradient: called when the buffers contain the reduced gradient, before it is measured, clipped and used.
+        on_gradient: called when the buffers contain the reduced gradient, before it is measured, clipped and used; not
+            called if the loss counted nothing.
     """
     for chunk in model:
         chunk.train()
@@ -84,12 +87,16 @@ def train_step(
     finally:
         # A model that refers to its optimizer is never garbage-collected: the cycle passes through autograd's own nodes.
         settings.finalize_model_grads_func = settings.grad_scale_func = None
-    means = objective.means(reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device))
-    if on_gradient is not None:
+    sums = reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device)
+    means = objective.means(sums)
+    # The sums are over all ranks, so that all of them skip alike; the host has them already, and need not wait again.
+    uncounted = objective.uncounted(sums)
+    if uncounted is None and on_gradient is not None:
         on_gradient()
-    result = optimizer.step()
+    # A gradient of nothing is zero, or 0 · NaN, and LION would move every weight by its old momentum.
+    result = optimizer.step() if uncounted is None else optimizer.skip()
     num_tokens = config.train.global_batch_size * config.model.seq_length
-    return TrainStep(means.pop("loss"), result.grad_l2, num_tokens, result.skipped, means)
+    return TrainStep(means.pop("loss"), result.grad_l2, num_tokens, result.skipped, uncounted, means)
 
 
 @torch.no_grad()
@@ -99,6 +106,8 @@ def mean_losses(
     objective: Objective,
     config: RunConfig,
     num_microbatches: int,
+    *,
+    what: str = "held-out loss",
 ) -> dict[str, float]:
     """Returns the objective's means by name, including `loss` (nats); a collective call.
 
@@ -110,6 +119,10 @@ def mean_losses(
         objective: the loss to measure.
         config: the run's settings.
         num_microbatches: micro-batches per data rank.
+        what: what is measured, for the message.
+
+    Raises:
+        DataError: the loss counts nothing in these samples; on all ranks.
     """
     for chunk in model:
         chunk.eval()
@@ -124,4 +137,6 @@ def mean_losses(
     )
     for chunk in model:
         chunk.train()
-    return objective.means(reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device))
+    sums = reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device)
+    objective.require_counts(sums, what)
+    return objective.means(sums)

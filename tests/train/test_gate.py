@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def poisoned_steps(rank: int, jobs: dict[str, Any]) -> dict[str, Any]:
             bad = tiny.step_once(run, batches)
             poison.armed = False
             after = everything(run)
-            from megatron_lion.optim.parameter_shards import nonfinite_gradients
+            from megatron_lion.optim.nonfinite import nonfinite_gradients
 
             named = nonfinite_gradients(run.model)
             again = tiny.step_once(run, batches)
@@ -145,8 +147,11 @@ def test_culprit_is_named(poisoned: list[dict[str, Any]], layout: str, value: st
     assert all(item.startswith(name) for item in named)
 
 
-def poisoned_run(rank: int, config: Any, first_bad: int, count: int) -> tuple[str, str]:
-    """Runs `pretrain` with NaN gradients at `count` steps, starting with step `first_bad`."""
+def poisoned_run(rank: int, config: Any, first_bad: int, count: int, stop_at: int = 0) -> tuple[str, str]:
+    """Runs `pretrain` with NaN gradients at `count` steps, starting with step `first_bad`.
+
+    The last rank gets SIGTERM in step `stop_at`.
+    """
     from megatron_lion.train import loop
 
     build, take_step = loop.build_run, loop.train_step
@@ -160,7 +165,12 @@ def poisoned_run(rank: int, config: Any, first_bad: int, count: int) -> tuple[st
 
     def step(*args: Any, **kwargs: Any) -> Any:
         poison.armed = first_bad <= poison.run.step + 1 < first_bad + count
-        return take_step(*args, **kwargs)
+        if poison.run.step + 1 == stop_at and rank == poison.run.ranks.world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            return take_step(*args, **kwargs)
+        finally:
+            poison.armed = False  # a probe or a trial of the state is no training step
 
     loop.build_run, loop.train_step = build_poisoned, step
     try:
@@ -197,8 +207,95 @@ def test_three_bad_steps_in_a_row_end_the_run(folder: Path, corpus: str) -> None
         assert kind == "NumericsError", message
         assert "step 6: gradients were NaN or infinite 3 times in a row" in message
         assert f"first in {CULPRIT[True]}[5], seen on ranks [0, 1]" in message
-    weights = tiny.read_weights(config.run_dir, 4, prefix="")
-    assert all(bool(tensor.isfinite().all()) for tensor in weights.values()), "no checkpoint holds a bad value"
+        assert message.endswith("The newest checkpoint is that of step 2: the same command resumes there")
+    assert saved(config) == [2], "a skipped step is not saved"
+
+
+def saved(config: Any) -> list[int]:
+    """Steps of the checkpoints in a run's folder."""
+    return sorted(
+        int(path.parent.name[5:]) for path in Path(config.run_dir, "checkpoints").glob("step_*/manifest.json")
+    )
+
+
+def test_a_save_that_falls_on_a_skipped_step_is_made_after_the_next_step_that_is_taken(
+    folder: Path, corpus: str
+) -> None:
+    settings = {"train__steps": 9, "checkpoint__every": 2, "checkpoint__keep": 1, "checkpoint__at_steps": [3]}
+    config = tiny.tiny_config(folder / "late", corpus, **settings)
+    assert run_distributed(poisoned_run, 2, config, 3, 2) == [("", ""), ("", "")]
+    # 3 and 4 are skipped; 5 stands for both and is kept like the chosen step 3; 9 is the last; 8 is the newest periodic.
+    assert saved(config) == [5, 8, 9]
+
+
+def test_a_stop_within_skipped_steps_is_saved_after_the_next_step_that_is_taken(folder: Path, corpus: str) -> None:
+    config = tiny.tiny_config(folder / "stopped", corpus, train__steps=9)
+    for kind, message in run_distributed(poisoned_run, 2, config, 3, 2, 3):
+        assert kind == "StoppedOnRequest"
+        assert message.startswith("stopped after step 5 of 9, checkpoint saved")
+    assert saved(config) == [5]
+    config = tiny.tiny_config(folder / "stop_after", corpus, train__steps=9, train__stop_after=3)
+    assert run_distributed(poisoned_run, 2, config, 3, 2) == [("", ""), ("", "")]
+    assert saved(config) == [5]
+
+
+def test_a_stop_within_skipped_steps_that_do_not_end_saves_nothing(folder: Path, corpus: str) -> None:
+    config = tiny.tiny_config(folder / "never", corpus, train__steps=9)
+    for kind, message in run_distributed(poisoned_run, 2, config, 3, 99, 3):
+        assert kind == "NumericsError"
+        assert message.startswith("step 5: gradients were NaN or infinite 3 times in a row")
+        assert message.endswith("There is no checkpoint: the same command starts at step 0")
+    assert saved(config) == []
+
+
+def test_a_run_whose_last_step_is_skipped_is_not_saved_and_not_finished(folder: Path, corpus: str) -> None:
+    from megatron_lion.runs.record import read_run
+
+    config = tiny.tiny_config(folder / "last", corpus, train__steps=5, checkpoint__every=3)
+    for kind, message in run_distributed(poisoned_run, 2, config, 5, 1):
+        assert kind == "NumericsError"
+        assert message.startswith("step 5: gradients were NaN or infinite in 1 step (first in")
+        assert message.endswith("The newest checkpoint is that of step 3: the same command resumes there")
+    assert saved(config) == [3]
+    record = read_run(config.run_dir)
+    assert record.diverged
+    assert not record.finished
+    assert run_distributed(poisoned_run, 2, config, 99, 0) == [("", ""), ("", "")], "without the fault it ends"
+    assert saved(config) == [3, 5]
+    record = read_run(config.run_dir)
+    assert record.finished
+    assert not record.diverged
+
+
+def fp16_run(rank: int, config: Any) -> tuple[str, str]:
+    """Runs `pretrain` in fp16 with an overflow in its last step, from a loss scale at which no other step overflows."""
+    from megatron_lion.train import loop
+
+    build = loop.build_run
+
+    def build_scaled(*args: Any, **kwargs: Any) -> Any:
+        run = build(*args, **kwargs)
+        scaler = {"scale": 256.0, "growth_tracker": 0, "hysteresis_tracker": 2}
+        run.optimizer.load_extra_state({**run.optimizer.extra_state(), "grad_scaler": scaler})
+        return run
+
+    loop.build_run = build_scaled
+    try:
+        return poisoned_run(rank, config, config.train.steps, 1)
+    finally:
+        loop.build_run = build
+
+
+def test_an_fp16_run_whose_last_step_overflows_is_saved_with_a_warning(folder: Path, corpus: str) -> None:
+    config = tiny.tiny_config(folder / "fp16-last", corpus, train__precision="fp16", train__steps=3)
+    config = dataclasses.replace(config, device="auto")
+    assert run_distributed(fp16_run, 2, config) == [("", ""), ("", "")]
+    assert saved(config) == [3]
+    manifest = json.loads(Path(config.run_dir, "checkpoints", "step_0000003", "manifest.json").read_text())
+    assert manifest["optimizer_state"]["num_steps"] == 2
+    log = next(Path(config.run_dir, "log").iterdir()).read_text()
+    assert "the last 1 step(s) overflowed the loss scale and changed nothing" in log
+    assert all(bool(tensor.isfinite().all()) for tensor in tiny.read_weights(config.run_dir, 3, prefix="").values())
 
 
 def fp16_steps(rank: int, config: Any) -> list[dict[str, Any]]:
