@@ -201,6 +201,9 @@ class MaskedAndOrder(Objective):
             "sop_accuracy": mean(sums["sop_correct"], samples),
         }
 
+    def usual_count(self, samples: int, seq_length: int) -> int:
+        return samples
+
     def weigh_steps(self, batches: Iterator[Batch], num_microbatches: int) -> Iterator[Batch]:
         """Reads all micro-batches of a step ahead and adds the step's N/M to each."""
         while step := list(islice(batches, num_microbatches)):

@@ -69,6 +69,9 @@ class NextToken(Objective):
         output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return output, functools.partial(loss_sum, batch["loss_mask"])
 
+    def usual_count(self, samples: int, seq_length: int) -> int:
+        return samples * seq_length
+
 
 def loss_sum(
     loss_mask_BS: torch.Tensor, loss_BS: torch.Tensor

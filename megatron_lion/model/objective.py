@@ -43,6 +43,10 @@ class Objective(ABC):
         """
         return {"loss": mean(sums["loss_sum"], sums["num_tokens"])}
 
+    @abstractmethod
+    def usual_count(self, samples: int, seq_length: int) -> int:
+        """Returns what `loss_func` counts in that many full samples; the first loss scale of fp16 follows from it."""
+
     def uncounted(self, sums: Mapping[str, float]) -> str | None:
         """Returns the first of `count_names` that is 0, or None if all are above 0."""
         return next((name for name in self.count_names if not sums[name] > 0), None)

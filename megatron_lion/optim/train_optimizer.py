@@ -38,6 +38,9 @@ from megatron_lion.optim.sgd import Sgd
 
 __all__ = ["StepResult", "TrainOptimizer", "build_optimizer"]
 
+# Below upstream's 1: the scale multiplies a sum over tokens.
+SMALLEST_LOSS_SCALE = 2.0**-24
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -276,11 +279,25 @@ def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
     optimizer.get_grads_for_grad_norm = with_replicas
 
 
+def first_loss_scale(micro_batch_count: int) -> float:
+    """Returns fp16's first loss scale, a power of two.
+
+    The scaled loss is a sum over a micro-batch, not a mean: upstream's 2^16, meant for a mean, would overflow in the first
+    steps until it was halved often enough, and each of them would be skipped. 2^12 for a mean leaves the weight
+    gradients, which are sums over tokens as well, room below fp16's 65,504. From there it grows every 1000 steps.
+
+    >>> first_loss_scale(1), first_loss_scale(8 * 1024), first_loss_scale(100)
+    (4096.0, 0.5, 32.0)
+    """
+    return 2.0 ** (12 - math.ceil(math.log2(max(1, micro_batch_count))))
+
+
 def build_optimizer(
     config: OptimizerConfig,
     model_chunks: list[DistributedDataParallel],
     *,
     precision: str = "bf16",
+    micro_batch_count: int = 1,
 ) -> TrainOptimizer:
     """Builds the optimizer for DDP-wrapped model chunks.
 
@@ -291,7 +308,8 @@ def build_optimizer(
     Args:
         config: name, rate, decay and the rest.
         model_chunks: from `build_model`.
-        precision: "bf16", "fp32" or "fp16" (with a dynamic loss scale, 2^16 at first).
+        precision: "bf16", "fp32" or "fp16" (with a dynamic loss scale; see `first_loss_scale`).
+        micro_batch_count: what the loss counts in a micro-batch.
     """
     sharded = model_chunks[0].ddp_config.use_distributed_optimizer
     settings = McoreOptimizerConfig(
@@ -317,8 +335,8 @@ def build_optimizer(
     scaler = None
     if precision == "fp16":
         scaler = DynamicGradScaler(
-            initial_scale=2.0**16,
-            min_scale=1.0,
+            initial_scale=first_loss_scale(micro_batch_count),
+            min_scale=SMALLEST_LOSS_SCALE,
             growth_factor=2.0,
             backoff_factor=0.5,
             growth_interval=1000,

@@ -144,10 +144,10 @@ def build_run(
     model = build_model(config, device, corpora.vocab_size)
     if imported is not None:  # before the optimizer copies its master weights from the model
         load_weights(config, corpora, model, imported, ranks)
-    optimizer = build_optimizer(config.optimizer, model, precision=train.precision)
-    return Run(
-        config, device, ranks, model, optimizer, corpora, datasets, build_objective(config.model.kind), probe_samples
-    )
+    objective = build_objective(config.model.kind)
+    count = objective.usual_count(train.micro_batch_size, config.model.seq_length)
+    optimizer = build_optimizer(config.optimizer, model, precision=train.precision, micro_batch_count=count)
+    return Run(config, device, ranks, model, optimizer, corpora, datasets, objective, probe_samples)
 
 
 def config_digest(config: RunConfig) -> str:

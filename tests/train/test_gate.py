@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -288,7 +287,6 @@ def fp16_run(rank: int, config: Any) -> tuple[str, str]:
 
 def test_an_fp16_run_whose_last_step_overflows_is_saved_with_a_warning(folder: Path, corpus: str) -> None:
     config = tiny.tiny_config(folder / "fp16-last", corpus, train__precision="fp16", train__steps=3)
-    config = dataclasses.replace(config, device="auto")
     assert run_distributed(fp16_run, 2, config) == [("", ""), ("", "")]
     assert saved(config) == [3]
     manifest = json.loads(Path(config.run_dir, "checkpoints", "step_0000003", "manifest.json").read_text())
@@ -305,7 +303,7 @@ def fp16_steps(rank: int, config: Any) -> list[dict[str, Any]]:
         poison = Poison(run.objective, float("inf"), CULPRIT[True], 1)
         poison.install(run)
         run.objective = poison
-        # The scale is loaded as in a resumed run: at the initial 2^16 a micro-batch's loss sum overflows without Poison.
+        # The scale is loaded as in a resumed run.
         scaler = {"scale": 256.0, "growth_tracker": 0, "hysteresis_tracker": 2}
         run.optimizer.load_extra_state({**run.optimizer.extra_state(), "grad_scaler": scaler})
         found = []
@@ -332,10 +330,22 @@ def test_fp16_overflow_skips_and_lowers_the_loss_scale(folder: Path, corpus: str
     config = tiny.tiny_config(
         folder / "fp16", corpus, train__precision="fp16", parallel__use_distributed_optimizer=sharded
     )  # fmt: skip
-    config = dataclasses.replace(config, device="auto")
     for steps in run_distributed(fp16_steps, 2, config):
         assert [step["skipped"] for step in steps] == [False, True, True, False]
         assert [step["changed"] > 0 for step in steps] == [True, False, False, True]
         assert [step["scale"] for step in steps] == [256, 256, 128, 128]
         assert all(4 < step["loss"] < 6 for step in steps), "the logged loss is not scaled"
         assert 0.1 < steps[0]["norm"] < 10, "the logged norm is not scaled"
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "sgd"])
+def test_an_fp16_run_on_a_cpu_takes_its_first_steps(folder: Path, corpus: str, optimizer: str) -> None:
+    """The first loss scale fits a loss that is a sum over the tokens of a micro-batch, small or large."""
+    for size in (1, 8):
+        config = tiny.tiny_config(
+            folder / f"fp16 {optimizer} {size}", corpus, train__precision="fp16", train__micro_batch_size=size, train__steps=3,
+            optimizer__name=optimizer,
+        )  # fmt: skip
+        outcome = run_distributed(tiny.train_each, 1, {"": config})[0][""]
+        assert outcome["manifest"]["optimizer_state"]["num_skipped"] == 0
+        assert outcome["manifest"]["optimizer_state"]["grad_scaler"]["scale"] == 2**8 / size
