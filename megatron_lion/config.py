@@ -124,9 +124,9 @@ class ScheduleConfig:
     warmup_steps: int | None = None
     """Linear warm-up over this many steps."""
     min_lr: float = 0.0
-    """Learning rate at the last step (cosine, linear, wsd)."""
+    """Learning rate at the last step (cosine, linear, wsd), or lower bound (inverse_sqrt). With 0 the last step moves no weight."""
     wsd_decay_fraction: float = 0.2
-    """Share of the steps in which wsd decays."""
+    """Share of the steps in which wsd decays; 0 holds the peak to the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ class TrainConfig:
     micro_batch_size: int = 8
     """Samples of a forward pass on one process."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
-    """bf16 and fp16 keep exact fp32 master weights; fp16 scales the loss dynamically."""
+    """bf16 and fp16 keep exact fp32 master weights; fp16 scales the loss dynamically. All run on a CPU as well."""
     deterministic: bool = False
     """Make runs of the same command at the same layout bitwise reproducible on CUDA, with slower kernels; on CPU they always are."""
     test_every: int = 1000

@@ -8,6 +8,8 @@ from megatron_lion.config import RunConfig
 from megatron_lion.errors import ConfigError
 
 FP32_MAX = 3.4028234663852886e38
+MAX_PACKED_BETA2 = 1 - 2**-8
+"""That of optim/layouts.py, which this module must not import (it imports torch)."""
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -81,6 +83,11 @@ def _check_numbers(config: RunConfig) -> list[str]:
         problems.append(
             f"optimizer.momentum_dtype: {optimizer.momentum_dtype} needs optimizer.master_weights fp32, split32 or split24"
         )
+    if optimizer.momentum_dtype != "fp32" and packed and optimizer.resolved_betas()[1] > MAX_PACKED_BETA2:
+        problems.append(
+            f"optimizer.betas: beta2 must be at most {MAX_PACKED_BETA2} with optimizer.momentum_dtype {optimizer.momentum_dtype} "
+            f"(rounding keeps a slower momentum from shrinking), got {optimizer.resolved_betas()[1]}; or use fp32"
+        )
     need(
         probe.mode == "frozen" or not 0 < probe.every < probe.num_batches,
         "probe.every",
@@ -115,6 +122,7 @@ def _check_ranges(config: RunConfig) -> list[str]:
         ("checkpoint.at_steps", config.checkpoint.at_steps, min(config.checkpoint.at_steps, default=1) >= 1, "steps of at least 1"),
         ("schedule.warmup_fraction", schedule.warmup_fraction, 0 <= schedule.warmup_fraction <= 1, share),
         ("schedule.wsd_decay_fraction", schedule.wsd_decay_fraction, 0 <= schedule.wsd_decay_fraction <= 1, share),
+        ("schedule.min_lr", schedule.min_lr, schedule.kind != "constant" or not schedule.min_lr > 0, "0 with schedule.kind constant"),
         ("schedule.min_lr", schedule.min_lr, 0 <= schedule.min_lr <= config.optimizer.lr, f"in [0, optimizer.lr {config.optimizer.lr}]"),
     ]  # fmt: skip
     problems = [f"{key}: must be {wanted}, got {given}" for key, given, ok, wanted in rules if not ok]
@@ -189,6 +197,4 @@ def _check_layout(config: RunConfig, world_size: int) -> list[str]:
         problems.append(
             "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce and parallel.use_distributed_optimizer"
         )
-    if train.precision == "fp16" and config.device == "cpu":
-        problems.append("train.precision: fp16 needs CUDA; use bf16 or fp32 with device cpu")
     return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import RunConfig
@@ -40,6 +41,7 @@ def run(args: Any) -> None:
     from dataclasses import replace
 
     from megatron_lion.jobs import rank_from_env, world_size_from_env
+    from megatron_lion.runs.steps import list_steps
 
     config: RunConfig = run_config_from_namespace(args.parser, args)
     if args.max_steps is not None:
@@ -58,5 +60,6 @@ def run(args: Any) -> None:
 
     pretrain(config, fresh=args.fresh)
     if rank_from_env() == 0:
-        steps = min(config.train.steps, config.train.stop_after or config.train.steps)
+        # The newest checkpoint's step: beyond stop_after if the run had already been there, or if that step was skipped.
+        steps = list_steps(Path(config.run_dir))[-1]
         sys.stdout.write(f"done: {steps:,} of {config.train.steps:,} steps in {config.run_dir}\n")

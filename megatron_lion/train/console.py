@@ -52,6 +52,13 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
         lines.append(f"starting from the imported weights of {source}")
     if resumed:
         lines.append(f"resuming after step {run.step:,}: checkpoint verified")
+        if run.step >= config.train.steps:
+            lines.append(f"nothing to do: the run is finished, all {config.train.steps:,} steps are done")
+        elif run.step >= (config.train.stop_after or config.train.steps):
+            lines.append(
+                f"nothing to do: step {run.step:,} is done and train.stop_after (--max-steps) is {config.train.stop_after:,}; "
+                "give a larger one, or none, to go on"
+            )
     for line in lines:
         logger.info("%s", line)
     if run.ranks.is_main:

@@ -12,8 +12,12 @@ def lr_at(config: RunConfig, step: int) -> float:
 
     Warm-up: lr · step / warmup_steps. Afterwards, t is the fraction of the remaining steps done (1 at the last step):
     cosine  min + (lr - min)(1 + cos πt)/2 · linear  lr - (lr - min) t · constant  lr ·
-    inverse_sqrt  lr · √(w / step), w = max(1, warmup_steps) · wsd  lr, then linear to min over the last
-    `wsd_decay_fraction` of the steps.
+    inverse_sqrt  max(min, lr · √(w / step)), w = max(1, warmup_steps) · wsd  lr, then linear to min over the last
+    `wsd_decay_fraction` of the steps: at least one step, and none if it is 0.
+
+    The last step has exactly the rate min. With min 0 it moves no weight and changes only the optimizer's state; that is
+    kept because published schedules end so. A run of one step is not all end: it has the rate lr. With warmup_steps
+    equal to the number of steps the run ends at lr.
 
     Example:
         >>> from megatron_lion.config import OptimizerConfig, TrainConfig
@@ -25,10 +29,10 @@ def lr_at(config: RunConfig, step: int) -> float:
     warmup, total = config.warmup_steps, config.train.steps
     if step < warmup:
         return peak * step / warmup
-    if schedule.kind == "constant":
+    if total == 1 or schedule.kind == "constant" or (schedule.kind == "wsd" and schedule.wsd_decay_fraction == 0):
         return peak
     if schedule.kind == "inverse_sqrt":
-        return peak * math.sqrt(max(1, warmup) / max(1, step, warmup))
+        return max(schedule.min_lr, peak * math.sqrt(max(1, warmup) / max(1, step, warmup)))
     if schedule.kind == "wsd":
         decay_steps = max(1, round(schedule.wsd_decay_fraction * total))
         done = max(0.0, (step - (total - decay_steps)) / decay_steps)

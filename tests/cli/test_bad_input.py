@@ -57,6 +57,24 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
         (["--optimizer.betas", "[0.9, 1.5]"], ["optimizer.betas", "1.5"]),
         (["--data.weights", "[1, 2]"], ["data.weights", "data.path"]),
         (["--optimizer.momentum_dtype", "int8"], ["optimizer.momentum_dtype", "master_weights"]),
+        (
+            [
+                "--optimizer.momentum_dtype",
+                "int8",
+                "--optimizer.master_weights",
+                "split32",
+                "--train.precision",
+                "bf16",
+                "--optimizer.betas",
+                "[0.9,0.999]",
+            ],
+            ["optimizer.betas: beta2 must be at most 0.99609375 with optimizer.momentum_dtype int8", "got 0.999"],
+        ),
+        (
+            ["--schedule.kind", "constant", "--schedule.min_lr", "1e-5"],
+            ["schedule.min_lr: must be 0 with schedule.kind constant"],
+        ),
+        (["--optimizer.name", "adamw", "--optimizer.lr", "1e38"], ["optimizer.lr: must be at most 3.4e+37 for adamw"]),
         (["--no-such-flag", "1"], ["no-such-flag"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
@@ -145,6 +163,17 @@ def test_run_folders(tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[
         for folder in (tmp_path / "run", again)
     )
     assert first == second
+
+    part = ["pretrain", "--config", path, "--run_dir", str(tmp_path / "part")]
+    stopped = "nothing to do: step 1 is done and train.stop_after (--max-steps) is 1; give a larger one"
+    finished = "nothing to do: the run is finished, all 2 steps are done"
+    # Started again at or behind its end, a run reports that, and what is done: not the smaller number that was asked for.
+    for limit, done, expected in ((1, 1, ""), (1, 1, stopped), (2, 2, ""), (1, 2, finished), (2, 2, finished)):
+        assert main([*part, "--max-steps", str(limit)]) == 0
+        shown = capsys.readouterr()
+        assert f"done: {done} of 2 steps" in shown.out
+        assert expected in shown.err
+        assert ("nothing to do" in shown.err) == bool(expected)
 
     assert main(["pretrain", "--config", path, "--optimizer.lr", "0.5", "--fresh"]) == 0
     assert (tmp_path / "run.old-1" / "checkpoints" / "step_0000002").is_dir()

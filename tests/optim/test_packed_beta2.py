@@ -76,3 +76,10 @@ def test_at_the_limit_a_momentum_without_gradients_shrinks_at_every_step(impleme
     if implementation != "triton":
         # 128 steps take a fraction of 8 bits through its binade; exactly it would be 0.31.
         assert (largest <= first * 2.0**-2).all()
+
+
+def test_a_config_is_checked_against_the_same_limit():
+    from megatron_lion import config_checks
+    from megatron_lion.optim import layouts
+
+    assert config_checks.MAX_PACKED_BETA2 == layouts.MAX_PACKED_BETA2 == LIMIT

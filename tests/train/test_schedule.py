@@ -34,9 +34,8 @@ def schedules(draw: st.DrawFn) -> RunConfig:
     decay = draw(st.floats(0, 1))
     room = steps - (round(decay * steps) if kind == "wsd" else 0)
     lr = draw(st.floats(1e-8, 10))
-    return run_of(
-        kind, steps=steps, warmup=draw(st.integers(0, room)), lr=lr, min_lr=lr * draw(st.floats(0, 1)), decay=decay
-    )
+    low = 0.0 if kind == "constant" else lr * draw(st.floats(0, 1))
+    return run_of(kind, steps=steps, warmup=draw(st.integers(0, room)), lr=lr, min_lr=low, decay=decay)
 
 
 @examples(60)
@@ -52,6 +51,9 @@ def test_bounds_warmup_end_and_continuity(run: RunConfig) -> None:
         assert rates[0] == pytest.approx(peak / warmup)
     tail = rates[max(0, warmup - 1) :]
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(tail)), "and then it never rises"
+    if steps == 1:
+        assert rates == [peak], "a run of one step does something"
+        return
     if run.schedule.kind in ("cosine", "linear") and warmup < steps:
         assert rates[-1] == pytest.approx(low, abs=1e-12 * peak)
     if run.schedule.kind == "wsd" and round(run.schedule.wsd_decay_fraction * steps) >= 1:
@@ -90,6 +92,7 @@ def test_warmup_may_be_a_share_of_the_steps() -> None:
         ({"kind": "cosine", "warmup": 101}, "schedule.warmup_steps: .* got 101"),
         ({"kind": "cosine", "warmup": 0, "min_lr": -0.1}, "schedule.min_lr: .* got -0.1"),
         ({"kind": "cosine", "warmup": 0, "min_lr": 2.0}, "schedule.min_lr: .* got 2.0"),
+        ({"kind": "constant", "warmup": 0, "min_lr": 0.1}, "schedule.min_lr: must be 0 with .* constant, got 0.1"),
         ({"kind": "cosine", "warmup": 0, "min_lr": math.nan}, "schedule.min_lr: .* got nan"),
         ({"kind": "cosine", "warmup": 0, "lr": math.nan}, "optimizer.lr: .* got nan"),
         ({"kind": "cosine", "warmup": 0, "lr": math.inf}, "optimizer.lr: .* got inf"),

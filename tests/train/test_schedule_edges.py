@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+import tiny
+from distributed import run_distributed
 
 from megatron_lion.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from megatron_lion.train.schedule import lr_at
@@ -57,3 +60,44 @@ def test_linear_goes_down_by_equal_amounts_from_the_end_of_warmup() -> None:
     amount = (Fraction(lr) - Fraction(min_lr)) / (steps - warmup)
     for step in range(warmup, steps + 1):
         assert lr_at(run, step) == pytest.approx(float(Fraction(lr) - amount * (step - warmup)), rel=1e-12), step
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "inverse_sqrt", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_a_run_of_one_step_has_the_peak_rate(kind: str, warmup: int) -> None:
+    assert lr_at(run_of(kind, 1, warmup, lr=0.5, min_lr=0.0), 1) == 0.5
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "inverse_sqrt"])
+def test_a_run_that_is_all_warmup_ends_at_the_peak(kind: str) -> None:
+    assert [lr_at(run_of(kind, 4, 4, lr=1.0, min_lr=0.25), step) for step in range(1, 5)] == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_wsd_without_decay_holds_the_peak_to_the_end() -> None:
+    assert [lr_at(run_of("wsd", 10, 2, lr=1.0, min_lr=0.0, decay=0.0), step) for step in (2, 9, 10)] == [1.0, 1.0, 1.0]
+    # A share above 0 that rounds to no step decays in the last one.
+    assert [lr_at(run_of("wsd", 10, 2, lr=1.0, min_lr=0.5, decay=0.01), step) for step in (2, 9, 10)] == [1.0, 1.0, 0.5]
+
+
+def test_inverse_sqrt_stops_at_min_lr() -> None:
+    run = run_of("inverse_sqrt", 400, 4, lr=1.0, min_lr=0.125)
+    assert [lr_at(run, step) for step in (4, 16, 64, 256, 257, 400)] == [1.0, 0.5, 0.25, 0.125, 0.125, 0.125]
+
+
+def test_the_last_step_at_rate_0_moves_no_weight(tmp_path: Path) -> None:
+    """Documented: with min_lr 0 the last step changes the optimizer's state alone."""
+    config = tiny.tiny_config(tmp_path / "run", tiny.write_corpus(tmp_path / "corpus"), train__steps=2)
+    assert run_distributed(last_step, 1, config) == [(False, [True])]
+
+
+def last_step(rank: int, config: RunConfig) -> tuple[bool, list[bool]]:
+    """Whether the run's last step moved a weight; whether it changed momenta."""
+    with tiny.opened_run(config) as run:
+        batches = run.train_batches()
+        tiny.step_once(run, batches)
+        weights = [parameter.detach().clone() for parameter in run.model[0].parameters()]
+        momenta = [state["exp_avg"].clone() for state in run.optimizer.inner.state.values()]
+        assert not tiny.step_once(run, batches).skipped
+        after = [state["exp_avg"] for state in run.optimizer.inner.state.values()]
+        moved = any(not one.equal(other) for one, other in zip(weights, run.model[0].parameters(), strict=True))
+        return moved, [any(not one.equal(other) for one, other in zip(momenta, after, strict=True))]
