@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
+from megatron_lion.errors import ConfigError
 
 HELP = (
     "Pretrain GPT-2 or BERT. The same command resumes from the newest checkpoint. megatron-lion starts one process; for N processes "
@@ -29,6 +30,11 @@ def add_arguments(parser: Any) -> None:
         "--fresh", action="store_true", help="rename an earlier run in run_dir (to RUN.old-1, …) and start a new one"
     )
     parser.add_argument(
+        "--fall-back",
+        action="store_true",
+        help="if the newest checkpoint is damaged, incomplete or foreign, move it aside and resume from the newest whole one",
+    )
+    parser.add_argument(
         "--max-steps",
         type=int,
         default=None,
@@ -44,6 +50,8 @@ def run(args: Any) -> None:
     from megatron_lion.runs.steps import list_steps
 
     config: RunConfig = run_config_from_namespace(args.parser, args)
+    if args.fresh and args.fall_back:
+        raise ConfigError("--fresh and --fall-back: give one of them; the first starts over, the second resumes")
     if args.max_steps is not None:
         config = replace(config, train=replace(config.train, stop_after=args.max_steps))
     check_config(config, world_size_from_env())
@@ -58,7 +66,7 @@ def run(args: Any) -> None:
         return
     from megatron_lion.train.loop import pretrain
 
-    pretrain(config, fresh=args.fresh)
+    pretrain(config, fresh=args.fresh, fall_back=args.fall_back)
     if rank_from_env() == 0:
         # The newest checkpoint's step: beyond stop_after if the run had already been there, or if that step was skipped.
         steps = list_steps(Path(config.run_dir))[-1]

@@ -21,6 +21,7 @@ from megatron_lion.interop.weight_names import from_huggingface
 from megatron_lion.model.build import build_model
 from megatron_lion.optim.parameter_shards import named_global_parameters
 from megatron_lion.parallel import process_groups
+from megatron_lion.runs.identity import new_run_id
 from megatron_lion.runs.paths import config_file, tokenizer_folder
 from megatron_lion.train.checkpoint import layout_facts, save_checkpoint
 from megatron_lion.train.fingerprint import weights_fingerprint
@@ -90,6 +91,7 @@ def _save(
         chunks = build_model(one, device, vocab_size)
         _fill(chunks, weights, config.model, vocab_size, folder)
         facts: dict[str, Any] = {
+            "run_id": new_run_id(),
             "consumed_samples": 0, "seed": config.seed, "layout": layout_facts(ranks), "state_layout": None, "optimizer": None,
             "optimizer_state": None, "precision": precision, "model": model_facts(config, vocab_size), "buckets": None,
             "data_digest": None, "tokenizer_sha256": tokenizer.sha256, "weights_fingerprint": weights_fingerprint(chunks),

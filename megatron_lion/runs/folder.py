@@ -20,6 +20,7 @@ from megatron_lion.configfile import load_config, save_config
 from megatron_lion.errors import CheckpointError, ConfigError
 from megatron_lion.files import file_lock, make_folder, remove_leftovers, storage_errors, write_whole
 from megatron_lion.runs.paths import (
+    LATEST,
     LOCK,
     checkpoints_folder,
     config_file,
@@ -28,10 +29,10 @@ from megatron_lion.runs.paths import (
     is_rank_log,
     lock_file,
     log_folder,
+    step_folder,
     step_name,
     tokenizer_folder,
 )
-from megatron_lion.runs.steps import LATEST, step_folder
 
 # Settings that may differ between the start of a run and its continuation; all others determine what is computed.
 CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "data.num_workers", "data.cache", "data.path",

@@ -5,6 +5,7 @@ RUN/run.json               facts: name, optimizer, number of parameters, digests
 RUN/environment.json       versions and hardware of the last job
 RUN/metrics.jsonl          one JSON object a line
 RUN/checkpoints/step_…/    see steps.py
+RUN/newest_checkpoint      name of the newest checkpoint that was ever saved, which shows whether checkpoints are missing
 RUN/probe/step_….json      see probes.py
 RUN/eval/*.json            evaluation results
 RUN/tokenizer/, RUN/log/, RUN/lock
@@ -16,6 +17,8 @@ import re
 from pathlib import Path
 
 LOCK = "lock"
+LATEST = "latest"
+"""File that contains the name of the newest checkpoint, for people and scripts."""
 
 
 def step_name(step: int) -> str:
@@ -49,6 +52,15 @@ def lock_file(run_dir: Path) -> Path:
 
 def checkpoints_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Path of the checkpoint of a step."""
+    return checkpoints_folder(run_dir) / step_name(step)
+
+
+def newest_checkpoint_file(run_dir: Path) -> Path:
+    return run_dir / "newest_checkpoint"
 
 
 def probes_folder(run_dir: Path) -> Path:

@@ -6,23 +6,47 @@ written last, before the folder is renamed to its final name. Folders without it
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.runs.paths import checkpoints_folder, step_name
+from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.logs import warn
+from megatron_lion.runs.checkpoint_manifest import (
+    FORMAT,
+    GO_BACK,
+    MANIFEST,
+    MAX_STEP,
+    manifest_digest,
+    read_manifest,
+)
+from megatron_lion.runs.folder import read_config
+from megatron_lion.runs.identity import check_identity, read_run_id
+from megatron_lion.runs.paths import (
+    LATEST,
+    checkpoints_folder,
+    has_config,
+    metrics_file,
+    newest_checkpoint_file,
+    step_folder,
+    step_name,
+)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-LATEST = "latest"
-"""File that contains the name of the newest checkpoint, for people and scripts."""
-GO_BACK = "copy it here again, or move this step's folder away to resume from the checkpoint before it"
+__all__ = [
+    "FORMAT", "GO_BACK", "LATEST", "MANIFEST", "Checkpoint", "choose_step", "choose_steps", "find_latest", "has_own_checkpoint",
+    "is_committed", "list_steps", "manifest_digest", "newest_whole",
+    "open_checkpoint", "record_newest", "run_and_step", "set_aside", "step_folder",
+]  # fmt: skip
+
 _STEP_NAME = re.compile(r"step_(\d{7,})$")
+_ANY_STEP_NAME = re.compile(r"step_(\d+)$")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,11 +61,6 @@ class Checkpoint:
         return int(self.manifest["step"])
 
 
-def step_folder(run_dir: Path, step: int) -> Path:
-    """Path of the checkpoint of a step."""
-    return checkpoints_folder(run_dir) / step_name(step)
-
-
 def run_and_step(folder: Path) -> tuple[Path, int] | None:
     """Returns (run folder, step) of a checkpoint folder from its path alone, or None if it is not named like one.
 
@@ -54,19 +73,38 @@ def run_and_step(folder: Path) -> tuple[Path, int] | None:
 
 
 def is_committed(run_dir: Path, step: int) -> bool:
-    """Whether the run has a complete checkpoint of a step."""
+    """Whether the run has a complete checkpoint of a step, of whatever run and content."""
     return (step_folder(run_dir, step) / MANIFEST).is_file()
+
+
+def has_own_checkpoint(run_dir: Path, step: int) -> bool:
+    """Whether the run has a complete checkpoint of a step that `open_checkpoint` accepts as its own."""
+    if not is_committed(run_dir, step):
+        return False
+    try:
+        open_checkpoint(step_folder(run_dir, step))
+    except CheckpointError:
+        return False
+    return True
 
 
 def list_steps(run_dir: Path) -> list[int]:
     """Returns the steps of a run's complete checkpoints, ascending."""
+    return [step for step, name in _step_entries(run_dir) if _is_complete(run_dir, step, name)]
+
+
+def _step_entries(run_dir: Path) -> list[tuple[int, str]]:
+    """(number, name) of everything in the checkpoint folder that is named like a step, complete or not, ascending."""
     folder = checkpoints_folder(run_dir)
     if not folder.is_dir():
         return []
-    found = (
-        match for entry in folder.iterdir() if (match := _STEP_NAME.match(entry.name)) and (entry / MANIFEST).is_file()
-    )
-    return sorted(int(match[1]) for match in found)
+    matches = (_ANY_STEP_NAME.match(entry.name) for entry in folder.iterdir())
+    return sorted((int(match[1]), match[0]) for match in matches if match)
+
+
+def _is_complete(run_dir: Path, step: int, name: str) -> bool:
+    # step_000000004 has the number of step_0000004, but is another folder.
+    return name == step_name(step) and (checkpoints_folder(run_dir) / name / MANIFEST).is_file()
 
 
 def choose_step(asked: str, available: Sequence[int]) -> int:
@@ -114,44 +152,150 @@ def choose_steps(asked: str, available: Sequence[int], *, flag: str = "--steps")
     return wanted
 
 
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its "sha256" entry, in hexadecimal."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint's manifest.
+    """Reads a checkpoint's manifest and compares it with the run in whose folder it is.
 
     Raises:
-        CheckpointError: the manifest is missing, damaged or of another format.
+        CheckpointError: the manifest is missing, damaged or of another format; or it is of another step than the folder's
+            name, of another run, or of other settings than the run's config.yaml.
+        ConfigError: the run's config.yaml is damaged.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so the checkpoint is not complete") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / MANIFEST}: damaged ({error}); {GO_BACK}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
-        raise CheckpointError(f"{folder}: format {found}; this version reads format {FORMAT}")
-    if manifest.pop("sha256", None) != manifest_digest(manifest):
-        raise CheckpointError(f"{folder / MANIFEST}: does not match its own sha256: damaged or changed; {GO_BACK}")
+    manifest = read_manifest(folder)
+    place = run_and_step(folder)
+    if place is not None:
+        check_identity(manifest, folder, *place)
     return Checkpoint(folder, manifest)
 
 
 def find_latest(run_dir: Path) -> Checkpoint | None:
-    """Opens the newest complete checkpoint, or returns None if the run has no checkpoint folder.
+    """Opens the newest checkpoint, or returns None if the run never saved one.
 
     The folders are read, not the pointer `latest`, which may be older after a crash.
 
     Raises:
-        CheckpointError: checkpoint folders exist but none is complete; a silent start from step 0 would lose the run.
+        CheckpointError: the newest checkpoint is incomplete, damaged or not this run's, or checkpoints were saved and none
+            is here: a silent start from an older step or from step 0 would lose the run.
     """
-    steps = list_steps(run_dir)
-    if steps:
-        return open_checkpoint(step_folder(run_dir, steps[-1]))
+    entries = _step_entries(run_dir)
+    if not entries:
+        _need_none_lost(run_dir)
+        return None
+    step, name = entries[-1]
+    folder = checkpoints_folder(run_dir) / name
+    if name != step_name(step) or step > MAX_STEP:
+        raise CheckpointError(
+            f"{folder}: not the name of a checkpoint of this run; move it away, or give --fall-back to have it moved aside"
+        )
+    if not _is_complete(run_dir, step, name):
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST}: the newest checkpoint is incomplete; {GO_BACK}; --fresh starts over"
+        )
+    found = open_checkpoint(folder)
+    recorded = _recorded_newest(run_dir)
+    if recorded is not None and recorded != name and recorded > name:
+        warn(_log, f"{run_dir}: {recorded} was saved, but is not in {checkpoints_folder(run_dir)}; using {name}")
+    return found
+
+
+def _recorded_newest(run_dir: Path) -> str | None:
+    """Name of the newest checkpoint that was ever saved, or None if no record exists."""
+    try:
+        return newest_checkpoint_file(run_dir).read_text(encoding="ascii", errors="replace").strip()[:40]
+    except OSError:
+        return None
+
+
+def record_newest(run_dir: Path, step: int) -> None:
+    """Records the newest checkpoint outside of the checkpoint folder, so that a start notices if that folder is gone."""
+    write_whole(newest_checkpoint_file(run_dir), f"{step_name(step)}\n".encode())
+
+
+def _need_none_lost(run_dir: Path) -> None:
+    """Raises CheckpointError if the run saved checkpoints before, of which none is left."""
+    trained = _last_logged_step(run_dir)
+    saved = _recorded_newest(run_dir)
+    if saved is None and trained and read_run_id(run_dir) is None and has_config(run_dir):
+        # Earlier versions kept no record. They saved before they logged the next step.
+        settings = read_config(run_dir).checkpoint
+        due = [step for step in (settings.every, *settings.at_steps) if 0 < step < trained]
+        saved = step_name(min(due)) if due else None
     folder = checkpoints_folder(run_dir)
-    broken = [entry.name for entry in folder.glob("step_*") if _STEP_NAME.match(entry.name)] if folder.is_dir() else []
-    if broken:
-        raise CheckpointError(f"{folder}: {broken[-1]} has no {MANIFEST}; restore it, or give --fresh to start over")
-    return None
+    if saved is not None:
+        raise CheckpointError(
+            f"{folder}: holds no checkpoint, but {saved if saved.isprintable() else 'one'} was saved; mount or restore the folder, "
+            "or give --fresh to start over"
+        )
+    if trained:
+        warn(
+            _log,
+            f"{run_dir}: step {trained} is in {metrics_file(run_dir).name}, but no checkpoint was saved yet: starting from step 0",
+        )
+
+
+def _last_logged_step(run_dir: Path) -> int:
+    """The largest step with a training loss in metrics.jsonl, or 0."""
+    last = 0
+    try:
+        lines = metrics_file(run_dir).read_bytes().splitlines()
+    except OSError:
+        return 0
+    for line in lines:
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and "train/loss" in values and isinstance(values.get("step"), int):
+            last = max(last, values["step"])
+    return last
+
+
+def newest_whole(run_dir: Path, verify: Callable[[Checkpoint], None]) -> Checkpoint | None:
+    """Finds the newest checkpoint that is whole and moves the newer folders aside, with a warning for each.
+
+    A folder that was moved aside is named skipped_step_…, which nothing reads and nothing deletes.
+
+    Args:
+        run_dir: the run folder, locked.
+        verify: raises CheckpointError if a file of the checkpoint is damaged.
+
+    Returns:
+        The checkpoint, or None if the run never saved one.
+
+    Raises:
+        CheckpointError: no checkpoint is whole; nothing was moved.
+        StorageError: a folder could not be moved.
+    """
+    entries = _step_entries(run_dir)
+    if not entries:
+        return find_latest(run_dir)
+    skipped: list[tuple[str, CheckpointError]] = []
+    for step, name in reversed(entries):
+        folder = checkpoints_folder(run_dir) / name
+        try:
+            if not _is_complete(run_dir, step, name):
+                raise CheckpointError(f"{folder}: incomplete, or not named like a checkpoint")
+            found = open_checkpoint(folder)
+            verify(found)
+        except CheckpointError as error:
+            skipped.append((name, error))
+            continue
+        for newer, reason in skipped:
+            warn(_log, f"--fall-back: resuming from {name}; moved {newer} to {set_aside(run_dir, newer)}: {reason}")
+        if skipped:
+            record_newest(run_dir, step)
+        return found
+    raise CheckpointError(
+        f"{checkpoints_folder(run_dir)}: --fall-back found no whole checkpoint, and moved nothing; {skipped[0][1]}; or give "
+        "--fresh to start over"
+    )
+
+
+def set_aside(run_dir: Path, name: str) -> str:
+    """Renames an entry of the checkpoint folder so that nothing reads it, and returns its new name."""
+    folder = checkpoints_folder(run_dir)
+    number = 1
+    while os.path.lexists(folder / (aside := f"skipped_{name}" + (f"-{number}" if number > 1 else ""))):
+        number += 1
+    with storage_errors(folder / name, "moved"):
+        os.replace(folder / name, folder / aside)
+    return aside

@@ -24,7 +24,7 @@ from megatron_lion.files import storage_errors, write_whole
 from megatron_lion.jobs import STOPPED
 from megatron_lion.runs.folder import write_json
 from megatron_lion.runs.paths import LOCK, has_begun
-from megatron_lion.runs.steps import is_committed
+from megatron_lion.runs.steps import has_own_checkpoint
 from megatron_lion.sweep.grid import get_setting, with_setting
 from megatron_lion.sweep.plan import PlannedRun, base_differences, settings_digest
 
@@ -82,7 +82,7 @@ class Sweep:
         folder = self.folder / entry.name
         started = has_begun(folder)
         # The checkpoints of a finished run may have been deleted to free space; the run stays finished.
-        if is_committed(folder, entry.last_step) or (entry.status == "finished" and started):
+        if has_own_checkpoint(folder, entry.last_step) or (entry.status == "finished" and started):
             return "finished"
         if entry.exit_code == DIVERGED and started:
             return "diverged"

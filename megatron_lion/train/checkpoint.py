@@ -11,7 +11,6 @@ checkpoint_tensors.py writes and reads the tensors.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +22,8 @@ import torch.distributed as dist
 from megatron_lion.errors import CheckpointError
 from megatron_lion.files import sha256_file, storage_errors, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
+from megatron_lion.runs.checkpoint_manifest import manifest_bytes
+from megatron_lion.runs.identity import settle_run_id
 from megatron_lion.runs.paths import checkpoints_folder
 from megatron_lion.runs.steps import (
     FORMAT,
@@ -30,17 +31,46 @@ from megatron_lion.runs.steps import (
     LATEST,
     MANIFEST,
     Checkpoint,
-    is_committed,
+    find_latest,
     list_steps,
-    manifest_digest,
+    newest_whole,
     open_checkpoint,
+    record_newest,
     step_folder,
 )
 from megatron_lion.train.checkpoint_tensors import check_metadata, read_tensors, write_tensors
 
 __all__ = [
-    "layout_facts", "read_rng", "read_tensors", "remove_old", "save_checkpoint", "verify_checkpoint",
+    "layout_facts", "newest_checkpoint", "read_rng", "read_tensors", "remove_old", "save_checkpoint", "verify_checkpoint",
 ]  # fmt: skip
+
+
+def newest_checkpoint(
+    run_dir: Path, ranks: Ranks, *, fresh: bool = False, fall_back: bool = False
+) -> tuple[str, Checkpoint | None]:
+    """Finds the checkpoint from which a run resumes; a collective call, which takes the first rank's decision.
+
+    Args:
+        run_dir: the run folder, locked by the first rank.
+        ranks: this process's ranks.
+        fresh: the run starts over.
+        fall_back: take the newest whole checkpoint, and move newer folders aside, instead of refusing.
+
+    Returns:
+        The run's id, and the checkpoint, or None if the run begins.
+
+    Raises:
+        CheckpointError: the newest checkpoint is incomplete, damaged, missing or not this run's.
+    """
+    decided: tuple[str, int | None] | None = None
+    with agree("looking for a checkpoint"):
+        if ranks.is_main:
+            run_id = settle_run_id(run_dir, [step_folder(run_dir, step) for step in list_steps(run_dir)], fresh=fresh)
+            found = newest_whole(run_dir, _verify_files) if fall_back else find_latest(run_dir)
+            decided = run_id, None if found is None else found.step
+    run_id, step = broadcast_object(decided)
+    with agree("opening the checkpoint"):
+        return run_id, None if step is None else open_checkpoint(step_folder(run_dir, step))
 
 
 def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> None:
@@ -53,27 +83,31 @@ def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> Non
     Raises:
         CheckpointError: a file is missing, changed or unsafe; names the file; on all ranks.
     """
-    rank, size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
     with agree("verifying the checkpoint"):
-        for number, (name, stated) in enumerate(sorted(checkpoint.manifest["files"].items())):
-            path = checkpoint.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path}: missing; {GO_BACK}")
-            if path.stat().st_size != stated["bytes"]:
-                raise CheckpointError(
-                    f"{path}: {path.stat().st_size} bytes, {MANIFEST} lists {stated['bytes']}: truncated or changed; {GO_BACK}"
-                )
-            # Each file is hashed on one rank only: SHA-256 runs at about 1.9 GB/s a core. Sizes are checked on every rank.
-            if number % size == rank and sha256_file(path) != stated["sha256"]:
-                raise CheckpointError(f"{path}: its SHA-256 does not match {MANIFEST}: damaged or changed; {GO_BACK}")
-        # On every rank: each of them unpickles this file when it reads tensors.
-        check_metadata(checkpoint.folder / ".metadata", checkpoint.manifest["files"])
+        _verify_files(checkpoint, *((ranks.rank, ranks.world_size) if ranks is not None else (0, 1)))
+
+
+def _verify_files(checkpoint: Checkpoint, rank: int = 0, size: int = 1) -> None:
+    """Compares sizes of all files, and the SHA-256 of every `size`-th, with the manifest; no collective call."""
+    for number, (name, stated) in enumerate(sorted(checkpoint.manifest["files"].items())):
+        path = checkpoint.folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; {GO_BACK}")
+        if path.stat().st_size != stated["bytes"]:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, {MANIFEST} lists {stated['bytes']}: truncated or changed; {GO_BACK}"
+            )
+        # Each file is hashed on one rank only: SHA-256 runs at about 1.9 GB/s a core. Sizes are checked on every rank.
+        if number % size == rank and sha256_file(path) != stated["sha256"]:
+            raise CheckpointError(f"{path}: its SHA-256 does not match {MANIFEST}: damaged or changed; {GO_BACK}")
+    # On every rank: each of them unpickles this file when it reads tensors.
+    check_metadata(checkpoint.folder / ".metadata", checkpoint.manifest["files"])
 
 
 def save_checkpoint(
     run_dir: Path, step: int, sharded: dict[str, Any], rng: dict[str, torch.Tensor], facts: dict[str, Any], ranks: Ranks
 ) -> Checkpoint:
-    """Writes and commits a checkpoint; a collective call. A step that is already committed is not written again.
+    """Writes and commits a checkpoint; a collective call. If the same state of this step is already there, it is kept.
 
     Args:
         run_dir: the run's folder.
@@ -84,11 +118,17 @@ def save_checkpoint(
         ranks: this process's ranks.
 
     Raises:
+        CheckpointError: the step's name is taken by something else than this state of this run; nothing was written.
         StorageError: a write failed; the unfinished folder keeps its temporary name and is never read.
     """
     final = step_folder(run_dir, step)
     # Rank 0 decides for all: if ranks saw different folders, some would wait in a collective that others never enter.
-    if broadcast_object(is_committed(run_dir, step) if ranks.is_main else None):
+    is_there = False
+    with agree("looking for an earlier checkpoint of this step"):
+        if ranks.is_main and os.path.lexists(final):
+            _need_same_state(final, facts)
+            is_there = True
+    if broadcast_object(is_there):
         return open_checkpoint(final)
     # A new folder for every attempt. If two attempts shared one, a killed save could leave files of both steps in it, and
     # megatron-core would load such a mixture without an error.
@@ -109,6 +149,20 @@ def save_checkpoint(
             with storage_errors(temporary):
                 _commit(temporary, final, {"format": FORMAT, "step": step, **facts})
     return open_checkpoint(final)
+
+
+def _need_same_state(folder: Path, facts: dict[str, Any]) -> None:
+    """Raises CheckpointError unless a folder is a checkpoint of this run that holds the state that would be saved."""
+    remedy = "it was left as it is and nothing was saved; move it away, then give the same command again"
+    try:
+        manifest = open_checkpoint(folder).manifest
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: cannot be saved: something else has its name ({error}); {remedy}") from error
+    for key in ("run_id", "state_fingerprint", "weights_fingerprint"):
+        if manifest.get(key) != facts.get(key):
+            raise CheckpointError(
+                f"{folder}: cannot be saved: another checkpoint has its name, with another {key}; {remedy}"
+            )
 
 
 def _write_rng(folder: Path, rng: dict[str, torch.Tensor], ranks: Ranks) -> None:
@@ -145,11 +199,11 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
         files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    content = {**manifest, "files": files}
-    write_whole(temporary / MANIFEST, json.dumps({**content, "sha256": manifest_digest(content)}, indent=1).encode())
+    write_whole(temporary / MANIFEST, manifest_bytes({**manifest, "files": files}))
     os.replace(temporary, final)  # atomic: from here on list_steps sees the checkpoint
     sync_folder(final.parent)  # the rename is durable before the pointer names it
     write_whole(final.parent / LATEST, final.name.encode())
+    record_newest(final.parent.parent, manifest["step"])
 
 
 def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:

@@ -31,7 +31,7 @@ from megatron_lion.runs.folder import environment_facts, locked, prepare_run_fol
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.paths import environment_file, facts_file, rank_log_file, tokenizer_folder
 from megatron_lion.runs.probes import probe_file
-from megatron_lion.runs.steps import find_latest, list_steps
+from megatron_lion.runs.steps import list_steps
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.console import TrainProgress, announce, warn
 from megatron_lion.train.health import Health, LastBatch, damaged_state
@@ -45,12 +45,13 @@ from megatron_lion.train.step import TrainStep, mean_losses, train_step
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
+def pretrain(config: RunConfig, *, fresh: bool = False, fall_back: bool = False) -> None:
     """Trains to `config.train.steps`, or resumes the run in `config.run_dir` from its newest complete checkpoint.
 
     Args:
         config: the checked settings.
         fresh: move an old run in that folder aside and start over.
+        fall_back: if the newest checkpoint is damaged or incomplete, move it aside and resume from the newest whole one.
 
     Raises:
         StoppedOnRequest: a stop signal arrived; a checkpoint was saved first.
@@ -69,10 +70,10 @@ def pretrain(config: RunConfig, *, fresh: bool = False) -> None:
                 prepare_run_folder(config, fresh=fresh)
         with agree("opening the log"):
             stack.enter_context(log_file(rank_log_file(run_dir, ranks.rank)))
-        with agree("looking for a checkpoint"):
-            latest = find_latest(run_dir)
+        run_id, latest = ckpt.newest_checkpoint(run_dir, ranks, fresh=fresh, fall_back=fall_back)
         imported = latest if latest is not None and is_import(latest) else None
         run = build_run(config, device, ranks, imported=imported)
+        run.run_id = run_id
         resumed = latest if imported is None else None
         if resumed is not None:
             restore_run(run, resumed)
@@ -279,7 +280,8 @@ def describe_run(run: Run) -> None:
     config, tokenizer = run.config, run.corpora.tokenizer
     size = model_size(config.model, run.corpora.vocab_size)
     write_json(facts_file(run.run_dir), {
-        "format": 1, "name": config.label, "model": config.model.kind, "optimizer": config.optimizer.name, "seed": config.seed,
+        "format": 1, "run_id": run.run_id,
+        "name": config.label, "model": config.model.kind, "optimizer": config.optimizer.name, "seed": config.seed,
         "num_parameters": size.num_parameters, "num_parameters_unpadded": size.num_parameters_unpadded,
         "vocab_size": run.corpora.vocab_size, "seq_length": config.model.seq_length,
         "tokens_per_step": config.train.global_batch_size * config.model.seq_length,

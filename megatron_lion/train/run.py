@@ -22,6 +22,7 @@ from megatron_lion.optim.distributed_optimizer import StatefulDistributedOptimiz
 from megatron_lion.optim.train_optimizer import TrainOptimizer, build_optimizer
 from megatron_lion.parallel import Ranks, agree, derive_seed, seed_everything
 from megatron_lion.peers import alone
+from megatron_lion.runs.identity import deciding_settings
 from megatron_lion.runs.steps import Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
@@ -45,6 +46,7 @@ class Run:
         objective: the loss that the model minimises.
         step: number of optimizer steps attempted; the position in the data and in the schedule.
         consumed_samples: number of training samples read.
+        run_id: the run's random id, which its checkpoints carry; None outside of `pretrain`.
     """
 
     config: RunConfig
@@ -59,6 +61,7 @@ class Run:
     probe_weight: torch.Tensor | None = None
     step: int = 0
     consumed_samples: int = 0
+    run_id: str | None = None
 
     @property
     def forward_step(self) -> ForwardStep:
@@ -166,6 +169,8 @@ def save_run(run: Run) -> Checkpoint:
     }
     tokenizer = run.corpora.tokenizer
     facts = {
+        "run_id": run.run_id,
+        "settings": deciding_settings(run.config),
         "consumed_samples": run.consumed_samples,
         "seed": run.config.seed,
         "layout": ckpt.layout_facts(run.ranks),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,26 @@ def test_mistakes_about_a_run_are_one_line(evaluated: Any, tmp_path: Path, capsy
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 2
     assert "there are: 2, 4" in errors[0]
+
+
+def test_swapped_checkpoints_are_not_evaluated(
+    evaluated: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each would be reported, and drawn by compare, as the other."""
+    run_dir, text, _ = evaluated
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("eval")))
+    first, second = (copy / "checkpoints" / f"step_000000{step}" for step in (2, STEPS))
+    first.rename(copy / "away")
+    second.rename(first)
+    (copy / "away").rename(second)
+    for verb in (
+        ["evaluate", "--text", str(text), "--steps", "all", "--stride", "full"],
+        ["generate"],
+        ["export", "--output", f"{copy}-hf"],
+    ):
+        assert main([verb[0], str(copy), *verb[1:], "--device", "cpu"]) == 4
+        error = capsys.readouterr().err.strip()
+        assert ": holds step " in error
+        assert "\n" not in error
+    assert not (copy / "eval").exists()
+    assert not Path(f"{copy}-hf").exists()

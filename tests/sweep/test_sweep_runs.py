@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import outcome, tiny_config, write_corpus
+from tiny import outcome, tiny_config, write_corpus, write_manifest
 
 from megatron_lion.cli import main
 from megatron_lion.configfile import dump_config, load_config
@@ -196,8 +196,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         lines: list[dict[str, float]] = [{"step": steps, "train/loss": 1.0, "progress/consumed_tokens": steps}]
         if code == 0:
             lines.append({"step": steps, "valid/loss": config.optimizer.lr})
-            (folder / "checkpoints" / f"step_{steps:07d}").mkdir(parents=True)
-            (folder / "checkpoints" / f"step_{steps:07d}" / "manifest.json").write_text("{}")
+            write_manifest(folder / "checkpoints" / f"step_{steps:07d}", steps)
         if code == 6:
             lines.append({"step": 3, "optim/skipped_steps": 3})
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

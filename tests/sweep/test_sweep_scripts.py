@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config, write_corpus
+from tiny import tiny_config, write_corpus, write_manifest
 
 from megatron_lion.cli import main
 from megatron_lion.configfile import dump_config
@@ -190,9 +190,7 @@ def test_nothing_is_written_for_runs_that_are_finished(
 ) -> None:
     assert main([*words, "--print"]) == 0
     for name in ("lion-lr0.001-betas0.9_0.95", "lion-lr0.001-betas0.9_0.99", "sgd-lr0.001"):
-        manifest = tmp_path / "a sweep" / name / "checkpoints" / "step_0000005" / "manifest.json"
-        manifest.parent.mkdir(parents=True)
-        manifest.write_text("{}")
+        write_manifest(tmp_path / "a sweep" / name / "checkpoints" / "step_0000005", 5)
     capsys.readouterr()
     for form in ("--print", "--slurm"):
         assert main([*words, form]) == 0

@@ -197,8 +197,8 @@ def test_folders_decide_not_the_pointer(run_dir: Path) -> None:
 def test_unfinished_folders_are_never_read(run_dir: Path) -> None:
     folder = run_dir / "checkpoints"
     shutil.copytree(folder / "step_0000004", folder / "step_0000009.tmp-77-abcdef")
-    (folder / "step_0000008").mkdir()
-    (folder / "step_0000008" / "__0_0.distcp").write_bytes(b"half")
+    (folder / "step_0000003").mkdir()
+    (folder / "step_0000003" / "__0_0.distcp").write_bytes(b"half")
     (folder / "notes").mkdir()
     assert steps.list_steps(run_dir) == [2, 4]
     assert tiny.newest_checkpoint(run_dir).step == 4

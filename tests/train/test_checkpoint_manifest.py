@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pickle
 import re
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import Metadata
@@ -26,10 +25,7 @@ ALONE = Ranks(0, 1, 0, 1, 0, 1, 0, 1)
 
 def written(folder: Path, **changes: Any) -> Path:
     """A manifest with a digest that fits."""
-    content = {"format": 1, "step": 3, "files": {}, "layout": ckpt.layout_facts(ALONE), **changes}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": digest}))
-    return folder
+    return tiny.write_manifest(folder, 3, **changes)
 
 
 def test_a_whole_manifest_opens_without_its_digest(tmp_path: Path) -> None:
