@@ -11,6 +11,7 @@ from .kernels import (
     GROUP_ROW,
     NUMEL,
     ROW,
+    SIGN,
     SLOT,
     load_grad_and_momentum,
     momentum_places,
@@ -53,6 +54,7 @@ def agreement_kernel(
     GRAD_TYPE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
     HAS_MULTIPLIER: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,6 +71,8 @@ def agreement_kernel(
     factor = 1.0
     if HAS_MULTIPLIER:
         factor = tl.load(multiplier)
+    if MAXIMIZE:
+        factor = factor * tl.load(group + SIGN)
     if start + BLOCK <= numel:
         _count_chunk(row, start, numel, group, factor, counts, GRAD_TYPE, MOMENTUM, BEGIN, ALIGNED, BLOCK, False)
     else:

@@ -71,6 +71,8 @@ def count_agreement(
         grad_N = slot.grad.to(exp_avg_N.dtype)
         if multiplier is not None:
             grad_N = grad_N * multiplier.view(())
+        if slot.group.get("maximize"):
+            grad_N = -grad_N
         if begin:
             exp_avg_N = torch.where(exp_avg_N.isnan(), grad_N, exp_avg_N)
         beta1 = slot.group["betas"][0]

@@ -42,7 +42,7 @@ def _blocks(slots: Sequence[Slot]) -> Iterator[Slot]:
         if numel <= size or slot.state["exp_avg"].dtype == torch.uint8:
             yield slot  # packed int8 momentum has its scales after all elements and cannot be cut
             continue
-        # Dense tensors with equal strides (check_gradient, fit): position i of each is the same element.
+        # Dense tensors with equal strides (fit_gradient, fit): position i of each is the same element.
         flat = [tensor.as_strided((numel,), (1,)) for tensor in (slot.param, slot.grad, *state.values())]
         for parts in zip(*(tensor.split(size) for tensor in flat), strict=True):
             yield Slot(parts[0], parts[1], dict(zip(state, parts[2:], strict=True)), slot.group, slot.caution)
@@ -54,6 +54,8 @@ def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torc
     grad = slot.grad.to(param.dtype)
     if multiplier is not None:
         grad = grad * multiplier.view(())
+    if slot.group.get("maximize"):
+        grad = -grad
     if begin:
         exp_avg.copy_(torch.where(exp_avg.isnan(), grad, exp_avg))
     (beta1, beta2), lr = slot.group["betas"], slot.group["lr"]
@@ -78,6 +80,8 @@ def _foreach_group(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
     grads = [slot.grad.to(params[0].dtype) for slot in slots]
     if multiplier is not None:
         grads = list(torch._foreach_mul(grads, multiplier.to(params[0].dtype).view(())))
+    if group.get("maximize"):
+        grads = list(torch._foreach_neg(grads))
     if begin:
         for exp_avg, grad in zip(exp_avgs, grads, strict=True):
             exp_avg.copy_(torch.where(exp_avg.isnan(), grad, exp_avg))

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .agreement import agreement_kernel
 from .cautious import factors
-from .kernels import LR, lion_kernel
+from .kernels import LR, SIGN, lion_kernel
 from .tensor_tables import Row, hyper_parameters, master_form, row_of
 from .update import PlainLayout, Slot
 
@@ -40,7 +40,7 @@ class LaunchTables:
 
     Attributes:
         rows: (addresses of parameter, gradient, momentum and master weight; elements; group; tensor) of every tensor.
-        hyper: (decay, β1, 1-β1, β2, 1-β2, rate or 0) of every group.
+        hyper: (decay, β1, 1-β1, β2, 1-β2, rate or 0, sign of the gradient) of every group.
         lrs: (address of the rate or 0) of every group.
         rows_table: `rows` on the device, int64.
         chunks_table: (row, chunk) of every program, int32.
@@ -55,6 +55,10 @@ class LaunchTables:
     chunks_table: torch.Tensor
     groups_table: torch.Tensor
     lrs_table: torch.Tensor
+
+    def maximizes(self) -> bool:
+        """Returns whether a group negates its gradients."""
+        return any(group[SIGN.value] < 0 for group in self.hyper)
 
 
 class Fleet:
@@ -140,8 +144,12 @@ def _signature(optimizer: Lion) -> list[Any] | None:
                 if grad is None:
                     found.append(None)
                     continue
-                if not param.is_contiguous() or not grad.is_contiguous() or hasattr(param, "to_local"):
+                if hasattr(param, "to_local"):
                     return None
+                if not param.is_contiguous() or not grad.is_contiguous():
+                    if param.stride() != grad.stride():
+                        return None  # each step reads a new copy of the gradient
+                    found.append(param.stride())
                 own = state[param]
                 places = [value.data_ptr() for value in own.values()]
                 kinds = param.dtype, param.numel(), grad.dtype, grad.numel()
@@ -190,6 +198,7 @@ def launch(
             MOMENTUM=momentum,
             BEGIN=begin,
             CAUTIOUS=cautions is not None,
+            MAXIMIZE=plan.maximizes(),
             HAS_MULTIPLIER=multiplier is not None,
             HAS_FOUND_INF=found_inf is not None,
             ALIGNED=aligned,
@@ -214,6 +223,7 @@ def count_agreement(
             GRAD_TYPE=TYPES[grad_dtype],
             MOMENTUM=momentum,
             BEGIN=begin,
+            MAXIMIZE=plan.maximizes(),
             HAS_MULTIPLIER=multiplier is not None,
             ALIGNED=aligned,
             BLOCK=BLOCK,

@@ -35,7 +35,8 @@ ONE_MINUS_BETA1 = tl.constexpr(2)
 BETA2 = tl.constexpr(3)
 ONE_MINUS_BETA2 = tl.constexpr(4)
 LR = tl.constexpr(5)
-GROUP_ROW = tl.constexpr(6)
+SIGN = tl.constexpr(6)  # of the gradient: -1 to maximize; read only if a group does
+GROUP_ROW = tl.constexpr(7)
 
 INT8_BLOCK = tl.constexpr(32)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)
@@ -304,6 +305,7 @@ def lion_kernel(
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
     CAUTIOUS: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
     HAS_MULTIPLIER: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -323,6 +325,7 @@ def lion_kernel(
         MASTER_WEIGHTS: form of the master weights; likewise MOMENTUM.
         BEGIN: whether a momentum that is NaN takes the gradient.
         CAUTIOUS: whether an element moves only if its update has the sign of the gradient.
+        MAXIMIZE: whether a group negates its gradients. Without it the int8 kernel needs 32 registers instead of 39.
         ALIGNED: whether every address in `rows` is a multiple of 16.
         BLOCK: elements a program, a multiple of 32.
     """
@@ -337,6 +340,8 @@ def lion_kernel(
     factor = 1.0  # g · 1 is exactly g
     if HAS_MULTIPLIER:
         factor = tl.load(multiplier)
+    if MAXIMIZE:
+        factor = factor * tl.load(group + SIGN)
     caution = 1.0
     if CAUTIOUS:
         caution = tl.load(cautions + tl.load(row + SLOT))

@@ -29,7 +29,7 @@ struct Row {
   std::int64_t param, grad, exp_avg, master, numel, group, slot;
 };
 struct Group {
-  float weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr;
+  float weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr, sign;  // sign: -1 to maximize
 };
 struct Work {
   const Row* rows;
@@ -169,7 +169,7 @@ inline float sign_or_nan(float g, float m, const Group& group) {
 void update(const Work& work, const Row& row, int count, const float* __restrict grads, float* __restrict params,
             float* __restrict exp_avgs) {
   const Group group = work.groups[row.group];
-  const float multiplier = work.multiplier, caution = work.cautions != nullptr ? work.cautions[row.slot] : 1.0f;
+  const float multiplier = work.multiplier * group.sign, caution = work.cautions != nullptr ? work.cautions[row.slot] : 1.0f;
   const bool begin = work.begin != 0, cautious = work.cautions != nullptr;
   for (int i = 0; i < count; ++i) {
     const float g = grads[i] * multiplier, p = params[i];
@@ -183,9 +183,10 @@ void update(const Work& work, const Row& row, int count, const float* __restrict
 
 std::int64_t agreeing(const Work& work, const Row& row, int count, const float* grads, const float* exp_avgs) {
   const Group group = work.groups[row.group];
+  const float multiplier = work.multiplier * group.sign;
   int found = 0;
   for (int i = 0; i < count; ++i) {
-    const float g = grads[i] * work.multiplier;
+    const float g = grads[i] * multiplier;
     const float m = work.begin != 0 && exp_avgs[i] != exp_avgs[i] ? g : exp_avgs[i];
     found += sign_or_nan(g, m, group) * g > 0.0f;
   }

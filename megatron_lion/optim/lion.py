@@ -7,13 +7,29 @@ Faster implementations and packed state are imported when they are needed; "auto
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
-from .update import PlainLayout, Slot, check_choice, check_gradient, check_group, is_sharded, local_of, reference_step
+from .update import (
+    AdamWPair,
+    PlainLayout,
+    Slot,
+    asks_for_state,
+    check_choice,
+    check_group,
+    check_saved_state,
+    fit_gradient,
+    fit_saved_groups,
+    from_adamw,
+    is_sharded,
+    local_of,
+    reference_step,
+    settle_groups,
+)
+
+__all__ = ["AdamWPair", "Lion", "from_adamw"]
 
 INIT_CHOICES = ("zeros", "first_gradient")
 IMPLEMENTATION_CHOICES = ("auto", "reference", "foreach", "cpp", "triton")
@@ -24,42 +40,6 @@ MOMENTUM_CHOICES = ("fp32", "bf16", "int8")
 CPP_PAYS = 2**20
 # Whether only lion.py and update.py were copied into another project.
 IS_ALONE = importlib.util.find_spec(".foreach", __package__) is None
-STATE_NAMES = {"exp_avg", "master_param", "step"}
-
-
-class AdamWPair(NamedTuple):
-    """LION's learning rate and weight decay that correspond to an AdamW pair."""
-
-    lr: float
-    weight_decay: float
-
-
-def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair:
-    """Suggests LION's learning rate and decay from a pair that was tuned for AdamW.
-
-    A signed step has norm η√d, several times an AdamW step of the same η, so the rate is divided by `ratio`.
-    The decay is multiplied by it, which keeps the product ηλ, the strength of the decay, unchanged.
-
-    Args:
-        lr: AdamW's learning rate.
-        weight_decay: AdamW's decoupled weight decay.
-        ratio: between 3 and 10 in practice; start with 10 and try 3 if training is slow.
-
-    Returns:
-        The pair (lr / ratio, weight_decay * ratio).
-
-    Raises:
-        ValueError: `ratio` is not a finite number above 0.
-
-    Example:
-        >>> from_adamw(lr=1e-3, weight_decay=0.1, ratio=8)
-        AdamWPair(lr=0.000125, weight_decay=0.8)
-
-    Source: Chen et al., *Symbolic Discovery of Optimization Algorithms*, 2023, section 5.
-    """
-    if not (math.isfinite(ratio) and ratio > 0):
-        raise ValueError(f"ratio = {ratio}: needs a finite number above 0, usually between 3 and 10")
-    return AdamWPair(lr / ratio, weight_decay * ratio)
 
 
 class Lion(torch.optim.Optimizer):
@@ -102,7 +82,8 @@ class Lion(torch.optim.Optimizer):
     into any other.
 
     Args:
-        params: tensors, or dicts with `params` and their own `lr`, `betas`, `weight_decay`; other keys are kept.
+        params: tensors, or dicts with `params` and their own `lr`, `betas`, `weight_decay`, `maximize`; other keys are
+            kept. Every dense memory order is supported.
         lr: η ≥ 0; a float, or a 0-d float32 tensor that may change in place (needed inside a CUDA graph).
             The Triton kernel reads it from device memory, without waiting for the device.
         betas: (β1, β2), each in [0, 1).
@@ -117,6 +98,7 @@ class Lion(torch.optim.Optimizer):
         cautious: move only elements where s(c) and the gradient have the same sign, by φη; φ is the inverse of their
             share in the parameter (Cautious LION; reads gradient and momentum twice).
         sum_agreement: needed if cautious parameters are shards; see `megatron_lion.optim.cautious.factors`.
+        maximize: ascend: every gradient is negated as it is read.
         count_steps: keep a 0-d float32 `step` in every parameter's state, for software that expects it.
 
     Raises:
@@ -151,6 +133,7 @@ class Lion(torch.optim.Optimizer):
         momentum: str = "fp32",
         cautious: bool = False,
         sum_agreement: Callable[[Sequence[torch.Tensor], torch.Tensor], None] | None = None,
+        maximize: bool = False,
         count_steps: bool = False,
     ) -> None:
         check_choice("init_exp_avg", init_exp_avg, INIT_CHOICES)
@@ -167,16 +150,23 @@ class Lion(torch.optim.Optimizer):
             from .layouts import PackedLayout
 
             self.layout = PackedLayout(master_weights, momentum)
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        saved = {"init_exp_avg": init_exp_avg, "cautious": cautious, "maximize": maximize}
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, **saved})
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns torch's state for copying and pickling, with the settings that it would lose."""
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._SETTINGS}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy; groups that were pickled by an older version get the settings that they lack."""
+        super().__setstate__(state)
+        settle_groups(self.param_groups, self._saved_settings())
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyper-parameters and tensors."""
         super().add_param_group(param_group)
         try:
+            settle_groups(self.param_groups, self._saved_settings())
             check_group(self.param_groups[-1])
             if self.cautious and self.sum_agreement is None and any(map(is_sharded, self.param_groups[-1]["params"])):
                 raise ValueError(
@@ -218,11 +208,19 @@ class Lion(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        settle_groups(self.param_groups, self._saved_settings())
         begin = self.init_exp_avg == "first_gradient"
+        has_no_state = not self.state
         if self._fleet is not None and self._fleet.still_holds(self):
             self._fleet.step(begin, grad_multiplier, found_inf)
             return loss
         slots = self._slots()
+        if has_no_state and asks_for_state(self.param_groups, slots):
+            if self.cautious:  # sum_agreement may be a collective, and another rank may have a gradient
+                from .cautious import count_agreement, with_caution
+
+                with_caution(slots, count_agreement(slots, self.layout, begin, None), self.sum_agreement)
+            return loss
         implementation = self._choose(slots)
         if implementation == "triton":
             from .kernel_launch import Fleet
@@ -259,6 +257,10 @@ class Lion(torch.optim.Optimizer):
                     "the same model and layout"
                 )
             if self.layout.is_plain and (not value.is_floating_point() or value.numel() != param.numel()):
+                if IS_ALONE:
+                    raise ValueError(
+                        f"{name} is packed, {value.dtype}: needs the saving optimizer's unscaled_state_dict()"
+                    )
                 from .precision import decode_state  # the value comes from an optimizer that packs its state
 
                 value = decode_state(param, value)
@@ -279,40 +281,49 @@ class Lion(torch.optim.Optimizer):
         """Loads groups and state, packed or unscaled, and stores the state in this optimizer's forms.
 
         torch's own method casts every state tensor to its parameter's dtype, which would destroy a float32 momentum
-        of bfloat16 parameters. Registered hooks run as usual.
+        of bfloat16 parameters. Registered hooks run as usual. A load that fails, also in a hook, changes nothing.
 
         Raises:
             ValueError: a setting is impossible for LION or its layout, or the state is of another optimizer or model.
         """
         saved: dict[Any, dict[str, torch.Tensor]] = {}
         numbers: list[Any] = []
+        overwritten: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def set_aside(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            for own, group in zip(self.param_groups, loaded["param_groups"], strict=False):
-                check_group({**own, **group, "params": own["params"]})
-                self.layout.check_group({**own, **group, "params": own["params"]})
-            if strange := {name for state in loaded["state"].values() for name in state} - STATE_NAMES:
-                raise ValueError(
-                    f"state of another optimizer, with {', '.join(sorted(strange))}: needs a state of LION"
-                )
+        def set_aside(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             saved.update(loaded["state"])
             numbers.extend(number for group in loaded["param_groups"] for number in group["params"])
-            loaded["state"] = {}  # so that torch casts nothing; put_in stores it
+            check_saved_state(saved, numbers)
+            groups = fit_saved_groups(self.param_groups, loaded["param_groups"], self._saved_settings(), self.layout)
+            return {**loaded, "state": {}, "param_groups": groups}  # without state, so that torch casts none
 
         def put_in(_: torch.optim.Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
             for number, param in zip(numbers, params, strict=True):
                 # torch has dropped the old state: a master weight that is not loaded is made from the parameter.
                 for name, value in saved.get(number, {}).items():
+                    if name == "master_param":
+                        overwritten.append((param, param.detach().clone()))
                     self.set_scaled_state(param, name, value)
 
+        old = self.state, self.param_groups
         before = self.register_load_state_dict_pre_hook(set_aside)
         after = self.register_load_state_dict_post_hook(put_in, prepend=True)
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = old
+            with torch.no_grad():
+                for param, value in overwritten:
+                    param.copy_(value)
+            raise
         finally:
             before.remove()
             after.remove()
+
+    def _saved_settings(self) -> dict[str, Any]:
+        maximize = self.defaults.get("maximize", False)  # of a group that has none of its own
+        return {"init_exp_avg": self.init_exp_avg, "cautious": self.cautious, "maximize": maximize}
 
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
         state = cast(dict[str, torch.Tensor], self.state[param])
@@ -330,10 +341,10 @@ class Lion(torch.optim.Optimizer):
                 grad = getattr(param, "decoupled_grad", None)  # from Megatron, if its dtype is not the parameter's
                 grad = param.grad if grad is None else grad
                 if grad is not None:
-                    check_gradient(param, grad)
+                    grad = fit_gradient(local_of(param), local_of(grad))
                     self.layout.fit(param, self._state_of(param))
                     state = {key: local_of(value) for key, value in self.state[param].items()}
-                    slots.append(Slot(local_of(param), local_of(grad), state, group))
+                    slots.append(Slot(local_of(param), grad, state, group))
         return slots
 
     def _choose(self, slots: Sequence[Slot]) -> str:

@@ -125,4 +125,7 @@ def decode_state(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         value = unpack_int8(value, param.numel())
     elif not value.is_floating_point():
         value = join_master(param.detach().to(torch.bfloat16), value.view(param.shape))
-    return value.to(torch.float32).view(param.shape)
+    value = value.to(torch.float32)
+    # A float32 state in the parameter's shape is returned itself: a view may have other strides, and no step may copy
+    # a tensor onto a view of itself.
+    return value if value.shape == param.shape else value.view(param.shape)

@@ -29,9 +29,9 @@ def row_of(slot: Slot, layout: PlainLayout, group: int, number: int) -> Row:
 
 
 def hyper_parameters(group: dict[str, Any], lr: float) -> tuple[float, ...]:
-    """Returns the row of a group: decay, β1, 1-β1, β2, 1-β2, rate.
+    """Returns the row of a group: decay, β1, 1-β1, β2, 1-β2, rate, and the sign of the gradient (-1 if it maximizes).
 
     1-β is computed in double precision; the tables round to float32 afterwards, as the reference does.
     """
     beta1, beta2 = group["betas"]
-    return (group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, lr)
+    return (group["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2, lr, -1.0 if group.get("maximize") else 1.0)

@@ -9,7 +9,26 @@ from typing import Any, NamedTuple
 import torch
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+# Settings that decide a step and are saved with the state, in every group. "maximize" may differ between groups.
+SAVED_SETTINGS = ("init_exp_avg", "cautious", "maximize")
+# What a saved state may hold, and its dtypes; a number is a `step` of another version.
+STATE_DTYPES: dict[str, set[torch.dtype]] = {
+    "exp_avg": {*SUPPORTED_DTYPES, torch.uint8},
+    "master_param": {*SUPPORTED_DTYPES, torch.int16, torch.int8},
+    "step": set(),
+}
+# Options in the groups of other LIONs, with the values for which their step is this one's: timm's are the first, then
+# lion-pytorch's (true: the decay is divided by the first rate), then pytorch_optimizer's.
+FOREIGN_OPTIONS = {
+    "corrected_weight_decay": False, "decoupled_weight_decay": False, "weight_decouple": True, "fixed_decay": False,
+    "adanorm": False, "use_gc": False,
+}  # fmt: skip
+# Keys of a saved group that do not change a step: torch's own and its schedulers', timm's, and megatron-core's.
+HARMLESS_KEYS = {
+    "params", "param_names", "name", "lr", "betas", "weight_decay", "foreach", "fused", "capturable", "differentiable",
+    "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum", "lr_scale", "step", "wd_mult", "lr_mult",
+    "is_expert_parallel", "is_decoupled_lr", "default_config", "caution", *SAVED_SETTINGS, *FOREIGN_OPTIONS,
+}  # fmt: skip
 
 
 class Slot(NamedTuple):
@@ -20,6 +39,41 @@ class Slot(NamedTuple):
     state: dict[str, torch.Tensor]
     group: dict[str, Any]
     caution: torch.Tensor | None = None
+
+
+class AdamWPair(NamedTuple):
+    """LION's learning rate and weight decay that correspond to an AdamW pair."""
+
+    lr: float
+    weight_decay: float
+
+
+def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair:
+    """Suggests LION's learning rate and decay from a pair that was tuned for AdamW.
+
+    A signed step has norm η√d, several times an AdamW step of the same η, so the rate is divided by `ratio`.
+    The decay is multiplied by it, which keeps the product ηλ, the strength of the decay, unchanged.
+
+    Args:
+        lr: AdamW's learning rate.
+        weight_decay: AdamW's decoupled weight decay.
+        ratio: between 3 and 10 in practice; start with 10 and try 3 if training is slow.
+
+    Returns:
+        The pair (lr / ratio, weight_decay * ratio).
+
+    Raises:
+        ValueError: `ratio` is not a finite number above 0.
+
+    Example:
+        >>> from_adamw(lr=1e-3, weight_decay=0.1, ratio=8)
+        AdamWPair(lr=0.000125, weight_decay=0.8)
+
+    Source: Chen et al., *Symbolic Discovery of Optimization Algorithms*, 2023, section 5.
+    """
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise ValueError(f"ratio = {ratio}: needs a finite number above 0, usually between 3 and 10")
+    return AdamWPair(lr / ratio, weight_decay * ratio)
 
 
 class PlainLayout:
@@ -37,9 +91,9 @@ class PlainLayout:
         return {"exp_avg": torch.full_like(param, start, dtype=compute_dtype(param), requires_grad=False)}
 
     def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        """Gives state the memory format of its parameter: a model may change to channels_last between two steps."""
+        """Gives state the memory order of its parameter: a model may change to channels_last between two steps."""
         for name, value in state.items():
-            if not is_sharded(value) and value.shape == param.shape and strides_of(value) != strides_of(param):
+            if value.shape == param.shape and strides_of(local_of(value)) != strides_of(local_of(param)):
                 state[name] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value)
 
     def read(self, slot: Slot) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +152,7 @@ def lion_update(
 
 
 def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
-    """Applies `lion_update` to one parameter after the other.
+    """Applies `lion_update` to one parameter after the other, to the negated gradient if its group maximizes.
 
     Args:
         slots: parameters with gradient, state and group.
@@ -111,6 +165,8 @@ def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
         grad_N = slot.grad.to(param_N.dtype)
         if multiplier is not None:
             grad_N = grad_N * multiplier.view(())
+        if slot.group.get("maximize"):
+            grad_N = -grad_N
         if begin:
             exp_avg_N.copy_(torch.where(exp_avg_N.isnan(), grad_N, exp_avg_N))
         group = slot.group
@@ -140,18 +196,31 @@ def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} = {given!r}: needs one of {', '.join(allowed)}")
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raises ValueError if a group's rate, betas, decay or a parameter's dtype or layout is not supported."""
-    lr, betas, weight_decay = group["lr"], group["betas"], group["weight_decay"]
+def check_rates(group: dict[str, Any]) -> None:
+    """Raises ValueError if a group's learning rate or weight decay is not a finite number, 0 or above."""
+    lr, weight_decay = group["lr"], group["weight_decay"]
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1 or lr.dtype != torch.float32:
             raise ValueError(f"lr is a tensor of {lr.numel()} elements, {lr.dtype}: needs one element, torch.float32")
     elif not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"lr = {lr}: needs a finite number, 0 or above")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas = {betas}: needs two numbers, each at least 0 and below 1")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise ValueError(f"weight_decay = {weight_decay}: needs a finite number, 0 or above")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises ValueError if a group's options or a parameter's dtype or layout are not supported."""
+    check_rates(group)
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas = {betas}: needs two numbers, each at least 0 and below 1")
+    for name, value in FOREIGN_OPTIONS.items():
+        if bool(group.get(name, value)) != value:
+            raise ValueError(
+                f"{name} = {group[name]}, an option of another LION: needs {value}, as this one always steps so"
+            )
+    if (caution := bool(group.get("caution", group["cautious"]))) != group["cautious"]:
+        raise ValueError(f"caution = {caution}, timm's name for `cautious`: needs Lion(cautious={caution})")
     for param in group["params"]:
         if param.dtype not in SUPPORTED_DTYPES or param.layout != torch.strided:
             raise ValueError(
@@ -160,15 +229,129 @@ def check_group(group: dict[str, Any]) -> None:
             )
 
 
-def check_gradient(param: torch.Tensor, grad: torch.Tensor) -> None:
-    """Raises ValueError if the gradient is not dense, of the parameter's shape and in its memory format."""
-    # The fused loops address parameter, gradient and state by one flat offset.
-    strided = grad.layout == torch.strided and grad.dtype in SUPPORTED_DTYPES and grad.shape == param.shape
-    if not strided or not any(
-        param.is_contiguous(memory_format=form) and grad.is_contiguous(memory_format=form) for form in MEMORY_FORMATS
-    ):
+def fit_saved_groups(
+    own: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], settings: dict[str, Any], layout: PlainLayout
+) -> list[dict[str, Any]]:
+    """Returns groups that were saved, checked, with this optimizer's settings in place of those that they lack.
+
+    Args:
+        own: the optimizer's groups.
+        saved: the groups of a state dict. Surplus ones are returned as they are: torch refuses another number of groups.
+        settings: the saved settings of a group that has none of its own.
+        layout: how this optimizer keeps its state.
+
+    Raises:
+        ValueError: an option is missing, is unknown, or would change the step.
+    """
+    groups = []
+    for mine, group in zip(own, saved, strict=False):
+        if missing := [name for name in ("lr", "betas", "weight_decay") if name not in group]:
+            raise ValueError(f"a group of the state has no {', '.join(missing)}: needs the state of a LION")
+        if unknown := sorted(set(group) - set(mine) - HARMLESS_KEYS):
+            raise ValueError(
+                f"a group of the state has {', '.join(unknown)}, which LION does not know: delete it from the state's "
+                "param_groups, or give this optimizer's group the same key"
+            )
+        for name in settings:
+            value = mine.get(name, settings[name])
+            if group.get(name, value) != value:
+                raise ValueError(
+                    f"{name} = {group[name]!r} in the state, {value!r} in this optimizer: build "
+                    f"Lion(…, {name}={group[name]!r}) to go on as saved, or change it in the state's param_groups"
+                )
+            group = {name: value, **group}
+        check_group({**group, "params": mine["params"]})
+        layout.check_group({**group, "params": mine["params"]})
+        groups.append(group)
+    return [*groups, *saved[len(groups) :]]
+
+
+def settle_groups(groups: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Gives every group the saved settings that it lacks; software may have replaced the groups by its own.
+
+    Raises:
+        ValueError: a group has another value of a setting that holds for the whole optimizer.
+    """
+    for group in groups:
+        for name, value in settings.items():
+            if group.setdefault(name, value) != value and name != "maximize":
+                raise ValueError(
+                    f"{name} = {group[name]!r} in a group of Lion(…, {name}={value!r}): needs one value for all"
+                )
+
+
+def check_saved_state(state: dict[Any, Any], numbers: Sequence[Any]) -> None:
+    """Raises ValueError if a saved state is not one of LION, for the parameters that its groups list.
+
+    Args:
+        state: from parameter number to state by name.
+        numbers: the parameters in the groups.
+    """
+    if strange := sorted({str(name) for entry in state.values() for name in entry} - STATE_DTYPES.keys()):
+        raise ValueError(f"state of another optimizer, with {', '.join(strange)}: needs a state of LION")
+    known = set(numbers)
+    if lost := [str(number) for number in state if number not in known]:
+        raise ValueError(f"state of {', '.join(lost[:3])}, which is in no group: needs the groups it was saved with")
+    for number, entry in state.items():
+        for name, value in entry.items():
+            if name != "step" and not (isinstance(value, torch.Tensor) and value.dtype in STATE_DTYPES[name]):
+                kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+                raise ValueError(f"{name} of parameter {number} is {kind}: needs a tensor that a LION saved")
+
+
+def asks_for_state(groups: Sequence[dict[str, Any]], slots: Sequence[Slot]) -> bool:
+    """Returns whether a first step is a request for the state: its rate is 0 and every gradient is 0.
+
+    So torch.distributed.checkpoint makes an optimizer's missing state. Such a step must not count, and must not begin a
+    momentum at g_1 = 0. Only rates in host memory are read: torch puts its zeros there, and a rate on a device must not
+    make the host wait.
+
+    Args:
+        groups: the optimizer's groups.
+        slots: the parameters of the step.
+    """
+    rates = [group["lr"] for group in groups]
+    if any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates) or any(map(float, rates)):
+        return False
+    # A wait for the device, which would end the capture of a CUDA graph. The first step waits anyway (triton_check.py).
+    if any(slot.grad.is_cuda for slot in slots) and torch.cuda.is_current_stream_capturing():
+        return False
+    return not any(bool(slot.grad.any()) for slot in slots)
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Returns whether the elements fill their memory without gap or overlap, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def fit_gradient(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient in the memory order of its parameter: the gradient itself, or a copy.
+
+    Every implementation addresses parameter, gradient and state by one flat offset. autograd and DDP choose a gradient's
+    strides themselves (expanded, or contiguous for a channels_last weight), so the user cannot be asked for other ones.
+
+    Args:
+        param: this rank's part of a parameter.
+        grad: this rank's part of its gradient.
+
+    Raises:
+        ValueError: the parameter has gaps or overlaps, or the gradient is sparse, complex or of another shape.
+    """
+    if grad.layout != torch.strided or grad.dtype not in SUPPORTED_DTYPES or grad.shape != param.shape:
         raise ValueError(
-            f"a parameter of shape {tuple(param.shape)}, strides {param.stride()}, has a gradient of "
-            f"{grad.dtype}, {grad.layout}, shape {tuple(grad.shape)}: needs a dense real gradient of "
-            "that shape, both contiguous or both channels_last; call .contiguous(), or turn off `sparse=True`"
+            f"a parameter of shape {tuple(param.shape)} has a gradient of {grad.dtype}, {grad.layout}, shape "
+            f"{tuple(grad.shape)}: needs a dense real gradient of that shape; turn off `sparse=True`"
         )
+    if not is_dense(param):
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs one whose elements fill its "
+            "memory without gap or overlap; make the parameter from `tensor.contiguous()`"
+        )
+    if strides_of(grad) == strides_of(param):
+        return grad
+    return torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)

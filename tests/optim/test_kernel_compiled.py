@@ -25,8 +25,8 @@ pointers = {"rows": "*i64", "chunks": "*i32", "groups": "*fp32", "lr_addresses":
 found = []
 for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
     fixed = {"PARAM_TYPE": getattr(tl, param), "GRAD_TYPE": getattr(tl, grad), "MASTER_WEIGHTS": master,
-             "MOMENTUM": momentum, "BEGIN": True, "CAUTIOUS": False, "HAS_MULTIPLIER": True, "HAS_FOUND_INF": True, "ALIGNED": True,
-             "BLOCK": BLOCK}
+             "MOMENTUM": momentum, "BEGIN": True, "CAUTIOUS": False, "MAXIMIZE": False, "HAS_MULTIPLIER": True,
+             "HAS_FOUND_INF": True, "ALIGNED": True, "BLOCK": BLOCK}
     source = ASTSource(
         fn=lion_kernel,
         signature={**pointers, **dict.fromkeys(fixed, "constexpr")},
@@ -48,14 +48,14 @@ for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
         "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
         "shared": kernel.metadata.shared,
     })
-# Variants that the cases above leave out: no multiplier, found_inf or alignment; float16; cautious.
+# Variants that the cases above leave out: no multiplier, found_inf or alignment; float16; cautious; maximize.
 for param, grad, master, momentum, aligned, cautious in (
     (tl.float16, tl.float16, "none", "fp32", False, False),
     (tl.float16, tl.float32, "fp32", "bf16", True, True),
     (tl.float32, tl.float32, "none", "int8", False, True),
 ):
     fixed = {"PARAM_TYPE": param, "GRAD_TYPE": grad, "MASTER_WEIGHTS": master, "MOMENTUM": momentum, "BEGIN": False,
-             "CAUTIOUS": cautious, "HAS_MULTIPLIER": False, "HAS_FOUND_INF": False, "ALIGNED": aligned, "BLOCK": BLOCK,
+             "CAUTIOUS": cautious, "MAXIMIZE": True, "HAS_MULTIPLIER": False, "HAS_FOUND_INF": False, "ALIGNED": aligned, "BLOCK": BLOCK,
              "multiplier": None, "found_inf": None, **({} if cautious else {"cautions": None})}
     signature = {name: kind for name, kind in pointers.items() if name not in fixed}
     source = ASTSource(
@@ -66,8 +66,8 @@ for param, grad, master, momentum, aligned, cautious in (
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     found.append({"fused": len(re.findall(r"\bfma\.", kernel.asm["ptx"]))})
 for momentum in ("fp32", "bf16", "int8"):
-    fixed = {"GRAD_TYPE": tl.bfloat16, "MOMENTUM": momentum, "BEGIN": True, "HAS_MULTIPLIER": True, "ALIGNED": True,
-             "BLOCK": BLOCK}
+    fixed = {"GRAD_TYPE": tl.bfloat16, "MOMENTUM": momentum, "BEGIN": True, "MAXIMIZE": True, "HAS_MULTIPLIER": True,
+             "ALIGNED": True, "BLOCK": BLOCK}
     signature = {name: pointers[name] for name in ("rows", "chunks", "groups", "multiplier")}
     source = ASTSource(
         fn=agreement_kernel,

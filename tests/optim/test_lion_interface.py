@@ -309,15 +309,10 @@ def test_tensors_that_cannot_be_updated_are_refused(implementation):
     embedding(torch.tensor([1], device=DEVICE)).sum().backward()
     with pytest.raises(ValueError, match="turn off `sparse=True`"):
         Lion(embedding.parameters(), implementation=implementation).step()
-    for param, grad in (
-        (torch.zeros(6, 4), torch.zeros(4, 6).t()),
-        (torch.zeros(6, 4)[:, ::2], torch.zeros(6, 2)),
-        (torch.zeros(6), torch.zeros(1).expand(6)),
-    ):
-        weight = torch.nn.Parameter(param.to(DEVICE) if param.is_contiguous() else param)
-        weight.grad = None
-        weight.decoupled_grad = grad
-        with pytest.raises(ValueError, match=r"both\s+contiguous or both channels_last"):
+    for param in (torch.zeros(6, 4)[:, ::2], torch.zeros(1).expand(6), torch.zeros(7).as_strided((2, 4), (3, 1))):
+        weight = torch.nn.Parameter(param)
+        weight.decoupled_grad = torch.zeros(param.shape)
+        with pytest.raises(ValueError, match=r"strides \(.*without gap or overlap"):
             Lion([weight], implementation=implementation).step()
     weight = torch.nn.Parameter(tensor([1.0, 2.0]))
     weight.decoupled_grad = tensor([1.0])
