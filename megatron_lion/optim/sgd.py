@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .update import check_rates
+
 
 class Sgd(torch.optim.Optimizer):
     """Stochastic gradient descent.
@@ -23,13 +25,13 @@ class Sgd(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups.
-        lr: learning rate, at least 0.
+        lr: learning rate, a finite number, at least 0, or a float32 tensor of one element.
         momentum: in [0, 1).
-        weight_decay: at least 0.
+        weight_decay: a finite number, at least 0.
         coupled_weight_decay: add the decay to the gradient, as torch.optim.SGD does.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: a setting is out of range, also in a group of its own or of a state that is loaded.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
@@ -42,16 +44,12 @@ class Sgd(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float,
+        lr: float | torch.Tensor,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         *,
         coupled_weight_decay: bool = False,
     ) -> None:
-        if lr < 0 or weight_decay < 0:
-            raise ValueError(f"lr {lr} and weight_decay {weight_decay} must be at least 0")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum {momentum} must be in [0, 1)")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -59,6 +57,21 @@ class Sgd(torch.optim.Optimizer):
             "coupled_weight_decay": coupled_weight_decay,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group after checking its settings."""
+        super().add_param_group(param_group)
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads groups and state as torch does, after checking the groups' settings."""
+        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            _check_group({**own, **group})
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -90,3 +103,9 @@ class Sgd(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer: torch.Tensor = state["momentum_buffer"]
         return buffer
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    check_rates(group)
+    if not 0 <= group["momentum"] < 1:
+        raise ValueError(f"momentum = {group['momentum']}: needs a number, at least 0 and below 1")

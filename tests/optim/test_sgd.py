@@ -63,12 +63,36 @@ def test_without_decay_it_is_torchs_bit_for_bit():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"lr": -0.1}, "lr -0.1"), ({"weight_decay": -1.0}, "weight_decay -1.0"), ({"momentum": 1.0}, "momentum 1.0"),
-     ({"momentum": -0.1}, "momentum -0.1")],
+    [({"lr": -0.1}, "lr = -0.1: needs a finite number"), ({"lr": float("nan")}, "lr = nan"), ({"lr": float("inf")}, "lr = inf"),
+     ({"lr": torch.tensor([0.1, 0.2])}, "lr is a tensor of 2 elements"), ({"weight_decay": -1.0}, "weight_decay = -1.0"),
+     ({"weight_decay": float("nan")}, "weight_decay = nan"), ({"momentum": 1.0}, "momentum = 1.0"),
+     ({"momentum": -0.1}, "momentum = -0.1"), ({"momentum": float("nan")}, "momentum = nan")],
 )  # fmt: skip
-def test_settings_out_of_range_are_refused(settings, message):
+def test_settings_out_of_range_are_refused_wherever_they_come_from(settings, message):
+    weight, other = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     with pytest.raises(ValueError, match=message):
-        Sgd([torch.nn.Parameter(torch.ones(1))], **{"lr": 0.1, **settings})
+        Sgd([weight], **{"lr": 0.1, **settings})
+    with pytest.raises(ValueError, match=message):
+        Sgd([{"params": [weight], **settings}], lr=0.1)
+    optimizer = Sgd([weight], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [other], **settings})
+    assert len(optimizer.param_groups) == 1
+    state = optimizer.state_dict()
+    state["param_groups"][0].update(settings)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_rate_may_be_a_tensor():
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = Sgd([weight], lr=torch.tensor(0.5), momentum=0.0)
+    for rate in (0.5, 0.25):
+        optimizer.param_groups[0]["lr"].fill_(rate)
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    assert weight.item() == 0.25
 
 
 def test_groups_have_their_own_rate_and_decay():
