@@ -11,6 +11,7 @@ import keyword
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from traceback import print_exc
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_lion import __version__
 from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
 from megatron_lion.exit_report import UNTYPED, leave, record, report
 from megatron_lion.logs import install_last_resort
+from megatron_lion.signals import IN_START, stop_raises
 
 VERBS = {
     "prepare": "convert text to a dataset folder of token files",
@@ -68,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     install_last_resort()
     try:
-        return _run_verb(words)
+        # The others do their own work under such a block, or have nothing that SIGTERM must not end.
+        with stop_raises(IN_START) if words[:1] in (["pretrain"], ["import"]) else nullcontext():
+            return _run_verb(words)
     except MegatronLionError as error:
         if traceback and not isinstance(error, StoppedOnRequest):
             print_exc()

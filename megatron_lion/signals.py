@@ -32,27 +32,51 @@ def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], N
             signal.signal(number, earlier)
 
 
+IN_START = "stopped in its start, with nothing to save; the same command starts again"
+"""Message of a run that a stop signal ended before its first step."""
+
+
+class _RaiseOnce:
+    """A handler that raises StoppedOnRequest at the first signal. Launchers and schedulers may send more than one."""
+
+    def __init__(self, message: str) -> None:
+        self.message, self.raised = message, False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self.raised:
+            self.raised = True
+            raise StoppedOnRequest(self.message)
+
+
 @contextmanager
-def sigterm_raises(message: str) -> Iterator[None]:
-    """While the block runs, SIGTERM raises StoppedOnRequest(message); for work whose finished parts are kept anyway."""
+def stop_raises(message: str) -> Iterator[None]:
+    """While the block runs, a stop signal except SIGINT raises StoppedOnRequest(message).
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise StoppedOnRequest(message)
-
-    with handled([signal.SIGTERM], stop):
+    For work that has nothing to save, or whose finished parts are kept anyway.
+    """
+    with handled(set(STOP_SIGNALS) - {signal.SIGINT}, _RaiseOnce(message)):
         yield
 
 
 @contextmanager
 def stop_signals() -> Iterator[dict[str, bool]]:
-    """While the block runs, a stop signal sets "now" of the returned flag; a second SIGINT raises KeyboardInterrupt."""
-    stop = {"now": False}
+    """While the block runs, a stop signal sets "now" of the returned flags; a second SIGINT raises KeyboardInterrupt.
+
+    As long as the flag "at_once" is set, the first signal also raises StoppedOnRequest. The block clears that flag when
+    it has something to save, and from then on asks for "now".
+    """
+    stop = {"now": False, "at_once": True}
+    outer = signal.getsignal(signal.SIGTERM)
 
     def ask(number: int, frame: FrameType | None) -> None:
         # A launcher and a scheduler may both send SIGTERM; only another Ctrl-C comes from a user who will not wait.
         if stop["now"] and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop["now"] = True
+        if isinstance(outer, _RaiseOnce):
+            outer.raised = True  # the reason that this block gives counts, also if more signals follow
+        if stop["at_once"]:
+            raise StoppedOnRequest(IN_START)
 
     with handled(STOP_SIGNALS, ask):
         yield stop

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_lion.errors import PeerError, StoppedOnRequest
-from megatron_lion.signals import GROUP_SIGNALS, end_with_parent
+from megatron_lion.signals import GROUP_SIGNALS, IN_START, end_with_parent
 
 STOPPED, LOST = StoppedOnRequest.exit_code, PeerError.exit_code
 
@@ -175,7 +175,7 @@ def _end_of(rank: Rank, exits: Path) -> tuple[Cause | None, int, int]:
         # Lines about a lost peer and lines of a stop are equals: either can be a consequence of the other.
         return (
             Cause(code, str(told["error"]), printed=True),
-            3 if code in (LOST, STOPPED) else 0,
+            {LOST: 3, STOPPED: 3, 1: 2}.get(code, 0),
             path.stat().st_mtime_ns,
         )
     assert rank.code is not None
@@ -184,7 +184,7 @@ def _end_of(rank: Rank, exits: Path) -> tuple[Cause | None, int, int]:
     if rank.killed:
         return Cause(LOST, f"{where} did not end when it was asked to, and was killed"), 4, rank.ended_ns
     if rank.stopped:
-        return Cause(STOPPED, "stopped before the first step; the same command starts there"), 3, rank.ended_ns
+        return Cause(STOPPED, IN_START), 3, rank.ended_ns
     if rank.code < 0:
         name = signal.Signals(-rank.code).name
         hint = {

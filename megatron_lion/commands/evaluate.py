@@ -117,7 +117,7 @@ def run(args: Any) -> None:
     """Measures, writes TARGET/eval/*.json and prints a table with one line for each result."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import open_model, split_target
-    from megatron_lion.signals import sigterm_raises
+    from megatron_lion.signals import stop_raises
 
     folder, steps = split_target(Path(args.target), args.steps)
     if args.batch_size < 1:
@@ -132,7 +132,7 @@ def run(args: Any) -> None:
         return
     stopped = "stopped; finished results are kept; the same command measures the others"
     with (
-        sigterm_raises(stopped),
+        stop_raises(stopped),
         open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model,
     ):
         chosen = _chosen_steps(model, folder, steps, watch=args.watch)

@@ -79,7 +79,7 @@ def run(args: Any) -> None:
     from megatron_lion.config import ParallelConfig
     from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.steps import choose_steps, list_steps
-    from megatron_lion.signals import sigterm_raises
+    from megatron_lion.signals import stop_raises
     from megatron_lion.train.probe_checkpoints import probe_checkpoints, probe_config
 
     run_dir, is_main = Path(args.run_dir), rank_from_env() == 0
@@ -94,7 +94,7 @@ def run(args: Any) -> None:
     )
     steps = choose_steps(args.steps, list_steps(run_dir))
     stopped = "stopped; finished steps are kept; the same command probes the others"
-    with sigterm_raises(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
+    with stop_raises(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
     if is_main:
         sys.stdout.write(table(probed))

@@ -29,8 +29,9 @@ from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.peers import mark
 from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
 from megatron_lion.runs.metrics import MetricsWriter
-from megatron_lion.runs.paths import environment_file, facts_file, rank_log_file, tokenizer_folder
+from megatron_lion.runs.paths import environment_file, facts_file, metrics_file, rank_log_file, tokenizer_folder
 from megatron_lion.runs.probes import probe_file
+from megatron_lion.runs.series import parse_line
 from megatron_lion.runs.steps import list_steps
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.console import TrainProgress, announce, warn
@@ -86,6 +87,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, fall_back: bool = False)
         progress = stack.enter_context(
             TrainProgress(config, start=run.step, shown=config.log.progress and ranks.is_main)
         )
+        stop["at_once"] = False  # from here on there is something to save
         train(run, metrics, progress, stop)
 
 
@@ -111,10 +113,10 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
     window = None
     if config.probe.every and config.probe.mode == "moving":
         window = MovingWindow(config, run.model, run.optimizer, ranks, run.corpora.vocab_size)
-    if run.step == 0 or probe_is_missing(run):
-        observe(run, metrics, progress, stop, health, window, at_start=run.step == 0)
-        if _asked_to_stop(run, metrics, stop):
-            raise StoppedOnRequest(f"stopped before step {run.step + 1} of {last}; run the same command to start there")
+    complete = observe(run, metrics, progress, stop, health, window, at_start=True)
+    if _asked_to_stop(run, metrics, stop) and (run.step < stop_after or not complete):
+        place = f"before step {run.step + 1} of {last}" if run.step < last else "in a measurement of the last step"
+        raise StoppedOnRequest(f"stopped {place}; run the same command to start there")
     save_due = False
     while run.step < stop_after or (save_due and run.step < last):
         mark(f"step {run.step + 1}")
@@ -143,7 +145,7 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             values = clock.values(result)
             metrics.write(run.step, values)
             progress.update(run.step, values)
-        observe(run, metrics, progress, stop, health, window)
+        complete = observe(run, metrics, progress, stop, health, window)
         clock.leave_out()
         asked = _asked_to_stop(run, metrics, stop)
         if asked and not save_due:
@@ -153,7 +155,8 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             save(run, health)
             save_due = False
             clock.restart()
-        if asked and not save_due and run.step < stop_after:
+        # After the last step, a measurement may be missing.
+        if asked and not save_due and (run.step < stop_after or not complete):
             raise StoppedOnRequest(
                 f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes"
             )
@@ -193,11 +196,11 @@ def observe(
     window: MovingWindow | None = None,
     *,
     at_start: bool = False,
-) -> None:
+) -> bool:
     """Probes the full gradient and measures held-out losses if they are due; a collective call.
 
     Training state does not change: parameters, optimizer state, random states and data position stay the same. An
-    interrupted probe leaves no files; the resumed run repeats it before its first step.
+    interrupted measurement leaves nothing; the resumed run repeats it before its first step.
 
     Args:
         run: the run, between two steps.
@@ -206,14 +209,22 @@ def observe(
         stop: flag; a stop signal sets `stop["now"]`.
         health: asked if a held-out loss is not finite.
         window: gradient sums of `probe.mode` moving, or None.
-        at_start: whether this is before the first step, where enabled measurements are always due.
+        at_start: whether this is before the first step of this job. Enabled measurements are due at step 0, and those
+            of a restored step that an interruption left out.
+
+    Returns:
+        False if a stop signal ended a measurement.
     """
     config = run.config
-    probe_due = is_due(run.step, config.probe.every) or (at_start and config.probe.every > 0)
-    test_due = is_due(run.step, config.train.test_every) or (at_start and config.train.test_every > 0)
-    test_due = test_due or (config.train.test_every > 0 and run.step == config.train.steps)
+    probe_due = is_due(run.step, config.probe.every) or (run.step == 0 and config.probe.every > 0)
+    test_due = config.train.test_every > 0 and (
+        run.step in (0, config.train.steps) or is_due(run.step, config.train.test_every)
+    )
+    if at_start and run.step > 0:
+        probe_due, test_due = probe_is_missing(run), test_due and held_out_is_missing(run)
     if not (probe_due or test_due):
-        return
+        return True
+    complete = True
     sync_parameters(run.model)
     values: dict[str, Any] = {}
     with random_state_kept():
@@ -223,16 +234,24 @@ def observe(
             count = config.train.test_batches * config.num_microbatches(run.ranks.world_size)
             for split, name in ((1, "valid"), (2, "test")):
                 means = mean_losses(
-                    run.model, run.held_out_batches(split), run.objective, config, count, what=f"the {name} split"
-                )
+                    run.model, run.held_out_batches(split), run.objective, config, count, what=f"the {name} split",
+                    should_stop=lambda: _asked_to_stop(run, metrics, stop),
+                )  # fmt: skip
+                if means is None:
+                    complete, values = False, {}
+                    break
                 if not all(map(math.isfinite, means.values())):
                     health.require_finite_state()
                 values.update({f"{name}/{key}": value for key, value in means.items()})
         result = None
         if probe_due:
             mark(f"probing the full gradient at step {run.step}")
-            result = window.take(run.step) if window is not None else _probe(run, progress, stop)
-            values.update(result.metrics() if result is not None else {})
+        if probe_due and window is not None:
+            result = window.take(run.step)
+        elif probe_due and complete:
+            result = _probe(run, progress, stop)
+            complete = result is not None
+        values.update(result.metrics() if result is not None else {})
     if values:
         metrics.write(run.step, values)
     # The file is written last because `probe_is_missing` looks for it. If the job is killed between the two writes, the
@@ -240,6 +259,7 @@ def observe(
     if result is not None:
         write_probe(run, result)
     progress.note("")
+    return complete
 
 
 def _probe(run: Run, progress: TrainProgress, stop: dict[str, bool]) -> ProbeResult | None:
@@ -266,6 +286,16 @@ def probe_is_missing(run: Run) -> bool:
     # Rank 0 decides for all, because the probe that follows is a collective.
     due = is_due(run.step, run.config.probe.every)
     return bool(broadcast_object(due and not probe_file(run.run_dir, run.step).exists() if run.ranks.is_main else None))
+
+
+def held_out_is_missing(run: Run) -> bool:
+    """Whether metrics.jsonl has no held-out loss of the restored step; a collective call."""
+    path = metrics_file(run.run_dir)
+    found: list[dict[str, Any] | None] = []
+    with agree("reading the metrics"), storage_errors(path):
+        if run.ranks.is_main and path.exists():
+            found = [parse_line(line) for line in path.read_bytes().splitlines()]
+    return bool(broadcast_object(not any(line and line["step"] == run.step and "valid/loss" in line for line in found)))
 
 
 def is_due(step: int, every: int) -> bool:

@@ -120,6 +120,7 @@ def probe_checkpoints(
                 continue
             if run is None:
                 run = build_run(config, device, ranks, for_training=False)
+                stop["at_once"] = False  # a probe ends after the batch at hand, on all ranks alike
             masters = _restore(run, step)
             result = probe_run(
                 run,

@@ -108,8 +108,9 @@ def mean_losses(
     num_microbatches: int,
     *,
     what: str = "held-out loss",
-) -> dict[str, float]:
-    """Returns the objective's means by name, including `loss` (nats); a collective call.
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Returns the objective's means by name, including `loss` (nats), or None if it was stopped; a collective call.
 
     Dropout is off. Weights and gradients do not change; the model is in training mode afterwards.
 
@@ -120,23 +121,34 @@ def mean_losses(
         config: the run's settings.
         num_microbatches: micro-batches per data rank.
         what: what is measured, for the message.
+        should_stop: called before each global batch; gives the same answer on all ranks.
 
     Raises:
         DataError: the loss counts nothing in these samples; on all ranks.
     """
     for chunk in model:
         chunk.eval()
-    outputs = get_forward_backward_func()(
-        forward_step_func=objective.forward_step,
-        data_iterator=batches,
-        model=model if len(model) > 1 else model[0],
-        num_microbatches=num_microbatches,
-        seq_length=config.model.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
-        forward_only=True,
-    )
+    outputs: list[dict[str, torch.Tensor]] = []
+    per_batch = num_microbatches // config.train.test_batches
+    stopped = False
+    # One global batch at a time, because nothing can end megatron-core's schedule in the middle: with pipeline stages,
+    # ranks would wait for each other's activations.
+    for _ in range(config.train.test_batches):
+        if stopped := should_stop():
+            break
+        outputs += get_forward_backward_func()(
+            forward_step_func=objective.forward_step,
+            data_iterator=batches,
+            model=model if len(model) > 1 else model[0],
+            num_microbatches=per_batch,
+            seq_length=config.model.seq_length,
+            micro_batch_size=config.train.micro_batch_size,
+            forward_only=True,
+        )
     for chunk in model:
         chunk.train()
+    if stopped:
+        return None
     sums = reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device)
     objective.require_counts(sums, what)
     return objective.means(sums)

@@ -18,6 +18,7 @@ import tiny
 from distributed import run_distributed
 
 from megatron_lion.configfile import dump_config
+from megatron_lion.signals import IN_START
 
 REPO = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -107,8 +108,8 @@ def test_each_signal_at_each_moment(folder: Path, corpus: str, twins: dict[int, 
             tiny.tiny_config(folder / f"{number.name}-{moment}", corpus, checkpoint__every=10, **SETTINGS), int(number), moment,
         )
         for number, moment in [
-            (signal.SIGTERM, "step"), (signal.SIGINT, "step"), (signal.SIGUSR1, "step"), (signal.SIGTERM, "save"),
-            (signal.SIGUSR1, "start"),
+            (signal.SIGTERM, "step"), (signal.SIGINT, "step"), (signal.SIGUSR1, "step"), (signal.SIGHUP, "step"),
+            (signal.SIGTERM, "save"), (signal.SIGQUIT, "start"),
         ]
     }  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -120,7 +121,7 @@ def test_each_signal_at_each_moment(folder: Path, corpus: str, twins: dict[int, 
         kind, message = found[name]
         assert kind == "StoppedOnRequest", (name, message)
         if moment == "start":
-            assert message.startswith("stopped before step 1 of 60")
+            assert message == IN_START
             continue
         stopped_at[name] = tiny.outcome(config.run_dir)["manifest"]["step"]
         assert f"stopped after step {stopped_at[name]} of 60, checkpoint saved" in message

@@ -16,6 +16,7 @@ import pytest
 from job_processes import REPO, alive
 
 from megatron_lion import supervise
+from megatron_lion.signals import IN_START
 from megatron_lion.supervise import Rank, find_cause, watch
 
 HOST = socket.gethostname()
@@ -34,7 +35,7 @@ def scripts(tmp_path: Path, *texts: str, stop_timeout_s: float = 100) -> tuple[i
 def report(rank: int, code: int) -> str:
     """A shell command that leaves a rank's exit file and ends with that code."""
     content = json.dumps({"rank": rank, "exit_code": code, "error": f"error {code} of rank {rank}"})
-    return f"echo '{content}' > $W/exit.{rank}.json; exit {code}"
+    return f"echo '{content}' > $W/{rank}; mv $W/{rank} $W/exit.{rank}.json; exit {code}"
 
 
 FOREVER = "while :; do sleep 0.1; done"
@@ -56,7 +57,7 @@ STUCK = f"trap '' TERM; {FOREVER}"
         ((report(0, 75), report(1, 75)), 75, "error 75 of rank "),
         ((report(0, 75), f"{AFTER_0} {report(1, 8)}"), 75, "error 75 of rank 0"),
         ((f"{AFTER_1} {report(0, 75)}", report(1, 8)), 8, "error 8 of rank 1"),
-        (("kill -TERM $$", FOREVER), 75, "stopped before the first step"),
+        (("kill -TERM $$", FOREVER), 75, IN_START),
     ],
     ids=[
         "done", "lost", "lost later than missed", "watchdog", "own error", "first own error", "traceback", "stopped",
@@ -80,14 +81,13 @@ def test_a_rank_that_hangs_after_the_failure_of_another(tmp_path: Path, monkeypa
 
 def test_a_rank_that_does_not_end_on_request(tmp_path: Path) -> None:
     code, message, _ = scripts(tmp_path, "kill -TERM $$", STUCK, stop_timeout_s=0.5)
-    assert (code, message) == (75, "stopped before the first step; the same command starts there")
+    assert (code, message) == (75, IN_START)
     code, message, _ = scripts(tmp_path, f"trap 'exit 0' TERM; {report(0, 75)}", STUCK, stop_timeout_s=0.5)
     assert (code, message) == (75, "error 75 of rank 0")
 
 
 PARENT = """
 import sys, time
-from megatron_lion import supervise
 from megatron_lion.supervise import Rank
 rank = Rank(0, [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(600)"], {})
 time.sleep(600)
