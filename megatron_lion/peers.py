@@ -34,9 +34,9 @@ ALONE_SILENCE_S = 1800.0
 Python cannot send messages while a long call of C++ holds its lock, as Megatron's index build for BERT does.
 """
 _GONE_S = 10.0  # a rank whose process has ended; the backend usually raises at once
-_NAMING_S = 8.0  # after a collective failed: how long to look for the rank that caused it
-_JOIN_S = 10.0  # more than one request to a store that does not answer
-_SILENT_S = 6.0  # no message for so long from another host, while naming
+_NAMING_S = 7.0  # after a collective failed: how long to look for the rank that caused it
+_JOIN_S = 6.0  # a little more than one request to a store that answers slowly
+_SILENT_S = 5.0  # no message for so long from another host, while naming
 
 # Files whose code waits for other ranks, if it is the innermost Python code of the main thread.
 _WAITING_CODE = (
@@ -65,7 +65,7 @@ class _Peer:
 class PeerWatch:
     """Leaves this rank's messages on a board, reads those of the others, and judges them.
 
-    A thread does so once a second. It calls no collective, changes no tensor and draws no random number.
+    Threads do so once a second. They call no collective, change no tensor and draw no random number.
 
     Args:
         board: where ranks leave their messages.
@@ -86,15 +86,17 @@ class PeerWatch:
         self._wait_key: tuple[Any, ...] | None = None
         self._wait_began: float | None = None
         self._notice_s = NOTICE_S
-        self._lock = threading.Lock()  # the board's connection serves one request at a time
-        self._board_lost: float | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="peer-watch", daemon=True)
+        self._answered = time.monotonic()
+        self._stop, self._wake = threading.Event(), threading.Event()
+        # Two threads: a store whose host is cut off may keep a request waiting for a quarter of an hour.
+        self._messenger = threading.Thread(target=self._exchange_messages, name="peer-messages", daemon=True)
+        self._judge = threading.Thread(target=self._judge_peers, name="peer-watch", daemon=True)
 
     def start(self) -> None:
-        """Leaves the first message and starts the thread."""
+        """Leaves the first message and starts the threads."""
         self._post()
-        self._thread.start()
+        self._messenger.start()
+        self._judge.start()
 
     def mark(self, stage: str | None = None) -> None:
         """Notes that this rank got on, and optionally what it does now."""
@@ -111,46 +113,46 @@ class PeerWatch:
             lost: the other ranks.
         """
         self._ended = {"kind": kind, "text": text, "lost": list(lost)}
-        self._post()
         self.stop()
 
     def stop(self) -> None:
-        """Stops the thread."""
+        """Stops the threads; the last message is left before."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(_JOIN_S)
+        self._wake.set()
+        for thread in (self._messenger, self._judge):
+            if thread.is_alive() and thread is not threading.current_thread():
+                thread.join(_JOIN_S)
 
     def _post(self) -> None:
-        with self._board_guard():  # the message is made inside, so that no older one follows the last one
-            now = time.monotonic()
-            self.board.post(self.rank, {
-                "host": self.host, "place": self._place, "pid": os.getpid(), "count": now, "stage": self.stage,
-                "stage_s": now - self._entered, "alone": self.alone > 0, "waiting_s": self._waiting_s(now),
-                "ended": self._ended,
-            })  # fmt: skip
+        now = time.monotonic()
+        self.board.post(self.rank, {
+            "host": self.host, "place": self._place, "pid": os.getpid(), "count": now, "stage": self.stage,
+            "stage_s": now - self._entered, "alone": self.alone > 0, "waiting_s": self._waiting_s(now), "ended": self._ended,
+        })  # fmt: skip
 
     def _read(self) -> None:
-        with self._board_guard():
-            for rank, message in self.board.read(list(self.peers)).items():
-                peer = self.peers[rank]
-                if message.get("count") != peer.message.get("count") or message["ended"] != peer.message.get("ended"):
-                    peer.message, peer.changed = message, time.monotonic()
+        for rank, message in self.board.read(list(self.peers)).items():
+            peer = self.peers[rank]
+            if message.get("count") != peer.message.get("count"):
+                peer.message, peer.changed = message, time.monotonic()
 
-    @contextmanager
-    def _board_guard(self) -> Iterator[None]:
-        try:
-            with self._lock:
-                yield
-            self._board_lost = None
-        except (RuntimeError, ValueError):
-            self._board_lost = self._board_lost or time.monotonic()
+    def _exchange_messages(self) -> None:
+        _leave_signals_to_the_main_thread()
+        last = False
+        while not last:
+            self._wake.wait(BEAT_S)
+            self._wake.clear()
+            last = self._stop.is_set()  # read before the message is made: it reports how the rank ended
+            with contextlib.suppress(RuntimeError, ValueError):  # judged by the time since the last answer
+                self._post()
+                self._read()
+                self._answered = time.monotonic()
 
-    def _run(self) -> None:
+    def _judge_peers(self) -> None:
+        _leave_signals_to_the_main_thread()
         while not self._stop.wait(BEAT_S):
             self._notice_waiting()
-            self._post()
-            self._read()
-            if self._ended is None and not self._judging:
+            if not self._judging:
                 self._say_what_is_waited_for()
                 self._end_if_hopeless()
 
@@ -170,6 +172,10 @@ class PeerWatch:
 
     def _waiting_s(self, now: float) -> float:
         return now - self._wait_began if self._wait_began is not None else 0.0
+
+    def _unanswered_s(self) -> float:
+        """Seconds since the board last answered."""
+        return time.monotonic() - self._answered
 
     def state(self, rank: int) -> str:
         """Returns "ended", "gone", "stopped" or "alive" for a rank; "alive" if nothing else is known."""
@@ -219,10 +225,11 @@ class PeerWatch:
             # A process that is known to be gone or stopped is judged by the time of the wait alone.
             if waited > limit and (state in ("gone", "stopped") or (state == "alive" and silent > limit)):
                 self._die(self.blame(None))
-        if self._board_lost is not None and min(waited, time.monotonic() - self._board_lost) > self.timeout_s + slack:
+        if min(waited, self._unanswered_s()) > self.timeout_s + slack:
             self._die(self.blame(None))
 
     def _die(self, error: PeerError) -> None:
+        self.end("lost", failure_text(error), error.lost)
         report(error, direct=True)
         leave_at_once(error.exit_code)
 
@@ -248,19 +255,20 @@ class PeerWatch:
         deadline = time.monotonic() + _NAMING_S
         late = error is not None and is_timeout(error)
         while True:
-            self._read()
+            self._wake.set()
             failed = [r for r, p in self.peers.items() if (p.message.get("ended") or {}).get("kind") == "failed"]
             lost = [r for r in self.peers if self.state(r) in ("gone", "stopped")]
-            lost += [r for r in self.peers if self.state(r) == "alive" and self.silent_s(r) > _SILENT_S]
+            if self._unanswered_s() < _SILENT_S:
+                lost += [r for r in self.peers if self.state(r) == "alive" and self.silent_s(r) > _SILENT_S]
             everybody_fresh = all(self.silent_s(r) < 3 * BEAT_S for r in self.peers if self.state(r) == "alive")
             if failed or lost or (late and everybody_fresh) or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
         found = self._name(error, failed, lost)
-        self._wake(lost)
+        self._let_go_on(lost)
         return found
 
-    def _wake(self, ranks: list[int]) -> None:
+    def _let_go_on(self, ranks: list[int]) -> None:
         """Lets stopped ranks of this host go on: they find their connections closed and end as well.
 
         While a process is stopped it does not act on the SIGTERM of torchrun, which would wait for it until its own
@@ -278,7 +286,7 @@ class PeerWatch:
             text = f"rank {failed[0]} ({peer.host}) failed: {peer.message['ended']['text']}"
         elif lost:
             text = f"lost {'; '.join(self._describe(rank) for rank in lost[:3])}; {again}"
-        elif self._board_lost is not None:
+        elif self._unanswered_s() >= _SILENT_S:
             where = getattr(self.board, "where", "its folder")
             text = f"lost the first node: the job's store at {where} does not answer; {again}"
         elif told := [r for p in self.peers.values() for r in (p.message.get("ended") or {}).get("lost", [])]:
@@ -378,6 +386,11 @@ def set_timeout(seconds: float) -> None:
     # torch: the only way to change a group's limit, which megatron-core's update_pg_timeout uses as well, but after a
     # barrier that would already wait for the working rank.
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def _leave_signals_to_the_main_thread() -> None:
+    # The main thread blocks signals where it starts loader workers; they would arrive here instead.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 
 def failure_text(error: BaseException) -> str:

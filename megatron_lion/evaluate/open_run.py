@@ -69,8 +69,9 @@ class RestoredRun:
         return open_checkpoint(step_folder(self.run_dir, step)).manifest
 
     def state_sha256(self, step: int) -> str:
-        """Returns the layout-independent fingerprint that identifies the weights of a step."""
-        return str(self.manifest(step)["weights_fingerprint"])
+        """Returns the layout-independent fingerprint that identifies the weights of a step; a collective call."""
+        with agree("opening the checkpoint"):  # a collective call follows at the caller
+            return str(self.manifest(step)["weights_fingerprint"])
 
     def load(self, step: int) -> None:
         """Verifies a checkpoint and loads its weights; a collective call.
@@ -79,15 +80,15 @@ class RestoredRun:
             CheckpointError: it is missing, damaged or of another model.
             DataError: the checkpoint was trained with another tokenizer than the one opened.
         """
-        manifest = self.manifest(step)
-        checkpoint = Checkpoint(step_folder(self.run_dir, step), manifest)
         # Raised on all ranks: verifying and reading the checkpoint are collective.
-        with agree("checking the tokenizer"):
+        with agree("opening the checkpoint"):
+            manifest = self.manifest(step)
             if manifest["tokenizer_sha256"] not in (None, self.tokenizer.sha256):
                 raise DataError(
                     f"{self.run_dir}: trained with tokenizer {manifest['tokenizer_sha256'][:12]}, got "
                     f"{self.tokenizer.sha256[:12]}; omit --tokenizer to use the run's own"
                 )
+        checkpoint = Checkpoint(step_folder(self.run_dir, step), manifest)
         verify_checkpoint(checkpoint, self.ranks)
         if self._model is None:
             self.vocab_size = int(manifest["model"]["vocab_size"])

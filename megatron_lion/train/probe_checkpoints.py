@@ -140,7 +140,8 @@ def probe_checkpoints(
 
 def _restore(run: Run, step: int) -> bool:
     """Loads a checkpoint; returns whether the master weights were loaded with it."""
-    checkpoint = open_checkpoint(step_folder(run.run_dir, step))
+    with agree("opening the checkpoint"):  # what follows is collective
+        checkpoint = open_checkpoint(step_folder(run.run_dir, step))
     reason = why_no_state(run, checkpoint)
     if reason is None:
         restore_run(run, checkpoint)

@@ -83,7 +83,7 @@ def test_a_killed_rank_is_named_at_once(folder: Path) -> None:
 
 def test_a_stopped_rank_is_named_and_let_go(folder: Path) -> None:
     """A stopped process acts on no SIGTERM: the launcher would wait for it, so the others let it go on."""
-    ended = run_ranks(words(folder, "stopped", parallel__timeout_s=5), 2, at, 1, "step", 4, "stop")
+    ended = run_ranks(words(folder, "stopped", parallel__timeout_s=10), 2, at, 1, "step", 4, "stop")
     check_survivor(ended, 0, 1, "which is stopped")
     assert ended.codes[1] == 8, "the stopped rank found its connections closed"
     assert "Traceback" not in ended.errors[1]
@@ -137,7 +137,7 @@ def test_each_rank_killed_at_each_moment(folder: Path, layout: str, moment: str,
 )  # fmt: skip
 def test_each_rank_stopped_at_each_moment(folder: Path, layout: str, moment: str, victim: int) -> None:
     """Also in stages with a time limit of their own: a rank that is known to be stopped is judged by timeout_s."""
-    command = words(folder, f"stop-{layout}-{moment}-{victim}", parallel__timeout_s=5, **LAYOUTS[layout])
+    command = words(folder, f"stop-{layout}-{moment}-{victim}", parallel__timeout_s=10, **LAYOUTS[layout])
     ended = run_ranks(command, 2, at, victim, moment, 1 if moment == "index" else 2, "stop")
     check_survivor(ended, 1 - victim, victim, "which is stopped")
     assert ended.codes[victim] == 8, ended
@@ -161,3 +161,16 @@ def test_a_rank_killed_while_it_resumes(folder: Path) -> None:
     ended = run_ranks(command, 2, at, 1, "verify", 1, "kill")
     check_survivor(ended, 0, 1, "whose process has ended")
     assert run_ranks(command).codes == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_one_line_on_several_ranks(folder: Path) -> None:
+    """All ranks end with the checkpoint's code, and one of them prints the line."""
+    command = words(folder, "damaged")
+    assert run_ranks(command).codes == [0, 0]
+    manifest = folder / "damaged" / "checkpoints" / "step_0000008" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:-9])
+    ended = run_ranks(["probe", str(folder / "damaged"), "--steps", "8", "--num-batches", "1", "--device", "cpu"])
+    assert ended.codes == [4, 4], ended
+    assert len(ended.lines(0) + ended.lines(1)) == 1, ended.errors
+    assert "Traceback" not in "".join(ended.errors)
