@@ -14,7 +14,7 @@ from megatron_lion.config import ModelConfig, RunConfig, padded_vocab_size
 from megatron_lion.configfile import save_config
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.device import DTYPES, select_device
-from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.errors import CheckpointError, ConfigError, NumericsError
 from megatron_lion.files import storage_errors, sync_folder
 from megatron_lion.interop.hf_folder import read_model_config, read_weights, shape_of
 from megatron_lion.interop.weight_names import from_huggingface
@@ -90,11 +90,15 @@ def _save(
         one = replace(config, train=replace(config.train, precision=precision), parallel=type(config.parallel)())  # type: ignore[arg-type]
         chunks = build_model(one, device, vocab_size)
         _fill(chunks, weights, config.model, vocab_size, folder)
+        try:
+            fingerprint = weights_fingerprint(chunks)
+        except NumericsError as error:
+            raise CheckpointError(f"{folder}: {error}; a model with such a weight predicts nothing") from error
         facts: dict[str, Any] = {
             "run_id": new_run_id(),
             "consumed_samples": 0, "seed": config.seed, "layout": layout_facts(ranks), "state_layout": None, "optimizer": None,
             "optimizer_state": None, "precision": precision, "model": model_facts(config, vocab_size), "buckets": None,
-            "data_digest": None, "tokenizer_sha256": tokenizer.sha256, "weights_fingerprint": weights_fingerprint(chunks),
+            "data_digest": None, "tokenizer_sha256": tokenizer.sha256, "weights_fingerprint": fingerprint,
             "source": f"{folder.resolve().name} ({name})",
         }  # fmt: skip
         try:

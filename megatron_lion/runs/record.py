@@ -151,8 +151,10 @@ class RunRecord:
         """Whether the run ended because its gradients stayed NaN or infinite, or its state became so."""
         skipped, limit = self.series("optim/skipped_steps"), self.settings.get("optimizer.max_skipped_steps", 1)
         gave_up = self.series("optim/gave_up")
-        if self.finished or (gave_up and gave_up.steps[-1] > self.last_logged):
-            return not self.finished
+        if self.finished:
+            return False
+        if gave_up and gave_up.steps[-1] > self.last_logged:
+            return gave_up.values[-1] == 1
         return bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > self.last_logged
 
     @property

@@ -198,8 +198,8 @@ class Health:
         return self._scales_loss and self.run.optimizer.num_steps > 0
 
     def _give_up(self, values: dict[str, str | int], error: MegatronLionError) -> None:
-        # By this line readers of the folder know that the run has ended: `RunRecord.diverged`.
-        self.metrics.write(self.run.step, {**values, "optim/gave_up": 1})
+        # By this line readers of the folder know that the run has ended, and whether it diverged: `RunRecord.diverged`.
+        self.metrics.write(self.run.step, {**values, "optim/gave_up": int(isinstance(error, NumericsError))})
         error.told_by = 0  # all ranks raise it alike
         raise error
 

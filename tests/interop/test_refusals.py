@@ -110,6 +110,15 @@ def drop(name: str) -> Callable[[Path], None]:
     return change
 
 
+def spoil(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[3] = float("nan")
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
 def cut(name: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         content = (folder / name).read_bytes()
@@ -130,6 +139,11 @@ def cut(name: str) -> Callable[[Path], None]:
         (change_config(n_layer=3), 4, "transformer.h.2.ln_1.weight"),
         (change_config(vocab_size=50), 4, "the tokenizer has 300 ids, the model 50"),
         (drop("transformer.h.1.mlp.c_fc.bias"), 4, "transformer.h.1.mlp.c_fc.bias"),
+        (
+            spoil("transformer.h.1.ln_2.bias"),
+            4,
+            "hf: the weight of decoder.layers.1.pre_mlp_layernorm.bias[3] on rank 0 is NaN",
+        ),
         (cut("model.safetensors"), 4, "cannot be read"),
         (cut("config.json"), 4, "config.json: cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), 4, "no config.json"),

@@ -189,6 +189,8 @@ def test_two_such_steps_are_counted_and_the_run_goes_on(jobs: dict[str, Any], er
 
 
 def test_three_in_a_row_end_the_run(jobs: dict[str, Any], errors: dict[str, Any]) -> None:
+    from megatron_lion.runs.record import read_run
+
     for kind, message in errors["three"]:
         assert kind == "DataError", message
         assert message.startswith(
@@ -199,6 +201,10 @@ def test_three_in_a_row_end_the_run(jobs: dict[str, Any], errors: dict[str, Any]
         assert kind == "DataError"
         assert message.startswith("step 6: the loss counted nothing (num_tokens is 0 over the global batch) in 1 step")
         assert "checkpoint is that of step 4" in message
+    for name in ("three", "the last"):
+        record = read_run(jobs[name][0].run_dir)
+        assert not record.finished
+        assert not record.diverged, "the data is to blame"
 
 
 @pytest.mark.parametrize(
