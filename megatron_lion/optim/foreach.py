@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .update import PlainLayout, Slot
+from .update import PlainLayout, Slot, rate_of
 
 # Elements a thread: torch gives no thread fewer than 32768, and five float32 arrays of 256 KiB stay in a cache.
 CPU_BLOCK = 65536
@@ -58,7 +58,7 @@ def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torc
         grad = -grad
     if begin:
         exp_avg.copy_(torch.where(exp_avg.isnan(), grad, exp_avg))
-    (beta1, beta2), lr = slot.group["betas"], slot.group["lr"]
+    (beta1, beta2), lr = slot.group["betas"], rate_of(slot.group)
     direction, scratch = torch.empty_like(param), torch.empty_like(param)
     torch.mul(exp_avg, beta1, out=direction)
     direction.add_(torch.mul(grad, 1 - beta1, out=scratch))
@@ -74,7 +74,7 @@ def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torc
 
 def _foreach_group(slots: Sequence[Slot], layout: PlainLayout, begin: bool, multiplier: torch.Tensor | None) -> None:
     group = slots[0].group
-    (beta1, beta2), lr = group["betas"], group["lr"]
+    (beta1, beta2), lr = group["betas"], rate_of(group)
     read = [layout.read(slot) for slot in slots]
     params, exp_avgs = [param for param, _ in read], [exp_avg for _, exp_avg in read]
     grads = [slot.grad.to(params[0].dtype) for slot in slots]

@@ -65,6 +65,9 @@ class PackedLayout(PlainLayout):
     def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
         """As in the plain layout, but int8 momentum cannot change its memory order, in which its blocks are packed.
 
+        The master weight of a float32 parameter is the parameter itself. It is taken anew, because a copy of the optimizer
+        or an assignment to `param.data` parts the two, and a checkpoint would then hold an old master weight.
+
         Raises:
             ValueError: momentum is int8 and the parameter is not contiguous.
         """
@@ -73,6 +76,8 @@ class PackedLayout(PlainLayout):
                 f"momentum = 'int8' with a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs a "
                 "contiguous one; keep the model out of channels_last, or use momentum = 'bf16'"
             )
+        if "master_param" in state and param.dtype == torch.float32:
+            state["master_param"] = param.detach()
         super().fit(param, state)
 
     def _new_master(self, param: torch.Tensor) -> torch.Tensor:

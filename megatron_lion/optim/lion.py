@@ -161,6 +161,8 @@ class Lion(torch.optim.Optimizer):
         """Restores a copy; groups that were pickled by an older version get the settings that they lack."""
         super().__setstate__(state)
         settle_groups(self.param_groups, self._saved_settings())
+        for param, own in self.state.items():
+            self.layout.fit(param, own)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyper-parameters and tensors."""

@@ -113,8 +113,13 @@ def decode_state(param: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         value: float32, bfloat16 or float16 values, int16 or int8 remainders, or uint8 packed momentum.
 
     Raises:
-        ValueError: the number of elements is not that of the parameter.
+        ValueError: the number of elements is not that of the parameter, or the value is packed and the parameter a DTensor.
     """
+    if value.dtype == torch.uint8 and hasattr(param, "to_local"):
+        raise ValueError(
+            "packed int8 momentum for a DTensor parameter: its bytes have no rows to share; load the saving optimizer's "
+            "unscaled_state_dict()"
+        )
     numel = int8_bytes(param.numel()) if value.dtype == torch.uint8 else param.numel()
     if value.numel() != numel:
         raise ValueError(

@@ -134,7 +134,7 @@ def lion_update(
         param_N: θ (the master weight), in the compute dtype, any shape.
         grad_N: g, same shape and dtype; not changed.
         exp_avg_N: m, same shape and dtype.
-        lr: η; a float or a tensor of one element.
+        lr: η; a float or a 0-d tensor.
         betas: (β1, β2).
         weight_decay: λ.
         caution: φ of Cautious LION, one element, or None.
@@ -170,8 +170,14 @@ def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
         if begin:
             exp_avg_N.copy_(torch.where(exp_avg_N.isnan(), grad_N, exp_avg_N))
         group = slot.group
-        lion_update(param_N, grad_N, exp_avg_N, group["lr"], group["betas"], group["weight_decay"], slot.caution)
+        lion_update(param_N, grad_N, exp_avg_N, rate_of(group), group["betas"], group["weight_decay"], slot.caution)
         layout.write(slot, param_N, exp_avg_N)
+
+
+def rate_of(group: dict[str, Any]) -> float | torch.Tensor:
+    """Returns a group's rate, a number or a 0-d tensor: one of shape [1] would turn a 0-d parameter into one of shape [1]."""
+    lr: float | torch.Tensor = group["lr"]
+    return lr.view(()) if isinstance(lr, torch.Tensor) else lr
 
 
 def strides_of(tensor: torch.Tensor) -> list[int]:

@@ -236,6 +236,23 @@ def test_a_packed_state_is_converted_when_a_plain_lion_loads_it(momentum, master
     plain.step()
 
 
+def test_a_packed_state_is_refused_for_shards(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    packed, _ = build(momentum="int8")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        params = [torch.nn.Parameter(distribute_tensor(torch.zeros(size), mesh, [Shard(0)])) for size in (70, 33)]
+        sharded = Lion(params)
+        with pytest.raises(ValueError, match=r"packed int8 momentum for a DTensor.*unscaled_state_dict\(\)"):
+            sharded.load_state_dict(packed.state_dict())
+        assert not sharded.state
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_without_the_other_files_a_packed_state_is_refused_on_loading(tmp_path, monkeypatch):
     """lion.py and update.py alone, as they may be copied into another project."""
     (tmp_path / "copied_lion").mkdir()
