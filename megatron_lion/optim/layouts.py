@@ -65,7 +65,7 @@ class PackedLayout(PlainLayout):
     def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
         """As in the plain layout, but int8 momentum cannot change its memory order, in which its blocks are packed.
 
-        The master weight of a float32 parameter is the parameter itself. It is taken anew, because a copy of the optimizer
+        The master weight of a float32 parameter is the parameter itself. It is taken again, because a copy of the optimizer
         or an assignment to `param.data` parts the two, and a checkpoint would then hold an old master weight.
 
         Raises:
