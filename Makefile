@@ -1,6 +1,6 @@
 # make demo    the whole path on a small corpus, two processes, about five minutes
 # make test    the tests except the slow ones, at most 15 minutes on two cores (make check adds lint and types)
-# make test-ci the slow tests
+# make test-ci the slow tests; make test-full injects every fault and writes docs/scorecard.md (90 minutes)
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo
@@ -9,13 +9,16 @@ JOBS   ?= 2
 EXTRA  ?= dev
 STAMP  := $(VENV)/.installed-$(EXTRA)
 FLAGS  ?=
+# Name of a case for make chaos (all are listed without it), and options of `python -m faults`.
+CASE   ?=
+OPTIONS ?=
 PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo demo-quick test test-ci test-nightly check lint types format constraints clean
+.PHONY: help setup demo demo-quick test test-ci test-nightly test-full chaos check lint types format constraints clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
-	@echo "also: make setup check lint types format constraints test-nightly clean"
+	@echo "also: make setup check lint types format constraints test-nightly chaos clean"
 
 setup: $(STAMP)
 
@@ -33,14 +36,24 @@ demo-quick: $(STAMP)
 	@$(PY) -m megatron_lion demo --output $(DEMO) --quick
 
 test: $(STAMP)
-	@$(PYTEST) -m "not slow" $(FLAGS)
+	@$(PYTEST) -m "not slow and not full" $(FLAGS)
 
 test-ci: $(STAMP)
-	@$(PYTEST) -m slow $(FLAGS)
+	@$(PYTEST) -m "slow and not full" $(FLAGS)
 
 # Property tests with random seeds and ten times as many examples.
 test-nightly: $(STAMP)
 	@$(PYTEST) -m hypothesis --hypothesis-profile nightly --timeout 3000 $(FLAGS)
+
+FAULTS = OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m faults --jobs $(JOBS) $(OPTIONS)
+
+# A case that has a row of this commit in fault-results/ is left out, so an interrupted run can be continued; FORCE=1
+# runs all again.
+test-full: $(STAMP)
+	@$(FAULTS) --all --docs $(if $(filter 1,$(FORCE)),--force)
+
+chaos: $(STAMP)
+	@$(FAULTS) $(CASE)
 
 lint: $(STAMP)
 	@$(PY) -m ruff check .

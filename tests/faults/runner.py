@@ -1,0 +1,103 @@
+"""Runs fault cases: `python -m faults` lists them, `python -m faults NAME …` runs some, `python -m faults --all` all.
+
+make chaos [CASE=name] and make test-full are these commands. Options: --results FILE (default
+fault-results/results.jsonl), --force (also cases that have a row of this commit), --jobs N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from faults import page, rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--force", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=rows.REPO / "fault-results" / "results.jsonl")
+    parser.add_argument("--docs", action="store_true", help="write docs/scorecard.md and its result file at the end")
+    options = parser.parse_args()
+    cases = rows.all_cases()
+    if not options.names and not options.all:
+        for case in cases.values():
+            print(f"{case.name:28} {case.family}: {case.fault}")
+        return 0
+    unknown = [name for name in options.names if name not in cases]
+    if unknown:
+        print(f"no case {unknown[0]}; python -m faults lists them", file=sys.stderr)
+        return 2
+    chosen = options.names or list(cases)
+    commit, found = rows.commit(), rows.read(options.results)
+    if options.all and not options.force and "+changes" not in commit:
+        chosen = [name for name in chosen if found.get(name, {}).get("commit") != commit]
+    started = time.monotonic()
+    done = _run(chosen, min(options.jobs, len(chosen)), options.results)
+    print(f"\n{page.text_table(list(done.values()))}\n")
+    for row in done.values():
+        for line in row["failures"]:
+            print(f"{row['case']}: {line}")
+    print(f"{len(done)} cases in {(time.monotonic() - started) / 60:.1f} minutes; rows: {options.results}")
+    if options.docs:
+        page.publish(options.results, commit, list(cases))
+    return int(any(not row["passed"] for row in done.values()))
+
+
+def _run(names: list[str], jobs: int, results: Path) -> dict[str, dict[str, Any]]:
+    """Runs cases in several processes, each with its own server; returns the rows by name."""
+    context = multiprocessing.get_context("spawn")
+    waiting: Any = context.Queue()
+    finished: Any = context.Queue()
+    for name in names:
+        waiting.put(name)
+    for _ in range(jobs):
+        waiting.put(None)
+    workers = [context.Process(target=_worker, args=(waiting, finished)) for _ in range(jobs)]
+    for worker in workers:
+        worker.start()
+    done: dict[str, dict[str, Any]] = {}
+    while len(done) < len(names):
+        try:
+            row = finished.get(timeout=5)
+        except Exception:
+            if not any(worker.is_alive() for worker in workers):
+                raise SystemExit("the processes that run the cases ended early") from None
+            continue
+        done[row["case"]] = row
+        rows.append(results, row)
+        state = "ok" if row["passed"] else "FAILED"
+        print(
+            f"{state:7}{row['case']:28}{row['seconds']:7.1f} s  {row['injected']} injected, {row['recovered']} recovered, "
+            f"{row['silent']} silent, {row['stuck']} stuck, {row['wrong']} wrong",
+            flush=True,
+        )
+    for worker in workers:
+        worker.join()
+    return {name: done[name] for name in names if name in done}
+
+
+def _worker(waiting: Any, finished: Any) -> None:
+    from faults.lab import Lab
+    from faults.warm import warm
+
+    cases = rows.all_cases()
+    folder = Path(tempfile.mkdtemp(prefix="megatron-lion-faults-"))
+    try:
+        with warm(folder / "output") as server:
+            while (name := waiting.get()) is not None:
+                finished.put(rows.run_case(cases[name], Lab(folder / name, server)))
+                if os.environ.get("KEEP") != "1":
+                    shutil.rmtree(folder / name, ignore_errors=True)
+    finally:
+        if os.environ.get("KEEP") != "1":
+            shutil.rmtree(folder, ignore_errors=True)

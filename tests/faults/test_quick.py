@@ -1,0 +1,57 @@
+"""The sharpest fault cases with a few of their faults; `make test-full` injects all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from faults import rows
+from faults.lab import Lab, digest
+from faults.warm import Warm, warm
+
+QUICK = {"save-kill": 3, "save-half": 2, "save-eio": 2, "retention-kill": 2, "signal-term": 2, "power-names": 3}
+"""Cases, and how many of their faults are injected here, evenly spaced."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    with warm(tmp_path_factory.mktemp("output")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def lab(server: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """One laboratory for all cases: those with equal settings share their twin."""
+    return Lab(tmp_path_factory.mktemp("lab"), server)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_some_faults_of_a_case(lab: Lab, name: str) -> None:
+    lab.limit = QUICK[name]
+    row = rows.run_case(rows.all_cases()[name], lab)
+    assert row["passed"], row["failures"]
+    assert row["recovered"] == row["injected"] > 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(5400)
+@pytest.mark.parametrize("name", list(rows.all_cases()))
+def test_all_faults_of_a_case(server: Warm, tmp_path: Path, name: str) -> None:
+    row = rows.run_case(rows.all_cases()[name], Lab(tmp_path, server))
+    assert row["passed"], row["failures"]
+
+
+def test_the_verdict_sees_one_changed_bit(lab: Lab) -> None:
+    """A finished run is not trained again, so that a bit of its last checkpoint stays what a fault made it."""
+    tally = rows.Tally()
+    config = lab.config("bit", train__steps=2)
+    assert [rank.code for rank in lab.run(config).ranks] == [0]
+    assert digest(config.run_dir, 2) == lab.twin(config).digest
+    (path,) = Path(config.run_dir, "checkpoints", "step_0000002").glob("rng_*")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    assert lab.judge(tally, "a bit", config) in ("silent", "stuck")
+    assert not tally.passed

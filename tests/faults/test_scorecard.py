@@ -1,0 +1,120 @@
+"""docs/scorecard.md is what its result file gives; rows count what they should; only a complete run is published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from faults import page, rows
+from faults.rows import Case, Tally
+
+NOTHING: Any = None  # these cases start no process
+
+
+def row_of(work: Callable[[Any, Tally], None]) -> dict[str, Any]:
+    return rows.run_case(Case("name", "family", "a fault | with a bar", "8", work), NOTHING)
+
+
+def recovered(lab: Any, tally: Tally) -> None:
+    tally.injected += 1
+    tally.code("first", 8, (8,), "megatron-lion: rank 1 is lost")
+    tally.verdict("first", "recovered")
+
+
+def test_the_page_is_made_from_its_results() -> None:
+    expected = page.page(list(rows.read(page.STORED).values()))
+    assert page.PAGE.read_text() == expected, "run: PYTHONPATH=tests:. python -m faults.page"
+
+
+def test_a_case_as_wanted_passes() -> None:
+    row = row_of(recovered)
+    assert row["passed"]
+    assert (row["injected"], row["recovered"], row["codes"], row["wrong"]) == (1, 1, {"8": 1}, 0)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "errors"),
+    [
+        ("silent", 8, ""),
+        ("stuck", 8, ""),
+        ("recovered", 1, ""),
+        ("recovered", 8, "Traceback (most recent call last):\nError: x"),
+    ],
+)
+def test_any_unwanted_outcome_fails_the_case(outcome: str, code: int, errors: str) -> None:
+    def work(lab: Any, tally: Tally) -> None:
+        tally.injected += 1
+        tally.code("first", code, (8,), errors)
+        tally.verdict("first", outcome, "other tensors")
+
+    row = row_of(work)
+    assert not row["passed"]
+    assert row["failures"]
+
+
+def test_a_case_that_injects_nothing_or_fails_itself_does_not_pass() -> None:
+    def broken(lab: Any, tally: Tally) -> None:
+        recovered(lab, tally)
+        raise ValueError("in the case")
+
+    assert not row_of(lambda lab, tally: None)["passed"]
+    row = row_of(broken)
+    assert not row["passed"]
+    assert "in the case" in row["failures"][0]
+
+
+def test_the_page_shows_rows_and_failures() -> None:
+    row = {**row_of(recovered), "open": 3, "detect_s": 1.25, "notes": ["a note"], "failures": ["first: stuck"]}
+    text = page.page([row])
+    assert r"| a fault \| with a bar | 1 | 1 | 0 | 0 | 3 | 0 | 1.2 s | 8 (1) | 8 |" in text
+    assert "- a fault | with a bar: a note" in text
+    assert "Not as wanted: a fault | with a bar: first: stuck" in text
+    assert row["commit"] in text
+
+
+def test_rows_survive_a_torn_line_and_the_last_of_a_case_counts(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    rows.append(path, {"case": "a", "n": 1})
+    rows.append(path, {"case": "a", "n": 2})
+    with open(path, "a") as stream:
+        stream.write('{"case": "b", ')
+    assert rows.read(path) == {"a": {"case": "a", "n": 2}}
+
+
+@pytest.mark.parametrize("fault", ["missing case", "other commit", "changed tree"])
+def test_only_a_complete_run_of_one_commit_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    monkeypatch.setattr(page, "PAGE", tmp_path / "scorecard.md")
+    monkeypatch.setattr(page, "STORED", tmp_path / "faults.jsonl")
+    commit = "abc+changes" if fault == "changed tree" else "abc"
+    results = tmp_path / "results.jsonl"
+    for name in ("a", "b"):
+        rows.append(results, {**row_of(recovered), "case": name, "commit": commit})
+    if fault == "other commit":
+        rows.append(results, {**row_of(recovered), "case": "b", "commit": "old"})
+    names = ["a", "b", "c"] if fault == "missing case" else ["a", "b"]
+    with pytest.raises(SystemExit, match="not published"):
+        page.publish(results, commit, names)
+    assert not page.PAGE.exists()
+
+
+def test_a_complete_run_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "PAGE", tmp_path / "scorecard.md")
+    monkeypatch.setattr(page, "STORED", tmp_path / "faults.jsonl")
+    results = tmp_path / "results.jsonl"
+    rows.append(results, {**row_of(recovered), "case": "a", "commit": "abc"})
+    rows.append(results, {**row_of(recovered), "case": "gone", "commit": "abc"})
+    page.publish(results, "abc", ["a"])
+    assert [json.loads(line)["case"] for line in page.STORED.read_text().splitlines()] == ["a"]
+    assert "1 of 1 cases as wanted" in page.PAGE.read_text()
+
+
+def test_the_names_of_cases_are_words_for_make() -> None:
+    cases = rows.all_cases()
+    assert all(name.replace("-", "").isalnum() for name in cases)
+    assert {case.family for case in cases.values()} >= {"files", "power cuts", "peers", "signals"}
