@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -89,7 +90,9 @@ def _run(names: list[str], jobs: int, results: Path) -> dict[str, dict[str, Any]
 def _worker(waiting: Any, finished: Any) -> None:
     from faults.lab import Lab
     from faults.warm import warm
+    from megatron_lion.signals import signal_when_parent_ends
 
+    signal_when_parent_ends(signal.SIGKILL)  # the server ends with this process, and kills what it forked
     cases = rows.all_cases()
     folder = Path(tempfile.mkdtemp(prefix="megatron-lion-faults-"))
     try:
