@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from faults.lab import Lab
+from faults.lab import Lab, changed
 from faults.rows import Tally, case
 from faults.shim import Call, Fault, read_log
 from faults.warm import Stuck
@@ -49,7 +49,7 @@ def distinct(calls: Sequence[Call]) -> list[Call]:
 
 def drive(
     lab: Lab, tally: Tally, make: Any, calls: Sequence[Call], kind: str, number: int = 0, *,
-    layout: str = "DP1", rank: int = 0, wanted: tuple[int, ...] = (5,),
+    layout: str = "DP1", rank: int = 0, wanted: tuple[int, ...] = (5,), judged: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Injects a fault of one kind into each call, in a run of its own, and judges the same command without the fault.
 
@@ -62,6 +62,7 @@ def drive(
         layout: the run's layout.
         rank: rank whose calls are hit.
         wanted: exit codes of ranks that were not killed.
+        judged: changes of the settings for the run that judges.
     """
     for call in lab.some([call for call in distinct(calls) if call.takes(kind, number)]):
         config: RunConfig = make()
@@ -86,7 +87,7 @@ def drive(
             else:
                 killed = kind in ("kill", "after", "half")
                 tally.code(what, other.code, (8,) if killed else wanted, other.errors)
-        lab.judge(tally, what, config, layout)
+        lab.judge(tally, what, changed(config, judged or {}), layout)
 
 
 def _short(call: Call, config: RunConfig) -> str:

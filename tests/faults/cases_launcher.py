@@ -16,6 +16,7 @@ from faults.rows import REPO, Tally, case
 from faults.shim import Fault
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config
+from megatron_lion.signals import signal_when_parent_ends
 
 FAMILY = "launcher"
 LIMIT_S = 240
@@ -79,6 +80,7 @@ class Launched:
             self.process = subprocess.Popen(
                 ["bash", str(REPO / "launch" / "torchrun.sh"), str(self.path)], cwd=REPO, stdout=subprocess.DEVNULL, stderr=err,
                 env={**variables, **(environment or {})}, start_new_session=True, stdin=subprocess.DEVNULL,
+                preexec_fn=lambda: signal_when_parent_ends(signal.SIGTERM),
             )  # fmt: skip
 
     def __enter__(self) -> Launched:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.cases_disk import LIFE, drive, phase_of
-from faults.lab import Lab
+from faults.lab import Lab, changed
 from faults.rows import Tally, case
 from faults.warm import Stuck
 
@@ -20,6 +20,8 @@ AFTER_S = 10
 """Survivors must have ended this long after a kill, and this long after the timeout if a rank is stopped."""
 LIMIT_S = 150
 RUN: dict[str, Any] = {**LIFE, "parallel__timeout_s": TIMEOUT_S}
+PATIENT = {"parallel__timeout_s": 600.0}
+"""Settings of the runs that judge: nothing is lost in them, whatever else the machine does."""
 MOMENTS = {"build": 1, "index": 1, "step": 3, "held-out": 2, "probe": 2, "save": 2, "end": 1}
 """Number of the phase's call at which the fault takes place."""
 
@@ -41,6 +43,8 @@ def at_each_phase(lab: Lab, tally: Tally, layout: str, action: str) -> None:
             tally.verdict(what, "stuck", str(error))
             continue
         if not marker.exists():  # a phase that this rank has not: rank 1 builds no index
+            if failed := [one for one in job.ranks if one.code]:
+                tally.wrong.append(f"{what}: ended with {failed[0].code} before the fault: {failed[0].last_line()}")
             continue
         tally.injected += 1
         since = time.monotonic()
@@ -64,7 +68,7 @@ def at_each_phase(lab: Lab, tally: Tally, layout: str, action: str) -> None:
             if one.code == 8 and f"rank {victim}" not in one.errors and phase != "end":
                 tally.wrong.append(f"{what}: rank {victim} is not named: {one.last_line()}")
         job.kill()
-        lab.judge(tally, what, config, layout)
+        lab.judge(tally, what, changed(config, PATIENT), layout)
 
 
 def _register() -> None:
@@ -91,7 +95,16 @@ def in_a_save(lab: Lab, tally: Tally, kind: str, number: int, wanted: tuple[int,
         if rank == 0:
             saves = [call for call in saves if phase_of(call, calls) == "save"]
         drive(
-            lab, tally, lambda: lab.config("save", **run), saves, kind, number, layout="DP2", rank=rank, wanted=wanted
+            lab,
+            tally,
+            lambda: lab.config("save", **run),
+            saves,
+            kind,
+            number,
+            layout="DP2",
+            rank=rank,
+            wanted=wanted,
+            judged=PATIENT,
         )
 
 
@@ -129,4 +142,4 @@ def at_random(lab: Lab, tally: Tally) -> None:
         tally.detect_s = max(tally.detect_s, other.ended - since)
         assert other.code is not None
         tally.code(what, other.code, (8,), other.errors)
-        lab.judge(tally, what, config, "DP2")
+        lab.judge(tally, what, changed(config, PATIENT), "DP2")
