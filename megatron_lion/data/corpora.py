@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import DataConfig, ModelConfig
-from megatron_lion.data.indexed_check import IndexedInfo, check_indexed
+from megatron_lion.data.indexed_check import IndexedInfo, check_indexed, rebuild_hint, with_ending
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.data.manifest import SPLITS, Manifest, read_manifest
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
@@ -94,6 +94,7 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
             )
         for split, info in manifest.splits.items():
             prefix = path / info.prefix
+            _check_inside(path, prefix)
             prefixes[split].append(prefix)
             infos[prefix] = check_indexed(prefix)
     for split in SPLITS:
@@ -108,9 +109,24 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
             f"data.tokenizer: {data.tokenizer} has hash {tokenizer.sha256[:12]}, the data in {paths[0]} was made with "
             f"{manifests[0].tokenizer.sha256[:12]}; leave data.tokenizer out to use the data's tokenizer"
         )
+    if tokenizer.vocab_size != manifests[0].tokenizer.vocab_size:
+        raise DataError(
+            f"{paths[0]}/{MANIFEST_NAME}: tokenizer.vocab_size is {manifests[0].tokenizer.vocab_size}, its tokenizer has "
+            f"{tokenizer.vocab_size} ids; {rebuild_hint(prefixes['train'][0])}"
+        )
     # From the manifests: hashing the tokens here would cost a second for every 1.9 GB.
     hashes = [[s.idx_sha256 + s.bin_sha256 for s in manifest.splits.values()] for manifest in manifests]
     return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, _digest([hashes, data.weights]), data)
+
+
+def _check_inside(folder: Path, prefix: Path) -> None:
+    """Rejects token files that are links out of their dataset folder: what they show may change, and was not prepared."""
+    for ending in (".bin", ".idx"):
+        file = with_ending(prefix, ending)
+        if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):
+            raise DataError(
+                f"{file}: is a link to {file.resolve()}, outside of the dataset folder; copy the file, or link the folder as a whole"
+            )
 
 
 def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -> Corpora:

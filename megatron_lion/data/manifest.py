@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """Reads and verifies the manifest of a dataset folder.
 
     Raises:
-        DataError: it is missing, changed since it was written, or of another format.
+        DataError: it is missing, changed since it was written, of another format, or has a value of another type.
     """
     path = Path(folder) / NAME
     again = f"make the dataset again: megatron-lion prepare … --output {folder} --overwrite"
@@ -172,8 +173,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     if stated != _digest(content):
         raise DataError(f"{path}: does not match its own sha256, so it was changed or damaged; {again}")
     del content["format"]
+    if not isinstance(content.get("sources", []), list):
+        raise DataError(f"{path}: sources: {content['sources']!r:.60} is not a list; {again}")
     try:
-        return Manifest(
+        manifest = Manifest(
             **{
                 **content,
                 "sources": tuple(SourceInfo(**source) for source in content["sources"]),
@@ -184,3 +187,68 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path}: an entry is missing or unknown ({error}); {again}") from None
+    problem = next(_problems(manifest), None)
+    if problem is not None:
+        raise DataError(f"{path}: {problem}; {again}")
+    return manifest
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """Yields "key: what is wrong" for each value of another type, or that no dataset has."""
+    yield from _wrong_types(manifest, "")
+    for number, source in enumerate(manifest.sources):
+        yield from _wrong_types(source, f"sources[{number}].")
+    yield from _wrong_types(manifest.tokenizer, "tokenizer.")
+    for name, split in manifest.splits.items():
+        if name not in SPLITS:
+            yield f"splits: {name!r} is none of {', '.join(SPLITS)}"
+        yield from _wrong_types(split, f"splits.{name}.")
+        if not is_plain_name(split.prefix):
+            yield f"splits.{name}.prefix: {split.prefix!r} is not the name of a file in this folder"
+    if len({split.prefix for split in manifest.splits.values()}) < len(manifest.splits):
+        yield "splits: two splits have the same prefix"
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a text is a file name that stays in its folder: no separator, no "..", no control character.
+
+    >>> is_plain_name("train_text_document"), is_plain_name("../x"), is_plain_name("a/b"), is_plain_name("..")
+    (True, False, False, False)
+    """
+    return name == Path(name).name and name not in ("", "..") and name.isprintable()
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63  # not isinstance: True is an int
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_count(number) for number in value.values())
+
+
+def _is_shares(value: Any) -> bool:
+    return len(value) == 3 and all(type(share) in (int, float) and 0 <= share <= 100 for share in value)
+
+
+# What the JSON value of a field must be, by the field's annotation.
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a string", lambda value: isinstance(value, str)),
+    "str | None": ("a string or null", lambda value: value is None or isinstance(value, str)),
+    "int": ("a whole number from 0 on", _is_count),
+    "int | None": ("a whole number from 0 on, or null", lambda value: value is None or _is_count(value)),
+    "dict[str, Any]": ("an object", lambda value: isinstance(value, dict)),
+    "dict[str, int]": ("an object of whole numbers", _is_counts),
+    "tuple[float, float, float]": ("three percentages", _is_shares),
+}
+
+
+def _wrong_types(content: Any, where: str) -> Iterator[str]:
+    for entry in dataclasses.fields(content):
+        value = getattr(content, entry.name)
+        what, fits = _KINDS.get(str(entry.type), ("", None))
+        if entry.name == "seed":
+            what, fits = "a whole number", lambda value: type(value) is int
+        if fits is not None and not fits(value):
+            yield f"{where}{entry.name}: {value!r:.60} is not {what}"
+        elif isinstance(value, str) and not value.isprintable() and entry.name not in ("path", "eod_token", "prefix"):
+            yield f"{where}{entry.name}: {value!r:.60} has control characters"  # it could rewrite a terminal's screen
