@@ -22,6 +22,15 @@ def work_folder(output: Path) -> Path:
     return output.parent / f".{output.name}.preparing"
 
 
+def replaced_folder(output: Path) -> Path:
+    """Returns the path of the older dataset, `.NAME.replaced` beside OUTPUT, while the new one takes its name.
+
+    Not inside the work folder, which a user may delete to give up a run.
+    """
+    output = output.absolute()
+    return output.parent / f".{output.name}.replaced"
+
+
 @contextmanager
 def locked_work_folder(output: Path) -> Iterator[Path]:
     """Creates and locks the work folder; if the block fails, encoded pieces are kept for the next run.
@@ -33,6 +42,7 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
     folder = work_folder(output)
     remedy = "wait for it or choose another --output"
     with file_lock(folder / "lock", str(output), remedy, by="another prepare"):
+        _recover(output)
         try:
             yield folder
         except BaseException:
@@ -41,6 +51,19 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _recover(output: Path) -> None:
+    """Ends what a run left that was killed while a new dataset took the name of an older one."""
+    replaced = replaced_folder(output)
+    if not replaced.exists():
+        return
+    with storage_errors(replaced):
+        if (output / NAME).exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, output)  # an empty folder may be there
+            logger.warning("%s: the dataset that an interrupted run was about to replace has its name again", output)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -72,19 +95,19 @@ def publish(result: Path, output: Path, work: Path) -> None:
     Raises:
         StorageError: a rename failed; the finished folder and the older dataset are kept.
     """
-    replaced = work / "replaced"
+    replaced = replaced_folder(output)
     with storage_errors(output):
-        shutil.rmtree(replaced, ignore_errors=True)
         if output.exists():
             os.rename(output, replaced)  # a folder cannot be renamed onto one that is not empty
         try:
             os.rename(result, output)
-        except OSError:
+        except BaseException:
             if replaced.exists():
                 os.rename(replaced, output)
             raise
     # On disk before the shards, from which the result could be made again, are removed.
     sync_folder(output.absolute().parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,54 @@ def test_full_disk_leaves_nothing_that_looks_whole(
     assert finish(corpus, tmp_path / "out").returncode == 0
     assert hashes(tmp_path / "out") == undisturbed
     assert read_manifest(tmp_path / "out").documents == DOCUMENTS
+
+
+KILLED_WHILE_REPLACING = """
+import os, signal, sys
+from megatron_lion.cli import main
+
+rename, output, number = os.rename, sys.argv.pop(1), int(sys.argv.pop(1))
+
+def die(old, new):
+    global number
+    if output in (str(old), str(new)):
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        number -= 1
+    return rename(old, new)
+
+os.rename = die
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_kill_while_an_output_is_replaced_loses_nothing(
+    tmp_path: Path, undisturbed: dict[str, str], corpus: Path, number: int
+) -> None:
+    """Before the older dataset is moved aside, and between that and the rename of the new one."""
+    output = tmp_path / "out"
+    (tmp_path / "b.jsonl").write_text('{"text": "word"}\n{"text": "words"}\n{"text": "wo rd"}\n')
+    words = ["--input", str(tmp_path / "b.jsonl"), "--workers", "1"]
+    assert finish(corpus, output, *words).returncode == 0
+    older = hashes(output)
+    command_line = command(corpus, output, "--overwrite", "--seed", "7", *words)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_REPLACING, str(output), str(number), *command_line[3:]],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert output.exists() == (number == 0)
+    shutil.rmtree(work_folder(output))  # what docs/data.md names to give up a run
+    # The same input and settings as the older dataset: it is there again, whole.
+    again = finish(corpus, output, *words)
+    assert again.returncode == 0, again.stderr
+    assert "already complete" in again.stderr
+    assert hashes(output) == older
+    newer = finish(corpus, output, "--overwrite", "--seed", "7", *words)
+    assert newer.returncode == 0, newer.stderr
+    assert read_manifest(output).seed == 7
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.jsonl", "out"]
 
 
 def test_command_refuses_on_one_line_with_the_tables_code(corpus: Path, tmp_path: Path) -> None:
