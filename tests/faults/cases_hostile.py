@@ -60,7 +60,10 @@ def audited(result: str, roots: list[str], words: list[str]) -> int:
             writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else bool(flags & 3)
             wrong = writes and outside(arguments[0])
         elif event in CHANGES:
-            wrong = any(outside(argument) for argument in arguments)
+            folders = [argument for argument in arguments if isinstance(argument, int) and argument >= 0]
+            base = os.readlink(f"/proc/self/fd/{folders[0]}") if folders else ""  # shutil.rmtree names files so
+            names = [os.fsdecode(argument) for argument in arguments if isinstance(argument, str | bytes)]
+            wrong = any(outside(os.path.join(base, name)) for name in names)
         elif event == "pickle.find_class":
             wrong = not f"{arguments[0]}.{arguments[1]}".startswith(CLASSES)
         if wrong:

@@ -98,7 +98,7 @@ class Launched:
         self.process.wait(30)
 
     def agent(self) -> int:
-        """Pid of torchrun's agent: the parent of the ranks."""
+        """Pid of the ranks' parent, which the launcher may be itself."""
         parents = []
         for pid in processes(str(self.path)):
             fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -125,7 +125,7 @@ def after(
     loses: bool = True, environment: dict[str, str] | None = None, run: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Starts the launcher, does something to it, and counts its code, what is left, and lost steps."""
-    config = lab.config("launched", **RUN, **(run or {}))
+    config = lab.config("launched", **{**RUN, **(run or {})})
     with Launched(lab, config, environment) as launched:
         tally.injected += 1
         since = time.monotonic()
@@ -162,7 +162,7 @@ def kills(lab: Lab, tally: Tally) -> None:
     plans: dict[str, tuple[Callable[[Launched], Any], tuple[int, ...]]] = {
         "rank 0": (lambda run: os.kill(run.rank(0), signal.SIGKILL), (8,)),
         "rank 1": (lambda run: os.kill(run.rank(1), signal.SIGKILL), (8,)),
-        "agent": (lambda run: os.kill(run.agent(), signal.SIGKILL), (8, 137, 1)),
+        "agent": (lambda run: os.kill(run.agent(), signal.SIGKILL), (8, 137, 1, -9)),
         "launcher": (lambda run: os.kill(run.process.pid, signal.SIGKILL), (-9,)),
     }
     for what, (act, wanted) in lab.some(list(plans.items())):

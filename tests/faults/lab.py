@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -28,15 +27,10 @@ from faults.shim import Call, Fault, read_log
 from faults.warm import GENEROUS_S, Forked, Stuck, Warm
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config
+from megatron_lion.jobs import STORE
 
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 LAYOUTS = {name: tiny.LAYOUTS[name] for name in ("DP1", "DP2", "TP2")}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def digest(run_dir: Path | str, step: int) -> str:
@@ -129,11 +123,13 @@ class Lab:
         path = Path(f"{config.run_dir}.{layout}.yaml")
         path.write_text(dump_config(changed(config, changes)))
         command = ["pretrain", "--config", str(path), *words]
-        ranks, port = [], free_port() if size > 1 else 0
+        ranks: list[Forked] = []
+        self.count += 1
+        store = f"{config.run_dir}.store-{self.count}"  # as the launcher gives it to the ranks of one node
         for rank in range(size):
             environment = {} if size == 1 else {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", STORE: store,
             }  # fmt: skip
             hook = (hooks or {}).get(rank)
             work = ("faults.work:at_phase", *hook, command) if hook else ("faults.work:command", command)
