@@ -32,6 +32,7 @@ def lab(server: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return Lab(tmp_path_factory.mktemp("lab"), server)
 
 
+@pytest.mark.timeout(1800)  # each fault is two runs, and a loaded machine is ten times slower
 @pytest.mark.parametrize("name", QUICK)
 def test_some_faults_of_a_case(lab: Lab, name: str) -> None:
     lab.limit = QUICK[name]
