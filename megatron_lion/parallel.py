@@ -17,7 +17,8 @@ import torch.distributed as dist
 from megatron_lion.collective_faults import is_collective_fault, is_own_fault, one_line, start_fault
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError
-from megatron_lion.peers import PeerWatch, alone, failure_text, mark, set_timeout, waits, watched
+from megatron_lion.peer_watch import PeerWatch, failure_text
+from megatron_lion.peers import alone, mark, set_timeout, waits, watched
 from megatron_lion.rendezvous import join_job
 
 

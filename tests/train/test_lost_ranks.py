@@ -86,6 +86,8 @@ def test_a_stopped_rank_is_named_and_let_go(folder: Path) -> None:
     ended = run_ranks(words(folder, "stopped", parallel__timeout_s=10), 2, at, 1, "step", 4, "stop")
     check_survivor(ended, 0, 1, "which is stopped")
     assert ended.codes[1] == 8, "the stopped rank found its connections closed"
+    assert ended.files[1]["error"].startswith("the other ranks gave up waiting for this one")
+    assert len(ended.lines(0) + ended.lines(1)) == 1, ended.errors
     assert "Traceback" not in ended.errors[1]
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from distributed import run_distributed
 
-from megatron_lion import peers
+from megatron_lion import peer_watch, peers
 from megatron_lion.collective_faults import is_collective_fault, start_fault
 from megatron_lion.device import Device, install_cpu_stand_in
 from megatron_lion.errors import DataError, EnvironmentFault, PeerError
@@ -44,7 +44,7 @@ def test_every_group_has_the_time_limit_in_seconds(seconds: float) -> None:
 def work_alone(rank: int) -> str:
     """Rank 0 works for longer than the time limit; rank 1 waits for it. Returns what rank 1 prints meanwhile."""
     install_cpu_stand_in()
-    peers.NOTICE_S = 1.0
+    peer_watch.NOTICE_S = 1.0
     folder = tempfile.mkdtemp()
     os.dup2(os.open(f"{folder}/err", os.O_WRONLY | os.O_CREAT), 2)
     with process_groups(CPU, timeout_s=60):
