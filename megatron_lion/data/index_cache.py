@@ -58,11 +58,13 @@ def index_folder(cache: Path, digest: str, key: dict[str, Any], build: Callable[
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = cache / f"{digest[:16]}-{name[:16]}"
     rank = dist.get_rank() if dist.is_initialized() else 0
+    listing = ""
     with agree("building the index files"):
         if rank == 0:
             _verify_or_build(folder, key, build)
-    with storage_errors(folder, "read"):
-        listing = broadcast_object(sha256_file(folder / LISTING) if rank == 0 else None)
+            with storage_errors(folder, "read"):
+                listing = sha256_file(folder / LISTING)
+    listing = broadcast_object(listing)
     with agree("checking the index files"):
         if rank != 0:
             _verify_elsewhere(folder, key, listing, rank)
@@ -78,12 +80,20 @@ def _verify_or_build(folder: Path, key: dict[str, Any], build: Callable[[Path], 
             return
         if os.path.lexists(folder):
             warn(_logger, f"{folder}: these index files are not used: {fault}; building them again")
-        elif next((earlier := folder.with_name(folder.name.split("-")[0])).glob("*.npy"), None) is not None:
+        elif _is_first_after_update(folder):
             warn(
                 _logger,
-                f"{earlier}: index files of an earlier version, without digests, are not used and may be deleted; building them again",
+                f"{folder.parent}: index files of an earlier version, without digests, are not used and may be deleted; building "
+                "them again",
             )
         _build(folder, key, build)
+
+
+def _is_first_after_update(folder: Path) -> bool:
+    """Whether the cache holds only index files of an earlier version for this data: CACHE/DIGEST/*.npy."""
+    digest = folder.name.split("-")[0]
+    ours = any(path.is_dir() for path in folder.parent.glob(f"{digest}-*"))
+    return not ours and next((folder.parent / digest).glob("*.npy"), None) is not None
 
 
 def find_fault(folder: Path, key: dict[str, Any], *, contents: bool = True) -> str | None:
