@@ -115,21 +115,23 @@ def cut_pieces(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
 def _cut_stream(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
     start = number = counted = 0
     with opened(file) as (stream, stored):
-        carry = b""
+        begun: list[bytes] = []  # parts of a line that has not ended; joined once, since a line may be long
         while True:
             block = stream.read(piece_bytes)
-            data = carry + block
             # Whole lines only; the rest of the last line begins the next piece.
-            cut = data.rfind(b"\n") + 1 if block else len(data)
-            if len(data) - cut > MAX_LINE_BYTES:
-                raise _too_long(file, start + cut)
-            carry = data[cut:]
-            if cut:
-                read = stored.tell() if block else file.bytes
-                yield Piece(file, number, start, start + cut, data[:cut], read - counted)
-                start, number, counted = start + cut, number + 1, read
+            cut = block.rfind(b"\n") + 1
+            if cut or not block:
+                data = b"".join([*begun, block[:cut]])
+                if data:
+                    read = stored.tell() if block else file.bytes
+                    yield Piece(file, number, start, start + len(data), data, read - counted)
+                    start, number, counted = start + len(data), number + 1, read
+                begun = []
             if not block:
                 return
+            begun.append(block[cut:])
+            if sum(map(len, begun)) > MAX_LINE_BYTES:
+                raise _too_long(file, start)
 
 
 def _too_long(file: InputFile, offset: int) -> DataError:
@@ -223,15 +225,26 @@ def _skip_line(stream: IO[bytes]) -> int:
 def _txt_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
     with reading(piece.file.path), opened(piece.file) as (stream, _):
         if options.txt_documents == "file":
-            data = stream.read()
+            data = stream.read(MAX_LINE_BYTES + 1)
+            if len(data) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{piece.file.path}: is longer than {MAX_LINE_BYTES >> 20} MiB and would be one document; give --txt-documents "
+                    "blank-line"
+                )
             try:
                 yield 1, checked_text(decode_utf8(data.removeprefix(BOM)), "the file")
             except (BadLine, Skip) as reason:
                 yield 1, reason
             return
         paragraph: list[bytes] = []
-        begin = number = 0
-        for number, line in enumerate(stream, start=1):
+        begin = number = size = 0
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            size = len(line) + (size if paragraph else 0)
+            if size > MAX_LINE_BYTES:
+                raise DataError(
+                    f"{piece.file.path}:{begin if paragraph else number}: the paragraph that begins here is longer than "
+                    f"{MAX_LINE_BYTES >> 20} MiB; blank lines must divide the documents"
+                )
             content = line.removeprefix(BOM) if number == 1 else line
             if content.strip():
                 begin = begin if paragraph else number

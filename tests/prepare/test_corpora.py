@@ -8,6 +8,7 @@ import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -204,6 +205,30 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.import_module", absent)
     with pytest.raises(EnvironmentFault, match=r'zstandard: pip install "megatron-lion\[data\]"'):
         list(read_documents([tmp_path]))
+
+
+@pytest.mark.parametrize(
+    ("division", "data", "said"),
+    [
+        (
+            "file",
+            b"x" * 5000,
+            r"bomb\.txt\.gz: is longer than 0 MiB and would be one document; give --txt-documents blank-line",
+        ),
+        ("blank-line", b"a\n\n" + b"x" * 5000, r"bomb\.txt\.gz:3: the paragraph that begins here is longer than"),
+        ("blank-line", b"a\n\n\n" + b"word\n" * 900, r"bomb\.txt\.gz:4: the paragraph that begins here is longer than"),
+    ],
+)
+def test_a_text_without_an_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, division: Any, data: bytes, said: str
+) -> None:
+    """A few bytes can decompress to more than the memory holds."""
+    monkeypatch.setattr("megatron_lion.prepare.pieces.MAX_LINE_BYTES", 1000)
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(data))
+    with pytest.raises(DataError, match=said):
+        list(read_documents([tmp_path / "bomb.txt.gz"], ReadOptions(txt_documents=division)))
+    (tmp_path / "many.txt.gz").write_bytes(gzip.compress(b"word word\n\n" * 500))
+    assert len(list(read_documents([tmp_path / "many.txt.gz"], ReadOptions(txt_documents="blank-line")))) == 500
 
 
 def test_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
