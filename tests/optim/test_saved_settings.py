@@ -153,6 +153,26 @@ def test_a_state_of_another_lion_goes_on(keys):
         assert same_bits(optimizer.state[param]["exp_avg"].cpu(), torch.from_numpy(exp_avg))
 
 
+def test_the_state_of_lion_pytorch_goes_on_but_for_rounding():
+    """It computes θ(1 - ηλ) - ηs, this one θ - η(s + λθ)."""
+    module = pytest.importorskip("lion_pytorch", reason="needs lion_pytorch (the dev extra has it)")
+    generator = torch.Generator().manual_seed(1)
+    theirs, ours = (torch.nn.Parameter(torch.linspace(-1, 2, 70)) for _ in range(2))
+    other, optimizer = module.Lion([theirs], **HYPER), Lion([ours], lr=9.0)
+    for step in range(6):
+        theirs.grad = torch.randn(70, generator=generator)
+        if step == 3:
+            optimizer.load_state_dict(other.state_dict())
+            with torch.no_grad():
+                ours.copy_(theirs)
+        ours.grad = theirs.grad.clone()
+        other.step()
+        if step >= 3:
+            optimizer.step()
+    assert (ours - theirs).abs().max() < 2e-6
+    assert (optimizer.state[ours]["exp_avg"] - other.state[theirs]["exp_avg"]).abs().max() < 1e-6
+
+
 def test_timms_caution_is_ours():
     cautious, _ = build(cautious=True)
     state = cautious.state_dict()
