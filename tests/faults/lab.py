@@ -150,7 +150,8 @@ class Lab:
         """The undisturbed run with these settings; made once."""
         key = dump_config(changed(config, {"run_dir": "", "checkpoint__keep": 1})) + layout
         if key not in self._twins:
-            own = changed(config, {"run_dir": str(self.folder / f"twin-{len(self._twins)}")})
+            self.count += 1
+            own = changed(config, {"run_dir": str(self.folder / f"twin-{self.count}")})
             job = self.run(own, layout)
             assert [rank.code for rank in job.ranks] == [0] * len(job.ranks), job.errors[-2000:]
             self._twins[key] = Twin(digest(own.run_dir, own.train.steps), losses(own.run_dir), own.train.steps)
