@@ -191,6 +191,31 @@ def dataset_flips(lab: Lab, tally: Tally) -> None:
             bit_flips(lab, tally, path, read, DataError, lab.limit or 100)
 
 
+@case("bin-flips", FAMILY, "one bit of a .bin file beside a manifest", "known gap: not compared at each start")
+def bin_flips(lab: Lab, tally: Tally) -> None:
+    import tiny_gpt2
+
+    from megatron_lion.config import DataConfig, ModelConfig
+    from megatron_lion.data.corpora import open_corpora
+    from megatron_lion.errors import DataError
+
+    folder = Path(tiny_gpt2.write_text_corpus(lab.folder / "text"))
+    data, model, chosen = DataConfig(path=[str(folder)]), ModelConfig(seq_length=16, vocab_size=None), random.Random(4)
+    for path in sorted(folder.rglob("*.bin")):
+        content = path.read_bytes()
+        for _ in range(lab.limit or 30):
+            damaged = bytearray(content)
+            damaged[chosen.randrange(len(content))] ^= 1 << chosen.randrange(8)
+            path.write_bytes(damaged)
+            tally.injected += 1
+            try:
+                open_corpora(data, model)
+                tally.verdict(path.name, "open")
+            except DataError:
+                tally.verdict(path.name, "recovered")
+        path.write_bytes(content)
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "half": lambda content: content[: len(content) // 2],

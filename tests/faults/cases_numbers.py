@@ -9,7 +9,7 @@ from typing import Any
 import tiny
 import torch
 
-from faults.lab import Lab, committed, losses
+from faults.lab import Lab, committed, digest, losses
 from faults.rows import Tally, case
 from faults.warm import Stuck
 from megatron_lion.config import RunConfig
@@ -91,6 +91,37 @@ def state(lab: Lab, tally: Tally) -> None:
         hook = ("step", 4, f"faults.cases_numbers:{action}", str(Path(f"{config.run_dir}.marker")))
         if ends_with_6(lab, tally, config, layout, what, hooks={0: hook}):
             lab.judge(tally, what, config, layout)
+
+
+def drift(model: Any, *rest: Any, **keywords: Any) -> None:
+    """Changes one element of a parameter that every tensor-parallel rank has whole."""
+    with torch.no_grad():
+        for name, parameter in model[0].named_parameters():
+            if "layernorm" in name.replace("_", "") or "layer_norm" in name:
+                parameter.view(-1)[0] += 0.5
+                return
+    raise AssertionError("no layer norm")
+
+
+@case(
+    "replica-drift",
+    FAMILY,
+    "a layer norm changes on one of two tensor-parallel ranks",
+    "known gap: replicas are not compared",
+)
+def replica_drift(lab: Lab, tally: Tally) -> None:
+    config = lab.config("drift", **RUN)
+    twin = lab.twin(config, "TP2")
+    hook = ("step", 4, "faults.cases_numbers:drift", str(Path(f"{config.run_dir}.marker")))
+    tally.injected += 1
+    job = lab.run(config, "TP2", hooks={1: hook})
+    for rank in job.ranks:
+        assert rank.code is not None
+        tally.code("drift", rank.code, (0, 4, 6), rank.errors)
+    found = all(rank.code for rank in job.ranks)
+    if not found and digest(config.run_dir, twin.step) == twin.digest:
+        tally.wrong.append("the drift had no effect: the case injects nothing")
+    tally.verdict("drift", "recovered" if found else "open")
 
 
 @case("divergence", FAMILY, "rates at which a run diverges", "6, or finite to its end")

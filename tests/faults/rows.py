@@ -96,6 +96,7 @@ MODULES = (
     "power",
     "peers",
     "signals",
+    "locks",
     "checkpoints",
     "numbers",
     "data",
