@@ -21,9 +21,7 @@ from megatron_lion.parallel import Ranks, agree, all_reduce_sum, process_groups
 from megatron_lion.runs.folder import read_config
 from megatron_lion.runs.paths import tokenizer_folder
 from megatron_lion.runs.steps import Checkpoint, list_steps, open_checkpoint, step_folder
-from megatron_lion.train.checkpoint import verify_checkpoint
-from megatron_lion.train.checkpoint_tensors import read_tensors
-from megatron_lion.train.model_state import load_model_tensors, model_sharded_state, unwrap
+from megatron_lion.train.model_state import read_weights, unwrap
 
 
 class RestoredRun:
@@ -77,7 +75,7 @@ class RestoredRun:
         """Verifies a checkpoint and loads its weights; a collective call.
 
         Raises:
-            CheckpointError: it is missing, damaged or of another model.
+            CheckpointError: it is missing, damaged or of another model, or other weights arrived than were saved.
             DataError: the checkpoint was trained with another tokenizer than the one opened.
         """
         # Raised on all ranks: verifying and reading the checkpoint are collective.
@@ -89,12 +87,10 @@ class RestoredRun:
                     f"{self.tokenizer.sha256[:12]}; omit --tokenizer to use the run's own"
                 )
         checkpoint = Checkpoint(step_folder(self.run_dir, step), manifest)
-        verify_checkpoint(checkpoint, self.ranks)
         if self._model is None:
             self.vocab_size = int(manifest["model"]["vocab_size"])
             self._model = build_model(self.config, self.device, self.vocab_size)
-        loaded = read_tensors({"model": model_sharded_state(self._model)}, checkpoint.folder)
-        load_model_tensors(self._model, loaded["model"])
+        read_weights(self._model, checkpoint, self.ranks)
         for chunk in self._model:
             chunk.eval()  # without dropout
 

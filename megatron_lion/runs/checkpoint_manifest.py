@@ -171,7 +171,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged ({error}); {GO_BACK}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT or isinstance(found, bool):
-        raise CheckpointError(f"{folder}: format {_printable(found)}; this version reads format {FORMAT}")
+        raise CheckpointError(f"{folder}: format {printable(found)}; this version reads format {FORMAT}")
     stated = manifest.pop("sha256", None)
     try:
         computed = manifest_digest(manifest)
@@ -186,7 +186,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_manifest(manifest: dict[str, Any], path: Path) -> None:
     """Raises CheckpointError unless every known entry of a manifest has a possible value; unknown entries are ignored."""
     has_state = manifest.get("state_layout") is not None
-    for key, kind in {**_NEEDED, **_WITH_STATE, **_MAY_BE_ABSENT}.items():
+    for key, kind in {**_NEEDED, **_MAY_BE_ABSENT, **_WITH_STATE}.items():
         needed = key in _NEEDED or (has_state and key in _WITH_STATE)
         if key not in manifest:
             if needed:
@@ -197,7 +197,8 @@ def check_manifest(manifest: dict[str, Any], path: Path) -> None:
             raise CheckpointError(f"{path}: {key} must be {kind.description}, got {_shown(value)}; {GO_BACK}")
 
 
-def _printable(value: Any) -> str:
+def printable(value: Any) -> str:
+    """A value of a file as a message shows it: short and without control characters."""
     text = str(value)
     return text if text.isprintable() and len(text) <= 60 else ascii(text)[:60]
 

@@ -21,7 +21,7 @@ from megatron_lion.errors import CheckpointError
 from megatron_lion.files import write_whole
 from megatron_lion.jobs import rank_from_env
 from megatron_lion.logs import warn
-from megatron_lion.runs.checkpoint_manifest import GO_BACK, MANIFEST, manifest_bytes, read_manifest
+from megatron_lion.runs.checkpoint_manifest import GO_BACK, MANIFEST, manifest_bytes, printable, read_manifest
 from megatron_lion.runs.folder import changeable, flatten
 from megatron_lion.runs.paths import config_file, facts_file, has_config
 
@@ -139,7 +139,9 @@ def _different(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     if manifest.get("settings") is not None:
         before = {**deciding_settings(RunConfig()), **manifest["settings"]}  # a setting that is newer has its default
         expected = {key: (before.get(key), value) for key, value in settings.items()}
-    different = [f"{key}: {theirs}, now {ours}" for key, (theirs, ours) in expected.items() if theirs != ours]
+    different = [
+        f"{key}: {printable(theirs)}, now {ours}" for key, (theirs, ours) in expected.items() if theirs != ours
+    ]
     if manifest["step"] > steps:
         different.append(f"step {manifest['step']} is beyond train.steps {steps}")
     if manifest["consumed_samples"] != manifest["step"] * batch:

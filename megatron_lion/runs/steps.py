@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from megatron_lion.runs.paths import (
 
 __all__ = [
     "FORMAT", "GO_BACK", "LATEST", "MANIFEST", "Checkpoint", "choose_step", "choose_steps", "find_latest", "has_own_checkpoint",
-    "is_committed", "list_steps", "manifest_digest", "newest_whole",
+    "is_committed", "list_steps", "manifest_digest", "naming_removal", "newest_whole",
     "open_checkpoint", "record_newest", "run_and_step", "set_aside", "step_folder",
 ]  # fmt: skip
 
@@ -160,11 +161,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             name, of another run, or of other settings than the run's config.yaml.
         ConfigError: the run's config.yaml is damaged.
     """
-    manifest = read_manifest(folder)
+    with naming_removal(folder):
+        manifest = read_manifest(folder)
     place = run_and_step(folder)
     if place is not None:
         check_identity(manifest, folder, *place)
     return Checkpoint(folder, manifest)
+
+
+@contextmanager
+def naming_removal(folder: Path) -> Iterator[None]:
+    """Replaces a CheckpointError of the block, which reads a checkpoint, if the folder is not there any more.
+
+    A training job removes older checkpoints, also while another command reads them; the error is then no damage.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if os.path.lexists(folder):
+            raise
+        run_dir = folder.parent.parent
+        keep = f"checkpoint.keep {read_config(run_dir).checkpoint.keep}" if has_config(run_dir) else "checkpoint.keep"
+        raise CheckpointError(
+            f"{folder}: was removed meanwhile; a run in training keeps its newest checkpoints ({keep}) and those of "
+            "checkpoint.at_steps; choose one that is still there"
+        ) from error
 
 
 def find_latest(run_dir: Path) -> Checkpoint | None:
@@ -249,7 +270,7 @@ def _last_logged_step(run_dir: Path) -> int:
     return last
 
 
-def newest_whole(run_dir: Path, verify: Callable[[Checkpoint], None]) -> Checkpoint | None:
+def newest_whole(run_dir: Path, verify: Callable[[Checkpoint], object]) -> Checkpoint | None:
     """Finds the newest checkpoint that is whole and moves the newer folders aside, with a warning for each.
 
     A folder that was moved aside is named skipped_step_…, which nothing reads and nothing deletes.

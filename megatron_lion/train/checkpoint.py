@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatron_lion.runs.steps import (
     Checkpoint,
     find_latest,
     list_steps,
+    naming_removal,
     newest_whole,
     open_checkpoint,
     record_newest,
@@ -73,35 +75,53 @@ def newest_checkpoint(
         return run_id, None if step is None else open_checkpoint(step_folder(run_dir, step))
 
 
-def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> None:
+def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> dict[str, torch.dtype]:
     """Compares size and SHA-256 of every file with the manifest and checks the pickled metadata; a collective call.
 
     Args:
         checkpoint: from `open_checkpoint`.
         ranks: the ranks that share the hashing, or None to hash every file in this process.
 
+    Returns:
+        The dtype in which every tensor was saved, by its key.
+
     Raises:
         CheckpointError: a file is missing, changed or unsafe; names the file; on all ranks.
     """
-    with agree("verifying the checkpoint"):
-        _verify_files(checkpoint, *((ranks.rank, ranks.world_size) if ranks is not None else (0, 1)))
+    dtypes: dict[str, torch.dtype] = {}
+    with agree("verifying the checkpoint"), naming_removal(checkpoint.folder):
+        dtypes = _verify_files(checkpoint, *((ranks.rank, ranks.world_size) if ranks is not None else (0, 1)))
+    return dtypes
 
 
-def _verify_files(checkpoint: Checkpoint, rank: int = 0, size: int = 1) -> None:
+def _verify_files(checkpoint: Checkpoint, rank: int = 0, size: int = 1) -> dict[str, torch.dtype]:
     """Compares sizes of all files, and the SHA-256 of every `size`-th, with the manifest; no collective call."""
-    for number, (name, stated) in enumerate(sorted(checkpoint.manifest["files"].items())):
+    files = checkpoint.manifest["files"]  # plain names, by read_manifest: each lies in the checkpoint's own folder
+    if ".metadata" not in files:
+        raise CheckpointError(f"{checkpoint.folder / MANIFEST}: lists no .metadata; {GO_BACK}")
+    for number, (name, stated) in enumerate(sorted(files.items())):
         path = checkpoint.folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {GO_BACK}")
-        if path.stat().st_size != stated["bytes"]:
+        try:
+            found = os.lstat(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: missing; {GO_BACK}") from error
+        # Judged before it is opened: a link could lead out of the folder, and a pipe would block.
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path}: is no plain file but a link or a device; {GO_BACK}")
+        if found.st_size != stated["bytes"]:
             raise CheckpointError(
-                f"{path}: {path.stat().st_size} bytes, {MANIFEST} lists {stated['bytes']}: truncated or changed; {GO_BACK}"
+                f"{path}: {found.st_size} bytes, {MANIFEST} lists {stated['bytes']}: truncated or changed; {GO_BACK}"
             )
         # Each file is hashed on one rank only: SHA-256 runs at about 1.9 GB/s a core. Sizes are checked on every rank.
-        if number % size == rank and sha256_file(path) != stated["sha256"]:
-            raise CheckpointError(f"{path}: its SHA-256 does not match {MANIFEST}: damaged or changed; {GO_BACK}")
+        if number % size == rank:
+            try:
+                digest = sha256_file(path)
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}; {GO_BACK}") from error
+            if digest != stated["sha256"]:
+                raise CheckpointError(f"{path}: its SHA-256 does not match {MANIFEST}: damaged or changed; {GO_BACK}")
     # On every rank: each of them unpickles this file when it reads tensors.
-    check_metadata(checkpoint.folder / ".metadata", checkpoint.manifest["files"])
+    return check_metadata(checkpoint.folder / ".metadata", files)
 
 
 def save_checkpoint(
@@ -172,13 +192,26 @@ def _write_rng(folder: Path, rng: dict[str, torch.Tensor], ranks: Ranks) -> None
 
 
 def read_rng(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, torch.Tensor] | None:
-    """Returns this rank's random states, or None if the checkpoint was written at another layout."""
+    """Returns this rank's random states, or None if the checkpoint was written at another layout.
+
+    Raises:
+        CheckpointError: the file is not one of the checkpoint's, or holds anything but uint8 tensors.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if checkpoint.manifest["layout"] != layout_facts(ranks):
         return None
     path = checkpoint.folder / f"rng_{ranks.rank:05d}.safetensors"
-    return load_file(path) if path.is_file() else None
+    if path.name not in checkpoint.manifest["files"]:  # then nothing compared its digest
+        raise CheckpointError(f"{path}: {MANIFEST} does not list it; {GO_BACK}")
+    try:
+        states = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path}: holds no random states ({' '.join(str(error).split())}); {GO_BACK}") from error
+    if "torch" not in states or any(state.dtype != torch.uint8 or state.dim() != 1 for state in states.values()):
+        raise CheckpointError(f"{path}: holds other tensors than random states; {GO_BACK}")
+    return states
 
 
 def layout_facts(ranks: Ranks) -> dict[str, int]:
@@ -220,7 +253,7 @@ def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
         StorageError: a folder could not be removed.
     """
     for entry in checkpoints_folder(run_dir).glob("step_*.tmp-*"):
-        shutil.rmtree(entry, ignore_errors=True)
+        _remove(entry)
     if keep == 0:
         return []
     removable = [step for step in list_steps(run_dir) if step not in always_keep]
@@ -231,5 +264,13 @@ def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
         # Renamed first: if the deletion is interrupted, no half-deleted folder keeps a checkpoint's name.
         with storage_errors(doomed, "removed"):
             os.replace(doomed, trash)  # from here on list_steps no longer sees it
-        shutil.rmtree(trash, ignore_errors=True)
+        _remove(trash)
     return gone
+
+
+def _remove(entry: Path) -> None:
+    """Removes a folder, or the link to one: what a link leads to was put there by somebody else, and stays."""
+    if entry.is_symlink():
+        entry.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(entry, ignore_errors=True)

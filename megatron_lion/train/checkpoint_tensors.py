@@ -34,6 +34,7 @@ from megatron_lion.collective_faults import is_collective_fault
 from megatron_lion.errors import CheckpointError, StorageError
 from megatron_lion.files import storage_errors
 from megatron_lion.parallel import agree
+from megatron_lion.runs.steps import naming_removal
 
 _METADATA_CLASSES = {
     ("collections", "OrderedDict"),
@@ -65,12 +66,15 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it references {module}.{name}")
 
 
-def check_metadata(path: Path, files: Collection[str]) -> None:
+def check_metadata(path: Path, files: Collection[str]) -> dict[str, torch.dtype]:
     """Loads a `.metadata` pickle with an allow-list of classes; nothing else in it can run.
 
     Args:
         path: the file.
         files: names of the checkpoint's files; the metadata may point to no other.
+
+    Returns:
+        The dtype of every tensor in the checkpoint, by its key.
 
     Raises:
         CheckpointError: the file contains anything but checkpoint metadata.
@@ -79,6 +83,9 @@ def check_metadata(path: Path, files: Collection[str]) -> None:
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         kinds = [type(item).__name__ for item in found.state_dict_metadata.values()]
         places = {item.relative_path for item in found.storage_data.values()}
+        dtypes = {
+            key: item.properties.dtype for key, item in found.state_dict_metadata.items() if hasattr(item, "properties")
+        }
     except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
     if pickled := kinds.count("BytesStorageMetadata"):
@@ -89,6 +96,7 @@ def check_metadata(path: Path, files: Collection[str]) -> None:
         raise CheckpointError(
             f"{path}: points to {strange[0]}, which is not a file of this checkpoint; it was not loaded"
         )
+    return dtypes
 
 
 def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
@@ -152,7 +160,7 @@ def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
         CheckpointError: a tensor is not in the checkpoint or has another shape; on all ranks.
     """
     loaded: dict[str, Any] = {}
-    with agree("reading the checkpoint"):
+    with agree("reading the checkpoint"), naming_removal(folder):
         try:
             tensors, local, factories = load_preprocess(sharded)
             assert not factories, "no model here has tensors that are split on loading"

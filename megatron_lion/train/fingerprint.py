@@ -10,6 +10,7 @@ The same pass refuses a state that holds a NaN or an infinity: it has no fingerp
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +100,12 @@ def state_fingerprint(model: list[Any], optimizer: TrainOptimizer) -> str:
 
 
 @torch.no_grad()
-def weights_fingerprint(model: list[Any]) -> str:
+def weights_fingerprint(model: list[Any], values: Mapping[torch.nn.Parameter, torch.Tensor] | None = None) -> str:
     """Hash of the model's own weights, in the dtype of training (fp32, bf16 or fp16); a collective call.
+
+    Args:
+        model: DDP-wrapped chunks.
+        values: tensors to hash in place of the parameters, in the same shapes; None hashes the parameters.
 
     Returns:
         32 hexadecimal digits, the same on every rank and at every layout.
@@ -115,7 +120,7 @@ def weights_fingerprint(model: list[Any]) -> str:
         for chunk in model:
             for name, parameter in named_global_parameters(chunk):
                 if counts_here(parameter):
-                    flat = parameter.data.view(-1)
+                    flat = (parameter.data if values is None else values[parameter]).reshape(-1)
                     total += _tensor_sum(flat, 0, _placement(parameter), _salt(name))
                     if is_nonfinite(flat):
                         damage.append(damage_of("weight", name, flat, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from megatron_lion.config import RunConfig
 from megatron_lion.data.corpora import Corpora
 from megatron_lion.errors import CheckpointError
 from megatron_lion.parallel import Ranks, agree
-from megatron_lion.runs.steps import Checkpoint
+from megatron_lion.runs.steps import GO_BACK, Checkpoint
 from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.fingerprint import weights_fingerprint
 
 
 def unwrap(chunk: Any) -> Any:
@@ -93,6 +95,35 @@ def load_weights(config: RunConfig, corpora: Corpora, model: list[Any], checkpoi
     """
     with agree("checking the checkpoint"):
         check_model(config, corpora, checkpoint)
-    ckpt.verify_checkpoint(checkpoint, ranks)
-    loaded = ckpt.read_tensors({"model": model_sharded_state(model)}, checkpoint.folder)
-    load_model_tensors(model, loaded["model"])
+    read_weights(model, checkpoint, ranks)
+
+
+def read_weights(model: list[Any], checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Verifies a checkpoint, reads its weights into the model, and compares what arrived in memory; a collective call.
+
+    The weights are read and compared in the dtype in which they were saved, and then cast to the model's.
+
+    Args:
+        model: DDP-wrapped chunks of the checkpoint's architecture, at any layout.
+        checkpoint: from `open_checkpoint`.
+        ranks: this process's ranks.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or the weights that arrived have not the fingerprint of those saved.
+    """
+    dtypes = ckpt.verify_checkpoint(checkpoint, ranks)
+    wanted, parameters = {}, {}
+    for key, item in model_sharded_state(model).items():
+        parameters[key] = item.data  # now, since upstream clears it while it reads
+        stored = dtypes.get(item.key, item.dtype)
+        same = stored == item.dtype  # then upstream reads into the parameters, without a second copy
+        wanted[key] = item if same else replace(item, data=torch.empty_like(item.data, dtype=stored), dtype=stored)
+    loaded = ckpt.read_tensors({"model": wanted}, checkpoint.folder)["model"]
+    # The digests cover the files, and fit if a file was changed together with its digest; this covers what arrived.
+    found = weights_fingerprint(model, {parameter: loaded[key] for key, parameter in parameters.items()})
+    saved = checkpoint.manifest["weights_fingerprint"]
+    if found != saved:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the weights that were read have fingerprint {found[:12]}, but {saved[:12]} was saved; {GO_BACK}"
+        )
+    load_model_tensors(model, loaded)

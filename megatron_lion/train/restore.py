@@ -90,6 +90,8 @@ def why_no_state(run: Run, checkpoint: Checkpoint) -> str | None:
 
 def _check_state(run: Run, checkpoint: Checkpoint) -> None:
     manifest, where = checkpoint.manifest, checkpoint.folder
+    if manifest.get("state_layout") is None:
+        raise CheckpointError(f"{where}: holds no optimizer state, so no run can resume from it; {GO_BACK}")
     if manifest["optimizer"] != run.optimizer.name:
         raise CheckpointError(
             f"{where}: was written by {manifest['optimizer']}, optimizer.name is {run.optimizer.name}; use another run_dir"

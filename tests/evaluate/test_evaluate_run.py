@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from distributed import run_distributed
-from tiny import VOCAB, tiny_config, train, write_corpus
+from tiny import VOCAB, read_weights, tiny_config, train, write_corpus
 
 from megatron_lion.cli import main
 from megatron_lion.config import RunConfig
@@ -128,4 +129,36 @@ def test_swapped_checkpoints_are_not_evaluated(
         assert ": holds step " in error
         assert "\n" not in error
     assert not (copy / "eval").exists()
+    assert not Path(f"{copy}-hf").exists()
+
+
+def test_weights_that_arrive_otherwise_than_saved_are_refused(
+    evaluated: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One exponent bit of one weight is changed, and the file's digest and size in the manifest fit it."""
+    run_dir, text, _ = evaluated
+    copy = Path(shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("eval")))
+    folder = copy / "checkpoints" / f"step_000000{STEPS}"
+    row = read_weights(copy, STEPS)["model.decoder.final_layernorm.weight"].numpy().tobytes()
+    evaluate = ["evaluate", str(copy), "--text", str(text), "--stride", "full", "--device", "cpu"]
+    assert main([*evaluate, "--precision", "bf16"]) == 0  # weights saved in fp32 are compared before they are rounded
+    places = [path for path in folder.glob("*.distcp") if row in path.read_bytes()]
+    assert places
+    for path in places:
+        content = bytearray(path.read_bytes())
+        content[content.index(row) + 3] ^= 1  # little-endian fp32: the lowest bits of the exponent begin here
+        path.write_bytes(bytes(content))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    for path in places:
+        manifest["files"][path.name]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    export = ["export", str(copy), "--output", f"{copy}-hf", "--device", "cpu"]
+    for words in (evaluate, [*evaluate, "--precision", "bf16", "--max-tokens", "20"], ["generate", str(copy)], export):
+        assert main(words) == 4, words
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "fingerprint" in error, words
+        assert "was saved" in error
     assert not Path(f"{copy}-hf").exists()
