@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
 from megatron_lion.jobs import rank_from_env, record_exit_code, world_size_from_env
+from megatron_lion.plain_text import plain
 
 UNTYPED = 1
 """Exit code of an exception that is not a MegatronLionError: an error in this project or below it."""
@@ -28,7 +29,8 @@ def report(error: MegatronLionError, *, direct: bool = False) -> None:
     alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)
     told_by = 0 if error.told_by is None and alike else error.told_by
     if told_by is None or int(rank or 0) == told_by:
-        (write_line if direct else _print)(f"{prefix}{error}")
+        # Paths and names in it may come from somebody else's files; some messages have a line for each mistake.
+        (write_line if direct else _print)(plain(f"{prefix}{error}", keep="\n"))
     record(error.exit_code, str(error))
 
 

@@ -97,27 +97,30 @@ def _open_temporary(path: Path) -> tuple[int, Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     handle = open_own(temporary, os.O_WRONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            # Without locks the fixed name is used as it is.
-            alone = error.errno in _NO_LOCKS
-        else:
-            # Between open and flock the other writer may have renamed this very file to its final name. A second link
-            # to it is another name for somebody's file, which must not be emptied either.
-            found = os.fstat(handle)
-            alone = found.st_nlink == 1 and os.path.samestat(found, os.lstat(temporary))
-    except FileNotFoundError:
-        alone = False
+        if _is_alone(handle, temporary):
+            os.ftruncate(handle, 0)
+            return handle, temporary
     except BaseException:
         os.close(handle)
         raise
-    if alone:
-        os.ftruncate(handle, 0)
-        return handle, temporary
     os.close(handle)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{os.urandom(3).hex()}")
     return open_own(temporary, os.O_WRONLY | os.O_EXCL), temporary
+
+
+def _is_alone(handle: int, temporary: Path) -> bool:
+    """Locks a temporary file that was just opened; returns whether it is this writer's alone and still has its name."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _NO_LOCKS  # without locks, the file is used as it is
+    # Between open and flock the other writer may have renamed this very file to its final name. A second link to it is
+    # another name for somebody's file, which must not be emptied either.
+    found = os.fstat(handle)
+    try:
+        return found.st_nlink == 1 and os.path.samestat(found, os.lstat(temporary))
+    except FileNotFoundError:
+        return False
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -189,6 +192,16 @@ def sync_folder(folder: str | Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def sync_file(path: str | Path) -> None:
+    """Flushes a file that another library wrote to the disk.
+
+    Raises:
+        OSError: the disk refused it.
+    """
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextmanager

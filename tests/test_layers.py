@@ -32,6 +32,8 @@ NO_TORCH_ROOMS = {
     "logs",
     "style",
     "files",
+    "folder_swap",
+    "plain_text",
     "runs",
     "compare",
     "theory",

@@ -326,14 +326,13 @@ def _number(value: float | None) -> str:
 
 def _explain(value: float, folder: Path) -> str:
     """Returns the text of --explain over all results of a folder."""
-    import json
-
     from megatron_lion.evaluate.published_results import explain
+    from megatron_lion.runs.sealed_json import read_sealed
 
     results = []
     for path in sorted(folder.glob("*.json")):
         try:
-            results.append(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
-            sys.stderr.write(f"{path}: a damaged result, ignored\n")
-    return explain(value, [r for r in results if isinstance(r, dict)])
+            results.append(read_sealed(path))
+        except (OSError, ValueError) as error:
+            sys.stderr.write(f"{path}: ignored: {error}\n")
+    return explain(value, results)

@@ -13,6 +13,7 @@ from megatron_lion.compare.labels import differing_settings, show
 from megatron_lion.compare.seeds import seed_groups
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.errors import CheckpointError
+from megatron_lion.plain_text import is_file_name, plain
 from megatron_lion.runs.paths import has_begun
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
@@ -97,7 +98,7 @@ def _left_out(group: tuple[RunRecord, ...], varied: list[str]) -> str:
         why = f"not finished, step {run.last_step:,} of {run.planned_steps or 0:,}"
     else:
         why = "no finite validation loss at its end"
-    name = describe({key: run.settings.get(key) for key in varied}) or run.folder.name
+    name = describe({key: run.settings.get(key) for key in varied}) or plain(run.folder.name)
     seed = f", seed {run.seed}" if len(group) > 1 else ""
     return f"{name}{seed} left out: {why}"
 
@@ -166,7 +167,10 @@ def run_folders(folders: Sequence[str | Path]) -> list[Path]:
             continue
         try:
             names = [str(entry["name"]) for entry in json.loads(path.read_text(encoding="utf-8"))["runs"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            for name in names:
+                if not is_file_name(name):
+                    raise ValueError(f"{name!r} is no folder in it")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); give its run folders one by one") from error
         begun = [folder / name for name in names if has_begun(folder / name)]
         if not begun:

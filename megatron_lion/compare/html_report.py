@@ -13,6 +13,7 @@ from megatron_lion.compare.panels import AXES, MAX_NAMED, lines_of, panels
 from megatron_lion.compare.svg_charts import chart
 from megatron_lion.compare.table import Table, to_html
 from megatron_lion.files import write_whole
+from megatron_lion.plain_text import plain
 from megatron_lion.runs.folder import flatten
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
@@ -159,7 +160,7 @@ def _run_details(run: RunRecord) -> str:
     settings = "\n".join(f"{key}: {show(value)}" for key, value in run.settings.items())
     environment = "\n".join(f"{key}: {show(value)}" for key, value in flatten(run.environment).items())
     return (
-        f"<details><summary>{html.escape(f'{run.model} {run.label}')} — {html.escape(str(run.folder))}</summary>"
+        f"<details><summary>{html.escape(f'{run.model} {run.label}')} — {html.escape(plain(str(run.folder)))}</summary>"
         f"<h3>Settings</h3><pre>{html.escape(settings or 'none recorded')}</pre>"
         f"<h3>Environment</h3><pre>{html.escape(environment or 'none recorded')}</pre></details>\n"
     )

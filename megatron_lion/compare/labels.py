@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from megatron_lion.plain_text import plain
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
 # Settings that decide where a run is stored or how it is observed, not what it computes.
@@ -24,7 +25,9 @@ def with_labels(runs: list[RunRecord]) -> list[RunRecord]:
         labelled.append(replace(run, label=label))
     labels = [(run.model, run.label) for run in labelled]
     return [
-        replace(run, label=f"{run.label} ({run.folder.name})") if labels.count((run.model, run.label)) > 1 else run
+        replace(run, label=f"{run.label} ({plain(run.folder.name)})")
+        if labels.count((run.model, run.label)) > 1
+        else run
         for run in labelled
     ]
 
@@ -33,7 +36,7 @@ def _distinction(run: RunRecord, rivals: list[RunRecord]) -> str:
     """The settings in which a run differs from its rivals, such as `lr=0.001 seed=2`; its folder if more than three."""
     different = [key for key in differing_settings(rivals) if key in run.settings]
     if not different or len(different) > 3:
-        return run.folder.name
+        return plain(run.folder.name)
     return " ".join(f"{key.rpartition('.')[2]}={show(run.settings[key])}" for key in different)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_lion.plain_text import plain
+
 Cell = str | int | float | None
 MISSING = "–"
 
@@ -17,6 +19,9 @@ MISSING = "–"
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A titled table; cells keep full precision until they are shown.
+
+    Its texts may come from the files of somebody else's run. They lose the characters that a terminal or a page would
+    obey, and become one line each.
 
     Attributes:
         slug: name of the CSV file.
@@ -35,6 +40,18 @@ class Table:
     formats: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     best: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tidy: dict[str, Any] = {
+            "title": one_line(self.title),
+            "columns": [one_line(name) for name in self.columns],
+            "rows": [[one_line(cell) if isinstance(cell, str) else cell for cell in row] for row in self.rows],
+            "formats": {one_line(name): form for name, form in self.formats.items()},
+            "notes": [one_line(note) for note in self.notes],
+            "best": [one_line(name) for name in self.best],
+        }
+        for name, value in tidy.items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
 
     def shown(self, column: int, cell: Cell) -> str:
         """The text of a cell."""
@@ -57,6 +74,24 @@ class Table:
         group = [r[column] for r in self.rows if r[0] == self.rows[row][0]]
         numbers = [cell for cell in group if isinstance(cell, int | float)]
         return len(set(numbers)) > 1 and self.rows[row][column] == min(numbers)
+
+
+def one_line(text: str) -> str:
+    r"""Joins lines with spaces and escapes other characters that have no picture of their own, see `plain`.
+
+    >>> print(one_line("two\nlines\x1b[31m"))
+    two lines\x1b[31m
+    """
+    return text if text.isprintable() else plain(" ".join(text.splitlines()))
+
+
+def _markdown_text(text: str) -> str:
+    r"""Escapes what begins a tag, a link or a picture in Markdown.
+
+    >>> print(_markdown_text("<script>[x](javascript:1)"))
+    &lt;script>\[x](javascript:1)
+    """
+    return text.replace("<", "&lt;").replace("[", r"\[")
 
 
 def _markdown_cell(text: str) -> str:
@@ -100,15 +135,16 @@ def to_markdown(table: Table) -> str:
     """A GitHub Markdown table with title and notes; the best value of a group is bold."""
 
     def cell(row: int, column: int) -> str:
-        text = table.shown(column, table.rows[row][column])
+        text = _markdown_text(table.shown(column, table.rows[row][column]))
         return f"**{text}**" if table.is_best(row, column) else text
 
     columns = range(len(table.columns))
     rows = [[cell(r, c) for c in columns] for r in range(len(table.rows))]
     alignment = "".join("l" if table.is_text(c) else "r" for c in columns)
-    lines = [f"### {table.title}", "", markdown_grid(table.columns, rows, alignment)]
+    heads = [_markdown_text(name) for name in table.columns]
+    lines = [f"### {_markdown_text(table.title)}", "", markdown_grid(heads, rows, alignment)]
     if table.notes:
-        lines += ["", *(f"- {note}" for note in table.notes)]
+        lines += ["", *(f"- {_markdown_text(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_lion.evaluate.tasks import Task, write_result
 from megatron_lion.evaluate.token_scores import DetailedScorer, OnWindows, Scorer, score_segments
+from megatron_lion.parallel import agree
 
 
 class Model(Protocol):
@@ -97,8 +98,9 @@ def evaluate_step(
             progress=progress(task, step) if progress else None,
         )
         record = task.record(scores, step=step, state_sha256=state, seconds=time.perf_counter() - started)
-        if model.rank == 0:
-            write_result(path, record)
+        with agree("writing the result"):
+            if model.rank == 0:
+                write_result(path, record)
         yield Outcome(record=record, path=path, is_new=True)
 
 

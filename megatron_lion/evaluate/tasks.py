@@ -6,7 +6,6 @@ result is one JSON object that contains its whole convention. A result is reused
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from megatron_lion.evaluate.perplexity import perplexity, plan_windows, stream_s
 from megatron_lion.evaluate.token_scores import Segment, SegmentScores
 from megatron_lion.evaluate.wikitext import EvaluationText
 from megatron_lion.evaluate.wikitext_pages import page_segments, read_pages
-from megatron_lion.files import storage_errors
-from megatron_lion.runs.folder import write_json
+from megatron_lion.files import make_folder
 from megatron_lion.runs.paths import step_name
+from megatron_lion.runs.sealed_json import read_sealed, write_sealed
 
 FORMAT = 1
 DEFAULT_STRIDE = 32
@@ -102,11 +101,11 @@ class Task:
         A damaged file counts as no result, so the step is measured again.
         """
         try:
-            found = json.loads(self.path(folder, step).read_text(encoding="utf-8"))
+            found = read_sealed(self.path(folder, step))
         except (OSError, ValueError):
             return None
         wanted = {**self.conditions, "state_sha256": state_sha256}
-        same = isinstance(found, dict) and all(found.get(key) == wanted[key] for key in KEY_FIELDS)
+        same = all(found.get(key) == wanted[key] for key in KEY_FIELDS)
         return found if same else None
 
     def record(self, scores: SegmentScores, *, step: int, state_sha256: str, seconds: float) -> dict[str, Any]:
@@ -128,9 +127,8 @@ def write_result(path: Path, record: dict[str, Any]) -> None:
     Raises:
         StorageError: the file system refused.
     """
-    with storage_errors(path.parent, "made"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
+    make_folder(path.parent)
+    write_sealed(path, record)
 
 
 def _conditions(reader: Reader, kind: str, path: str, sha256: str, version: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from megatron_lion.config import ModelConfig
 from megatron_lion.errors import CheckpointError
 from megatron_lion.interop.weight_names import Shape
+from megatron_lion.plain_text import is_file_name
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GELU_NAMES = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
@@ -154,7 +155,7 @@ def read_weights(folder: Path, kind: str) -> Callable[[str], torch.Tensor]:
             raise CheckpointError(f"{folder}: no {SINGLE}; convert the weights to safetensors first")
         for name in names:
             # The index comes from outside: a path in it must not open a file elsewhere.
-            if Path(name).name != name:
+            if not is_file_name(name):
                 raise CheckpointError(f"{folder / INDEX}: names {name!r}, which is no file of this folder")
             file = safe_open(folder / name, framework="pt")
             opened.update(dict.fromkeys(file.keys(), file))

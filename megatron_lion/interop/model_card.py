@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from megatron_lion.compare.table import markdown_grid
 from megatron_lion.config import RunConfig
 from megatron_lion.model.sizes import model_size
+from megatron_lion.plain_text import plain
 from megatron_lion.runs.paths import evaluations_folder
+from megatron_lion.runs.sealed_json import read_sealed
 
 
 def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab_size: int, dtype: str) -> str:
@@ -52,14 +53,16 @@ def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab
         f"- checkpoint: step {step}, fingerprint of the weights {manifest['weights_fingerprint']}", "",
         "## Evaluation", "",
     ]  # fmt: skip
-    lines += [_table(results) if results else "Not yet evaluated on a full text."]
+    table = _table(results) if results else "Not yet evaluated on a full text."
+    lines += [table]
     lines += [
         "", "## Licence and data", "",
         "The weights have no licence until their publisher sets one above. The training text belongs to its authors. "
         "Statements in it about people may be wrong or hurtful, and the model may repeat them.", "",
         "Made by megatron-lion (Apache-2.0), `megatron-lion export`.", "",
     ]  # fmt: skip
-    return "\n".join(lines)
+    # One line each: a name must not add lines to the card or to its front matter.
+    return "\n".join(plain(line, keep="\n") if line is table else plain(line) for line in lines)
 
 
 def _data(config: RunConfig, manifest: dict[str, Any]) -> str:
@@ -72,10 +75,10 @@ def _results(folder: Path, step: int) -> list[dict[str, Any]]:
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            result = read_sealed(path)
+        except (OSError, ValueError):
             continue  # a damaged file; `evaluate` measures it again
-        if isinstance(result, dict) and result.get("step") == step and result.get("max_tokens") is None:
+        if result.get("step") == step and result.get("max_tokens") is None:
             found.append(result)
     return found
 

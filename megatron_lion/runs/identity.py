@@ -24,6 +24,7 @@ from megatron_lion.logs import warn
 from megatron_lion.runs.checkpoint_manifest import GO_BACK, MANIFEST, manifest_bytes, printable, read_manifest
 from megatron_lion.runs.folder import changeable, flatten
 from megatron_lion.runs.paths import config_file, facts_file, has_config
+from megatron_lion.runs.sealed_json import read_sealed
 
 _log = logging.getLogger(__name__)
 
@@ -41,12 +42,11 @@ def read_run_id(run_dir: Path) -> str | None:
     """
     path = facts_file(run_dir)
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        found = read_sealed(path).get("run_id")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); {_REMAKE}") from error
-    found = facts.get("run_id") if isinstance(facts, dict) else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; {_REMAKE}") from error
     if found is not None and not (
         isinstance(found, str) and len(found) == 32 and set(found) <= set("0123456789abcdef")
     ):

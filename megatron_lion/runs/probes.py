@@ -6,13 +6,13 @@ name, such as step_0001000-64-fixed.json.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from megatron_lion.errors import DataError
 from megatron_lion.runs.paths import probes_folder, step_name
+from megatron_lion.runs.sealed_json import read_sealed
 
 FORMAT = 1
 
@@ -29,12 +29,12 @@ def read_probe(path: str | Path) -> dict[str, Any]:
         DataError: the file is missing, damaged or of another format.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_sealed(Path(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); make it with `megatron-lion probe RUN`") from error
     except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); delete it and probe again") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: {error}; delete it and probe again") from error
+    if content.get("format") != FORMAT:
         raise DataError(f"{path}: not a probe result of format {FORMAT}")
     return content
 

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
+from types import UnionType
 from typing import Any
 
 import yaml
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.plain_text import plain, plain_tree
 from megatron_lion.runs.folder import flatten
 from megatron_lion.runs.paths import config_file, environment_file, evaluations_folder, facts_file, metrics_file
+from megatron_lion.runs.sealed_json import read_sealed
 from megatron_lion.runs.series import Series, read_metrics
 
 LAST_LINES = 10
 """Number of logged values in the mean that is a run's final training loss."""
 OPTIMIZER_NAMES = {"lion": "LION", "sgd": "SGD", "adamw": "AdamW"}
+
+Kind = tuple[type | UnionType, str]
+_TEXT: Kind = (str, "a text")
+_WHOLE: Kind = (int, "a whole number")
+_NUMBER: Kind = (int | float, "a number")
+# The types of what compare, theory and sweep compute with or look up; a changed file must not become a traceback there.
+FACTS = {
+    **dict.fromkeys(("name", "model", "optimizer", "data_digest", "tokenizer_sha256", "precision", "device"), _TEXT),
+    **dict.fromkeys(("format", "seed", "vocab_size", "seq_length", "tokens_per_step", "world_size"), _WHOLE),
+}
+SETTINGS = {
+    **dict.fromkeys(("name", "model.kind", "optimizer.name"), _TEXT),
+    **dict.fromkeys(("seed", "train.steps", "train.stop_after", "train.global_batch_size", "model.seq_length",
+                     "optimizer.max_skipped_steps"), _WHOLE),
+    **dict.fromkeys(("optimizer.lr", "optimizer.weight_decay"), _NUMBER),
+}  # fmt: skip
+RESULTS = {
+    **dict.fromkeys(("kind", "text_path", "text_sha256", "text_version", "precision", "tokenizer_sha256", "state_sha256"), _TEXT),
+    **dict.fromkeys(("format", "step", "stride", "seq_length", "max_tokens", "n_orig", "n_tok", "num_targets", "n_pages",
+                     "n_words", "n_bytes", "n_passages"), _WHOLE),
+    **dict.fromkeys(("loss", "token_ppl", "log_token_ppl", "adjusted_ppl", "log_adjusted_ppl", "word_ppl", "log_word_ppl",
+                     "byte_ppl", "bits_per_byte", "accuracy", "seconds"), _NUMBER),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +233,9 @@ def read_run(folder: str | Path) -> RunRecord:
             f"{folder}: not a run folder (no config.yaml, run.json or metrics.jsonl); "
             "give the run_dir of a `megatron-lion pretrain`"
         )
-    facts, settings = _mapping(facts_file(folder)), flatten(_mapping(config_file(folder)))
+    facts, settings = _object(facts_file(folder)), flatten(_settings(config_file(folder)))
+    _check_kinds(facts_file(folder), facts, FACTS)
+    _check_kinds(config_file(folder), settings, SETTINGS)
     optimizer = str(facts.get("optimizer") or settings.get("optimizer.name") or "unknown")
     metrics = read_metrics(metrics_file(folder))
     name = facts.get("name") or settings.get("name") or facts.get("model") or settings.get("model.kind")
@@ -219,7 +246,7 @@ def read_run(folder: str | Path) -> RunRecord:
         num_parameters=_dimension(facts.get("num_parameters"), metrics.get("probe/num_parameters", Series()).last),
         facts=facts,
         settings=settings,
-        environment=_mapping(environment_file(folder)),
+        environment=_object(environment_file(folder)),
         metrics=metrics,
         evaluations=_evaluations(evaluations_folder(folder)),
         label=OPTIMIZER_NAMES.get(optimizer, optimizer),
@@ -234,18 +261,39 @@ def _dimension(*stated: Any) -> int | None:
     return None
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    """Reads a JSON or YAML object; {} if the file does not exist."""
+def _object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; {} if the file does not exist."""
     if not path.is_file():
         return {}
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {(str(error).splitlines() or [''])[0]}") from None
+        return read_sealed(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Reads config.yaml; {} if it does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {plain((str(error).splitlines() or [''])[0])}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must contain an object, got {type(content).__name__}")
-    return content
+    found: dict[str, Any] = plain_tree({str(key): value for key, value in content.items()})
+    return found
+
+
+def _check_kinds(path: Path, content: dict[str, Any], kinds: dict[str, Kind]) -> None:
+    """Refuses values of another type than the table gives; null and keys that are not in the table are free."""
+    groups = {key.rpartition(".")[0]: value for key, value in content.items() if "." in key}
+    for key, (type_of, name) in kinds.items():
+        value = {"…": groups[key]} if key in groups else content.get(key)
+        if value is not None and (not isinstance(value, type_of) or isinstance(value, bool)):
+            raise CheckpointError(f"{path}: {key} must be {name}, got {plain(repr(value)[:80])}")
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -254,8 +302,9 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith("."):
             continue
-        result = _mapping(path)
+        result = _object(path)
         if not isinstance(result.get("step"), int) or "kind" not in result:
             raise CheckpointError(f"{path}: not an evaluation result (needs 'kind' and 'step')")
+        _check_kinds(path, result, RESULTS)
         results.append(result)
     return sorted(results, key=lambda r: int(r["step"]))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.plain_text import plain
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +94,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
             else:  # an older number must not replace a value that could not be measured
                 table.get(key, {}).pop(entry["step"], None)
     return {
-        key: Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
+        plain(key): Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
         for key, values in table.items()
         if values
     }

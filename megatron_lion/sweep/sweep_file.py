@@ -20,8 +20,9 @@ from typing import Any, Literal
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
 from megatron_lion.errors import CheckpointError, ConfigError, NumericsError
-from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.files import make_folder, write_whole
 from megatron_lion.jobs import STOPPED
+from megatron_lion.plain_text import is_file_name
 from megatron_lion.runs.folder import write_json
 from megatron_lion.runs.paths import LOCK, has_begun
 from megatron_lion.runs.steps import has_own_checkpoint
@@ -113,8 +114,11 @@ def read_sweep(folder: Path) -> Sweep | None:
         if found != FORMAT:
             raise CheckpointError(f"{path}: format {found}, this version reads format {FORMAT}")
         runs = [Entry(**entry) for entry in content.pop("runs")]
+        for entry in runs:  # sweep.json may come from elsewhere: a path in it must not lead out of the folder
+            if not is_file_name(entry.name):
+                raise ValueError(f"{entry.name!r} is no folder in it")
         sweep = Sweep(folder=folder, runs=runs, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged ({error}); move it away and give the sweep's command again: its run folders are kept"
         ) from error
@@ -194,9 +198,8 @@ def write_base(sweep: Sweep, base: RunConfig, planned: Sequence[PlannedRun]) -> 
         saved = load_config(sweep.base)
         for key in set.intersection(*(set(run.settings) for run in planned)):
             base = with_setting(base, key, get_setting(saved, key))
-    with storage_errors(sweep.folder, "made"):
-        (sweep.folder / "exits").mkdir(parents=True, exist_ok=True)
-        save_config(base, sweep.base)
+    make_folder(sweep.folder / "exits")
+    save_config(base, sweep.base)
 
 
 def read_exit(folder: Path, name: str) -> int | None:

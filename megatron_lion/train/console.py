@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_lion.config import RunConfig
 from megatron_lion.gradient.moving import window_cost
 from megatron_lion.model.sizes import model_size
+from megatron_lion.plain_text import plain
 from megatron_lion.train.dryrun import batch_sentence
 from megatron_lion.train.run import Run
 
@@ -59,6 +60,7 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
                 f"nothing to do: step {run.step:,} is done and train.stop_after (--max-steps) is {config.train.stop_after:,}; "
                 "give a larger one, or none, to go on"
             )
+    lines = [plain(line) for line in lines]  # the name of a run or of imported weights may come from elsewhere
     for line in lines:
         logger.info("%s", line)
     if run.ranks.is_main:

@@ -27,10 +27,11 @@ from megatron_lion.logs import log_file
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.peers import mark
-from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder, write_json
+from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.paths import environment_file, facts_file, metrics_file, rank_log_file, tokenizer_folder
 from megatron_lion.runs.probes import probe_file
+from megatron_lion.runs.sealed_json import write_sealed
 from megatron_lion.runs.series import parse_line
 from megatron_lion.runs.steps import list_steps
 from megatron_lion.train import checkpoint as ckpt
@@ -278,7 +279,7 @@ def write_probe(run: Run, result: ProbeResult) -> None:
         if run.ranks.is_main:
             path = probe_file(run.run_dir, result.step)
             make_folder(path.parent)
-            write_json(path, result.as_dict())
+            write_sealed(path, result.as_dict())
 
 
 def probe_is_missing(run: Run) -> bool:
@@ -309,7 +310,7 @@ def describe_run(run: Run) -> None:
         return
     config, tokenizer = run.config, run.corpora.tokenizer
     size = model_size(config.model, run.corpora.vocab_size)
-    write_json(facts_file(run.run_dir), {
+    write_sealed(facts_file(run.run_dir), {
         "format": 1, "run_id": run.run_id,
         "name": config.label, "model": config.model.kind, "optimizer": config.optimizer.name, "seed": config.seed,
         "num_parameters": size.num_parameters, "num_parameters_unpadded": size.num_parameters_unpadded,
@@ -318,7 +319,7 @@ def describe_run(run: Run) -> None:
         "data_digest": run.corpora.digest, "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         "world_size": run.ranks.world_size, "precision": config.train.precision, "device": run.device.name(),
     })  # fmt: skip
-    write_json(environment_file(run.run_dir), environment_facts(run.device.name(), run.ranks.world_size))
+    write_sealed(environment_file(run.run_dir), environment_facts(run.device.name(), run.ranks.world_size))
     folder = tokenizer_folder(run.run_dir)
     if tokenizer is not None and not folder.is_dir():
         # Renamed when complete: a job that is killed here must not leave half a tokenizer under the final name.

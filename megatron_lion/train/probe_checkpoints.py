@@ -12,14 +12,15 @@ from megatron_lion.config import ParallelConfig, ProbeConfig, RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.device import select_device
 from megatron_lion.errors import BusyError, StoppedOnRequest
-from megatron_lion.files import storage_errors
+from megatron_lion.files import make_folder
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.jobs import world_size_from_env
 from megatron_lion.parallel import agree, broadcast_object
-from megatron_lion.runs.folder import locked, read_config, write_json
+from megatron_lion.runs.folder import locked, read_config
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.probes import probe_file, read_probe
+from megatron_lion.runs.sealed_json import write_sealed
 from megatron_lion.runs.steps import open_checkpoint, step_folder
 from megatron_lion.train.restore import restore_run, restore_weights, why_no_state
 from megatron_lion.train.run import Run, build_run
@@ -170,17 +171,17 @@ def _usable(path: Path, probe: ProbeConfig) -> dict[str, Any] | None:
 
 
 def _write(run_dir: Path, path: Path, result: ProbeResult, config: RunConfig) -> None:
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     if path == probe_file(run_dir, result.step):
         try:
             # The lock keeps a training job from appending to metrics.jsonl at the same time.
             with locked(run_dir):
-                MetricsWriter(run_dir, replace(config, log=type(config.log)()), is_main=True).write(
-                    result.step, result.metrics()
-                )
+                writer = MetricsWriter(run_dir, replace(config, log=type(config.log)()), is_main=True)
+                writer.write(result.step, result.metrics())
+                if writer.failure is not None:
+                    raise writer.failure
         except BusyError:
             _log.warning(
                 "%s is training now: step %d is written to %s only, not to metrics.jsonl", run_dir, result.step, path
             )
-    write_json(path, result.as_dict())
+    write_sealed(path, result.as_dict())

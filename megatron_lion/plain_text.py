@@ -1,0 +1,56 @@
+"""Text from files of unknown origin: shows the characters that a terminal or a page would obey instead of showing."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+
+def plain(text: str, *, keep: str = "") -> str:
+    r"""Replaces characters without a picture of their own by their Python escapes.
+
+    These are control characters (a line end, ESC, which changes colours and window titles), marks that reverse the
+    direction of text, invisible ones, and halves of surrogate pairs, which cannot be written to UTF-8 files.
+
+    Args:
+        text: any text.
+        keep: characters to leave as they are, such as "\n".
+
+    >>> print(plain("lion\x1b[31m\nNEW LINE"))
+    lion\x1b[31m\nNEW LINE
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        # Wide and unbreakable spaces (Zs) are not printable to Python, but harmless.
+        char if char.isprintable() or char in keep or unicodedata.category(char) == "Zs" else _escape(char)
+        for char in text
+    )
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def plain_tree(value: Any) -> Any:
+    r"""Applies `plain` to every text in nested lists and dictionaries, keys included.
+
+    >>> plain_tree({"name\n": ["a\x07", 1]})
+    {'name\\n': ['a\\x07', 1]}
+    """
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, dict):
+        return {plain_tree(key): plain_tree(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain_tree(item) for item in value]
+    return value
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a text is the name of a file or folder inside another one: it leads neither elsewhere nor to that one itself.
+
+    >>> is_file_name("step_1"), is_file_name("../step_1"), is_file_name("..")
+    (True, False, False)
+    """
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
