@@ -6,7 +6,6 @@ copied as a whole; a checkpoint that is copied from another run, or under the na
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Sequence
