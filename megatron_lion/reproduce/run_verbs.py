@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_lion.errors import EnvironmentFault, MegatronLionError, StoppedOnRequest
 from megatron_lion.jobs import Jobs
 from megatron_lion.reproduce.artefacts import Plan, Step
+from megatron_lion.reproduce.node_marks import NodeMarks
 from megatron_lion.shipped import shipped_folder
 
 
@@ -35,16 +35,23 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
 
     Raises:
         StoppedOnRequest: a signal arrived.
-        MegatronLionError: a step failed; it has the step's exit code.
+        PeerError: the first node gave no sign of life for half an hour.
+        MegatronLionError: a step failed, here or on the first node; it has the step's exit code.
     """
     rank, nodes = node_rank(), int(os.environ.get("NNODES", "1"))
-    for number, step in enumerate(plan.steps, first):
-        say(f"\n[{number}/{total or len(plan.steps)}] {step.title}\n    {step.shown(processes)}")
-        mark = _mark(plan, number)
-        if step.launched or nodes == 1 or rank == 0:
+    marks = NodeMarks(_output(plan), plan.artefact) if nodes > 1 else None
+    with marks.alive() if marks is not None and rank == 0 else nullcontext():
+        for number, step in enumerate(plan.steps, first):
+            say(f"\n[{number}/{total or len(plan.steps)}] {step.title}\n    {step.shown(processes)}")
+            if marks is not None and rank != 0 and not step.launched:
+                marks.wait(number, step.title, lambda: jobs.asked)
+                continue
             code = jobs.run_command(["bash", *launch_words(step)]) if step.launched else jobs.run(
                 step.verb, list(step.words), processes if step.spread else 1
             )  # fmt: skip
+            # Launched steps need no mark: their launchers already wait for each other.
+            if marks is not None and rank == 0 and not step.launched:
+                marks.set(number, max(code, 1) if code else 0)
             if code and jobs.asked:
                 raise StoppedOnRequest(f"stopped in `{step.verb}` ({step.title}); the same command continues there")
             if code:
@@ -53,12 +60,6 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
                 )
                 error.exit_code = code if code > 0 else 1
                 raise error
-            # Launched steps need no mark: their launchers already wait for each other.
-            if nodes > 1 and rank == 0 and not step.launched:
-                mark.parent.mkdir(parents=True, exist_ok=True)
-                mark.write_text("done\n")
-        else:
-            _wait_for(mark, lambda: jobs.asked)
 
 
 def launch_words(step: Step) -> list[str]:
@@ -87,17 +88,9 @@ def need_gpus() -> None:
         )
 
 
-def _mark(plan: Plan, number: int) -> Path:
-    """The file by which the first node marks a step as done for the others, on a shared file system."""
-    output = next(
+def _output(plan: Plan) -> Path:
+    """The folder of the plan's results, which the nodes share."""
+    return next(
         (Path(step.words[step.words.index("--output") + 1]).parent for step in plan.steps if "--output" in step.words),
         Path(),
     )
-    return output / ".steps" / f"{plan.artefact}-{number}"
-
-
-def _wait_for(mark: Path, asked: Callable[[], bool]) -> None:
-    while not mark.exists():
-        if asked():
-            raise StoppedOnRequest("stopped while waiting for the first node; the same command continues there")
-        time.sleep(2.0)  # polled, since the nodes share nothing but the file system here

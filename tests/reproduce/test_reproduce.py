@@ -11,8 +11,9 @@ import pytest
 from synthetic_runs import write_run
 
 from megatron_lion.cli import build_parser, main, parse, verb_module
-from megatron_lion.errors import MegatronLionError, StoppedOnRequest
+from megatron_lion.errors import MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.reproduce import artefacts as plans
+from megatron_lion.reproduce import node_marks
 from megatron_lion.reproduce.artefacts import ARTEFACTS, Plan, build_plan
 from megatron_lion.reproduce.claims import as_markdown, claims_of
 from megatron_lion.reproduce.recipes import Recipe
@@ -118,6 +119,28 @@ def test_several_nodes_share_the_work(tmp_path: Path, monkeypatch: pytest.Monkey
     second: Any = Recorder()
     run_plan(plan, 8, second)
     assert second.ran == ["launched"] * 4
+
+
+def test_a_node_waits_for_the_first_one_only_as_long_as_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failure there ends the others with its code; marks of another job do not count, and silence ends the wait."""
+    plan = build_plan("figure-3", "full", Sources(**FULL, output=tmp_path))
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("JOB_ID", "one")
+    run_plan(plan, 8, Recorder())  # type: ignore[arg-type]
+    with pytest.raises(MegatronLionError):
+        run_plan(plan, 8, Recorder({1: 3}))  # type: ignore[arg-type]  # removes the marks of the start before
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(MegatronLionError, match="ended there with code 3") as failed:
+        run_plan(plan, 8, Recorder())  # type: ignore[arg-type]
+    assert failed.value.exit_code == 3
+    monkeypatch.setenv("JOB_ID", "another")
+    for name, seconds in (("SILENCE_S", 0.2), ("NOTICE_S", 0.0), ("POLL_S", 0.05)):
+        monkeypatch.setattr(node_marks, name, seconds)
+    with pytest.raises(PeerError, match="no sign of life"):
+        run_plan(plan, 8, Recorder())  # type: ignore[arg-type]
+    assert capsys.readouterr().err.count("waiting for the first node") == 1
 
 
 def full_plan(folder: Path, shift: float = 0.0) -> Plan:
