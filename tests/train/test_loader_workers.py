@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import distributed  # noqa: F401 - its fork server has imported torch and megatron-core
@@ -18,6 +19,7 @@ import torch
 
 from megatron_lion.data.datasets import micro_batches
 from megatron_lion.device import Device
+from megatron_lion.files import file_lock
 from megatron_lion.parallel import Ranks
 
 STEPS = 12
@@ -130,3 +132,30 @@ def test_a_killed_parent_leaves_no_workers(target: Any) -> None:
     with running(target) as (process, _, workers):
         process.kill()
         assert not still_there(workers, 12)
+
+
+def read_under_a_lock(path: str, pipe: Connection) -> None:
+    """Holds a lock, as a run does, while its workers read."""
+    with file_lock(path, "THE RUN", "WAIT"):
+        read(pipe)
+
+
+def test_workers_do_not_hold_the_lock_of_their_run(tmp_path: Path) -> None:
+    """Otherwise a run that was killed is "in use by" itself until its workers notice."""
+    ours, theirs = multiprocessing.Pipe()
+    path = tmp_path / "lock"
+    process = multiprocessing.get_context("forkserver").Process(target=read_under_a_lock, args=(str(path), theirs))
+    process.start()
+    try:
+        assert ours.poll(120)
+        workers = ours.recv()
+        opened = {pid: [entry.path for entry in psutil.Process(pid).open_files()] for pid in (process.pid, *workers)}
+        assert len(workers) == 2
+        assert str(path) in opened.pop(process.pid)
+        assert not [files for files in opened.values() if str(path) in files]
+        process.kill()
+        process.join()
+        with file_lock(path, "THE RUN", "WAIT"):
+            pass
+    finally:
+        process.kill()
