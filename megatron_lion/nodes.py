@@ -29,7 +29,8 @@ MEET_S = 600.0
 BEAT_S = 2.0
 SILENT_S = 120.0
 """A node from which nothing is heard for this time is lost, seconds."""
-END_S = 60.0
+END_S, HOST_END_S = 3.0, 10.0
+"""After a failure, the time in which a launcher waits for the others, and that of the one with the store, seconds."""
 
 NEEDS_JOB_ID = (
     "NNODES is above 1, so JOB_ID is needed: a word that only this job's nodes know. Make one once, for example by "
@@ -82,7 +83,8 @@ class Nodes:
         self._environment = environment
         self._job = hashlib.sha256(job.encode()).hexdigest()[:32]
         self._server: Any = None
-        self._stop_here = self._stop_elsewhere = False
+        self._stop_here = self._stop_elsewhere = self._ending = False
+        self._reachable = True
         self._failure: Cause | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -206,7 +208,8 @@ class Nodes:
                 if self._server is not None:
                     self._look_for_silent(beats, heard)
         except RuntimeError:
-            if not self._done.is_set():
+            if not self._ending:
+                self._reachable = False
                 self._failure = Cause(
                     LOST, f"the node at MASTER_ADDR {self.address} was lost: its launcher does not answer"
                 )
@@ -241,27 +244,35 @@ class Nodes:
         Args:
             cause: why the ranks of this node ended.
         """
-        self._done.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2 * BEAT_S)
-        if self._failure is not None and self._failure.message.startswith("the node at MASTER_ADDR"):
-            return cause if cause.code not in (0, LOST, STOPPED) else self._failure
+        lost_master = self._failure is not None and not self._reachable
+        self._ending = True  # the other launchers may be gone from here on
+        is_own = cause.code not in (0, LOST, STOPPED) or (cause.code == LOST and not cause.printed)
         with suppress(RuntimeError):
-            if cause.code not in (0, LOST, STOPPED):
+            if is_own and not lost_master:
                 self._tell_failure(cause)
-            self._store.set(f"ended/{self.number}", "")
-            deadline = time.monotonic() + END_S
-            others = [f"ended/{number}" for number in range(self.count)]
-            # Ranks that miss a peer end a moment before the node of that peer reports the cause.
-            while time.monotonic() < deadline and not self._store.check(others) and self._failure is None:
-                self._hear_failure()
-                time.sleep(0.1)
-            self._hear_failure()
-            if cause.code == LOST and not cause.printed:
-                self._tell_failure(cause)
-        if self._failure is not None and cause.code in (LOST, STOPPED) and self._failure.code != cause.code:
-            return self._failure
+            if not lost_master:
+                self._store.set(f"ended/{self.number}", "")
+                self._wait_for_others(cause)
+        found = self._failure
+        if found is not None and not is_own and cause.code in (LOST, STOPPED) and found.code != cause.code:
+            return found
         return cause
+
+    def _wait_for_others(self, cause: Cause) -> None:
+        # Without a limit if nothing failed: ranks elsewhere may still write, and the thread notices a lost node. After a
+        # failure the others need the store only to read about it; ranks that miss a peer end a moment before the node
+        # of that peer reports the cause.
+        limit_s = float("inf") if cause.code in (0, STOPPED) else HOST_END_S if self._server is not None else END_S
+        deadline = time.monotonic() + limit_s
+        others = [f"ended/{number}" for number in range(self.count)]
+        while time.monotonic() < deadline and not self._store.check(others):
+            self._hear_failure()
+            if self._failure is not None and self._server is None:
+                return
+            if self._failure is not None:
+                deadline = min(deadline, time.monotonic() + HOST_END_S)
+            time.sleep(0.1)
+        self._hear_failure()
 
 
 def _listen(address: str, port: int, interface: str | None) -> socket.socket | None:

@@ -20,7 +20,7 @@ _SHELL = """#!/bin/sh
 # Running the script again resumes the unfinished runs.
 PYTHON=${{PYTHON:-{python}}}
 export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}
-trap 'exit 75' INT TERM          # Ctrl-C: the run saves, and no other starts
+trap 'exit 75' HUP INT QUIT TERM USR1          # Ctrl-C: the run saves, and no other starts
 
 {commands}"""
 

@@ -16,6 +16,8 @@ from tiny import outcome, tiny_config, write_corpus
 from megatron_lion import launcher
 from megatron_lion.configfile import dump_config
 
+pytestmark = pytest.mark.timeout(900)  # each test starts processes that import torch
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -84,6 +85,22 @@ def test_a_rank_that_does_not_end_on_request(tmp_path: Path) -> None:
     assert (code, message) == (75, IN_START)
     code, message, _ = scripts(tmp_path, f"trap 'exit 0' TERM; {report(0, 75)}", STUCK, stop_timeout_s=0.5)
     assert (code, message) == (75, "error 75 of rank 0")
+
+
+def test_a_second_interrupt_does_not_wait_for_the_checkpoint(tmp_path: Path) -> None:
+    ready = f"touch {tmp_path}/ready"
+    received: list[int] = []
+
+    def interrupt_twice() -> None:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        received.extend([signal.SIGINT, signal.SIGINT])
+
+    threading.Thread(target=interrupt_twice, daemon=True).start()
+    rank = Rank(0, ["sh", "-c", f"trap '' TERM; trap 'exit 130' INT; {ready}; {FOREVER}"], os.environ)
+    watch([rank], received, 100)
+    found = find_cause([rank], tmp_path, interrupted=True)
+    assert (found.code, found.message) == (130, "interrupted")
 
 
 PARENT = """
