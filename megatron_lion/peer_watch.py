@@ -28,6 +28,7 @@ ALONE_SILENCE_S = 1800.0
 Python cannot send messages while a long call of C++ holds its lock, as Megatron's index build for BERT does.
 """
 _GONE_S = 10.0  # a rank whose process has ended; the backend usually raises at once
+_LAST_READ_S = 3.0  # for a store that does not answer
 _NAMING_S = 7.0  # after a collective failed: how long to look for the rank that caused it
 _JOIN_S = 6.0  # a little more than one request to a store that answers slowly
 _SILENT_S = 5.0  # no message for so long from another host, while naming
@@ -47,6 +48,7 @@ class _Peer:
 
     message: dict[str, Any] = field(default_factory=dict)
     changed: float = field(default_factory=time.monotonic)
+    gone_since: float | None = None
 
     @property
     def host(self) -> str:
@@ -177,7 +179,14 @@ class PeerWatch:
         peer = self.peers[rank]
         if peer.message.get("ended"):
             return "ended"
-        return process_state(peer.message["pid"]) if peer.is_here(self._place) else "alive"
+        state = process_state(peer.message["pid"]) if peer.is_here(self._place) else "alive"
+        if state == "gone":
+            now = time.monotonic()
+            peer.gone_since = peer.gone_since or now
+            # It may have left its last message just before: the board must have been read since.
+            if self._asked <= peer.gone_since and now < peer.gone_since + _LAST_READ_S:
+                return "alive"
+        return state
 
     def silent_s(self, rank: int) -> float:
         """Seconds since a rank's last message."""
@@ -249,18 +258,18 @@ class PeerWatch:
         self._judging = True
         deadline = time.monotonic() + _NAMING_S
         late = error is not None and is_timeout(error)
-        noticed: float | None = None
         while True:
             self._wake.set()
             failed = [r for r, p in self.peers.items() if (p.message.get("ended") or {}).get("kind") == "failed"]
             lost = [r for r in self.peers if self.state(r) in ("gone", "stopped")]
             if self._unanswered_s() < _SILENT_S:
                 lost += [r for r in self.peers if self.state(r) == "alive" and self.silent_s(r) > _SILENT_S]
-            everybody_fresh = all(self.silent_s(r) < 3 * BEAT_S for r in self.peers if self.state(r) == "alive")
-            if (failed or lost or (late and everybody_fresh)) and noticed is None:
-                noticed = time.monotonic()
-            # A rank may have left its last message just before it was seen to be gone: read the board once more.
-            if (noticed is not None and self._asked > noticed) or time.monotonic() > deadline:
+            fresh = all(
+                self.silent_s(r) < 3 * BEAT_S and p.gone_since is None
+                for r, p in self.peers.items()
+                if self.state(r) == "alive"
+            )
+            if failed or lost or (late and fresh) or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         found = self._name(error, failed, lost)
