@@ -126,7 +126,7 @@ def check_identity(manifest: dict[str, Any], folder: Path, run_dir: Path, step: 
                 f"{folder}: belongs to a run with other settings ({'; '.join(different[:5])}) than {path}; {GO_BACK}"
             )
     if theirs is None and rank_from_env() == 0:
-        _warn_once(run_dir, folder.name)
+        _warn_once(run_dir)
 
 
 def _different(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
@@ -151,8 +151,9 @@ def _different(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 
 
 @cache
-def _warn_once(run_dir: Path, name: str) -> None:
+def _warn_once(run_dir: Path) -> None:
     warn(
         _log,
-        f"{run_dir}: {name} has no run id, since an earlier version wrote it: whether it belongs to this run was not checked",
+        f"{run_dir}: has checkpoints without a run id, which an earlier version wrote; whether they belong to this run was "
+        "not checked",
     )

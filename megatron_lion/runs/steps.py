@@ -84,7 +84,7 @@ def has_own_checkpoint(run_dir: Path, step: int) -> bool:
         return False
     try:
         open_checkpoint(step_folder(run_dir, step))
-    except CheckpointError:
+    except (CheckpointError, ConfigError):  # a damaged config.yaml: the run reports it when it starts
         return False
     return True
 

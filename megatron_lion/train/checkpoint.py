@@ -11,6 +11,7 @@ checkpoint_tensors.py writes and reads the tensors.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import stat
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lion.errors import CheckpointError
+from megatron_lion.errors import CheckpointError, StorageError
 from megatron_lion.files import sha256_file, storage_errors, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
-from megatron_lion.runs.checkpoint_manifest import manifest_bytes
+from megatron_lion.runs.checkpoint_manifest import manifest_bytes, read_manifest
 from megatron_lion.runs.identity import settle_run_id
 from megatron_lion.runs.paths import checkpoints_folder
 from megatron_lion.runs.steps import (
@@ -160,14 +161,18 @@ def save_checkpoint(
                 temporary.mkdir(parents=True)
     if dist.get_world_size() > 1:
         dist.barrier()  # the folder exists before any rank writes into it
-    write_tensors(sharded, temporary)
+    digests = write_tensors(sharded, temporary)
     # The end of this block is the barrier before the commit: rank 0 lists and hashes the files of all ranks.
     with agree("writing the random states"):
-        _write_rng(temporary, rng, ranks)
+        own = _write_rng(temporary, rng, ranks)
+    of_all = [own]
+    if dist.get_world_size() > 1:
+        of_all = [("", "")] * dist.get_world_size()
+        dist.all_gather_object(of_all, own)
     with agree("committing the checkpoint"):
         if ranks.is_main:
             with storage_errors(temporary):
-                _commit(temporary, final, {"format": FORMAT, "step": step, **facts})
+                _commit(temporary, final, {"format": FORMAT, "step": step, **facts}, {**digests, **dict(of_all)})
     return open_checkpoint(final)
 
 
@@ -185,10 +190,13 @@ def _need_same_state(folder: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def _write_rng(folder: Path, rng: dict[str, torch.Tensor], ranks: Ranks) -> None:
+def _write_rng(folder: Path, rng: dict[str, torch.Tensor], ranks: Ranks) -> tuple[str, str]:
+    """Writes this rank's random states; returns the file's name and the SHA-256 of what was written."""
     from safetensors.torch import save
 
-    write_whole(folder / f"rng_{ranks.rank:05d}.safetensors", save(rng))
+    name, content = f"rng_{ranks.rank:05d}.safetensors", save(rng)
+    write_whole(folder / name, content)
+    return name, hashlib.sha256(content).hexdigest()
 
 
 def read_rng(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, torch.Tensor] | None:
@@ -224,19 +232,44 @@ def layout_facts(ranks: Ranks) -> dict[str, int]:
     }
 
 
-def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any], digests: dict[str, str]) -> None:
+    """Compares what is in the files with what was written, and gives the folder its final name.
+
+    Args:
+        temporary, final: the folder's names before and after.
+        manifest: entries of the manifest but for the files.
+        digests: SHA-256 of what the ranks wrote, by file name.
+
+    Raises:
+        StorageError: a file holds other bytes than were written; nothing was committed.
+    """
     # The order makes a crash at any point harmless: data, manifest, rename, parent folder, pointer. A manifest that
     # reached the disk before the data would make an incomplete checkpoint look complete after a power failure.
     files = {}
-    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+    for name, written in sorted(digests.items()):
+        path = temporary / name
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
-        files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        # Before older checkpoints are removed, and not only when this one is needed.
+        if sha256_file(path) != written:
+            raise StorageError(_changed(path))
+        files[name] = {"bytes": path.stat().st_size, "sha256": written}
     write_whole(temporary / MANIFEST, manifest_bytes({**manifest, "files": files}))
+    try:
+        read_manifest(temporary)
+    except CheckpointError as error:
+        raise StorageError(_changed(temporary / MANIFEST)) from error
     os.replace(temporary, final)  # atomic: from here on list_steps sees the checkpoint
     sync_folder(final.parent)  # the rename is durable before the pointer names it
     write_whole(final.parent / LATEST, final.name.encode())
     record_newest(final.parent.parent, manifest["step"])
+
+
+def _changed(path: Path) -> str:
+    return (
+        f"{path}: other bytes were read back than were written, so the disk or the memory is faulty; the checkpoint was not "
+        "committed; check the machine or choose a folder on another disk, then give the same command again"
+    )
 
 
 def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:

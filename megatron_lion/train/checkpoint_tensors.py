@@ -9,6 +9,7 @@ that allows only the sixteen classes of checkpoint metadata reads it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 import queue
@@ -29,6 +30,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_lion.collective_faults import is_collective_fault
 from megatron_lion.errors import CheckpointError, StorageError
@@ -99,12 +101,38 @@ def check_metadata(path: Path, files: Collection[str]) -> dict[str, torch.dtype]
     return dtypes
 
 
-def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
+class _HashingTransforms(_StorageWriterTransforms):
+    """Hashes every byte on its way to the file. Read back from the disk, a digest would fit whatever the disk stored."""
+
+    # mcore 0.19.2: its writer takes torch's transforms as an argument and opens one stream through them for each tensor.
+    def __init__(self) -> None:
+        super().__init__()
+        self.digest = hashlib.sha256()
+
+    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
+        return super().transform_save_stream(write_item, _HashedStream(raw_stream, self.digest))  # type: ignore[arg-type]
+
+
+class _HashedStream:
+    """The two methods of a stream that torch's writer calls."""
+
+    def __init__(self, raw: Any, digest: Any) -> None:
+        self.raw, self.digest, self.flush = raw, digest, raw.flush
+
+    def write(self, content: Any) -> int:
+        self.digest.update(content)
+        return int(self.raw.write(content))
+
+
+def write_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, str]:
     """Writes ShardedTensors in megatron-core's torch_dist format; a collective call.
 
     Args:
         sharded: nested dictionaries of ShardedTensors; plain values are not allowed.
         folder: an existing folder, the same on all ranks.
+
+    Returns:
+        On the first rank, the SHA-256 of what was written to each file, by its name; it is not read back from the disk.
 
     Raises:
         StorageError: a write failed on some rank; on all ranks.
@@ -119,22 +147,30 @@ def write_tensors(sharded: dict[str, Any], folder: Path) -> None:
     )  # fmt: skip
     writer = FileSystemWriterAsync(folder, thread_count=1)
     (_, metadata, group), *_ = save_state_dict_async_plan(mcore_to_pyt_state_dict(by_key), writer, planner=planner)
-    written: list[Any] = []
+    written: tuple[list[Any], dict[str, str]] = [], {}
     with agree("writing the checkpoint"), storage_errors(folder):
         written = _write_files(writer, folder)
     # The coordinator's .metadata lists where each tensor part is, so it needs the results of all ranks.
     written_by_all = group.gather_object(written)
+    digests: dict[str, str] = {}
     with agree("writing the checkpoint's metadata"), storage_errors(folder):
         if group.is_coordinator:
-            writer.finish(metadata, written_by_all)
+            writer.finish(metadata, [results for results, _ in written_by_all])
+            for _, of_rank in written_by_all:
+                digests |= of_rank
+            # `finish` completes the object and then dumps it; a second dump of an unchanged object has the same bytes.
+            digests[".metadata"] = hashlib.sha256(pickle.dumps(metadata)).hexdigest()
+    return digests
 
 
-def _write_files(writer: Any, folder: Path) -> list[Any]:
-    """Writes this rank's file, with fsync, and returns where each tensor was written."""
+def _write_files(writer: Any, folder: Path) -> tuple[list[Any], dict[str, str]]:
+    """Writes this rank's file, with fsync, and returns where each tensor was written, and the file's SHA-256 by name."""
     written: list[Any] = []
+    digests: dict[str, str] = {}
     for number, bucket in enumerate(writer.write_buckets):
         on_cpu = writer.preload_tensors([bucket])[0]
-        _, results = writer.write_preloaded_data([writer.transforms], number, on_cpu, None, None, use_fsync=True)
+        transforms = _HashingTransforms()
+        _, results = writer.write_preloaded_data([transforms], number, on_cpu, None, None, use_fsync=True)
         if isinstance(results, OSError):
             raise results
         if isinstance(results, Exception):  # torch's writer re-raises the OSError, or fails with an unrelated exception
@@ -143,7 +179,8 @@ def _write_files(writer: Any, folder: Path) -> list[Any]:
                 "choose a folder on another disk, then give the same command again"
             ) from results
         written += results
-    return written
+        digests[Path(bucket[0]).name] = transforms.digest.hexdigest()
+    return written, digests
 
 
 def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer import torch_norm
+from torch.distributed.checkpoint import filesystem as torch_filesystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
@@ -163,6 +164,13 @@ def test_a_save_would_spawn_a_manager() -> None:
     """Therefore train/checkpoint_tensors.py gives the writer a queue."""
     assert "Manager()" in inspect.getsource(filesystem_async.get_write_results_queue)
     assert hasattr(filesystem_async, "_results_queue")
+
+
+def test_the_checkpoint_writer_passes_all_bytes_through_torchs_transforms() -> None:
+    source = inspect.getsource(torch_filesystem._write_item)
+    assert "transforms.transform_save_stream(" in source
+    assert "stream.write(" not in source
+    assert "_write_item(\n" in inspect.getsource(filesystem_async.FileSystemWriterAsync.write_preloaded_data)
 
 
 def test_torchs_checkpoint_exception_is_no_exception() -> None:

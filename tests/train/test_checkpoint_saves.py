@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import resource
 import shutil
@@ -65,9 +66,18 @@ def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str,
     import io
 
     real_open = builtins.open  # pathlib and torch reach the same function as io.open
+    real_descriptor = os.open
     found = {}
     for name, (config, refused) in jobs.items():
         count = 0
+
+        def shim_descriptor(path: Any, flags: int, *args: Any, refused: int = refused, **kwargs: Any) -> int:
+            nonlocal count
+            if flags & os.O_WRONLY and "checkpoints" in str(path):
+                count += 1
+                if count == refused:
+                    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return real_descriptor(path, flags, *args, **kwargs)
 
         def shim(path: Any, mode: str = "r", *args: Any, refused: int = refused, **kwargs: Any) -> Any:
             nonlocal count
@@ -78,10 +88,12 @@ def full_at_each_write(rank: int, jobs: dict[str, tuple[Any, int]]) -> dict[str,
             return real_open(path, mode, *args, **kwargs)
 
         builtins.open = io.open = shim
+        os.open = shim_descriptor  # the project's own files
         try:
             found[name] = tiny.error_of(tiny.train, config)
         finally:
             builtins.open = io.open = real_open
+            os.open = real_descriptor
     return found
 
 
@@ -108,7 +120,8 @@ def killed_at(rank: int, config: Any, victim: int, moment: int) -> None:
 
     def kill_there(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        writes = event == "open" and isinstance(arguments[1], str) and any(letter in arguments[1] for letter in "wxa")
+        mode = arguments[1] if event == "open" else ""
+        writes = any(letter in mode for letter in "wxa") if isinstance(mode, str) else arguments[2] & os.O_WRONLY
         if (writes or event in ("os.rename", "os.mkdir", "os.remove")) and "checkpoints" in str(arguments[0]):
             count += 1
             if count == moment:
@@ -141,3 +154,61 @@ def test_kill_during_a_save_leaves_no_half_checkpoint(
         resumed["manifest"]["state_fingerprint"]
         == tiny.newest_checkpoint(Path(trained.run_dir)).manifest["state_fingerprint"]
     )
+
+
+class Flipping(io.FileIO):
+    """A file that stores another bit than was written: a fault between the memory and the disk."""
+
+    def write(self, content: Any) -> int:
+        changed = bytearray(content)
+        changed[len(changed) // 2] ^= 1
+        return super().write(changed)
+
+
+def flipped_on_the_way(rank: int, jobs: dict[str, tuple[Any, str]]) -> dict[str, tuple[str, str]]:
+    """Trains; a bit flips in each write to the file of the new checkpoint whose name contains a word, on its rank."""
+    import builtins
+
+    real_open = builtins.open  # pathlib and torch reach the same function as io.open
+    found = {}
+    for name, (config, word) in jobs.items():
+
+        def shim(path: Any, mode: str = "r", *args: Any, word: str = word, **kwargs: Any) -> Any:
+            place = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+            if mode == "wb" and "checkpoints" in place and word in Path(place).name:
+                return io.BufferedWriter(Flipping(path, "w"))
+            return real_open(path, mode, *args, **kwargs)
+
+        builtins.open = io.open = shim
+        try:
+            found[name] = tiny.error_of(tiny.train, config)
+        finally:
+            builtins.open = io.open = real_open
+    return found
+
+
+def test_bits_that_flip_on_their_way_to_the_disk_are_found_before_the_commit(
+    trained_on_cpu: Any, tmp_path: Path
+) -> None:
+    """Retention would remove the older checkpoint right after the commit."""
+    words = {
+        "tensors": "__0_0.distcp",
+        "of rank 1": "__1_0.distcp",
+        "metadata": ".metadata",
+        "rng": "rng_00001",
+        "manifest": "manifest.json",
+    }
+    jobs = {}
+    for name, word in words.items():
+        copy = Path(shutil.copytree(trained_on_cpu.run_dir, tmp_path / name))
+        shutil.rmtree(steps.step_folder(copy, 4))
+        config = dataclasses.replace(trained_on_cpu, run_dir=str(copy))
+        jobs[name] = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, keep=1)), word
+    for rank, found in enumerate(run_distributed(flipped_on_the_way, 2, jobs)):
+        for name, (config, word) in jobs.items():
+            kind, message = found[name]
+            assert kind == "StorageError", (name, message)
+            assert word in message or rank == 1
+            assert "other bytes were read back than were written" in message, name
+            assert steps.list_steps(Path(config.run_dir)) == [2], name
+            ckpt.verify_checkpoint(tiny.newest_checkpoint(Path(config.run_dir)))

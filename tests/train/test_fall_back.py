@@ -88,7 +88,7 @@ def no_folder_by_an_earlier_version(run: Path) -> None:
     no_folder(run)
     (run / "newest_checkpoint").unlink()
     facts = json.loads((run / "run.json").read_text())
-    del facts["run_id"]
+    del facts["run_id"], facts["sha256"]
     (run / "run.json").write_text(json.dumps(facts))
 
 
