@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ CULPRIT = "decoder.layers.1.mlp.linear_fc2.weight"
 NAN, INF = float("nan"), float("inf")
 BF16 = {"train__precision": "bf16"}
 FUSED = {**BF16, "optimizer__master_weights": "split32", "optimizer__momentum_dtype": "int8"}
-# name: (processes, optimizer, settings, tensor, value, step that is saved as the last one)
+# Processes, optimizer, settings, tensor and value of each fault.
 # The fault happens before step 3. A damaged momentum damages the weights in step 3, which is found when that step is
 # saved, or in step 4, whose gradients are not finite. A damaged weight is found in step 3.
 FAULTS: dict[str, tuple[int, str, dict[str, Any], str, float]] = {
@@ -34,6 +35,11 @@ FAULTS: dict[str, tuple[int, str, dict[str, Any], str, float]] = {
     # Its update is 0 from then on: no later gradient shows it.
     "adamw, second moment": (1, "adamw", {}, "exp_avg_sq", INF),
 }
+SLOW = {
+    "lion, two processes", "lion, inf", "lion, saved every second step", "lion, master", "lion, master, unsharded", "sgd, inf", "adamw",
+    "lion 3e38", "sgd 1e30", "adamw 1e30",
+}  # fmt: skip
+"""Faults and divergences of the slow suite."""
 WORDS = {
     "exp_avg": "momentum exp_avg",
     "momentum_buffer": "momentum_buffer",
@@ -88,6 +94,10 @@ def run_with_fault(rank: int, jobs: dict[str, tuple[Any, str, float]]) -> dict[s
     return results
 
 
+def marked(names: Iterable[str]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
+
+
 def saved(config: Any) -> list[int]:
     return sorted(
         int(path.parent.name[5:]) for path in Path(config.run_dir, "checkpoints").glob("step_*/manifest.json")
@@ -111,27 +121,31 @@ def config_of(folder: Path, corpus: str, name: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def damaged(folder: Path, corpus: str) -> dict[str, list[tuple[str, str]]]:
-    """Kind and message of the error on each rank, by fault."""
+def damaged(folder: Path, corpus: str) -> Callable[[str], list[tuple[str, str]]]:
+    """Function from a fault to kind and message of the error on each rank; slow faults run only if one is asked for."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for size in (1, 2):
-        jobs = {
-            name: (config_of(folder, corpus, name), key, value)
-            for name, (count, _, _, key, value) in FAULTS.items()
-            if count == size
-        }
-        for results in run_distributed(run_with_fault, size, jobs):
-            for name, error in results.items():
-                found.setdefault(name, []).append(error)
-    return found
+
+    def results_of(wanted: str) -> list[tuple[str, str]]:
+        for size in (1, 2) if wanted not in found else ():
+            jobs = {
+                name: (config_of(folder, corpus, name), key, value)
+                for name, (count, _, _, key, value) in FAULTS.items()
+                if count == size and (name in SLOW) == (wanted in SLOW)
+            }
+            for results in run_distributed(run_with_fault, size, jobs):
+                for name, error in results.items():
+                    found.setdefault(name, []).append(error)
+        return found[wanted]
+
+    return results_of
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", marked(FAULTS))
 def test_a_damaged_state_ends_the_run_is_named_and_is_not_saved(
-    folder: Path, corpus: str, damaged: dict[str, list[tuple[str, str]]], name: str
+    folder: Path, corpus: str, damaged: Callable[[str], list[tuple[str, str]]], name: str
 ) -> None:
     key, config = FAULTS[name][3], config_of(folder, corpus, name)
-    for kind, message in damaged[name]:
+    for kind, message in damaged(name):
         assert kind == "NumericsError", message
         assert re.match(r"step [34]: the training state is damaged: ", message)
         assert f"damaged: the {WORDS[key]} of {CULPRIT}[" in message
@@ -141,11 +155,12 @@ def test_a_damaged_state_ends_the_run_is_named_and_is_not_saved(
 
 
 def test_the_same_command_then_ends_as_if_nothing_had_happened(
-    folder: Path, corpus: str, damaged: dict[str, list[tuple[str, str]]]
+    folder: Path, corpus: str, damaged: Callable[[str], list[tuple[str, str]]]
 ) -> None:
     from megatron_lion.runs.record import read_run
 
     config = config_of(folder, corpus, "lion")
+    assert damaged("lion")
     assert read_run(config.run_dir).diverged
     twin = dataclasses.replace(config, run_dir=str(folder / "twin"))
     results = run_distributed(tiny.train_each, 1, {"again": config, "twin": twin})[0]
@@ -227,26 +242,34 @@ def diverge(rank: int, configs: dict[str, Any]) -> dict[str, tuple[str, str, Any
 
 
 @pytest.fixture(scope="module")
-def diverged(folder: Path, corpus: str) -> dict[str, tuple[str, str, Any]]:
-    configs = {
-        name: tiny.tiny_config(
-            folder / name, corpus, optimizer__name=optimizer, optimizer__lr=lr, train__steps=8, schedule__kind="constant",
-            checkpoint__every=1, checkpoint__keep=1, **settings,
-        )
-        for name, (optimizer, lr, settings, _) in DIVERGENCE.items()
-    }  # fmt: skip
-    found: dict[str, tuple[str, str, Any]] = run_distributed(diverge, 1, configs)[0]
-    return found
+def diverged(folder: Path, corpus: str) -> Callable[[str], tuple[str, str, Any]]:
+    """Function from a setting to what `diverge` found; the slow ones run only if one is asked for."""
+    found: dict[str, tuple[str, str, Any]] = {}
+
+    def results_of(wanted: str) -> tuple[str, str, Any]:
+        if wanted not in found:
+            configs = {
+                name: tiny.tiny_config(
+                    folder / name, corpus, optimizer__name=optimizer, optimizer__lr=lr, train__steps=8,
+                    schedule__kind="constant", checkpoint__every=1, checkpoint__keep=1, **settings,
+                )
+                for name, (optimizer, lr, settings, _) in DIVERGENCE.items()
+                if (name in SLOW) == (wanted in SLOW)
+            }  # fmt: skip
+            found.update(run_distributed(diverge, 1, configs)[0])
+        return found[wanted]
+
+    return results_of
 
 
-@pytest.mark.parametrize("name", DIVERGENCE)
+@pytest.mark.parametrize("name", marked(DIVERGENCE))
 def test_divergence_ends_with_a_newest_checkpoint_that_can_be_trained_from(
-    folder: Path, diverged: dict[str, tuple[str, str, Any]], name: str
+    folder: Path, corpus: str, diverged: Callable[[str], tuple[str, str, Any]], name: str
 ) -> None:
     steps = DIVERGENCE[name][3]
-    kind, message, usable = diverged[name]
+    kind, message, usable = diverged(name)
     assert kind == "NumericsError", message
-    assert saved(dataclasses.make_dataclass("C", ["run_dir"])(folder / name)) == steps
+    assert saved(tiny.tiny_config(folder / name, corpus)) == steps
     assert "lower optimizer.lr" in message
     last = steps[-1] if steps else 0
     assert f"step {last + 1} was too large: after it, even the gradient of its own samples was not finite" in message

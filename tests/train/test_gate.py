@@ -338,14 +338,16 @@ def test_fp16_overflow_skips_and_lowers_the_loss_scale(folder: Path, corpus: str
         assert 0.1 < steps[0]["norm"] < 10, "the logged norm is not scaled"
 
 
-@pytest.mark.parametrize("optimizer", ["lion", "sgd"])
-def test_an_fp16_run_on_a_cpu_takes_its_first_steps(folder: Path, corpus: str, optimizer: str) -> None:
+def test_an_fp16_run_on_a_cpu_takes_its_first_steps(folder: Path, corpus: str) -> None:
     """The first loss scale fits a loss that is a sum over the tokens of a micro-batch, small or large."""
-    for size in (1, 8):
-        config = tiny.tiny_config(
+    configs = {
+        (optimizer, size): tiny.tiny_config(
             folder / f"fp16 {optimizer} {size}", corpus, train__precision="fp16", train__micro_batch_size=size, train__steps=3,
             optimizer__name=optimizer,
-        )  # fmt: skip
-        outcome = run_distributed(tiny.train_each, 1, {"": config})[0][""]
+        )
+        for optimizer in ("lion", "sgd")
+        for size in (1, 8)
+    }  # fmt: skip
+    for (_, size), outcome in run_distributed(tiny.train_each, 1, configs)[0].items():
         assert outcome["manifest"]["optimizer_state"]["num_skipped"] == 0
         assert outcome["manifest"]["optimizer_state"]["grad_scaler"]["scale"] == 2**8 / size
