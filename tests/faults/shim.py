@@ -102,9 +102,8 @@ def library() -> Path:
     if not path.is_file():
         compiler = shutil.which("cc") or shutil.which("g++") or "cc"
         beside = path.with_suffix(f".{os.getpid()}")
-        language = ["-x", "c"] if compiler.endswith("cc") else []
         subprocess.run(
-            [compiler, *language, "-O1", "-fPIC", "-shared", "-o", str(beside), str(SOURCE), "-ldl"],
+            [compiler, "-x", "c", "-O1", "-fPIC", "-shared", str(SOURCE), "-o", str(beside), "-ldl"],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         os.replace(beside, path)
