@@ -44,11 +44,14 @@ def main() -> int:
         chosen = [name for name in chosen if found.get(name, {}).get("commit") != commit]
     started = time.monotonic()
     done = _run(chosen, min(options.jobs, len(chosen)), options.results)
+    minutes = (time.monotonic() - started) / 60
+    if options.all:  # with the rows of an earlier run that this one continued
+        done = {**{name: row for name, row in found.items() if name in cases}, **done}
     print(f"\n{page.text_table(list(done.values()))}\n")
     for row in done.values():
         for line in row["failures"]:
             print(f"{row['case']}: {line}")
-    print(f"{len(done)} cases in {(time.monotonic() - started) / 60:.1f} minutes; rows: {options.results}")
+    print(f"{len(chosen)} cases in {minutes:.1f} minutes; rows: {options.results}")
     if options.docs:
         page.publish(options.results, commit, list(cases))
     return int(any(not row["passed"] for row in done.values()))

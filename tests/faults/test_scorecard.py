@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from faults import page, rows
+from faults import page, rows, runner
 from faults.rows import Case, Tally
 
 NOTHING: Any = None  # these cases start no process
@@ -118,3 +118,33 @@ def test_the_names_of_cases_are_words_for_make() -> None:
     cases = rows.all_cases()
     assert all(name.replace("-", "").isalnum() for name in cases)
     assert {case.family for case in cases.values()} >= {"files", "power cuts", "peers", "signals"}
+
+
+def test_no_ordinary_command_runs_the_full_cases() -> None:
+    """A later -m replaces an earlier one, so each target of make leaves them out itself."""
+    import tomllib
+
+    lines = (rows.REPO / "Makefile").read_text().splitlines()
+    chosen = [line for line in lines if "$(PYTEST)" in line and "-m hypothesis" not in line]
+    assert len(chosen) >= 2
+    assert all("not full" in line for line in chosen)
+    settings = tomllib.loads((rows.REPO / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert "-m 'not full'" in settings["addopts"]
+
+
+def test_a_full_run_is_continued_by_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases with a row of this commit are left out, but for --force and in a changed tree."""
+    results = tmp_path / "results.jsonl"
+    names = list(rows.all_cases())
+    for name in names[1:]:
+        rows.append(results, {**row_of(recovered), "case": name, "commit": "abc"})
+    started: list[list[str]] = []
+    monkeypatch.setattr(runner, "_run", lambda chosen, jobs, path: started.append(chosen) or {})
+    for commit, options in (("abc", []), ("abc", ["--force"]), ("abc+changes", []), ("other", [])):
+        monkeypatch.setattr(rows, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr("sys.argv", ["faults", "--all", "--results", str(results), *options])
+        assert runner.main() == 0
+    assert started == [names[:1], names, names, names]
+    rows.append(results, {**row_of(lambda lab, tally: None), "case": names[1], "commit": "abc"})
+    monkeypatch.setattr(rows, "commit", lambda: "abc")
+    assert runner.main() == 1, "a failed row of the run that is continued counts"
