@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import CheckpointError
 from megatron_lion.evaluate.token_scores import LogitsScorer
 from megatron_lion.files import sha256_file
+from megatron_lion.plain_text import is_file_name
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -38,13 +41,16 @@ class HuggingFaceModel:
         self.folder, self.model, self.tokenizer, self.device = folder, model, tokenizer, device
         self.seq_length = int(model.config.n_positions)
         self.steps = [0]
+        self._sha256: str | None = None
 
     def load(self, step: int) -> None:
         """Does nothing: `open_huggingface` has loaded the weights."""
 
     def state_sha256(self, step: int) -> str:
-        """Returns the SHA-256 of the weights' file, or of the index if the weights are in several files."""
-        return sha256_file(next(self.folder / name for name in WEIGHTS if (self.folder / name).is_file()))
+        """Returns the SHA-256 of the weights' file, or of the names and digests of all files if there are several."""
+        if self._sha256 is None:
+            self._sha256 = _weights_sha256(self.folder)
+        return self._sha256
 
     def scorer(self) -> LogitsScorer:
         """Returns the scorer of batches of tokens."""
@@ -60,6 +66,31 @@ class HuggingFaceModel:
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Returns the values unchanged, because there is one process."""
         return values
+
+
+def _weights_sha256(folder: Path) -> str:
+    """Identifies the weights of a folder by their content; the index alone names files and not what is in them.
+
+    Raises:
+        CheckpointError: the index is damaged, or names something else than files of this folder.
+    """
+    single, index = (folder / name for name in WEIGHTS)
+    if single.is_file():  # transformers prefers it, too
+        return sha256_file(single)
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if not is_file_name(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: damaged ({error}); copy the folder again") from None
+    if outside:
+        raise CheckpointError(f"{index}: names {outside[0]!r}, which is no file of this folder")
+    digest = hashlib.sha256()
+    try:
+        for name in (index.name, *names):
+            digest.update(f"{sha256_file(folder / name)}  {name}\n".encode())
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); copy the folder again") from None
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -7,8 +7,6 @@ same logits as this project's network. Only then is the folder renamed.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ from typing import Any
 import torch
 
 from megatron_lion.data.tokenizers import Tokenizer
-from megatron_lion.errors import CheckpointError, ConfigError
+from megatron_lion.errors import CheckpointError, ConfigError, StorageError
 from megatron_lion.evaluate.open_run import RestoredRun
-from megatron_lion.files import storage_errors, sync_folder, write_whole
+from megatron_lion.files import storage_errors, sync_file, write_whole
+from megatron_lion.folder_swap import replace_folder, work_folder
 from megatron_lion.interop.hf_folder import SINGLE, shape_of, write_model_config
 from megatron_lion.interop.model_card import model_card
 from megatron_lion.interop.weight_names import to_huggingface
@@ -74,31 +73,18 @@ def export_checkpoint(
     shape = shape_of(run.config.model, run.vocab_size)
     weights = {name: tensor.to(stored) for name, tensor in to_huggingface(run.named_weights(), shape).items()}
     num_parameters = sum(tensor.numel() for tensor in weights.values())
-    # Beside the final place, because a rename is atomic within one file system only.
-    temporary = output.with_name(f".{output.name}.tmp-{os.getpid()}")
-    with storage_errors(output):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
+    with work_folder(output) as temporary:
         with storage_errors(output):
             _write(run, step, manifest, weights, str(stored).removeprefix("torch."), temporary)
         difference = _compare_logits(run, temporary, stored) if check else None
-        with storage_errors(output):
-            # os.replace cannot replace a folder that is not empty, so the earlier export moves aside first.
-            earlier = output.with_name(f".{output.name}.old-{os.getpid()}")
-            if output.exists():
-                os.replace(output, earlier)
-            os.replace(temporary, output)
-            sync_folder(output.parent)  # the renames are on disk before the earlier export is deleted
-            shutil.rmtree(earlier, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        replace_folder(temporary, output)
     return Export(output, step, num_parameters, str(stored).removeprefix("torch."), difference)
 
 
 def _write(
     run: RestoredRun, step: int, manifest: dict[str, Any], weights: dict[str, torch.Tensor], dtype: str, folder: Path
 ) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     special = huggingface_special_ids(run.tokenizer, run.config.model.kind)
@@ -108,11 +94,15 @@ def _write(
         "weights_fingerprint": manifest["weights_fingerprint"],
         "tokenizer_sha256": run.tokenizer.sha256,
     }
-    save_file(
-        weights,
-        folder / SINGLE,
-        metadata={"format": "pt", **{f"megatron_lion.{key}": value for key, value in facts.items()}},
-    )
+    path = folder / SINGLE
+    metadata = {"format": "pt", **{f"megatron_lion.{key}": value for key, value in facts.items()}}
+    try:
+        save_file(weights, path, metadata=metadata)
+    except SafetensorError as error:  # its form of an OSError
+        raise StorageError(
+            f"{path}: cannot be written ({error}), as happens on a full disk; make room there, then give the same command again"
+        ) from error
+    sync_file(path)  # before the rename: a crash must not leave a whole folder with an empty file
     write_json(folder / "config.json", dict(sorted(config.items())))
     if run.config.model.kind == "gpt2":
         ids = {f"{name}_token_id": index for name, index in special.items() if index is not None}

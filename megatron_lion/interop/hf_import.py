@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from megatron_lion.configfile import save_config
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.device import DTYPES, select_device
 from megatron_lion.errors import CheckpointError, ConfigError, NumericsError
-from megatron_lion.files import storage_errors, sync_folder
+from megatron_lion.folder_swap import replace_folder, work_folder
 from megatron_lion.interop.hf_folder import read_model_config, read_weights, shape_of
 from megatron_lion.interop.weight_names import from_huggingface
 from megatron_lion.model.build import build_model
@@ -83,7 +81,6 @@ def _save(
     The folder is written under a temporary name beside its final place and then renamed.
     """
     run_dir = Path(config.run_dir)
-    temporary = run_dir.with_name(f".{run_dir.name}.tmp-{os.getpid()}")
     precision = "bf16" if all(tensor.dtype == torch.bfloat16 for tensor in weights.values()) else "fp32"
     device = select_device(config.device)
     with process_groups(device) as ranks:
@@ -101,15 +98,11 @@ def _save(
             "data_digest": None, "tokenizer_sha256": tokenizer.sha256, "weights_fingerprint": fingerprint,
             "source": f"{folder.resolve().name} ({name})",
         }  # fmt: skip
-        try:
+        with work_folder(run_dir) as temporary:
             tokenizer.save(tokenizer_folder(temporary))
             save_checkpoint(temporary, 0, {"model": model_sharded_state(chunks)}, {}, facts, ranks)
-            with storage_errors(run_dir):
-                save_config(config, config_file(temporary))
-                os.replace(temporary, run_dir)  # this also replaces an empty folder
-                sync_folder(run_dir.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            save_config(config, config_file(temporary))
+            replace_folder(temporary, run_dir)
 
 
 @torch.no_grad()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_bert import tiny_bert, write_bert_corpus
 from tiny_gpt2 import VOCAB, WORDS, tiny_gpt2, write_text_corpus
 
 from megatron_lion.cli import main
+from megatron_lion.interop import hf_export
 
 STEPS = 3
 TP2 = {"parallel__tensor_model_parallel_size": 2}
@@ -241,6 +245,47 @@ def test_padding_rows_get_next_to_no_probability(folder: Path) -> None:
     padded = rows.shape[0] - VOCAB
     assert padded > 0
     assert (chances[:, VOCAB:].sum(-1) <= padded / (VOCAB + padded) * (1 + 1e-6)).all()
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a crash of the machine may leave a folder of the right name with empty files."""
+    flushed: set[str] = set()
+    real, put = os.fsync, hf_export.replace_folder
+
+    def fsync(handle: int) -> None:
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real(handle)
+
+    def replace_folder(new: Path, final: Path) -> None:
+        names = {path.name for path in new.iterdir()}
+        # write_whole flushes a file under its temporary name
+        assert names <= {name.removeprefix(".").removesuffix(".tmp") for name in flushed} | flushed
+        put(new, final)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(hf_export, "replace_folder", replace_folder)
+    words = ["export", str(folder / "gpt2"), "--output", str(tmp_path / "hf"), "--device", "cpu"]
+    assert main(words) == 0
+    assert "model.safetensors" in flushed
+    assert main([*words, "--overwrite"]) == 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_export_without_room_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(*words: Any, **named: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save)
+    assert main(["export", str(folder / "gpt2"), "--output", str(tmp_path / "hf"), "--device", "cpu"]) == 5
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"megatron-lion: .*model.safetensors: cannot be written .*No space left on device.*make room there.*", last
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_older_files_without_prefix_and_in_parts(folder: Path, tmp_path: Path) -> None:

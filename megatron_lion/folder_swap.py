@@ -1,0 +1,105 @@
+"""Folders that are made beside their final path and put there whole, also in the place of an older one."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from megatron_lion.files import storage_errors, sync_folder
+
+_YOUNG_S = 60
+"""Age, in seconds, below which a folder may be so new that its process has not locked it yet."""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and stdio.h on Linux
+
+
+@contextmanager
+def work_folder(final: Path) -> Iterator[Path]:
+    """Yields a new hidden folder beside a final path, for `replace_folder`; what is left of it is removed at the end.
+
+    Beside it, because a rename is atomic within one file system only. Folders that killed processes left for the same path
+    are removed first. A folder in use is locked, and the lock ends with its process.
+
+    Raises:
+        StorageError: the folder cannot be made.
+    """
+    prefix = f".{final.name}.tmp-"
+    with storage_errors(final, "made"):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        for entry in list(final.parent.iterdir()):
+            if entry.name.startswith(prefix) and time.time() - entry.lstat().st_mtime > _YOUNG_S:
+                with suppress(OSError), _folder_lock(entry):
+                    shutil.rmtree(entry, ignore_errors=True)
+        _put_back(final)
+        temporary = final.with_name(f"{prefix}{os.getpid()}-{os.urandom(3).hex()}")
+        temporary.mkdir()
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
+        with suppress(OSError):  # without locks, nobody removes it but this process
+            stack.enter_context(_folder_lock(temporary))
+        yield temporary
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Renames a finished folder to its final path and then removes an older folder there.
+
+    At every moment the path has the old folder or the new one, since Linux can exchange two names. If the file system
+    cannot, the old one moves aside first; `work_folder` brings it back if the process was killed in between.
+
+    Raises:
+        StorageError: the file system refused; the older folder is kept.
+    """
+    with storage_errors(final):
+        if not final.exists():
+            os.replace(new, final)
+        elif not _exchange(new, final):
+            aside = _aside(final)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(final, aside)
+            try:
+                os.rename(new, final)
+            except OSError:
+                os.rename(aside, final)
+                raise
+            new = aside
+        sync_folder(final.parent)  # the renames are on disk before the old folder is deleted
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def _put_back(final: Path) -> None:
+    aside = _aside(final)
+    if aside.is_dir() and not os.path.lexists(final):
+        os.rename(aside, final)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False if the system or its file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
