@@ -50,6 +50,7 @@ def add_arguments(parser: Any) -> None:
 def run(args: Any) -> None:
     """Runs the demo's verbs one after another, all in the output folder."""
     from megatron_lion.errors import ConfigError
+    from megatron_lion.files import make_folder, write_whole
     from megatron_lion.jobs import Jobs
 
     output = Path(args.output)
@@ -57,10 +58,11 @@ def run(args: Any) -> None:
         raise ConfigError(
             f"--processes {args.processes}: must divide the demo's batch of 16 samples; give 1, 2, 4, 8 or 16"
         )
-    if output.is_dir() and any(output.iterdir()) and not (output / ".demo").is_file():
+    found = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
+    if found - {"..demo.tmp"} and ".demo" not in found:  # the temporary file of a demo that was killed at once
         raise ConfigError(f"--output {output}: not empty and not made by a demo; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    (output / ".demo").write_text("made by megatron-lion demo\n")
+    make_folder(output)
+    write_whole(output / ".demo", b"made by megatron-lion demo\n")
     with Jobs() as jobs:
         _Demo(output, args.processes, args.quick, args.paper_rates, jobs).run()
 

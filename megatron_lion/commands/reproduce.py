@@ -162,12 +162,12 @@ def _report(plans: list[Any], sources: Any) -> None:
     import json
     from dataclasses import asdict
 
-    from megatron_lion.files import write_whole
+    from megatron_lion.files import make_folder, write_whole
     from megatron_lion.reproduce.claims import as_markdown, claims_of
 
     output, quick = sources.output, " (quick)" if sources.quick else ""
     found = {f"{plan.artefact}/{plan.scale}{quick}": claims_of(plan) for plan in plans}
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     content = {**_earlier(output), **found}
     record = {key: [asdict(claim) for claim in claims] for key, claims in content.items()}
     write_whole(output / "reproduction.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())

@@ -156,4 +156,5 @@ class IndexedWriter:
         with suppress(OSError):  # on a full disk, close fails to flush the last buffer, which is discarded anyway
             self._stream.close()
         for path in self._temporary.values():
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a leftover, which the next writer replaces, must not hide the block's own error
+                path.unlink(missing_ok=True)

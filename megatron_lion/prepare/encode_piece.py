@@ -116,7 +116,8 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
             stream.write(content)
     shard = documents.shard(name, digest.hexdigest(), count)
     if settings.read.on_error == "stop" and count.problems:
-        tokens_path.unlink()
+        with storage_errors(tokens_path, "removed"):
+            tokens_path.unlink()
         return shard
     # NAME.tokens is not synced: NAME.json contains its hash, so a file that a power loss cut short is encoded again.
     write_whole(folder / f"{name}.documents", documents.to_bytes())

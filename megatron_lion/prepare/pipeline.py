@@ -188,7 +188,8 @@ class _Preparation:
         began = time.monotonic()
         for old in self.work.glob("shards-*"):
             if old != self.shards_folder:
-                shutil.rmtree(old)
+                with storage_errors(old, "removed"):
+                    shutil.rmtree(old)
         with storage_errors(self.shards_folder, "made"):
             self.shards_folder.mkdir(exist_ok=True)
         self._check_space()

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_lion.errors import MegatronLionError, PeerError, StoppedOnRequest
+from megatron_lion.errors import MegatronLionError, PeerError, StorageError, StoppedOnRequest
+from megatron_lion.files import make_folder, storage_errors, write_whole
 
 BEAT_S = 10.0
 """Interval of the first node's signs of life, seconds."""
@@ -40,17 +41,18 @@ class NodeMarks:
     @contextmanager
     def alive(self) -> Iterator[None]:
         """Removes old marks and gives signs of life while the block runs; for the first node."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         for old in self._folder.glob("step-*"):
-            old.unlink(missing_ok=True)
+            with storage_errors(old, "removed"):
+                old.unlink(missing_ok=True)
         ended = threading.Event()
         start = os.urandom(6).hex()
 
         def beat() -> None:
             count = 0
             while True:
-                with contextlib.suppress(OSError):  # the steps report a full disk
-                    self._write(self._alive, f"{start} {count}")
+                with contextlib.suppress(StorageError):  # the steps report a full disk
+                    write_whole(self._alive, f"{start} {count}".encode())
                 count += 1
                 if ended.wait(BEAT_S):
                     return
@@ -65,7 +67,7 @@ class NodeMarks:
 
     def set(self, number: int, code: int = 0) -> None:
         """Marks a step as ended with an exit code; for the first node."""
-        self._write(self._folder / f"step-{number}", str(code))
+        write_whole(self._folder / f"step-{number}", str(code).encode())
 
     def wait(self, number: int, title: str, asked: Callable[[], bool]) -> None:
         """Waits until the first node has ended a step; for the other nodes.
@@ -104,11 +106,6 @@ class NodeMarks:
                 noticed = True
                 sys.stderr.write(f"waiting for the first node: {title}\n")
             time.sleep(POLL_S)  # polled, since the nodes share nothing but the file system here
-
-    def _write(self, path: Path, text: str) -> None:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)  # a reader never sees a part
 
     @staticmethod
     def _read(path: Path) -> str:
