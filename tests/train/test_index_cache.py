@@ -365,6 +365,31 @@ def test_a_second_job_waits_and_takes_the_files_of_the_first(tmp_path: Path, cap
     assert (found[0] / "text").read_text() == "content"
 
 
+def build_at_once(paths: list[str], cache: str, result: str, barrier: Any) -> None:
+    """Work of a process: waits for the others, then builds and saves the samples."""
+    barrier.wait(60)
+    np.save(result, read_gpt(paths, [3.0, 1.0], Path(cache)))
+
+
+@pytest.mark.slow
+def test_jobs_that_start_at_the_same_moment(corpora: list[str], tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    barrier = context.Barrier(4)
+    results = [tmp_path / f"{number}.npy" for number in range(4)]
+    jobs = [
+        context.Process(target=build_at_once, args=(corpora, str(tmp_path / "cache"), str(result), barrier))
+        for result in results
+    ]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(200)
+    expected = megatrons_own(corpora, [3.0, 1.0], tmp_path / "megatron")
+    assert [np.array_equal(np.load(result), expected) for result in results] == [True] * 4
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+    assert not left_in(tmp_path / "cache")
+
+
 def train_and_listen(rank: int, config: Any) -> tuple[Any, list[str]]:
     """Work of one process: trains, and returns the outcome and the warnings of its log file."""
     result = tiny.train(config)
