@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
+from megatron_lion.files import storage_errors
 from megatron_lion.jobs import STORE
 from megatron_lion.signals import collected, end_with_parent
 from megatron_lion.supervise import Cause, Rank, find_cause, watch
@@ -68,7 +69,9 @@ def _launch(options: argparse.Namespace, received: list[int]) -> Cause:
         check_variables(os.environ)
     processes = options.processes or count_processes(received)
     # Private to this user (mode 0700), and removed at the end.
-    with tempfile.TemporaryDirectory(prefix="megatron-lion-") as name:
+    with storage_errors("the folder for temporary files (TMPDIR)"):
+        private = tempfile.TemporaryDirectory(prefix="megatron-lion-")
+    with private as name:
         folder = Path(name)
         if options.check:
             _check(options, processes, received)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from megatron_lion.files import storage_errors
+
 _ANSWER_S = 5
 """Seconds that one request to a TCP store may take."""
 
@@ -34,7 +36,8 @@ class FileBoard:
     """Messages as files of one folder, `<rank>.json`; for ranks on one node."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with storage_errors(folder, "made"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._folder = folder
 
     def post(self, rank: int, message: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ ALLOWED = {
     ("megatron_lion/train/checkpoint_tensors.py", "pickle.Unpickler"): "its find_class is the allow-list of .metadata",
     ("tests/distributed.py", "torch.load(weights_only=False)"): "reads what the test's own ranks wrote a moment before",
     ("tests/train/test_checkpoint.py", "pickle.loads"): "reads and changes the metadata of the test's own run",
+    ("tests/faults/cases_hostile.py", "allow_pickle=True"): "writes the hostile array that the product must refuse",
     ("tests/test_wheel.py", "extractall"): "unpacks the wheel that the test built a moment before",
     ("tests/prepare/test_tokenizers.py", "pickle.loads"): "a tokenizer must survive the pickling to worker processes",
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_lion.errors import MegatronLionError, PeerError, StorageError, StoppedOnRequest
+from megatron_lion.errors import MegatronLionError, PeerError, StoppedOnRequest, StorageError
 from megatron_lion.files import make_folder, storage_errors, write_whole
 
 BEAT_S = 10.0

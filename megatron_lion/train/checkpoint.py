@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,7 @@ def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
 def _remove(entry: Path) -> None:
     """Removes a folder, or the link to one: what a link leads to was put there by somebody else, and stays."""
     if entry.is_symlink():
-        entry.unlink(missing_ok=True)
+        with suppress(OSError):  # as below: what is left over is removed after the next save
+            entry.unlink(missing_ok=True)
     else:
         shutil.rmtree(entry, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import itertools
 import json
@@ -10,39 +9,33 @@ import multiprocessing
 import os
 import resource
 import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import distributed  # its fork server has imported torch and megatron-core
 import numpy as np
 import pytest
 import tiny
 import tiny_bert
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from index_samples import (
+    COUNT,
+    DAMAGE,
+    MODEL,
+    index_files,
+    left_in,
+    megatrons_own,
+    opened,
+    read_bert,
+    read_gpt,
+    read_probe,
+    told,
+)
 
-from megatron_lion.config import DataConfig, ModelConfig, ProbeConfig
-from megatron_lion.data.corpora import Corpora, open_corpora
-from megatron_lion.data.datasets import _DatasetTokenizer, build_datasets
-from megatron_lion.data.index_cache import LISTING, index_folder
-from megatron_lion.data.probe_samples import open_probe_samples
-from megatron_lion.device import Device
+from megatron_lion.config import DataConfig
+from megatron_lion.data.corpora import open_corpora
+from megatron_lion.data.datasets import build_datasets
+from megatron_lion.data.index_cache import LISTING
 from megatron_lion.errors import DataError, StorageError
-from megatron_lion.parallel import process_groups
-
-MODEL = ModelConfig(seq_length=16, vocab_size=tiny.VOCAB, make_vocab_size_divisible_by=8)
-BERT = ModelConfig(kind="bert", seq_length=64, make_vocab_size_divisible_by=64)
-COUNT = 24
-DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
-    "zeros": lambda content: content[:128] + bytes(len(content) - 128),
-    "cut": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "flipped": lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
-    "missing": lambda content: None,
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,61 +47,6 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_bert.write_bert_corpus(tmp_path_factory.mktemp("bert"), tiny_bert.documents(12, 300, seed=3))
-
-
-def opened(paths: list[str], weights: list[float] | None = None) -> Corpora:
-    return open_corpora(DataConfig(path=paths, split="80,10,10", weights=weights), MODEL)
-
-
-def tokens_of(dataset: Any) -> np.ndarray:
-    return np.stack([np.asarray(dataset[number]["tokens"]) for number in range(COUNT)])
-
-
-def read_gpt(paths: list[str], weights: list[float] | None, cache: Path, seed: int = 7) -> np.ndarray:
-    return tokens_of(build_datasets(opened(paths, weights), MODEL, (COUNT, 0, 0), seed=seed, cache=cache)[0])
-
-
-def read_bert(path: str, cache: Path) -> np.ndarray:
-    corpus = open_corpora(DataConfig(path=[path]), BERT)
-    with process_groups(Device("cpu", 0, "gloo")):
-        return tokens_of(build_datasets(corpus, BERT, (COUNT, 0, 0), seed=7, cache=cache)[0])
-
-
-def read_probe(paths: list[str], cache: Path) -> np.ndarray:
-    probe = ProbeConfig(num_batches=COUNT // 8, data="fresh")
-    return tokens_of(open_probe_samples(opened(paths), MODEL, probe, 8, seed=7, cache=cache).at(3))
-
-
-def megatrons_own(paths: list[str], weights: list[float] | None, folder: Path, seed: int = 7) -> np.ndarray:
-    """Returns the samples that Megatron's own builder gives, with its cache in `folder`."""
-    found = opened(paths, weights)
-    tokenizer = _DatasetTokenizer(tiny.VOCAB, tiny.VOCAB - 1, found.digest)
-    config = GPTDatasetConfig(
-        random_seed=seed, sequence_length=16, blend=(paths, weights), split="80,10,10", path_to_cache=str(folder), tokenizer=tokenizer,
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
-    )  # fmt: skip
-    return tokens_of(BlendedMegatronDatasetBuilder(GPTDataset, [COUNT, 1, 1], lambda: True, config).build()[0])
-
-
-def index_files(cache: Path, ending: str = "") -> list[Path]:
-    found = sorted(path for path in cache.glob(f"*/*{ending}") if path.name != LISTING or ending == LISTING)
-    assert found
-    return found
-
-
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    lines = [record.getMessage() for record in caplog.records if record.name.startswith("megatron_lion")]
-    caplog.clear()
-    return lines
-
-
-def left_in(cache: Path) -> list[str]:
-    """Names in the cache that are neither a folder of index files nor its lock."""
-    return [
-        path.name
-        for path in cache.iterdir()
-        if path.name.startswith(".") or not (path.is_dir() or path.suffix == ".lock")
-    ]
 
 
 @pytest.mark.parametrize("kind", ["one", "blend", "bert", "probe"])
@@ -326,114 +264,6 @@ def test_the_same_command_recovers_from_a_full_disk(corpora: list[str], tmp_path
     assert run(build_on_a_full_disk, corpora[:1], str(tmp_path / "full"), 700) == 5
     whole = megatrons_own(corpora[:1], None, tmp_path / "megatron")
     assert np.array_equal(read_gpt(corpora[:1], None, tmp_path / "full"), whole)
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_a_second_job_waits_and_takes_the_files_of_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    building, go = threading.Event(), threading.Event()
-    builds: list[str] = []
-
-    def build(folder: Path) -> list[Any]:
-        builds.append(threading.current_thread().name)
-        (folder / "text").write_text("content")
-        building.set()
-        assert go.wait(60)
-        return ["content"]
-
-    def work() -> None:
-        found.append(index_folder(tmp_path, "0" * 64, {"a": 1}, build))
-
-    found: list[Path] = []
-    jobs = [threading.Thread(target=work, name=name) for name in ("first", "second")]
-    jobs[0].start()
-    assert building.wait(60)
-    jobs[1].start()
-    wait_until(lambda: any("waiting for it" in record.getMessage() for record in caplog.records))
-    assert f"in use by another job (pid {os.getpid()} on " in told(caplog)[0]
-    go.set()
-    for job in jobs:
-        job.join(60)
-    assert builds == ["first"]
-    assert len(found) == 2
-    assert found[0] == found[1]
-    assert (found[0] / "text").read_text() == "content"
-
-
-def build_at_once(paths: list[str], cache: str, result: str, barrier: Any) -> None:
-    """Work of a process: waits for the others, then builds and saves the samples."""
-    barrier.wait(60)
-    np.save(result, read_gpt(paths, [3.0, 1.0], Path(cache)))
-
-
-@pytest.mark.slow
-def test_jobs_that_start_at_the_same_moment(corpora: list[str], tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    barrier = context.Barrier(4)
-    results = [tmp_path / f"{number}.npy" for number in range(4)]
-    jobs = [
-        context.Process(target=build_at_once, args=(corpora, str(tmp_path / "cache"), str(result), barrier))
-        for result in results
-    ]
-    for job in jobs:
-        job.start()
-    for job in jobs:
-        job.join(200)
-    expected = megatrons_own(corpora, [3.0, 1.0], tmp_path / "megatron")
-    assert [np.array_equal(np.load(result), expected) for result in results] == [True] * 4
-    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
-    assert not left_in(tmp_path / "cache")
-
-
-def train_and_listen(rank: int, config: Any) -> tuple[Any, list[str]]:
-    """Work of one process: trains, and returns the outcome and the warnings of its log file."""
-    result = tiny.train(config)
-    log = next(Path(config.run_dir, "log").glob(f"*{rank}*")).read_text()
-    return result, [line for line in log.splitlines() if "WARNING megatron_lion" in line]
-
-
-def test_a_resumed_run_reads_the_same_samples(corpora: list[str], tmp_path: Path) -> None:
-    """On two processes: whole, and with every array of the cache full of zeros between two jobs."""
-    config = tiny.tiny_config(
-        tmp_path / "whole", corpora[0], train__steps=4, train__micro_batch_size=4, train__test_every=2, probe__every=2,
-        probe__num_batches=2,
-    )  # fmt: skip
-    cut = dataclasses.replace(config, run_dir=str(tmp_path / "cut"))
-    whole = distributed.run_distributed(tiny.train_each, 2, {"": config})[0][""]
-    half = dataclasses.replace(cut, train=dataclasses.replace(cut.train, stop_after=2))
-    distributed.run_distributed(tiny.train_each, 2, {"": half})
-    arrays = index_files(tmp_path / "cut" / "cache", ".npy")
-    assert len({path.parent for path in arrays}) == 2, "of training and of the probe"
-    for path in arrays:
-        path.write_bytes(DAMAGE["zeros"](path.read_bytes()) or b"")
-    (outcome, lines), (_, others) = distributed.run_distributed(train_and_listen, 2, cut)
-    assert outcome["losses"] == whole["losses"]
-    assert outcome["probes"][-1]["probe/loss"] == whole["probes"][-1]["probe/loss"]
-    assert outcome["manifest"]["state_fingerprint"] == whole["manifest"]["state_fingerprint"]
-    assert len([line for line in lines if "building them again" in line]) == 2, "one for each folder of index files"
-    assert not others
-
-
-def open_in_own_folder(rank: int, paths: list[str], folder: str, damage: bool) -> tuple[str, str]:
-    cache = Path(folder) / ("shared" if damage else f"node{rank}")
-    if damage and rank == 1:
-        os.environ["LOCAL_RANK"] = "0"
-    return tiny.error_of(read_gpt, paths, None, cache)
-
-
-def test_a_cache_that_the_nodes_do_not_share_is_named(corpora: list[str], tmp_path: Path) -> None:
-    errors = distributed.run_distributed(open_in_own_folder, 2, corpora[:1], str(tmp_path), False)
-    for kind, message in errors:
-        assert kind == "StorageError"
-        assert "rank 1 on" in message
-        assert "set data.cache to a folder that all nodes share" in message
-    errors = distributed.run_distributed(open_in_own_folder, 2, corpora[:1], str(tmp_path), True)
-    assert errors == [("", "")] * 2
 
 
 def test_a_fault_of_the_builder_is_not_too_little_data(
