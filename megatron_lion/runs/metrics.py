@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_lion.config import RunConfig, to_dict
 from megatron_lion.errors import EnvironmentFault, StorageError
-from megatron_lion.files import append_line, open_own, storage_errors, write_whole
+from megatron_lion.files import append_line, open_own, storage_errors, sync_folder, write_whole
 from megatron_lion.runs.paths import metrics_file
 from megatron_lion.runs.series import parse_line
 
@@ -90,6 +90,24 @@ class MetricsWriter:
             self._forward(step, {key: value for key, value in values.items() if isinstance(value, int | float)})
         except StorageError as error:
             self.failure = error
+
+    def sync(self) -> None:
+        """Makes the lines durable; call it before a checkpoint of their steps is committed.
+
+        A run that resumes does not write them again, so that a power failure after the checkpoint would leave a gap.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        if not self.is_main or not self.path.exists():
+            return
+        with storage_errors(self.path):
+            handle = open_own(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(self.path.parent)
 
     def _forward(self, step: int, numbers: dict[str, float | int]) -> None:
         if self._tensorboard is not None:

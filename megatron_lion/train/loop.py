@@ -153,6 +153,8 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             save_due, may_save = True, health.may_save(batches.last)
         if may_save:
             mark(f"saving step {run.step}")
+            with agree("writing the metrics"):
+                metrics.sync()
             save(run, health)
             save_due = False
             clock.restart()

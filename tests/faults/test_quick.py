@@ -49,6 +49,17 @@ def test_all_faults_of_a_case(server: Warm, tmp_path: Path, name: str) -> None:
     assert row["passed"], row["failures"]
 
 
+def test_log_lines_are_durable_before_the_checkpoint_that_contains_their_steps(lab: Lab) -> None:
+    """Otherwise a power cut after the commit leaves a gap: a resumed run does not write them again."""
+    calls = lab.calls(lab.config("lines", train__steps=4, checkpoint__every=2))
+    commits = [call for call in calls if call.op == "rename" and call.path[-12:] in ("step_0000002", "step_0000004")]
+    assert len(commits) == 2
+    for commit in commits:
+        before = [call.op for call in calls if call.number < commit.number and call.path.endswith("/metrics.jsonl")]
+        assert before[-1] == "fsync"
+        assert before.count("write") == int(commit.path[-1])
+
+
 def test_the_verdict_sees_one_changed_bit(lab: Lab) -> None:
     """A finished run is not trained again, so that a bit of its last checkpoint stays what a fault made it."""
     tally = rows.Tally()
