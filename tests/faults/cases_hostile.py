@@ -31,6 +31,8 @@ STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", 
 REACHES = ("socket.connect", "socket.sendto", "socket.bind", "urllib.Request", "ftplib.connect", "smtplib.connect")
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chmod", "os.chown", "os.link", "os.symlink", "os.truncate",
            "shutil.rmtree", "shutil.move", "shutil.unpack_archive")  # fmt: skip
+AT = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2, "os.rename": 2, "os.link": 2}
+"""Place of the descriptor of a folder in an event's arguments."""
 PROGRAMS = ("git", "uname", "g++", "c++", "cc", "gcc", "clang++")
 """Programs that a run starts itself: the commit for environment.json, the processor's name, the compiler of lion.cpp."""
 CLASSES = ("torch", "collections", "megatron_lion", "megatron.core", "numpy", "builtins.set", "_codecs.encode")
@@ -60,8 +62,8 @@ def audited(result: str, roots: list[str], words: list[str]) -> int:
             writes = any(letter in mode for letter in "wax+") if isinstance(mode, str) else bool(flags & 3)
             wrong = writes and outside(arguments[0])
         elif event in CHANGES:
-            folders = [argument for argument in arguments if isinstance(argument, int) and argument >= 0]
-            base = os.readlink(f"/proc/self/fd/{folders[0]}") if folders else ""  # shutil.rmtree names files so
+            given = arguments[AT[event]] if event in AT else None  # shutil.rmtree names files relative to a folder
+            base = os.readlink(f"/proc/self/fd/{given}") if isinstance(given, int) and given >= 0 else ""
             names = [os.fsdecode(argument) for argument in arguments if isinstance(argument, str | bytes)]
             wrong = any(outside(os.path.join(base, name)) for name in names)
         elif event == "pickle.find_class":
