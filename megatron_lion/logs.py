@@ -81,10 +81,10 @@ class _LogFile(logging.FileHandler):
             )
 
 
-def warn(logger: logging.Logger, text: str) -> None:
-    """Logs a warning and prints it to stderr, also while `log_file` sends the log to a file."""
+def warn(logger: logging.Logger, text: str, *, shown: bool = True) -> None:
+    """Logs a warning and, if `shown`, prints it to stderr, also while `log_file` sends the log to a file."""
     logger.warning("%s", text)
-    if not only_last_resort():
+    if shown and not only_last_resort():
         sys.stderr.write(text + "\n")
 
 

@@ -68,13 +68,6 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
             Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print("\n".join(lines))
 
 
-def warn(text: str, *, shown: bool) -> None:
-    """Writes a warning to this process's log and, if `shown`, to stderr."""
-    logger.warning("%s", text)
-    if shown:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(text)
-
-
 class TrainProgress:
     """A progress line on a terminal; a plain line about every 15 seconds if stderr is not a terminal.
 

@@ -23,7 +23,7 @@ from megatron_lion.files import make_folder, storage_errors, sync_folder
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.moving import MovingWindow
 from megatron_lion.gradient.probe_result import ProbeResult
-from megatron_lion.logs import log_file
+from megatron_lion.logs import log_file, warn
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.peers import mark
@@ -35,7 +35,7 @@ from megatron_lion.runs.sealed_json import write_sealed
 from megatron_lion.runs.series import parse_line
 from megatron_lion.runs.steps import list_steps
 from megatron_lion.train import checkpoint as ckpt
-from megatron_lion.train.console import TrainProgress, announce, warn
+from megatron_lion.train.console import TrainProgress, announce
 from megatron_lion.train.health import Health, LastBatch, damaged_state
 from megatron_lion.train.random_state import random_state_kept
 from megatron_lion.train.restore import is_import, restore_run
@@ -174,6 +174,7 @@ def save(run: Run, health: Health) -> None:
     checkpoint, last = run.config.checkpoint, run.config.train.steps
     if health.skipped_in_a_row:  # only at the end of an fp16 run; see `Health.judge`
         warn(
+            logger,
             f"warning: the last {health.skipped_in_a_row} step(s) overflowed the loss scale and changed nothing; the state before "
             f"them is saved as step {run.step}",
             shown=run.ranks.is_main,
