@@ -122,7 +122,7 @@ def stopped_in_measurement(rank: int, config: Any, at_step: int) -> tuple[tuple[
                     os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    Run.held_out_batches = counted  # type: ignore[method-assign]
+    Run.held_out_batches = counted
     return tiny.error_of(tiny.train, config), read
 
 

@@ -128,18 +128,18 @@ def test_a_node_waits_for_the_first_one_only_as_long_as_it_lives(
     plan = build_plan("figure-3", "full", Sources(**FULL, output=tmp_path))
     monkeypatch.setenv("NNODES", "2")
     monkeypatch.setenv("JOB_ID", "one")
-    run_plan(plan, 8, Recorder())  # type: ignore[arg-type]
+    run_plan(plan, 8, Recorder())
     with pytest.raises(MegatronLionError):
-        run_plan(plan, 8, Recorder({1: 3}))  # type: ignore[arg-type]  # removes the marks of the start before
+        run_plan(plan, 8, Recorder({1: 3}))  # removes the marks of the start before
     monkeypatch.setenv("NODE_RANK", "1")
     with pytest.raises(MegatronLionError, match="ended there with code 3") as failed:
-        run_plan(plan, 8, Recorder())  # type: ignore[arg-type]
+        run_plan(plan, 8, Recorder())
     assert failed.value.exit_code == 3
     monkeypatch.setenv("JOB_ID", "another")
     for name, seconds in (("SILENCE_S", 0.2), ("NOTICE_S", 0.0), ("POLL_S", 0.05)):
         monkeypatch.setattr(node_marks, name, seconds)
     with pytest.raises(PeerError, match="no sign of life"):
-        run_plan(plan, 8, Recorder())  # type: ignore[arg-type]
+        run_plan(plan, 8, Recorder())
     assert capsys.readouterr().err.count("waiting for the first node") == 1
 
 

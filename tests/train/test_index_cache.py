@@ -59,7 +59,7 @@ def test_damaged_index_files_are_built_again(
         "blend": lambda cache: read_gpt(corpora, [3.0, 1.0], cache),
         "bert": lambda cache: read_bert(sentences, cache),
         "probe": lambda cache: read_probe(corpora, cache),
-    }[kind]  # type: ignore[assignment]
+    }[kind]
     cache = tmp_path / "cache"
     whole = read(cache)
     if kind in ("one", "blend"):

@@ -236,7 +236,7 @@ def test_a_gradient_of_exactly_zero_is_reported_once_in_a_row(caplog: pytest.Log
     written: list[tuple[int, dict[str, Any]]] = []
     run = SimpleNamespace(step=0)
     metrics = SimpleNamespace(write=lambda step, values: written.append((step, values)))
-    health = Health(run, metrics)  # type: ignore[arg-type]
+    health = Health(run, metrics)
     for step, norm in enumerate([1.0, 0.0, 0.0, 2.0, 0.0], start=1):
         run.step = step
         health.judge(TrainStep(loss=0.0, grad_l2=norm, num_tokens=8, skipped=False))
