@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     install_last_resort()
     try:
-        # The others do their own work under such a block, or have nothing that SIGTERM must not end.
+        # The other verbs install such a block themselves, or SIGTERM may end them at any time.
         with stop_raises(IN_START) if words[:1] in (["pretrain"], ["import"]) else nullcontext():
             return _run_verb(words)
     except MegatronLionError as error:
@@ -141,7 +141,7 @@ def parse(parser: Any, words: list[str]) -> Any:
 
 
 def _record_bug() -> int:
-    """Prints the traceback of an unexpected exception under torchrun, and records its exit code for launchers."""
+    """Prints the traceback of an unexpected exception of a launched rank, and records its exit code for the launcher."""
     print_exc()
     kind, error, _ = sys.exc_info()
     record(UNTYPED, f"{kind.__name__ if kind else 'error'}: {' '.join(str(error).split())[:300]}")

@@ -1,7 +1,7 @@
 """Exception classes, one for each kind of failure that a user can fix, and their exit codes.
 
 Their messages are one line: what happened, what is needed, what to run. The command line prints the line and exits with
-`exit_code`; nothing else in the project calls sys.exit. `assert` is only for errors in this project's code.
+`exit_code`; no other function calls sys.exit to report an error. `assert` is only for errors in this project's code.
 """
 
 
@@ -65,12 +65,12 @@ class PeerError(MegatronLionError):
 
 
 class EnvironmentFault(MegatronLionError):
-    """A required package, device or version is missing (exit code 9)."""
+    """A required package, device or version is missing, or processes cannot communicate (exit code 9)."""
 
     exit_code = 9
 
 
 class StoppedOnRequest(MegatronLionError):
-    """A signal asked the job to stop; a checkpoint was saved first (exit code 75)."""
+    """A signal asked the job to stop; a checkpoint or finished parts were saved, if there were any (exit code 75)."""
 
     exit_code = 75

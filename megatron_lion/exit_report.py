@@ -17,7 +17,7 @@ UNTYPED = 1
 
 
 def report(error: MegatronLionError, *, direct: bool = False) -> None:
-    """Prints one line to stderr; under torchrun also writes exit.<rank>.json to MEGATRON_LION_EXIT_DIR, for launchers.
+    """Prints one line to stderr; a launched rank also writes exit.<rank>.json to MEGATRON_LION_EXIT_DIR.
 
     Args:
         error: its message is the line.
@@ -29,7 +29,7 @@ def report(error: MegatronLionError, *, direct: bool = False) -> None:
     alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)
     told_by = 0 if error.told_by is None and alike else error.told_by
     if told_by is None or int(rank or 0) == told_by:
-        # Paths and names in it may come from somebody else's files; some messages have a line for each mistake.
+        # It may contain paths and names from another person's files. Some messages have a line for each mistake.
         (write_line if direct else _print)(plain(f"{prefix}{error}", keep="\n"))
     record(error.exit_code, str(error))
 
@@ -41,14 +41,14 @@ def _print(text: str) -> None:
 def write_line(text: str) -> None:
     """Writes a line to this process's stderr without Python's lock on it.
 
-    A loader worker that is forked while another thread holds the lock inherits it locked, for ever.
+    A loader worker that is forked while another thread holds the lock inherits it locked and then waits without end.
     """
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 def record(exit_code: int, message: str) -> None:
-    """Writes this rank's exit file if torchrun started it and a launcher reads the file."""
+    """Writes this rank's exit file if a launcher started the rank and reads the file."""
     folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
     if "RANK" in os.environ and folder and os.path.isdir(folder):
         with contextlib.suppress(OSError):  # a full disk must not hide the error that is reported

@@ -92,7 +92,7 @@ def _open_temporary(path: Path) -> tuple[int, Path]:
     """Opens an empty temporary file beside `path`, alone, and returns its descriptor and path.
 
     Its name is fixed, so that the next writer removes what a killed one left. Two processes may write the same result at the
-    same time (two `evaluate` of one run); the second one takes a name of its own.
+    same time (two `evaluate` of one run); the second one takes another name.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     handle = open_own(temporary, os.O_WRONLY)
@@ -114,8 +114,8 @@ def _is_alone(handle: int, temporary: Path) -> bool:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return error.errno in _NO_LOCKS  # without locks, the file is used as it is
-    # Between open and flock the other writer may have renamed this very file to its final name. A second link to it is
-    # another name for somebody's file, which must not be emptied either.
+    # Between open and flock the other writer may have renamed this very file to its final name. A second link
+    # means that the file has another name too, and it must not be emptied either.
     found = os.fstat(handle)
     try:
         return found.st_nlink == 1 and os.path.samestat(found, os.lstat(temporary))

@@ -100,7 +100,7 @@ def _run(
 ) -> Cause:
     base = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
     base.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(processes), MEGATRON_LION_EXIT_DIR=str(folder))
-    for name in ("MASTER_ADDR", "MASTER_PORT"):  # torch would make a store of its own from them
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # torch would open another store at them
         base.pop(name, None)
     _end_if_asked(received)
     ranks: list[Rank] = []

@@ -44,8 +44,8 @@ def install_last_resort() -> None:
 class _LogFile(logging.FileHandler):
     """Appends to a log file, and reports once if the disk refuses a message.
 
-    A log is for people, and nothing reads it back. A full disk must not end a run that could go on, and the metrics and
-    checkpoints of the run end it with a StorageError if they find no room themselves.
+    No code reads a log back, so a full disk does not end the run here. If there is no space for metrics or checkpoints,
+    their writers raise a StorageError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +77,7 @@ class _LogFile(logging.FileHandler):
             self.reported = True
             sys.stderr.write(
                 f"megatron-lion: {self.baseFilename}: cannot be written: {error.strerror or error}; "
-                "log messages are missing from here on, and the run goes on\n"
+                "log messages are missing from here on, and the run continues\n"
             )
 
 

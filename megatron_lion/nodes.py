@@ -28,13 +28,13 @@ MEET_S = 600.0
 """Time in which all nodes must start, seconds."""
 BEAT_S = 2.0
 SILENT_S = 120.0
-"""A node from which nothing is heard for this time is lost, seconds."""
+"""Time without a sign of life after which a node is lost, seconds."""
 END_S, HOST_END_S = 3.0, 10.0
 """After a failure, the time in which a launcher waits for the others, and that of the one with the store, seconds."""
 
 NEEDS_JOB_ID = (
-    "NNODES is above 1, so JOB_ID is needed: a word that only this job's nodes know. Make one once, for example by "
-    "`python3 -c 'import secrets; print(secrets.token_hex(16))'`, and set the same on every node"
+    "NNODES is above 1, so JOB_ID is needed: a random word. Make one once, for example by "
+    "`python3 -c 'import secrets; print(secrets.token_hex(16))'`, and set it on every node"
 )
 
 
@@ -58,21 +58,21 @@ def check_variables(environment: Mapping[str, str]) -> tuple[str, int, str]:
 class Nodes:
     """The nodes of a job, connected by a store that the launcher at MASTER_ADDR hosts on that address.
 
-    Nothing in the store is code or is unpickled. Its keys begin with a digest of JOB_ID.
+    The launchers store numbers and JSON only, and unpickle nothing. The keys begin with a digest of JOB_ID.
 
     Args:
         count: number of nodes.
         processes: number of processes on this node.
         environment: has JOB_ID, MASTER_ADDR, MASTER_PORT; may have NODE_RANK and INTERFACE.
-        interrupt: called while waiting; raises an error to end that.
+        interrupt: called while waiting; raises an error to end the wait.
 
     Attributes:
         ranks: the numbers of this node's ranks.
         world_size: number of ranks of the job.
 
     Raises:
-        ConfigError: a variable is wrong, or another job uses the port.
-        PeerError: nodes did not start in time.
+        ConfigError: a variable is wrong, or two nodes have the same number.
+        PeerError: nodes did not start in time, or something else uses the port.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class Nodes:
             if beat != beats[number] or self._store.check([f"ended/{number}"]):
                 beats[number], heard[number] = beat, now
             elif now - heard[number] > SILENT_S and self._failure is None:
-                message = f"node {number} ({self._hosts[number]}) was lost: not heard for {SILENT_S:.0f} s"
+                message = f"node {number} ({self._hosts[number]}) was lost: no sign of life for {SILENT_S:.0f} s"
                 self._tell_failure(Cause(LOST, message))
                 self._failure = Cause(LOST, message)
 
@@ -260,8 +260,8 @@ class Nodes:
 
     def _wait_for_others(self, cause: Cause) -> None:
         # Without a limit if nothing failed: ranks elsewhere may still write, and the thread notices a lost node. After a
-        # failure the others need the store only to read about it; ranks that miss a peer end a moment before the node
-        # of that peer reports the cause.
+        # failure the others need the store only to read its cause; ranks that notice a lost peer end a moment before
+        # the peer's node reports the cause.
         limit_s = float("inf") if cause.code in (0, STOPPED) else HOST_END_S if self._server is not None else END_S
         deadline = time.monotonic() + limit_s
         others = [f"ended/{number}" for number in range(self.count)]

@@ -29,7 +29,7 @@ class Board(Protocol):
         """Returns the messages of those ranks that left one."""
 
     def remove(self) -> None:
-        """Removes what an orderly job leaves; called by one rank."""
+        """Removes the messages at the end of a job that did not fail; called by one rank."""
 
 
 class FileBoard:
@@ -41,7 +41,7 @@ class FileBoard:
         self._folder = folder
 
     def post(self, rank: int, message: dict[str, Any]) -> None:
-        # Renamed when complete: a reader never sees a part. A message that a full disk rejects is lost, not the run.
+        # Renamed when complete: a reader never sees a part. If a full disk rejects a message, the message is lost and the run continues.
         temporary = self._folder / f".{rank}.tmp"
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps(message), encoding="utf-8")
@@ -59,7 +59,7 @@ class FileBoard:
 
 
 class TcpBoard:
-    """Messages as keys of the job's TCPStore, over a connection of its own.
+    """Messages as keys of the job's TCPStore, over a separate connection.
 
     A client of a store that waits for a key holds a lock until the key is there, so the connection of the process
     groups would be blocked exactly when a peer is missing.

@@ -44,7 +44,7 @@ _WAITING_CODE = (
 
 @dataclass
 class _Peer:
-    """What this rank knows of another one."""
+    """The last message of another rank, and when it changed."""
 
     message: dict[str, Any] = field(default_factory=dict)
     changed: float = field(default_factory=time.monotonic)
@@ -95,13 +95,13 @@ class PeerWatch:
         self._judge.start()
 
     def mark(self, stage: str | None = None) -> None:
-        """Notes that this rank got on, and optionally what it does now."""
+        """Notes that this rank has made progress, and optionally its new stage."""
         self._changes += 1
         if stage is not None:
             self.stage, self._entered = stage, time.monotonic()
 
     def end(self, kind: str, text: str = "", lost: Sequence[int] = ()) -> None:
-        """Leaves the last message, by which the others know why this rank is gone, and stops the thread.
+        """Leaves the last message, which names the reason of this rank's end, and stops the threads.
 
         Args:
             kind: "done", "failed" (by itself) or "lost" (because of other ranks).
@@ -112,7 +112,7 @@ class PeerWatch:
         self.stop()
 
     def stop(self) -> None:
-        """Stops the threads; the last message is left before."""
+        """Leaves the last message and stops the threads."""
         self._stop.set()
         self._wake.set()
         for thread in (self._messenger, self._judge):
@@ -213,11 +213,11 @@ class PeerWatch:
         write_line(f"megatron-lion[rank {self.rank}]: waited {waited:.0f} s in '{self.stage}' for {names}")
 
     def _end_if_hopeless(self) -> None:
-        """Ends the process if it waits for a lost rank where the backend would not raise in time, or only abort."""
+        """Ends the process if it waits for a lost rank and the backend would not raise in time, or would abort."""
         waited = self._waiting_s(time.monotonic())
         if waited == 0.0:
             return
-        # gloo raises after timeout_s by itself. NCCL aborts then without naming anybody, so this comes a little earlier.
+        # gloo raises after timeout_s by itself. NCCL aborts then without naming a rank, so this comes a little earlier.
         slack = 5.0 if self.backend != "nccl" else -min(5.0, self.timeout_s / 10)
         for rank in self.peers:
             state, silent = self.state(rank), self.silent_s(rank)
@@ -246,7 +246,7 @@ class PeerWatch:
         if state == "stopped":
             return f"{where}, which is stopped (SIGSTOP or a debugger), last seen in {doing}"
         if silent > _SILENT_S:
-            return f"{where}, silent for {silent:.0f} s (is its host or the network down?), last seen in {doing}"
+            return f"{where}, without a message for {silent:.0f} s (is its host or the network down?), last seen in {doing}"
         return f"{where}, which has been in {doing} for {peer.message.get('stage_s', 0) + silent:.0f} s"
 
     def blame(self, error: BaseException | None) -> PeerError:
@@ -277,10 +277,10 @@ class PeerWatch:
         return found
 
     def _let_go_on(self, ranks: list[int]) -> None:
-        """Lets stopped ranks of this host go on: they find their connections closed and end as well.
+        """Continues stopped ranks of this host (SIGCONT): they find their connections closed and end as well.
 
-        While a process is stopped it does not act on a SIGTERM, so a launcher would wait for it until a time limit
-        of its own.
+        While a process is stopped it does not act on a SIGTERM, so a launcher would wait for it until its own
+        time limit.
         """
         for rank in ranks:
             if self.state(rank) == "stopped":
@@ -320,7 +320,7 @@ class PeerWatch:
 
 
 def _leave_signals_to_the_main_thread() -> None:
-    # The main thread blocks signals where it starts loader workers; they would arrive here instead.
+    # The main thread blocks signals while it starts loader workers; they would arrive here instead.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 
 

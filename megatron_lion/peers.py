@@ -23,7 +23,7 @@ _number = 0
 
 @contextmanager
 def watched(timeout_s: float) -> Iterator[PeerWatch | None]:
-    """Watches the peers of the default process group while the block runs; None if there are none to watch."""
+    """Watches the peers of the default process group while the block runs; yields None if there are none."""
     global _watch, _number
     _number += 1
     board = None
@@ -48,7 +48,7 @@ def watched(timeout_s: float) -> Iterator[PeerWatch | None]:
 
 
 def mark(stage: str | None = None) -> None:
-    """Notes for the peers that this rank got on, and optionally what it does now ("step 12"); returns at once."""
+    """Notes for the peers that this rank has made progress, and optionally its new stage ("step 12"); returns at once."""
     if _watch is not None:
         _watch.mark(stage)
 
@@ -88,6 +88,6 @@ def waits() -> None:
 
 def set_timeout(seconds: float) -> None:
     """Sets the time limit of later collectives of the default group."""
-    # torch: the only way to change a group's limit, which megatron-core's update_pg_timeout uses as well, but after a
-    # barrier that would already wait for the working rank.
+    # torch: the only way to change a group's limit, which megatron-core's update_pg_timeout uses too, but after a
+    # barrier, and that would already wait for the working rank.
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))

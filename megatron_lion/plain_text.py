@@ -7,10 +7,10 @@ from typing import Any
 
 
 def plain(text: str, *, keep: str = "") -> str:
-    r"""Replaces characters without a picture of their own by their Python escapes.
+    r"""Replaces control characters and invisible characters by their Python escapes.
 
-    These are control characters (a line end, ESC, which changes colours and window titles), marks that reverse the
-    direction of text, invisible ones, and halves of surrogate pairs, which cannot be written to UTF-8 files.
+    Control characters are a line end, and ESC, which changes colours and window titles. Marks that reverse the direction
+    of text are replaced too, and halves of surrogate pairs, which cannot be written to UTF-8 files.
 
     Args:
         text: any text.
@@ -48,7 +48,7 @@ def plain_tree(value: Any) -> Any:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a text is the name of a file or folder inside another one: it leads neither elsewhere nor to that one itself.
+    """Whether a text can name an entry of a folder: it is no path, and neither the folder itself nor its parent.
 
     >>> is_file_name("step_1"), is_file_name("../step_1"), is_file_name("..")
     (True, False, False)

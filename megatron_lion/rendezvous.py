@@ -50,7 +50,7 @@ def join_job(device: Device, timeout_s: float) -> None:
 
 
 def _listen_on_loopback() -> None:
-    # Cluster profiles often name the network for jobs of several nodes, so values that are already set do not count.
+    # Cluster profiles often name the network for jobs of several nodes, so values that are already set are replaced.
     names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if names:
         os.environ["GLOO_SOCKET_IFNAME"] = names[0]
@@ -71,9 +71,9 @@ def _open_store(size: int, timeout_s: float) -> Any:
 
 
 def _wait_for_all(store: Any, rank: int, size: int, timeout_s: float) -> None:
-    """Waits until every rank has come here.
+    """Waits until every rank has joined.
 
-    It waits in Python, because torch's own wait in C++ ignores signals and does not tell who is missing.
+    It waits in Python, because torch's own wait in C++ ignores signals and does not name the missing ranks.
     """
     store.set(f"joined/{rank}", "")
     store.add("joined", 1)

@@ -18,7 +18,7 @@ from megatron_lion.signals import GROUP_SIGNALS, IN_START, end_with_parent
 
 STOPPED, LOST = StoppedOnRequest.exit_code, PeerError.exit_code
 
-# After one rank failed, the others have nothing to save: most of them end by themselves when they miss it.
+# After one rank failed, the others have nothing to save: most of them notice its loss and end by themselves.
 NOTICE_S = 3.0
 END_S = 5.0
 _POLL_S = 0.05
@@ -144,8 +144,8 @@ def watch(ranks: Sequence[Rank], received: Sequence[int], stop_timeout_s: float,
 def find_cause(ranks: Sequence[Rank], exits: Path, interrupted: bool = False) -> Cause:
     """Finds why the job ended, from the ends of its ranks.
 
-    A rank that misses another one fails too. Therefore an error that a rank reports about itself counts more than a
-    lost rank, and a lost rank more than the complaints of those who missed it; among equals the first counts.
+    If a rank is lost, the others fail too. Therefore an error that a rank reports about itself has priority over a lost
+    rank, and a lost rank over the errors of ranks that noticed its loss. Among equals the first one counts.
 
     Args:
         ranks: the ranks; all have ended.
@@ -188,7 +188,7 @@ def _end_of(rank: Rank, exits: Path) -> tuple[Cause | None, int, int]:
     if rank.code < 0:
         name = signal.Signals(-rank.code).name
         hint = {
-            signal.SIGKILL: "; if nobody did that, the machine was out of memory (see dmesg)",
+            signal.SIGKILL: "; if no user did that, the machine was probably out of memory (see dmesg)",
             signal.SIGABRT: "; with NCCL, its watchdog does that to a rank whose peer is lost or hangs",
         }.get(signal.Signals(-rank.code), "")
         message = f"{where} was lost: it was ended by {name}{hint}; the same command resumes from the newest checkpoint"

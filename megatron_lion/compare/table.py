@@ -20,8 +20,8 @@ MISSING = "–"
 class Table:
     """A titled table; cells keep full precision until they are shown.
 
-    Its texts may come from the files of somebody else's run. They lose the characters that a terminal or a page would
-    obey, and become one line each.
+    Its texts may come from the files of another person's run. Each becomes one line, and characters that a terminal or a
+    page would interpret are escaped.
 
     Attributes:
         slug: name of the CSV file.
@@ -51,7 +51,7 @@ class Table:
             "best": [one_line(name) for name in self.best],
         }
         for name, value in tidy.items():
-            object.__setattr__(self, name, value)  # frozen for everybody else
+            object.__setattr__(self, name, value)  # frozen outside of this method
 
     def shown(self, column: int, cell: Cell) -> str:
         """The text of a cell."""
@@ -77,7 +77,7 @@ class Table:
 
 
 def one_line(text: str) -> str:
-    r"""Joins lines with spaces and escapes other characters that have no picture of their own, see `plain`.
+    r"""Joins lines with spaces and escapes other control and invisible characters, see `plain`.
 
     >>> print(one_line("two\nlines\x1b[31m"))
     two lines\x1b[31m

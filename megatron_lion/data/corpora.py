@@ -120,7 +120,7 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
 
 
 def _check_inside(folder: Path, prefix: Path) -> None:
-    """Rejects token files that are links out of their dataset folder: what they show may change, and was not prepared."""
+    """Rejects token files that are links out of their dataset folder: their targets may change, and `prepare` did not write them."""
     for ending in (".bin", ".idx"):
         file = with_ending(prefix, ending)
         if file.is_symlink() and not file.resolve().is_relative_to(folder.resolve()):

@@ -132,7 +132,7 @@ def _parts_in_use(corpora: Corpora, num_samples: Sequence[int | None]) -> Iterat
 
 
 def check_documents(info: IndexedInfo, begin: float, end: float, needed: int = 1) -> None:
-    """Rejects a part of the documents with too few tokens. Of an empty one Megatron would count the epochs without end.
+    """Rejects a part of the documents with too few tokens. For an empty part Megatron would loop without end.
 
     Args:
         info: the pair of token files.

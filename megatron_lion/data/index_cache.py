@@ -145,7 +145,7 @@ def _verify_elsewhere(folder: Path, key: dict[str, Any], listing: str, rank: int
         with storage_errors(folder, "read"):
             if sha256_file(folder / LISTING) == listing:
                 return
-        fault = f"its {LISTING} is another"
+        fault = f"its {LISTING} differs"
     raise StorageError(
         f"{folder}: {where} does not see the index files that rank 0 has checked there ({fault}); set data.cache to a folder "
         "that all nodes share"
@@ -167,7 +167,7 @@ def _building(folder: Path) -> Iterator[None]:
 
 
 def _build(folder: Path, key: dict[str, Any], build: Callable[[Path], Sequence[Content]]) -> None:
-    """Builds the files in a folder beside `folder` and renames it; a call that is killed leaves nothing that is read."""
+    """Builds the files in a folder beside `folder` and renames it; a killed call leaves no folder that is read."""
     new, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "replaced"))
     with storage_errors(folder):
         for leftover in (new, replaced):  # of a killed job: this one holds the lock
@@ -197,7 +197,7 @@ def _list_files(folder: Path, key: dict[str, Any], contents: Sequence[Content]) 
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    # Names are Megatron's own affair, so the two sides are compared as sets.
+    # Megatron chooses the names, so the two sides are compared as sets.
     if {facts["sha256"] for facts in files.values()} != {_sha256(content) for content in contents}:
         raise StorageError(
             f"{folder.parent}: index files do not hold what was just written to them; check the disk and the memory of this "

@@ -324,7 +324,7 @@ class Lion(torch.optim.Optimizer):
             after.remove()
 
     def _saved_settings(self) -> dict[str, Any]:
-        maximize = self.defaults.get("maximize", False)  # of a group that has none of its own
+        maximize = self.defaults.get("maximize", False)  # of a group without its own value
         return {"init_exp_avg": self.init_exp_avg, "cautious": self.cautious, "maximize": maximize}
 
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -31,7 +31,7 @@ class Sgd(torch.optim.Optimizer):
         coupled_weight_decay: add the decay to the gradient, as torch.optim.SGD does.
 
     Raises:
-        ValueError: a setting is out of range, also in a group of its own or of a state that is loaded.
+        ValueError: a setting is out of range, also in one of the groups or in a loaded state.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0]))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Settings that decide a step and are saved with the state, in every group. "maximize" may differ between groups.
+# Settings that determine a step and are saved with the state, in every group. "maximize" may differ between groups.
 SAVED_SETTINGS = ("init_exp_avg", "cautious", "maximize")
 # What a saved state may hold, and its dtypes; a number is a `step` of another version.
 STATE_DTYPES: dict[str, set[torch.dtype]] = {
@@ -255,7 +255,7 @@ def fit_saved_groups(
             raise ValueError(f"a group of the state has no {', '.join(missing)}: needs the state of a LION")
         if unknown := sorted(set(group) - set(mine) - HARMLESS_KEYS):
             raise ValueError(
-                f"a group of the state has {', '.join(unknown)}, which LION does not know: delete it from the state's "
+                f"a group of the state has {', '.join(unknown)}, which LION does not have: delete it from the state's "
                 "param_groups, or give this optimizer's group the same key"
             )
         for name in settings:
@@ -263,7 +263,7 @@ def fit_saved_groups(
             if group.get(name, value) != value:
                 raise ValueError(
                     f"{name} = {group[name]!r} in the state, {value!r} in this optimizer: build "
-                    f"Lion(…, {name}={group[name]!r}) to go on as saved, or change it in the state's param_groups"
+                    f"Lion(…, {name}={group[name]!r}) to continue as saved, or change it in the state's param_groups"
                 )
             group = {name: value, **group}
         check_group({**group, "params": mine["params"]})

@@ -54,7 +54,7 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
 
 
 def _recover(output: Path) -> None:
-    """Ends what a run left that was killed while a new dataset took the name of an older one."""
+    """Completes or undoes the replacement of a dataset during which an earlier run was killed."""
     replaced = replaced_folder(output)
     if not replaced.exists():
         return

@@ -34,7 +34,7 @@ class NodeMarks:
     def __init__(self, output: Path, plan: str) -> None:
         job = os.environ.get("JOB_ID") or os.environ.get("SLURM_JOB_ID") or ""
         job += os.environ.get("SLURM_RESTART_COUNT", "")
-        # A digest, since JOB_ID is a word that only the job's nodes know.
+        # A digest, because other users may be able to list this folder and must not learn JOB_ID.
         self._folder = output / ".steps" / f"{plan}-{hashlib.sha256(job.encode()).hexdigest()[:12]}"
         self._alive = self._folder / "alive"
 

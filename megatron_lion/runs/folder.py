@@ -108,7 +108,7 @@ def _foreign_entry(run_dir: Path) -> str | None:
 def _move_aside(run_dir: Path) -> None:
     """Moves a run into the next free RUN.old-N; an imported run keeps what it starts from: step 0, tokenizer and settings.
 
-    config.yaml leaves last: if the job is killed on the way, the folder is still a run, and the same command goes on.
+    config.yaml leaves last: if the job is killed on the way, the folder is still a run, and the same command continues.
     """
     number = 1
     while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():

@@ -105,7 +105,7 @@ def check_identity(manifest: dict[str, Any], folder: Path, run_dir: Path, step: 
         step: the step in the folder's name.
 
     Raises:
-        CheckpointError: it is another step, or belongs to another run or to other settings; says which.
+        CheckpointError: it is another step, or belongs to another run or to other settings; the message names which.
         ConfigError: the run's config.yaml is damaged.
     """
     if manifest["step"] != step:

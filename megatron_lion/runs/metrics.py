@@ -58,8 +58,8 @@ class MetricsWriter:
                     "log.tensorboard: install it with `pip install megatron-lion[tensorboard]`"
                 ) from error
             folder = run_dir / "tensorboard"
-            # After a crash, the steps behind the checkpoint come again. TensorBoard hides the events from purge_step on that
-            # lie before this writer's. The held-out loss and the probe of step 0 come again too.
+            # After a crash, the steps after the checkpoint are repeated. TensorBoard hides earlier events from purge_step on.
+            # The held-out loss and the probe of step 0 are repeated too.
             with storage_errors(folder):
                 self._tensorboard = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
         if config.log.wandb_project:

@@ -288,7 +288,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _check_kinds(path: Path, content: dict[str, Any], kinds: dict[str, Kind]) -> None:
-    """Refuses values of another type than the table gives; null and keys that are not in the table are free."""
+    """Refuses values of another type than the table gives; null and keys that are not in the table are accepted."""
     groups = {key.rpartition(".")[0]: value for key, value in content.items() if "." in key}
     for key, (type_of, name) in kinds.items():
         value = {"…": groups[key]} if key in groups else content.get(key)

@@ -74,7 +74,7 @@ def run_and_step(folder: Path) -> tuple[Path, int] | None:
 
 
 def is_committed(run_dir: Path, step: int) -> bool:
-    """Whether the run has a complete checkpoint of a step, of whatever run and content."""
+    """Whether the run has a complete checkpoint of a step, whatever its run and content are."""
     return (step_folder(run_dir, step) / MANIFEST).is_file()
 
 
@@ -171,9 +171,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 @contextmanager
 def naming_removal(folder: Path) -> Iterator[None]:
-    """Replaces a CheckpointError of the block, which reads a checkpoint, if the folder is not there any more.
+    """Replaces a CheckpointError of the block, which reads a checkpoint, if the folder no longer exists.
 
-    A training job removes older checkpoints, also while another command reads them; the error is then no damage.
+    A training job removes older checkpoints, also while another command reads them. The checkpoint is then not damaged.
     """
     try:
         yield
@@ -219,7 +219,7 @@ def find_latest(run_dir: Path) -> Checkpoint | None:
 
 
 def _recorded_newest(run_dir: Path) -> str | None:
-    """Name of the newest checkpoint that was ever saved, or None if no record exists."""
+    """Name of the checkpoint that was saved last or chosen by --fall-back, or None if no record exists."""
     try:
         return newest_checkpoint_file(run_dir).read_text(encoding="ascii", errors="replace").strip()[:40]
     except OSError:
@@ -273,7 +273,7 @@ def _last_logged_step(run_dir: Path) -> int:
 def newest_whole(run_dir: Path, verify: Callable[[Checkpoint], object]) -> Checkpoint | None:
     """Finds the newest checkpoint that is whole and moves the newer folders aside, with a warning for each.
 
-    A folder that was moved aside is named skipped_step_…, which nothing reads and nothing deletes.
+    A folder that was moved aside is named skipped_step_…; no command reads or deletes it.
 
     Args:
         run_dir: the run folder, locked.

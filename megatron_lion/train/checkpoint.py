@@ -303,7 +303,7 @@ def remove_old(run_dir: Path, *, keep: int, always_keep: set[int]) -> list[int]:
 
 
 def _remove(entry: Path) -> None:
-    """Removes a folder, or the link to one: what a link leads to was put there by somebody else, and stays."""
+    """Removes a folder, or a link to one; the target of a link is kept."""
     if entry.is_symlink():
         with suppress(OSError):  # as below: what is left over is removed after the next save
             entry.unlink(missing_ok=True)

@@ -205,7 +205,7 @@ def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
             merge(loaded, local)
         except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
             if is_collective_fault(error):
-                raise  # a lost rank says nothing about the checkpoint
+                raise  # a lost rank does not mean a damaged checkpoint
             causes = (
                 [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
             )

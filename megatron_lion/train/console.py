@@ -58,7 +58,7 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
         elif run.step >= (config.train.stop_after or config.train.steps):
             lines.append(
                 f"nothing to do: step {run.step:,} is done and train.stop_after (--max-steps) is {config.train.stop_after:,}; "
-                "give a larger one, or none, to go on"
+                "give a larger one, or none, to continue"
             )
     lines = [plain(line) for line in lines]  # the name of a run or of imported weights may come from elsewhere
     for line in lines:

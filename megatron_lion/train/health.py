@@ -1,12 +1,12 @@
 """Judges skipped steps and whether a state may be saved; ends a run that cannot go on, and names the cause.
 
 A step is skipped, on all ranks alike, if a gradient is not finite or if the loss counts nothing. The state after a skipped
-step is that before it. It is not saved all the same: as long as steps are skipped it is not known whether the state is
+step is that before it. It is not saved even so: as long as steps are skipped, it is not known whether the state is
 usable. A save that is due waits for the next step that is taken.
 
 A finite state may be dead as well: after a step that was too large, every later gradient is NaN. Before a save, the
 gradient of the step's last micro-batch is therefore taken again. It was finite before the step, so if it is not finite
-after it, the state is to blame and not the data.
+after it, the state is at fault and not the data.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def times(count: int) -> str:
 
 
 def newest_checkpoint(run: Run) -> str:
-    """Returns a sentence on where the same command goes on; a collective call."""
+    """Returns a sentence about the step at which the same command continues; a collective call."""
     steps = broadcast_object(list_steps(run.run_dir) if run.ranks.is_main else None)
     if not steps:
         return "There is no checkpoint: the same command starts at step 0"

@@ -1,4 +1,4 @@
-"""Faults that are injected into the product, and the table of what came of them; `make chaos` lists the cases.
+"""Faults that are injected into the product, and the table of their outcomes; `make chaos` lists the cases.
 
 - shim.c, shim.py: a library for LD_PRELOAD that refuses, cuts or kills at the n-th file call below a folder.
 - server.py, warm.py: processes that are forked from one that imported torch and megatron-core, with the shim loaded.

@@ -77,7 +77,7 @@ HARMS: dict[str, Harm] = {
 
 
 class Half:
-    """A run of 6 steps that stands at step 4, and one of another seed; cases harm copies of it."""
+    """A run of 6 steps that was stopped at step 4, and one of another seed; cases damage copies of it."""
 
     def __init__(self, lab: Lab) -> None:
         self.run, self.other = lab.config("half", **RUN), lab.config("other", **RUN, seed=99, optimizer__lr=5e-3)
@@ -86,7 +86,7 @@ class Half:
 
 
 def resume(lab: Lab, tally: Tally, config: RunConfig, what: str, codes: tuple[int, ...]) -> None:
-    """Gives the same command after a harm: a code of `codes`, one line, and with 0 the twin's tensors."""
+    """Runs the same command after the damage: a code of `codes`, one line, and with 0 the twin's tensors."""
     twin = lab.twin(lab.config("twin", **RUN))
     tally.injected += 1
     try:

@@ -51,7 +51,7 @@ def drive(
     lab: Lab, tally: Tally, make: Any, calls: Sequence[Call], kind: str, number: int = 0, *,
     layout: str = "DP1", rank: int = 0, wanted: tuple[int, ...] = (5,), judged: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Injects a fault of one kind into each call, in a run of its own, and judges the same command without the fault.
+    """Injects a fault of one kind into each call, in a separate run, and judges the same command without the fault.
 
     Args:
         lab: the laboratory.

@@ -25,7 +25,7 @@ def tensors(run_dir: str, step: int) -> dict[str, str]:
 
 
 def saved_again(rank: int, configs: dict[str, tuple[RunConfig, str]]) -> dict[str, str]:
-    """Work of one process: opens each checkpoint at this layout and saves it, unchanged, in a folder of its own.
+    """Work of one process: opens each checkpoint at this layout and saves it, unchanged, in a separate folder.
 
     Returns:
         The traceback of each that failed, or "".

@@ -1,4 +1,4 @@
-"""Stop signals at each phase: the run ends with 75 and loses no finished step, and the same command goes on."""
+"""Stop signals at each phase: the run ends with 75 and loses no finished step, and the same command continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""File faults in the commands besides pretrain: prepare and export, every call; the same command ends byte-identical."""
+"""File faults in other commands than pretrain: prepare and export, every call; the same command ends byte-identical."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class Lab:
         return [items[number * len(items) // self.limit] for number in range(self.limit)]
 
     def config(self, name: str = "", **changes: Any) -> RunConfig:
-        """Settings of a small run in a folder of its own."""
+        """Settings of a small run in a new folder."""
         self.count += 1
         return tiny.tiny_config(self.folder / f"{name or 'run'}-{self.count}", self.corpus, **{**DROPOUT, **changes})
 
@@ -172,7 +172,7 @@ class Lab:
         return read_log(log)[0]
 
     def judge(self, tally: Tally, what: str, config: RunConfig, layout: str = "DP1", **options: Any) -> str:
-        """Gives the same command again, compares with the twin, counts the outcome, and removes the folder."""
+        """Runs the same command again, compares with the twin, counts the outcome, and removes the folder."""
         twin = self.twin(config, layout)
         tally.lost = max(tally.lost, steps_lost(config.run_dir))
         try:

@@ -1,7 +1,7 @@
 """What a disk holds after a power cut, rebuilt from what the shim copied at each fsync.
 
 Two models. "strict": a file holds what its last fsync wrote, and a folder lists what it listed at its own last fsync.
-"names": every name is on the disk at once, but a file that was not synced is empty. Real file systems lie between.
+"names": every name is on the disk at once, but a file that was not synced is empty. Real file systems are between the two.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Fault:
         return dict(vars(self))
 
     def environment(self, rank: int | None = None) -> dict[str, str]:
-        """Variables that arm a process of its own; with `rank`, the one of that rank alone."""
+        """Variables that arm a new process; with `rank`, only the process of that rank."""
         variables = {
             "LD_PRELOAD": str(library()), "FAULT_ROOT": self.root, "FAULT_KIND": str(KINDS.index(self.kind)),
             "FAULT_AT": str(self.at), "FAULT_NUMBER": str(self.number), "FAULT_LOG": self.log, "FAULT_SHADOW": self.shadow,

@@ -225,7 +225,7 @@ def test_a_stop_and_an_error_on_one_of_two_nodes(tmp_path: Path, corpus: str) ->
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({}, "so JOB_ID is needed: a word that only this job's nodes know"),
+        ({}, "so JOB_ID is needed: a random word"),
         ({"JOB_ID": "x"}, "so MASTER_ADDR is needed"),
         ({"SLURM_JOB_ID": "7", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "http"}, "MASTER_PORT=http"),
     ],

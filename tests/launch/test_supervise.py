@@ -49,7 +49,7 @@ STUCK = f"trap '' TERM; {FOREVER}"
     ("texts", "code", "message"),
     [
         (("exit 0", "exit 0"), 0, ""),
-        (("kill -9 $$", report(1, 8)), 8, f"rank 0 on {HOST} was lost: it was ended by SIGKILL; if nobody did that, the"),
+        (("kill -9 $$", report(1, 8)), 8, f"rank 0 on {HOST} was lost: it was ended by SIGKILL; if no user did that, the"),
         ((report(0, 8), f"{AFTER_0} kill -9 $$"), 8, f"rank 1 on {HOST} was lost"),
         (("kill -ABRT $$", "exit 1"), 8, f"rank 0 on {HOST} was lost: it was ended by SIGABRT; with NCCL, its watchdog"),
         ((report(0, 8), f"{AFTER_0} {report(1, 5)}"), 5, "error 5 of rank 1"),

@@ -98,10 +98,10 @@ def test_a_pickle_of_an_older_version_gets_the_settings():
         ({"decoupled_weight_decay": True}, "decoupled_weight_decay = True.*needs False"),
         ({"weight_decouple": False}, "weight_decouple = False.*needs True"),
         ({"fixed_decay": True}, "fixed_decay = True"),
-        ({"adanorm": True, "r": 0.95}, "has r, which LION does not know"),
+        ({"adanorm": True, "r": 0.95}, "has r, which LION does not have"),
         ({"adanorm": True}, "adanorm = True"),
         ({"use_gc": True}, "use_gc = True"),
-        ({"percentile_clipping": 5}, "has percentile_clipping, which LION does not know: delete it"),
+        ({"percentile_clipping": 5}, "has percentile_clipping, which LION does not have: delete it"),
         ({"lr": float("nan")}, "lr = nan"),
     ],
     ids=str,
@@ -194,7 +194,7 @@ def test_states_of_other_optimizers_are_refused_on_loading(kind):
             param.grad = torch.ones_like(param)
         other.step()
     before = copy.deepcopy(optimizer)
-    with pytest.raises(ValueError, match=r"needs a state of LION|needs the state of a LION|which LION does not know"):
+    with pytest.raises(ValueError, match=r"needs a state of LION|needs the state of a LION|which LION does not have"):
         optimizer.load_state_dict(other.state_dict())
     assert same_state(optimizer, before)
     optimizer.step()
@@ -223,7 +223,7 @@ def test_a_state_of_another_form_is_refused_on_loading(name, value, message, mod
 
 
 def test_state_of_parameters_that_no_group_lists_is_refused():
-    """By names instead of numbers, every entry would be passed over, and the momentum would begin again at 0."""
+    """By names instead of numbers, every entry would be ignored, and the momentum would begin again at 0."""
     optimizer, _ = build()
     state = optimizer.state_dict()
     state["state"] = {f"layer.{number}": value for number, value in state["state"].items()}

@@ -170,7 +170,7 @@ def test_a_fresh_start_that_was_killed_can_be_repeated(imported: bool, tmp_path:
 
 
 def test_a_full_disk_costs_log_messages_and_one_line(tmp_path: Path) -> None:
-    """Nothing needs the log, so the run goes on."""
+    """Nothing needs the log, so the run continues."""
     path = tmp_path / "log" / "rank00000.log"
     reader, writer = os.pipe()  # a pipe has no size limit
 
@@ -188,7 +188,7 @@ def test_a_full_disk_costs_log_messages_and_one_line(tmp_path: Path) -> None:
         printed = stream.read()
     assert code == 0, printed
     assert printed == (
-        f"megatron-lion: {path}: cannot be written: File too large; log messages are missing from here on, and the run goes on\n"
+        f"megatron-lion: {path}: cannot be written: File too large; log messages are missing from here on, and the run continues\n"
     )
     assert "first" in path.read_text()
 
