@@ -1,4 +1,4 @@
-"""Compares the pinned packages with the published vulnerabilities, by pip-audit; also for places without the service.
+"""Compares the pinned packages with the published vulnerabilities, by pip-audit; warns if no service answers.
 
     python .ci/audit.py [constraints.txt]
 
@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     pins = Path(words[0]) if words else REPO / "constraints.txt"
     for service in SERVICES:
         found = ask(service, pins)
-        # A mirror of the package index answers, but knows no package: pip-audit skips them all and reports success.
+        # A mirror of the package index answers without data on any package: pip-audit skips all and reports success.
         audited = [entry for entry in found or [] if "skip_reason" not in entry]
         if audited:
             break

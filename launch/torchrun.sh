@@ -24,5 +24,5 @@ here=$(cd "$(dirname "$0")/.." && pwd)
 [ -n "$PYTHON" ] || { [ -x "$here/.venv/bin/python" ] && PYTHON=$here/.venv/bin/python || PYTHON=python3; }
 if [ $# -lt 1 ]; then sed -n '2,8p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2; fi
 config=$1; shift
-# exec: a signal to this script reaches the launcher itself, and killing the one is killing the other.
+# exec: the launcher takes this script's place and pid, so a signal to the script reaches the launcher.
 exec "$PYTHON" -m megatron_lion.launcher --nodes "$NNODES" --processes "$NPROC_PER_NODE" --check pretrain --config "$config" "$@"

@@ -57,7 +57,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="VERB …", help="the subcommand and its arguments")
     found = parser.parse_args(words)
     if not found.command or found.processes < 0 or found.nodes < 1:
-        parser.error("give a VERB, --processes of at least 1 and --nodes of at least 1")
+        parser.error("give a VERB, --processes of 0 or more and --nodes of at least 1")
     return found
 
 

@@ -32,7 +32,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument(
         "--fall-back",
         action="store_true",
-        help="if the newest checkpoint is damaged, incomplete or foreign, move it aside and resume from the newest whole one",
+        help="if the newest checkpoint is damaged, incomplete or foreign, move it aside and resume from the newest intact one",
     )
     parser.add_argument(
         "--max-steps",

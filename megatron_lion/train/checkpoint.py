@@ -58,7 +58,7 @@ def newest_checkpoint(
         run_dir: the run folder, locked by the first rank.
         ranks: this process's ranks.
         fresh: the run starts over.
-        fall_back: take the newest whole checkpoint, and move newer folders aside, instead of refusing.
+        fall_back: take the newest intact checkpoint, and move newer folders aside, instead of refusing.
 
     Returns:
         The run's id, and the checkpoint, or None if the run begins.

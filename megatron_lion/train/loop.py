@@ -53,7 +53,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, fall_back: bool = False)
     Args:
         config: the checked settings.
         fresh: move an old run in that folder aside and start over.
-        fall_back: if the newest checkpoint is damaged or incomplete, move it aside and resume from the newest whole one.
+        fall_back: if the newest checkpoint is damaged or incomplete, move it aside and resume from the newest intact one.
 
     Raises:
         StoppedOnRequest: a stop signal arrived; a checkpoint was saved first.

@@ -1,4 +1,4 @@
-"""A newest checkpoint that is incomplete, damaged or gone is refused; `--fall-back` resumes from the newest whole one."""
+"""A newest checkpoint that is incomplete, damaged or gone is refused; `--fall-back` resumes from the newest intact one."""
 
 from __future__ import annotations
 
