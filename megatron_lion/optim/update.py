@@ -243,7 +243,7 @@ def fit_saved_groups(
     Args:
         own: the optimizer's groups.
         saved: the groups of a state dict. Surplus ones are returned as they are: torch refuses another number of groups.
-        settings: the saved settings of a group that has none of its own.
+        settings: the saved settings for a group that lacks them.
         layout: how this optimizer keeps its state.
 
     Raises:
@@ -308,8 +308,8 @@ def check_saved_state(state: dict[Any, Any], numbers: Sequence[Any]) -> None:
 def asks_for_state(groups: Sequence[dict[str, Any]], slots: Sequence[Slot]) -> bool:
     """Returns whether a first step is a request for the state: its rate is 0 and every gradient is 0.
 
-    So torch.distributed.checkpoint makes an optimizer's missing state. Such a step must not count, and must not begin a
-    momentum at g_1 = 0. Only rates in host memory are read: torch puts its zeros there, and a rate on a device must not
+    torch.distributed.checkpoint creates an optimizer's missing state by such a step. It must not count, and must not begin
+    a momentum at g_1 = 0. Only rates in host memory are read: torch puts its zeros there, and a rate on a device must not
     make the host wait.
 
     Args:
@@ -326,7 +326,7 @@ def asks_for_state(groups: Sequence[dict[str, Any]], slots: Sequence[Slot]) -> b
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Returns whether the elements fill their memory without gap or overlap, in whatever order of the dimensions."""
+    """Returns whether the elements fill their memory without gap or overlap, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != expected:

@@ -56,7 +56,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, fall_back: bool = False)
         fall_back: if the newest checkpoint is damaged or incomplete, move it aside and resume from the newest intact one.
 
     Raises:
-        StoppedOnRequest: a stop signal arrived; a checkpoint was saved first.
+        StoppedOnRequest: a stop signal arrived; a checkpoint was saved first, if there was anything to save.
         NumericsError: the state is not finite, or too many consecutive steps had non-finite gradients; not saved.
         DataError: the loss counted nothing in too many consecutive steps, or in the held-out samples.
         ConfigError, DataError, CheckpointError, BusyError: raised before anything is computed.
