@@ -24,8 +24,8 @@ KNOWN: dict[str, str] = {}
 """Vulnerabilities that are accepted: the identifier, and the reason."""
 
 
-def ask(service: str, pins: Path) -> list[dict[str, Any]] | None:
-    """Returns pip-audit's entry of each package, or None if the service does not answer."""
+def ask(service: str, pins: Path) -> list[dict[str, Any]] | str:
+    """Returns pip-audit's entry of each package, or the reason if the service does not answer."""
     command = [
         sys.executable, "-m", "pip_audit", "--requirement", str(pins), "--no-deps", "--disable-pip", "--format", "json",
         "--progress-spinner", "off", "--timeout", str(CONNECT_S), "--vulnerability-service", service,
@@ -35,24 +35,30 @@ def ask(service: str, pins: Path) -> list[dict[str, Any]] | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S, cwd=REPO)
         found: list[dict[str, Any]] = json.loads(done.stdout)["dependencies"]
     except (subprocess.TimeoutExpired, ValueError, KeyError):
-        if done is not None and "No module named pip_audit" in done.stderr:
+        reason = (done.stderr.strip().splitlines() if done is not None else []) or [f"no answer within {LIMIT_S} s"]
+        if "No module named pip_audit" in reason[-1]:
             sys.exit("pip-audit is not installed; make setup EXTRA=ci installs it")
-        return None
+        return reason[-1]
     return found
 
 
 def main(words: list[str]) -> int:
     """Audits a file of pinned packages; returns the exit code."""
     pins = Path(words[0]) if words else REPO / "constraints.txt"
+    reasons = []
     for service in SERVICES:
         found = ask(service, pins)
+        if isinstance(found, str):
+            reasons.append(f"{service}: {found}")
+            continue
         # A mirror of the package index answers without data on any package: pip-audit skips all and reports success.
-        audited = [entry for entry in found or [] if "skip_reason" not in entry]
+        audited = [entry for entry in found if "skip_reason" not in entry]
         if audited:
             break
+        reasons.append(f"{service}: it knows none of the packages")
     else:
         print(
-            f"WARNING: no vulnerability service ({', '.join(SERVICES)}) can be reached: THE PACKAGES WERE NOT AUDITED",
+            f"WARNING: no vulnerability service can be reached ({'; '.join(reasons)}): THE PACKAGES WERE NOT AUDITED",
             file=sys.stderr,
         )
         return 0
@@ -67,7 +73,7 @@ def main(words: list[str]) -> int:
                 + (f" (accepted: {reason})" if reason else "")
             )
             wrong += reason is None
-    skipped = sum("skip_reason" in entry for entry in found or [])
+    skipped = sum("skip_reason" in entry for entry in found)
     print(
         f"{len(audited)} packages audited by {service}, {skipped} unknown there, {wrong} vulnerabilities not accepted"
     )

@@ -28,10 +28,11 @@ def report(error: MegatronLionError, *, direct: bool = False) -> None:
     # Every rank raises these errors itself, so rank 0 alone prints them.
     alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)
     told_by = 0 if error.told_by is None and alike else error.told_by
-    if told_by is None or int(rank or 0) == told_by:
-        # It may contain paths and names from another person's files. Some messages have a line for each mistake.
+    printed = told_by is None or int(rank or 0) == told_by
+    if printed:
+        # Paths and names in it may come from somebody else's files; some messages have a line for each mistake.
         (write_line if direct else _print)(plain(f"{prefix}{error}", keep="\n"))
-    record(error.exit_code, str(error))
+    record(error.exit_code, str(error), printed=printed)
 
 
 def _print(text: str) -> None:
@@ -47,12 +48,12 @@ def write_line(text: str) -> None:
         os.write(2, f"{text}\n".encode(errors="replace"))
 
 
-def record(exit_code: int, message: str) -> None:
+def record(exit_code: int, message: str, *, printed: bool = True) -> None:
     """Writes this rank's exit file if a launcher started the rank and reads the file."""
     folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
     if "RANK" in os.environ and folder and os.path.isdir(folder):
         with contextlib.suppress(OSError):  # a full disk must not hide the error that is reported
-            record_exit_code(Path(folder), rank_from_env(), exit_code, message)
+            record_exit_code(Path(folder), rank_from_env(), exit_code, message, printed)
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -176,8 +176,12 @@ def make_folder(folder: str | Path) -> None:
     Raises:
         StorageError: the file system refused.
     """
+    folder = Path(folder)
     with storage_errors(folder, "made"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    for path in new:  # else a power cut may lose the entry, and with it everything that is flushed below it
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: str | Path) -> None:

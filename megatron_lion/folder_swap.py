@@ -33,9 +33,12 @@ def work_folder(final: Path) -> Iterator[Path]:
     with storage_errors(final, "made"):
         final.parent.mkdir(parents=True, exist_ok=True)
         for entry in list(final.parent.iterdir()):
-            if entry.name.startswith(prefix) and time.time() - entry.lstat().st_mtime > _YOUNG_S:
-                with suppress(OSError), _folder_lock(entry):
-                    shutil.rmtree(entry, ignore_errors=True)
+            if not entry.name.startswith(prefix):
+                continue
+            with suppress(OSError):  # of another process, which may remove it at this moment
+                if time.time() - entry.lstat().st_mtime > _YOUNG_S:
+                    with _folder_lock(entry):
+                        shutil.rmtree(entry, ignore_errors=True)
         _put_back(final)
         temporary = final.with_name(f"{prefix}{os.getpid()}-{os.urandom(3).hex()}")
         temporary.mkdir()

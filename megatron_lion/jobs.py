@@ -107,9 +107,16 @@ class Jobs:
             self._process.terminate()
 
 
-def record_exit_code(folder: Path, rank: int, exit_code: int, message: str) -> None:
-    """Writes a rank's exit code and message to `exit.<rank>.json`, from which the launcher finds the job's cause."""
-    content = {"rank": rank, "exit_code": exit_code, "error": message}
+def record_exit_code(folder: Path, rank: int, exit_code: int, message: str, printed: bool = True) -> None:
+    """Writes a rank's exit code and message to `exit.<rank>.json`, from which the launcher finds the job's cause.
+
+    Args:
+        folder: the launcher's folder.
+        rank, exit_code: of this process.
+        message: the error in one line.
+        printed: whether this rank has printed it.
+    """
+    content = {"rank": rank, "exit_code": exit_code, "error": message, "printed": printed}
     # Renamed when complete: a launcher may kill this rank at any moment, and the reader parses every file.
     temporary = folder / f".exit.{rank}.json.tmp"
     temporary.write_text(json.dumps(content), encoding="utf-8")

@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
+from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.files import storage_errors
 from megatron_lion.jobs import STORE
 from megatron_lion.signals import collected, end_with_parent
-from megatron_lion.supervise import Cause, Rank, find_cause, watch
+from megatron_lion.supervise import Cause, Rank, find_cause, signal_name, watch
 
 if TYPE_CHECKING:
     from megatron_lion.nodes import Nodes
@@ -132,6 +132,8 @@ def _check(options: argparse.Namespace, processes: int, received: list[int]) -> 
     """Checks the settings once: an invalid one gives one message instead of one for each process."""
     words = [sys.executable, "-m", "megatron_lion", *options.command, "--dry-run"]
     code, _ = _child(words, {"WORLD_SIZE": str(options.nodes * processes)}, received, False)
+    if code < 0:
+        raise PeerError(f"the check of the settings was ended by {signal_name(-code)}")
     if code:
         sys.exit(code)  # it has printed its line
 

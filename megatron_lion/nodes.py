@@ -52,6 +52,9 @@ def check_variables(environment: Mapping[str, str]) -> tuple[str, int, str]:
         raise ConfigError("NNODES is above 1, so MASTER_ADDR is needed: the address of one node that all others reach")
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise ConfigError(f"MASTER_PORT={port}: give a free port of {address}, from 1 to 65535")
+    node = environment.get("NODE_RANK") or "0"
+    if not (node.isascii() and node.isdigit()):
+        raise ConfigError(f"NODE_RANK={node}: give a number from 0 to below NNODES, or leave it out on all nodes")
     return address, int(port), job
 
 
@@ -90,10 +93,15 @@ class Nodes:
         self._thread: threading.Thread | None = None
         self._store = self._open()
         self.interface = environment.get("INTERFACE") or _interface_to(self.address, self.port)
-        self.number = self._number()
-        self._store.set(f"node/{self.number}", json.dumps({"host": socket.gethostname(), "processes": processes}))
-        self._wait(lambda: int(self._store.add("nodes", 0)) >= count, "nodes", MEET_S, self._missing)
-        found = [json.loads(self._store.get(f"node/{number}")) for number in range(count)]
+        try:
+            self.number = self._number()
+            self._store.set(f"node/{self.number}", json.dumps({"host": socket.gethostname(), "processes": processes}))
+            self._store.add("nodes", 1)  # after the key, which the others read as soon as the count is complete
+            self._wait(lambda: int(self._store.add("nodes", 0)) >= count, "nodes", MEET_S, self._missing)
+            found = [json.loads(self._store.get(f"node/{number}")) for number in range(count)]
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise PeerError(f"MASTER_ADDR {self.address}:{self.port}: the job's store was lost: {reason}") from error
         self._hosts = [str(node["host"]) for node in found]
         sizes = [int(node["processes"]) for node in found]
         first = sum(sizes[: self.number])
@@ -141,11 +149,10 @@ class Nodes:
         return True
 
     def _number(self) -> int:
-        given = self._environment.get("NODE_RANK")
+        given = self._environment.get("NODE_RANK") or None
         if given is None and self._environment.get("SLURM_STEP_NUM_NODES") == str(self.count):
             given = self._environment.get("SLURM_NODEID")
-        arrived = int(self._store.add("nodes", 1)) - 1
-        number = arrived if given is None else int(given)
+        number = int(self._store.add("arrived", 1)) - 1 if given is None else int(given)
         if not 0 <= number < self.count or int(self._store.add(f"claimed/{number}", 1)) > 1:
             raise ConfigError(
                 f"node number {number} is taken or not below NNODES={self.count}: each of the {self.count} nodes runs the "
@@ -246,7 +253,9 @@ class Nodes:
         """
         lost_master = self._failure is not None and not self._reachable
         self._ending = True  # the other launchers may be gone from here on
-        is_own = cause.code not in (0, LOST, STOPPED) or (cause.code == LOST and not cause.printed)
+        # Ranks here that hung, and were killed, after another node had failed are a consequence.
+        is_first = self._failure is None
+        is_own = cause.code not in (0, LOST, STOPPED) or (cause.code == LOST and not cause.printed and is_first)
         with suppress(RuntimeError):
             if is_own and not lost_master:
                 self._tell_failure(cause)
@@ -254,7 +263,8 @@ class Nodes:
                 self._store.set(f"ended/{self.number}", "")
                 self._wait_for_others(cause)
         found = self._failure
-        if found is not None and not is_own and cause.code in (LOST, STOPPED) and found.code != cause.code:
+        is_other = found is not None and (found.code != cause.code or not cause.printed)
+        if found is not None and is_other and not is_own and cause.code in (LOST, STOPPED):
             return found
         return cause
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_lion.collective_faults import is_collective_fault, is_own_fault, one_line, start_fault
 from megatron_lion.device import Device
-from megatron_lion.errors import ConfigError, MegatronLionError, PeerError
+from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.peer_watch import PeerWatch, failure_text
 from megatron_lion.peers import alone, mark, set_timeout, waits, watched
 from megatron_lion.rendezvous import join_job
@@ -259,6 +259,10 @@ def agree(what: str) -> Iterator[None]:
     with alone(what):  # the others wait in the collective for as long as the slowest works
         try:
             yield
+        except StoppedOnRequest:
+            # A signal raises it at any line, at another one on each rank. The others may be in a collective of the block,
+            # which must not receive this function's message.
+            raise
         except MegatronLionError as caught:
             error = caught
         waits()

@@ -72,12 +72,16 @@ class TcpBoard:
         self.where = f"{host}:{port}"
         client = dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=_ANSWER_S), wait_for_workers=False)
         self._store = dist.PrefixStore(name, client)
+        self._known: set[int] = set()  # ranks that left a message: a key is never removed
 
     def post(self, rank: int, message: dict[str, Any]) -> None:
         self._store.set(str(rank), json.dumps(message))
 
     def read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
-        known = [str(rank) for rank in ranks if self._store.check([str(rank)])]  # reading another key would wait for it
+        # Reading a key that is not there would wait for it. A check of each rank by each rank every second would be N^2
+        # requests at one store, so a rank is checked until its first message only.
+        self._known |= {rank for rank in ranks if rank not in self._known and self._store.check([str(rank)])}
+        known = [str(rank) for rank in ranks if rank in self._known]
         return {int(key): json.loads(text) for key, text in zip(known, self._store.multi_get(known), strict=True)}
 
     def remove(self) -> None:

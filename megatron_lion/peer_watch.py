@@ -222,12 +222,15 @@ class PeerWatch:
         for rank in self.peers:
             state, silent = self.state(rank), self.silent_s(rank)
             limit = self.timeout_s + slack
-            if state == "gone":
+            # It has left, and NCCL would wait for it until its own limit; "done" is left out, as a finished rank needs nothing.
+            has_failed = (self.peers[rank].message.get("ended") or {}).get("kind") in ("failed", "lost")
+            if state == "gone" or has_failed:
                 limit = min(limit, _GONE_S)
             elif state == "alive" and (self.alone or self.peers[rank].message.get("alone")):
                 limit = max(limit, ALONE_SILENCE_S)
             # A process that is known to be gone or stopped is judged by the time of the wait alone.
-            if waited > limit and (state in ("gone", "stopped") or (state == "alive" and silent > limit)):
+            is_lost = has_failed or state in ("gone", "stopped") or (state == "alive" and silent > limit)
+            if waited > limit and is_lost:
                 self._die(self.blame(None))
         if min(waited, self._unanswered_s()) > self.timeout_s + slack:
             self._die(self.blame(None))

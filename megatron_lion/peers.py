@@ -64,7 +64,7 @@ def alone(stage: str) -> Iterator[None]:
     if watch is None:
         yield
         return
-    before = watch.stage
+    before, worked = watch.stage, watch.working
     watch.mark(stage)
     watch.alone += 1
     if watch.alone == 1:
@@ -74,7 +74,7 @@ def alone(stage: str) -> Iterator[None]:
         yield
         watch.mark(before)
     finally:
-        watch.working = False
+        watch.working = worked  # an outer block of this kind may still work
         watch.alone -= 1
         if watch.alone == 0:
             set_timeout(watch.timeout_s)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -159,10 +159,23 @@ def find_cause(ranks: Sequence[Rank], exits: Path, interrupted: bool = False) ->
             found.append((order, time_ns, cause))
     if not found:
         return Cause(0, "")
-    code = min(found, key=lambda item: item[:2])[2]
-    if interrupted and code.code != STOPPED:
+    first = min(found, key=lambda item: item[:2])[2]
+    if interrupted and first.code != STOPPED:
         return Cause(128 + signal.SIGINT, "interrupted")
-    return code
+    # If all ranks raise an error, one of them prints it, which need not be the first.
+    return replace(first, printed=any(cause.printed and cause.code == first.code for _, _, cause in found))
+
+
+def signal_name(number: int) -> str:
+    """Returns the name of a signal, such as SIGKILL.
+
+    >>> signal_name(9), signal_name(40)
+    ('SIGKILL', 'signal 40')
+    """
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
 
 
 def _end_of(rank: Rank, exits: Path) -> tuple[Cause | None, int, int]:
@@ -174,7 +187,7 @@ def _end_of(rank: Rank, exits: Path) -> tuple[Cause | None, int, int]:
         code = int(told["exit_code"])
         # Lines about a lost peer and lines of a stop are equals: either can be a consequence of the other.
         return (
-            Cause(code, str(told["error"]), printed=True),
+            Cause(code, str(told["error"]), printed=bool(told.get("printed", True))),
             {LOST: 3, STOPPED: 3, 1: 2}.get(code, 0),
             path.stat().st_mtime_ns,
         )
@@ -186,11 +199,12 @@ def _end_of(rank: Rank, exits: Path) -> tuple[Cause | None, int, int]:
     if rank.stopped:
         return Cause(STOPPED, IN_START), 3, rank.ended_ns
     if rank.code < 0:
-        name = signal.Signals(-rank.code).name
-        hint = {
+        name = signal_name(-rank.code)
+        hints: dict[int, str] = {
             signal.SIGKILL: "; if no user did that, the machine was probably out of memory (see dmesg)",
             signal.SIGABRT: "; with NCCL, its watchdog does that to a rank whose peer is lost or hangs",
-        }.get(signal.Signals(-rank.code), "")
-        message = f"{where} was lost: it was ended by {name}{hint}; the same command resumes from the newest checkpoint"
+        }
+        ended = f"it was ended by {name}{hints.get(-rank.code, '')}"
+        message = f"{where} was lost: {ended}; the same command resumes from the newest checkpoint"
         return Cause(LOST, message), 1, rank.ended_ns
     return Cause(rank.code, f"{where} failed with code {rank.code}; its error is above"), 2, rank.ended_ns

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_lion.errors import CheckpointError
+from megatron_lion.errors import CheckpointError, MegatronLionError
 from megatron_lion.evaluate.token_scores import LogitsScorer
 from megatron_lion.files import sha256_file
 from megatron_lion.plain_text import is_file_name
@@ -126,6 +126,8 @@ def open_huggingface(
         model, notes = GPT2LMHeadModel.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+    except MegatronLionError:  # a stop signal
+        raise
     except Exception as error:  # transformers raises many unrelated classes for files that it rejects
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder}: not a GPT-2 model that transformers can load: {reason}") from None

@@ -21,6 +21,10 @@ GO_BACK = (
     "restore it from a copy of this same step, or give pretrain --fall-back, or move this step's folder away to resume from "
     "the checkpoint before it"
 )
+GO_BACK_BY_HAND = (
+    "restore it from a copy of this same step, or move this step's folder away to resume from the checkpoint before it"
+)
+"""For faults that the digests do not show, so that --fall-back would choose the same checkpoint."""
 MAX_STEP = 10**12
 _MAX_COUNT = 2**63 - 1  # what torch and safetensors can count
 

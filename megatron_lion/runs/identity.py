@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -56,16 +57,17 @@ def read_run_id(run_dir: Path) -> str | None:
 _REMAKE = "move it away and start pretrain again: it takes the run's id from its checkpoints and writes the file again"
 
 
-def settle_run_id(run_dir: Path, folders: Sequence[Path], *, fresh: bool) -> str:
+def settle_run_id(run_dir: Path, folders: Sequence[Path], *, fresh: bool, fall_back: bool = False) -> str:
     """Returns the id under which a run starts or resumes: its own, else that of its checkpoints, else a new one.
 
     Args:
         run_dir: the run folder, locked.
         folders: the checkpoints in it.
         fresh: the run starts over; imported weights, which it keeps, become part of the new run.
+        fall_back: if the checkpoints belong to several runs, take the id of the newest one instead of refusing.
 
     Raises:
-        CheckpointError: run.json or a manifest is damaged, or the checkpoints belong to several runs.
+        CheckpointError: run.json is damaged, or the checkpoints belong to several runs.
     """
     own = read_run_id(run_dir)
     if own is not None:
@@ -75,7 +77,13 @@ def settle_run_id(run_dir: Path, folders: Sequence[Path], *, fresh: bool) -> str
         for folder in folders:
             write_whole(folder / MANIFEST, manifest_bytes({**read_manifest(folder), "run_id": made}))
         return made
-    by_id = {found: folder for folder in folders if (found := read_manifest(folder).get("run_id")) is not None}
+    by_id: dict[str | None, Path] = {}
+    for folder in folders:
+        with suppress(CheckpointError):  # whoever opens a damaged one reports it, or --fall-back passes it over
+            by_id[read_manifest(folder).get("run_id")] = folder
+    by_id.pop(None, None)
+    if fall_back and by_id:
+        return str(list(by_id)[-1])  # that of the newest one; those of other runs are passed over
     if len(by_id) > 1:
         raise CheckpointError(
             f"{facts_file(run_dir)}: has no run id, and {' and '.join(sorted(folder.name for folder in by_id.values()))} belong "

@@ -97,9 +97,12 @@ def list_steps(run_dir: Path) -> list[int]:
 def _step_entries(run_dir: Path) -> list[tuple[int, str]]:
     """(number, name) of everything in the checkpoint folder that is named like a step, complete or not, ascending."""
     folder = checkpoints_folder(run_dir)
-    if not folder.is_dir():
-        return []
-    matches = (_ANY_STEP_NAME.match(entry.name) for entry in folder.iterdir())
+    with storage_errors(folder, "read"):
+        try:
+            names = os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    matches = (_ANY_STEP_NAME.match(name) for name in names)
     return sorted((int(match[1]), match[0]) for match in matches if match)
 
 
@@ -220,10 +223,12 @@ def find_latest(run_dir: Path) -> Checkpoint | None:
 
 def _recorded_newest(run_dir: Path) -> str | None:
     """Name of the checkpoint that was saved last or chosen by --fall-back, or None if no record exists."""
-    try:
-        return newest_checkpoint_file(run_dir).read_text(encoding="ascii", errors="replace").strip()[:40]
-    except OSError:
-        return None
+    path = newest_checkpoint_file(run_dir)
+    with storage_errors(path, "read"):  # an unreadable record is not the same as none
+        try:
+            return path.read_text(encoding="ascii", errors="replace").strip()[:40]
+        except FileNotFoundError:
+            return None
 
 
 def record_newest(run_dir: Path, step: int) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_lion.errors import CheckpointError, StorageError
 from megatron_lion.files import sha256_file, storage_errors, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
-from megatron_lion.runs.checkpoint_manifest import manifest_bytes, read_manifest
+from megatron_lion.runs.checkpoint_manifest import GO_BACK_BY_HAND, manifest_bytes, read_manifest
 from megatron_lion.runs.identity import settle_run_id
 from megatron_lion.runs.paths import checkpoints_folder
 from megatron_lion.runs.steps import (
@@ -69,7 +69,8 @@ def newest_checkpoint(
     decided: tuple[str, int | None] | None = None
     with agree("looking for a checkpoint"):
         if ranks.is_main:
-            run_id = settle_run_id(run_dir, [step_folder(run_dir, step) for step in list_steps(run_dir)], fresh=fresh)
+            folders = [step_folder(run_dir, step) for step in list_steps(run_dir)]
+            run_id = settle_run_id(run_dir, folders, fresh=fresh, fall_back=fall_back)
             found = newest_whole(run_dir, _verify_files) if fall_back else find_latest(run_dir)
             decided = run_id, None if found is None else found.step
     run_id, step = broadcast_object(decided)
@@ -213,13 +214,15 @@ def read_rng(checkpoint: Checkpoint, ranks: Ranks) -> dict[str, torch.Tensor] | 
         return None
     path = checkpoint.folder / f"rng_{ranks.rank:05d}.safetensors"
     if path.name not in checkpoint.manifest["files"]:  # then nothing compared its digest
-        raise CheckpointError(f"{path}: {MANIFEST} does not list it; {GO_BACK}")
+        raise CheckpointError(f"{path}: {MANIFEST} does not list it; {GO_BACK_BY_HAND}")
     try:
         states = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"{path}: holds no random states ({' '.join(str(error).split())}); {GO_BACK}") from error
+        raise CheckpointError(
+            f"{path}: holds no random states ({' '.join(str(error).split())}); {GO_BACK_BY_HAND}"
+        ) from error
     if "torch" not in states or any(state.dtype != torch.uint8 or state.dim() != 1 for state in states.values()):
-        raise CheckpointError(f"{path}: holds other tensors than random states; {GO_BACK}")
+        raise CheckpointError(f"{path}: holds other tensors than random states; {GO_BACK_BY_HAND}")
     return states
 
 

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_lion.collective_faults import is_collective_fault
-from megatron_lion.errors import CheckpointError, StorageError
+from megatron_lion.errors import CheckpointError, MegatronLionError, StoppedOnRequest, StorageError
 from megatron_lion.files import storage_errors
 from megatron_lion.parallel import agree
 from megatron_lion.runs.steps import naming_removal
@@ -171,7 +171,7 @@ def _write_files(writer: Any, folder: Path) -> tuple[list[Any], dict[str, str]]:
         on_cpu = writer.preload_tensors([bucket])[0]
         transforms = _HashingTransforms()
         _, results = writer.write_preloaded_data([transforms], number, on_cpu, None, None, use_fsync=True)
-        if isinstance(results, OSError):
+        if isinstance(results, OSError | MegatronLionError):  # the latter is a stop signal
             raise results
         if isinstance(results, Exception):  # torch's writer re-raises the OSError, or fails with an unrelated exception
             raise StorageError(
@@ -209,6 +209,9 @@ def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
             causes = (
                 [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
             )
+            stop = next((cause for cause in (error, *causes) if isinstance(cause, StoppedOnRequest)), None)
+            if stop is not None:
+                raise stop from None
             text = " ".join(str(causes[0] if causes else error).split())[:300]
             raise CheckpointError(f"{folder}: does not fit this model: {text}") from error
     return loaded

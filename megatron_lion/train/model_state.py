@@ -11,9 +11,10 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_lion.config import RunConfig
 from megatron_lion.data.corpora import Corpora
-from megatron_lion.errors import CheckpointError
+from megatron_lion.errors import CheckpointError, NumericsError
 from megatron_lion.parallel import Ranks, agree
-from megatron_lion.runs.steps import GO_BACK, Checkpoint
+from megatron_lion.runs.checkpoint_manifest import GO_BACK_BY_HAND
+from megatron_lion.runs.steps import Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import weights_fingerprint
 
@@ -120,10 +121,13 @@ def read_weights(model: list[Any], checkpoint: Checkpoint, ranks: Ranks) -> None
         wanted[key] = item if same else replace(item, data=torch.empty_like(item.data, dtype=stored), dtype=stored)
     loaded = ckpt.read_tensors({"model": wanted}, checkpoint.folder)["model"]
     # The digests cover the files, and fit if a file was changed together with its digest; this covers what arrived.
-    found = weights_fingerprint(model, {parameter: loaded[key] for key, parameter in parameters.items()})
+    try:
+        found = weights_fingerprint(model, {parameter: loaded[key] for key, parameter in parameters.items()})
+    except NumericsError as error:  # saved by a version that did not check it
+        raise CheckpointError(f"{checkpoint.folder}: {error}; {GO_BACK_BY_HAND}") from error
     saved = checkpoint.manifest["weights_fingerprint"]
     if found != saved:
         raise CheckpointError(
-            f"{checkpoint.folder}: the weights that were read have fingerprint {found[:12]}, but {saved[:12]} was saved; {GO_BACK}"
+            f"{checkpoint.folder}: the weights that were read have fingerprint {found[:12]}, but {saved[:12]} was saved; {GO_BACK_BY_HAND}"
         )
     load_model_tensors(model, loaded)

@@ -8,7 +8,8 @@ import torch
 
 from megatron_lion.errors import CheckpointError, NumericsError
 from megatron_lion.parallel import agree, derive_seed, seed_everything
-from megatron_lion.runs.steps import GO_BACK, Checkpoint
+from megatron_lion.runs.checkpoint_manifest import GO_BACK_BY_HAND
+from megatron_lion.runs.steps import Checkpoint
 from megatron_lion.train import checkpoint as ckpt
 from megatron_lion.train.fingerprint import state_fingerprint, weights_fingerprint
 from megatron_lion.train.model_state import check_model, load_model_tensors, load_weights, model_sharded_state
@@ -57,7 +58,9 @@ def restore_run(run: Run, checkpoint: Checkpoint) -> None:
     try:
         _compare_fingerprints(run, checkpoint)
     except NumericsError as error:  # saved by a version that did not check it
-        raise CheckpointError(f"{checkpoint.folder}: {error}, so it cannot be trained from; {GO_BACK}") from error
+        raise CheckpointError(
+            f"{checkpoint.folder}: {error}, so it cannot be trained from; {GO_BACK_BY_HAND}"
+        ) from error
 
 
 def restore_weights(run: Run, checkpoint: Checkpoint) -> None:
@@ -91,7 +94,7 @@ def why_no_state(run: Run, checkpoint: Checkpoint) -> str | None:
 def _check_state(run: Run, checkpoint: Checkpoint) -> None:
     manifest, where = checkpoint.manifest, checkpoint.folder
     if manifest.get("state_layout") is None:
-        raise CheckpointError(f"{where}: holds no optimizer state, so no run can resume from it; {GO_BACK}")
+        raise CheckpointError(f"{where}: holds no optimizer state, so no run can resume from it; {GO_BACK_BY_HAND}")
     if manifest["optimizer"] != run.optimizer.name:
         raise CheckpointError(
             f"{where}: was written by {manifest['optimizer']}, optimizer.name is {run.optimizer.name}; use another run_dir"

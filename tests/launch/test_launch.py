@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from job_processes import LAUNCH, REPO, Job, alive, listeners, local, outer_interface, started
+from job_processes import LAUNCH, REPO, Job, alive, free_port, listeners, local, outer_interface, started
 from tiny import outcome, tiny_config, write_corpus
 
 from megatron_lion import launcher
@@ -162,12 +162,6 @@ def test_a_save_that_takes_longer_than_half_a_minute(tmp_path: Path, corpus: str
         job.signal(signal.SIGTERM)
         ended_on_request(job, tmp_path)
         assert time.monotonic() - asked > 35
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow

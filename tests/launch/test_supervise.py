@@ -17,6 +17,7 @@ import pytest
 from job_processes import REPO, alive
 
 from megatron_lion import supervise
+from megatron_lion.jobs import record_exit_code
 from megatron_lion.signals import IN_START
 from megatron_lion.supervise import Rank, find_cause, watch
 
@@ -59,16 +60,30 @@ STUCK = f"trap '' TERM; {FOREVER}"
         ((report(0, 75), f"{AFTER_0} {report(1, 8)}"), 75, "error 75 of rank 0"),
         ((f"{AFTER_1} {report(0, 75)}", report(1, 8)), 8, "error 8 of rank 1"),
         (("kill -TERM $$", FOREVER), 75, IN_START),
+        (("kill -40 $$", "exit 0"), 8, f"rank 0 on {HOST} was lost: it was ended by signal 40"),
     ],
     ids=[
         "done", "lost", "lost later than missed", "watchdog", "own error", "first own error", "traceback", "stopped",
-        "stopped, then missed", "missed, then stopped", "stopped in its start",
+        "stopped, then missed", "missed, then stopped", "stopped in its start", "a signal without a name",
     ],
 )  # fmt: skip
 def test_the_cause(texts: tuple[str, ...], code: int, message: str, tmp_path: Path) -> None:
     found = scripts(tmp_path, *texts)
     assert found[0] == code
     assert found[1].startswith(message)
+
+
+@pytest.mark.parametrize(("printed", "expected"), [((False, False), False), ((False, True), True)])
+def test_a_cause_that_no_rank_has_printed_is_left_to_the_launcher(
+    printed: tuple[bool, bool], expected: bool, tmp_path: Path
+) -> None:
+    """A rank leaves the line of an error that all ranks share to another one, which may end for another reason."""
+    ranks = [Rank(number, ["sh", "-c", "exit 2"], dict(os.environ)) for number in range(2)]
+    for number, flag in enumerate(printed):
+        record_exit_code(tmp_path, number, 2, "a wrong setting", flag)
+    watch(ranks, [], 100)
+    found = find_cause(ranks, tmp_path)
+    assert (found.code, found.message, found.printed) == (2, "a wrong setting", expected)
 
 
 def test_a_rank_that_hangs_after_the_failure_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

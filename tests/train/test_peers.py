@@ -17,7 +17,7 @@ from distributed import run_distributed
 from megatron_lion import peer_watch, peers
 from megatron_lion.collective_faults import is_collective_fault, start_fault
 from megatron_lion.device import Device, install_cpu_stand_in
-from megatron_lion.errors import DataError, EnvironmentFault, PeerError
+from megatron_lion.errors import DataError, EnvironmentFault, PeerError, StoppedOnRequest
 from megatron_lion.parallel import agree, process_groups
 from megatron_lion.peer_board import FileBoard, TcpBoard
 
@@ -154,3 +154,59 @@ def test_a_store_that_is_gone_is_reported_in_time() -> None:
     del host
     with pytest.raises(RuntimeError):
         board.read([0])
+
+
+def test_a_tcp_board_asks_for_a_rank_until_its_first_message_only() -> None:
+    """Every rank reads every other one each second: one more request for each pair would drown the store."""
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    board = TcpBoard("127.0.0.1", host.port, "x")
+    asked: list[str] = []
+
+    class Store:
+        def check(self, keys: list[str]) -> bool:
+            asked.extend(keys)
+            return keys == ["1"]
+
+        def multi_get(self, keys: list[str]) -> list[str]:
+            return ["{}" for _ in keys]
+
+    board._store = Store()
+    assert [board.read([1, 2]) for _ in range(3)] == [{1: {}}] * 3
+    assert asked == ["1", "2", "2", "2"]
+
+
+@pytest.mark.parametrize(("kind", "dies"), [("failed", True), ("lost", True), ("done", False)])
+def test_a_peer_that_left_with_an_error_is_not_waited_for(
+    kind: str, dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL does not notice that a peer has left: without the watch, a rank waits until its limit, in `alone` a day."""
+    board = FileBoard(tmp_path / "board")
+    watch = peer_watch.PeerWatch(board, 0, 2, 600.0, "nccl")
+    board.post(
+        1,
+        {"host": "b", "place": "elsewhere", "pid": 1, "count": 1, "alone": True, "ended": {"kind": kind, "text": "x"}},
+    )
+    watch._read()
+    watch.alone = 1
+    ended: list[PeerError] = []
+    monkeypatch.setattr(watch, "_die", ended.append)
+    watch._wait_began = time.monotonic() - peer_watch._GONE_S + 5
+    watch._end_if_hopeless()
+    assert not ended, "it has some seconds to end by itself"
+    watch._wait_began = time.monotonic() - peer_watch._GONE_S - 1
+    watch._end_if_hopeless()
+    assert bool(ended) == dies
+
+
+def test_a_stop_in_a_block_with_collectives_sends_nothing_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be in a collective of the block, and would read this rank's message as the data that they exchange."""
+    sent: list[object] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, item: sent.append(item))
+    with pytest.raises(StoppedOnRequest), agree("reading"):
+        raise StoppedOnRequest("stopped")
+    assert sent == []
+    with pytest.raises(DataError), agree("reading"):
+        raise DataError("damaged")
+    assert sent == [(DataError, "damaged")]

@@ -1,0 +1,79 @@
+"""The store by which the launchers of several nodes meet: whose cause counts, wrong numbers, a store that goes away."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from job_processes import free_port
+
+from megatron_lion.errors import ConfigError, MegatronLionError, PeerError
+from megatron_lion.nodes import Nodes, check_variables
+from megatron_lion.supervise import Cause
+
+
+def two_nodes(work: Any, *numbers: str) -> list[Any]:
+    """Runs `work(nodes)` on two nodes in threads; returns what each gave or raised. A number is the node's NODE_RANK."""
+    base = {"JOB_ID": "x" * 32, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "INTERFACE": "lo"}
+    found: list[Any] = [None, None]
+
+    def node(place: int) -> None:
+        number = {"NODE_RANK": numbers[place]} if numbers else {}
+        try:
+            with Nodes(2, 1, {**base, **number}, lambda: None) as nodes:
+                found[place] = work(nodes)
+        except (MegatronLionError, RuntimeError) as error:
+            found[place] = error
+
+    threads = [threading.Thread(target=node, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    return found
+
+
+def test_ranks_that_were_killed_after_another_nodes_error_are_not_the_cause() -> None:
+    """As with NCCL: the other node's ranks hang in a collective, do not obey SIGTERM, and are killed."""
+
+    def work(nodes: Nodes) -> Cause:
+        if nodes.number == 1:
+            return nodes.agree(Cause(3, "too little data", printed=True))
+        while nodes.failure() is None:
+            threading.Event().wait(0.05)
+        return nodes.agree(Cause(8, "rank 0 did not end when it was asked to, and was killed"))
+
+    found = two_nodes(work)
+    assert [cause.code for cause in found] == [3, 3]
+    assert {cause.message for cause in found} == {"too little data"}
+
+
+def test_a_node_number_that_is_taken_does_not_count_as_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node that is left waits for the other one and reports that; it does not look for the refused one."""
+    monkeypatch.setattr("megatron_lion.nodes.MEET_S", 3.0)
+    found = two_nodes(lambda nodes: nodes.number, "0", "5")
+    kinds = {type(error) for error in found}
+    assert kinds == {ConfigError, PeerError}, found
+    assert all("\n" not in str(error) for error in found)
+
+
+@pytest.mark.parametrize("number", ["abc", "-1", "1.5"])
+def test_a_node_number_is_a_number(number: str) -> None:
+    with pytest.raises(ConfigError, match=f"NODE_RANK={number}: give a number"):
+        check_variables({"JOB_ID": "x", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": number})
+
+
+def test_an_empty_node_number_is_none() -> None:
+    assert sorted(two_nodes(lambda nodes: nodes.number, "", "")) == [0, 1]
+
+
+def test_a_store_that_goes_away_while_the_nodes_meet_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: Nodes) -> int:
+        raise dist.DistNetworkError("Connection reset by peer\nException raised from recv")
+
+    monkeypatch.setattr(Nodes, "_number", lost)
+    for error in two_nodes(lambda nodes: None):
+        assert isinstance(error, PeerError)
+        assert str(error).endswith("the job's store was lost: Connection reset by peer")
