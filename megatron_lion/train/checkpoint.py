@@ -42,10 +42,10 @@ from megatron_lion.runs.steps import (
     record_newest,
     step_folder,
 )
-from megatron_lion.train.checkpoint_tensors import check_metadata, read_tensors, write_tensors
+from megatron_lion.train.checkpoint_tensors import Stored, check_metadata, read_tensors, write_tensors
 
 __all__ = [
-    "layout_facts", "newest_checkpoint", "read_rng", "read_tensors", "remove_old", "save_checkpoint", "verify_checkpoint",
+    "Stored", "layout_facts", "newest_checkpoint", "read_rng", "read_tensors", "remove_old", "save_checkpoint", "verify_checkpoint",
 ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def newest_checkpoint(
         return run_id, None if step is None else open_checkpoint(step_folder(run_dir, step))
 
 
-def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> dict[str, torch.dtype]:
+def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> dict[str, Stored]:
     """Compares size and SHA-256 of every file with the manifest and checks the pickled metadata; a collective call.
 
     Args:
@@ -86,18 +86,18 @@ def verify_checkpoint(checkpoint: Checkpoint, ranks: Ranks | None = None) -> dic
         ranks: the ranks that share the hashing, or None to hash every file in this process.
 
     Returns:
-        The dtype in which every tensor was saved, by its key.
+        Dtype and shape in which every tensor was saved, by its key.
 
     Raises:
         CheckpointError: a file is missing, changed or unsafe; names the file; on all ranks.
     """
-    dtypes: dict[str, torch.dtype] = {}
+    stored: dict[str, Stored] = {}
     with agree("verifying the checkpoint"), naming_removal(checkpoint.folder):
-        dtypes = _verify_files(checkpoint, *((ranks.rank, ranks.world_size) if ranks is not None else (0, 1)))
-    return dtypes
+        stored = _verify_files(checkpoint, *((ranks.rank, ranks.world_size) if ranks is not None else (0, 1)))
+    return stored
 
 
-def _verify_files(checkpoint: Checkpoint, rank: int = 0, size: int = 1) -> dict[str, torch.dtype]:
+def _verify_files(checkpoint: Checkpoint, rank: int = 0, size: int = 1) -> dict[str, Stored]:
     """Compares sizes of all files, and the SHA-256 of every `size`-th, with the manifest; no collective call."""
     files = checkpoint.manifest["files"]  # plain names, by read_manifest: each lies in the checkpoint's own folder
     if ".metadata" not in files:

@@ -15,7 +15,7 @@ import pickle
 import queue
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
@@ -68,7 +68,14 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it references {module}.{name}")
 
 
-def check_metadata(path: Path, files: Collection[str]) -> dict[str, torch.dtype]:
+class Stored(NamedTuple):
+    """Dtype and whole shape of a tensor in a checkpoint."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def check_metadata(path: Path, files: Collection[str]) -> dict[str, Stored]:
     """Loads a `.metadata` pickle with an allow-list of classes; nothing else in it can run.
 
     Args:
@@ -76,7 +83,7 @@ def check_metadata(path: Path, files: Collection[str]) -> dict[str, torch.dtype]
         files: names of the checkpoint's files; the metadata may point to no other.
 
     Returns:
-        The dtype of every tensor in the checkpoint, by its key.
+        Dtype and shape of every tensor in the checkpoint, by its key.
 
     Raises:
         CheckpointError: the file contains anything but checkpoint metadata.
@@ -85,8 +92,10 @@ def check_metadata(path: Path, files: Collection[str]) -> dict[str, torch.dtype]
         found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         kinds = [type(item).__name__ for item in found.state_dict_metadata.values()]
         places = {item.relative_path for item in found.storage_data.values()}
-        dtypes = {
-            key: item.properties.dtype for key, item in found.state_dict_metadata.items() if hasattr(item, "properties")
+        stored = {
+            key: Stored(item.properties.dtype, tuple(item.size))
+            for key, item in found.state_dict_metadata.items()
+            if hasattr(item, "properties")
         }
     except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
@@ -98,7 +107,7 @@ def check_metadata(path: Path, files: Collection[str]) -> dict[str, torch.dtype]
         raise CheckpointError(
             f"{path}: points to {strange[0]}, which is not a file of this checkpoint; it was not loaded"
         )
-    return dtypes
+    return stored
 
 
 class _HashingTransforms(_StorageWriterTransforms):
