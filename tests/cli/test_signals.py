@@ -139,7 +139,7 @@ def wait_for_lines(process: subprocess.Popen[str], run_dir: str, count: int) -> 
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_the_command_ends_with_75_and_the_same_command_resumes(
     folder: Path, corpus: str, twins: dict[int, Any], workers: int
 ) -> None:
@@ -170,7 +170,7 @@ def test_the_command_ends_with_75_and_the_same_command_resumes(
     assert tiny.outcome(config.run_dir)["manifest"]["state_fingerprint"] == twins[1]["manifest"]["state_fingerprint"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_under_torchrun(folder: Path, corpus: str, twins: dict[int, Any], workers: int) -> None:
     """torchrun sends SIGTERM to the process group of each rank; each rank writes the reason to its exit file."""
     config = tiny.tiny_config(folder / f"torchrun{workers}", corpus, **WITH_WORKERS[workers])

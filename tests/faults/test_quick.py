@@ -14,7 +14,7 @@ from faults.warm import Warm, warm
 QUICK = {
     "start-kill": 3, "start-enospc": 3, "save-kill": 3, "save-half": 2, "save-enospc": 3, "retention-kill": 2, "logs-enospc": 2,
     "power-strict": 3, "power-names": 3, "power-histories": 2, "peer-kill-dp2": 3, "signal-term": 3, "signal-hup": 2,
-    "nonfinite-state": 3, "checkpoint-identity": 6, "checkpoint-manifest": 5, "index-cache": 4, "index-mutations": 20,
+    "nonfinite-state": 1, "checkpoint-identity": 6, "checkpoint-manifest": 5, "index-cache": 4, "index-mutations": 20,
     "dataset-flips": 5, "hostile-run": 4, "hostile-hub": 3,
 }  # fmt: skip
 """Cases, and how many of their faults are injected here, evenly spaced."""

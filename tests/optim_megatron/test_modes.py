@@ -258,7 +258,7 @@ def file_name(text: str) -> str:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", ["fully_reshardable", "dp_reshardable"])
+@pytest.mark.parametrize("layout", ["fully_reshardable", pytest.param("dp_reshardable", marks=pytest.mark.slow)])
 def test_checkpoints_cross_modes_and_layouts(folder: Path, saved: tuple[str, dict[str, Any]], layout: str) -> None:
     """Element by element, with padded buckets: a mode keeps the bits that it can hold and rounds the rest as documented."""
     corpus, settings = saved

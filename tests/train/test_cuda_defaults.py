@@ -138,6 +138,7 @@ def assert_equal_but_for_rounding(found: dict[str, dict[str, Any]], name: str) -
     assert fused["norms"] == pytest.approx(plain["norms"], rel=2e-5), name
 
 
+@pytest.mark.slow
 def test_a_run_with_all_defaults_of_cuda_is_the_run_of_the_cpu(folder: Path, corpus: str) -> None:
     """The fusions are compiled for the CPU here. The fused GELU is the tanh form, so the erf form must stay unfused."""
     settings = {"train__steps": 3, "train__test_every": 2, "probe__every": 3, "probe__num_batches": 1}

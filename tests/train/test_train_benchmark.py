@@ -19,8 +19,13 @@ ARGUMENTS = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--micro-batch-
 
 @pytest.mark.parametrize(
     ("processes", "model", "optimizers"),
-    [(1, "bert-tiny", ["sgd fp32 shards + copy"]), (2, "gpt2-tiny", ["lion split24, int8 momentum", "adamw fp32 shards + copy"])],
-    ids=["one process", "two processes"],
+    [
+        pytest.param(1, "bert-tiny", ["sgd fp32 shards + copy"], id="one process"),
+        pytest.param(
+            2, "gpt2-tiny", ["lion split24, int8 momentum", "adamw fp32 shards + copy"], id="two processes",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )  # fmt: skip
 def test_the_table_of_a_small_run(processes, model, optimizers, tmp_path):
     output = tmp_path / "results" / "train_step"
