@@ -153,17 +153,22 @@ def find_cause(ranks: Sequence[Rank], exits: Path, interrupted: bool = False) ->
         interrupted: whether a user interrupted the job twice.
     """
     found: list[tuple[int, int, Cause]] = []
+    reported: list[Cause] = []
     for rank in ranks:
         cause, order, time_ns = _end_of(rank, exits)
         if cause is not None:
             found.append((order, time_ns, cause))
+            if _exit_file(exits, rank).is_file():
+                reported.append(cause)
     if not found:
         return Cause(0, "")
     first = min(found, key=lambda item: item[:2])[2]
     if interrupted and first.code != STOPPED:
         return Cause(128 + signal.SIGINT, "interrupted")
+    if first not in reported:
+        return first  # what this launcher saw itself, such as the signal that ended a rank, which no rank can know
     # If all ranks raise an error, one of them prints it, which need not be the first.
-    return replace(first, printed=any(cause.printed and cause.code == first.code for _, _, cause in found))
+    return replace(first, printed=any(cause.printed and cause.code == first.code for cause in reported))
 
 
 def signal_name(number: int) -> str:
@@ -178,10 +183,14 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def _exit_file(exits: Path, rank: Rank) -> Path:
+    return exits / f"exit.{rank.number}.json"
+
+
 def _end_of(rank: Rank, exits: Path) -> tuple[Cause | None, int, int]:
     """The cause, its order among those of other ranks, and its time in nanoseconds."""
     where = f"rank {rank.number} on {socket.gethostname()}"
-    path = exits / f"exit.{rank.number}.json"
+    path = _exit_file(exits, rank)
     if path.is_file():
         told = json.loads(path.read_text(encoding="utf-8"))
         code = int(told["exit_code"])

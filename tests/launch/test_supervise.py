@@ -86,6 +86,16 @@ def test_a_cause_that_no_rank_has_printed_is_left_to_the_launcher(
     assert (found.code, found.message, found.printed) == (2, "a wrong setting", expected)
 
 
+def test_the_launcher_prints_which_signal_ended_a_rank(tmp_path: Path) -> None:
+    """Also if a rank has printed that it missed its peer: it cannot know the signal."""
+    ranks = [Rank(0, ["sh", "-c", "kill -9 $$"], dict(os.environ)), Rank(1, ["sh", "-c", "exit 8"], dict(os.environ))]
+    record_exit_code(tmp_path, 1, 8, "lost rank 0", True)
+    watch(ranks, [], 100)
+    found = find_cause(ranks, tmp_path)
+    assert found.message.startswith(f"rank 0 on {HOST} was lost: it was ended by SIGKILL")
+    assert not found.printed
+
+
 def test_a_rank_that_hangs_after_the_failure_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is killed, but is not taken for the cause."""
     monkeypatch.setattr(supervise, "NOTICE_S", 0.3)
