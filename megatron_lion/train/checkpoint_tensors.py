@@ -97,6 +97,8 @@ def check_metadata(path: Path, files: Collection[str]) -> dict[str, Stored]:
             for key, item in found.state_dict_metadata.items()
             if hasattr(item, "properties")
         }
+    except StoppedOnRequest:
+        raise  # a signal, not the file
     except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
     if pickled := kinds.count("BytesStorageMetadata"):

@@ -23,6 +23,7 @@ from megatron_lion.errors import PeerError, StoppedOnRequest
 from megatron_lion.jobs import STORE
 from megatron_lion.rendezvous import join_job
 from megatron_lion.signals import IN_START, STOP_SIGNALS, stop_raises, stop_signals
+from megatron_lion.train import checkpoint_tensors
 
 
 @pytest.fixture
@@ -148,3 +149,23 @@ def test_a_signal_in_a_held_out_measurement(at_step: int, tmp_path: Path) -> Non
 def held_out(run_dir: str) -> dict[int, tuple[float, float]]:
     lines = [line for line in tiny.read_metrics(run_dir) if "valid/loss" in line]
     return {line["step"]: (line["valid/loss"], line["test/loss"]) for line in lines}
+
+
+@pytest.mark.parametrize("place", ["metadata", "tensors"])
+def test_a_stop_while_a_checkpoint_is_read_is_no_damage(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler raises at any line, also inside code that takes every exception for a fault of the file."""
+
+    def stop(*arguments: object, **settings: object) -> None:
+        raise StoppedOnRequest("stopped")
+
+    (tmp_path / ".metadata").write_bytes(b"")
+    monkeypatch.setattr(checkpoint_tensors._MetadataUnpickler, "load", stop)
+    monkeypatch.setattr(checkpoint_tensors, "load_preprocess", stop)
+    read = {
+        "metadata": lambda: checkpoint_tensors.check_metadata(tmp_path / ".metadata", []),
+        "tensors": lambda: checkpoint_tensors.read_tensors({}, tmp_path),
+    }[place]
+    with pytest.raises(StoppedOnRequest):
+        read()
