@@ -17,6 +17,7 @@ from megatron_lion.collective_faults import is_timeout, one_line
 from megatron_lion.errors import MegatronLionError, PeerError
 from megatron_lion.exit_report import leave_at_once, report, write_line
 from megatron_lion.peer_board import Board, place, process_state
+from megatron_lion.signals import StopNow
 
 BEAT_S = 1.0
 """Interval of the messages that every rank leaves for the others, seconds."""
@@ -329,4 +330,5 @@ def _leave_signals_to_the_main_thread() -> None:
 
 def failure_text(error: BaseException) -> str:
     """One line for the other ranks about an error of this rank."""
-    return one_line(error) if isinstance(error, MegatronLionError) else f"{type(error).__name__}: {one_line(error)}"
+    text = one_line(error)
+    return text if isinstance(error, MegatronLionError | StopNow) else f"{type(error).__name__}: {text}"

@@ -36,8 +36,16 @@ IN_START = "stopped in its start, with nothing to save; the same command starts 
 """Message of a run that a stop signal ended before its first step."""
 
 
+class StopNow(BaseException):
+    """What a stop signal raises at the line that runs; the block that handles signals turns it into StoppedOnRequest.
+
+    It is not an Exception, like KeyboardInterrupt. Code that takes every Exception for a fault of a file or a package,
+    here or in third-party code, would otherwise report the signal as that fault.
+    """
+
+
 class _RaiseOnce:
-    """A handler that raises StoppedOnRequest at the first signal. Launchers and schedulers may send more than one."""
+    """A handler that raises StopNow at the first signal. Launchers and schedulers may send more than one."""
 
     def __init__(self, message: str) -> None:
         self.message, self.raised = message, False
@@ -45,16 +53,25 @@ class _RaiseOnce:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.raised:
             self.raised = True
-            raise StoppedOnRequest(self.message)
+            raise StopNow(self.message)
+
+
+@contextmanager
+def _stopped_on_request() -> Iterator[None]:
+    """Raises a StopNow of the block as StoppedOnRequest."""
+    try:
+        yield
+    except StopNow as stop:
+        raise StoppedOnRequest(str(stop)) from None
 
 
 @contextmanager
 def stop_raises(message: str) -> Iterator[None]:
-    """While the block runs, a stop signal except SIGINT raises StoppedOnRequest(message).
+    """While the block runs, a stop signal except SIGINT ends it: StopNow inside, StoppedOnRequest(message) outside.
 
     For work that has nothing to save, or whose finished parts are kept anyway.
     """
-    with handled(set(STOP_SIGNALS) - {signal.SIGINT}, _RaiseOnce(message)):
+    with _stopped_on_request(), handled(set(STOP_SIGNALS) - {signal.SIGINT}, _RaiseOnce(message)):
         yield
 
 
@@ -62,11 +79,17 @@ def stop_raises(message: str) -> Iterator[None]:
 def stop_signals() -> Iterator[dict[str, bool]]:
     """While the block runs, a stop signal sets "now" of the returned flags; a second SIGINT raises KeyboardInterrupt.
 
-    As long as the flag "at_once" is set, the first signal also raises StoppedOnRequest. The block clears that flag when
-    it has something to save, and from then on asks for "now".
+    As long as the flag "at_once" is set, the first signal also ends the block: StopNow inside, StoppedOnRequest
+    outside. The block clears that flag when it has something to save, and from then on asks for "now".
+
+    Raises:
+        StoppedOnRequest: also if a block around this one received a signal and its exception was lost, as Python loses
+            an exception in a finalizer.
     """
     stop = {"now": False, "at_once": True}
     outer = signal.getsignal(signal.SIGTERM)
+    if isinstance(outer, _RaiseOnce) and outer.raised:
+        raise StoppedOnRequest(IN_START)
 
     def ask(number: int, frame: FrameType | None) -> None:
         # A launcher and a scheduler may both send SIGTERM; only another Ctrl-C comes from a user who will not wait.
@@ -76,9 +99,9 @@ def stop_signals() -> Iterator[dict[str, bool]]:
         if isinstance(outer, _RaiseOnce):
             outer.raised = True  # the reason that this block gives counts, also if more signals follow
         if stop["at_once"]:
-            raise StoppedOnRequest(IN_START)
+            raise StopNow(IN_START)
 
-    with handled(STOP_SIGNALS, ask):
+    with _stopped_on_request(), handled(STOP_SIGNALS, ask):
         yield stop
 
 

@@ -33,10 +33,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 
 from megatron_lion.collective_faults import is_collective_fault
-from megatron_lion.errors import CheckpointError, MegatronLionError, StoppedOnRequest, StorageError
+from megatron_lion.errors import CheckpointError, MegatronLionError, StorageError
 from megatron_lion.files import storage_errors
 from megatron_lion.parallel import agree
 from megatron_lion.runs.steps import naming_removal
+from megatron_lion.signals import StopNow
 
 _METADATA_CLASSES = {
     ("collections", "OrderedDict"),
@@ -97,8 +98,6 @@ def check_metadata(path: Path, files: Collection[str]) -> dict[str, Stored]:
             for key, item in found.state_dict_metadata.items()
             if hasattr(item, "properties")
         }
-    except StoppedOnRequest:
-        raise  # a signal, not the file
     except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(f"{path}: not plain checkpoint metadata ({error}); it was not loaded") from error
     if pickled := kinds.count("BytesStorageMetadata"):
@@ -220,8 +219,8 @@ def read_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
             causes = (
                 [reason for reason, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
             )
-            stop = next((cause for cause in (error, *causes) if isinstance(cause, StoppedOnRequest)), None)
-            if stop is not None:
+            stop = next((cause for cause in causes if isinstance(cause, StopNow)), None)
+            if stop is not None:  # torch's reader catches every BaseException
                 raise stop from None
             text = " ".join(str(causes[0] if causes else error).split())[:300]
             raise CheckpointError(f"{folder}: does not fit this model: {text}") from error

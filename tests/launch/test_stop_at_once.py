@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,12 +18,13 @@ import tiny
 import torch.distributed as dist
 from distributed import run_distributed
 from job_processes import REPO
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_lion.device import Device
 from megatron_lion.errors import PeerError, StoppedOnRequest
 from megatron_lion.jobs import STORE
 from megatron_lion.rendezvous import join_job
-from megatron_lion.signals import IN_START, STOP_SIGNALS, stop_raises, stop_signals
+from megatron_lion.signals import IN_START, STOP_SIGNALS, StopNow, stop_raises, stop_signals
 from megatron_lion.train import checkpoint_tensors
 
 
@@ -43,7 +45,7 @@ def test_a_signal_ends_the_wait_for_a_peer(number: signal.Signals, alone_of_two:
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
-    with stop_signals() as stop, pytest.raises(StoppedOnRequest, match=IN_START):
+    with pytest.raises(StoppedOnRequest, match=IN_START), stop_signals() as stop:
         join_job(Device("cpu", 0, "gloo"), 250)
     assert stop["now"]
     assert not dist.is_initialized()
@@ -60,6 +62,34 @@ def test_only_the_first_signal_counts() -> None:
         stopped_twice()
     with pytest.raises(StoppedOnRequest, match="outer"), stop_raises("outer"):
         signal.raise_signal(signal.SIGQUIT)
+
+
+@pytest.mark.parametrize("block", [stop_raises(IN_START), stop_signals()], ids=["stop_raises", "stop_signals"])
+def test_no_catch_all_takes_a_stop_for_a_fault(block: Any) -> None:
+    """As a package that turns every Exception of a file's reader into one error of its own does."""
+    with pytest.raises(StoppedOnRequest, match=IN_START):
+        swallow(block)
+
+
+def swallow(block: Any) -> None:
+    with block:
+        with contextlib.suppress(Exception):
+            signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the stop was swallowed")
+
+
+def test_a_stop_that_was_lost_counts_at_the_next_block() -> None:
+    """Python drops an exception that is raised in a finalizer."""
+    with pytest.raises(StoppedOnRequest, match=IN_START):
+        lose_one()
+
+
+def lose_one() -> None:
+    with stop_raises("outer"):
+        with contextlib.suppress(StopNow):
+            signal.raise_signal(signal.SIGTERM)
+        with stop_signals():
+            pytest.fail("the stop was lost")
 
 
 def stopped_twice() -> None:
@@ -155,17 +185,20 @@ def held_out(run_dir: str) -> dict[int, tuple[float, float]]:
 def test_a_stop_while_a_checkpoint_is_read_is_no_damage(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The handler raises at any line, also inside code that takes every exception for a fault of the file."""
+    """The handler raises at any line, also inside torch's reader, which catches every BaseException."""
+
+    def stop_in_torch(self: object, sharded: object, folder: Path) -> None:
+        _DistWrapper(None, False, 0).all_reduce("read", lambda: stop() or [], sum)
 
     def stop(*arguments: object, **settings: object) -> None:
-        raise StoppedOnRequest("stopped")
+        signal.raise_signal(signal.SIGTERM)
 
     (tmp_path / ".metadata").write_bytes(b"")
     monkeypatch.setattr(checkpoint_tensors._MetadataUnpickler, "load", stop)
-    monkeypatch.setattr(checkpoint_tensors, "load_preprocess", stop)
+    monkeypatch.setattr(checkpoint_tensors.TorchDistLoadShardedStrategy, "load", stop_in_torch)
     read = {
         "metadata": lambda: checkpoint_tensors.check_metadata(tmp_path / ".metadata", []),
         "tensors": lambda: checkpoint_tensors.read_tensors({}, tmp_path),
     }[place]
-    with pytest.raises(StoppedOnRequest):
+    with pytest.raises(StoppedOnRequest, match="stopped"), stop_raises("stopped"):
         read()
