@@ -39,7 +39,7 @@ def work_folder(final: Path) -> Iterator[Path]:
                 if time.time() - entry.lstat().st_mtime > _YOUNG_S:
                     with _folder_lock(entry):
                         shutil.rmtree(entry, ignore_errors=True)
-        _put_back(final)
+        put_back(final)
         temporary = final.with_name(f"{prefix}{os.getpid()}-{os.urandom(3).hex()}")
         temporary.mkdir()
     with ExitStack() as stack:
@@ -63,17 +63,17 @@ def replace_folder(new: Path, final: Path) -> None:
     """Renames a finished folder to its final path and then removes an older folder there.
 
     At every moment the path has the old folder or the new one, since Linux can exchange two names. If the file system
-    cannot, the old one moves aside first; `work_folder` brings it back if the process was killed in between.
+    cannot, the old one moves aside first; `put_back` brings it back if the process was killed in between.
 
     Raises:
         StorageError: the file system refused; the older folder is kept.
     """
     with storage_errors(final):
-        if not final.exists():
+        if not os.path.lexists(final):
             os.replace(new, final)
         elif not _exchange(new, final):
+            put_back(final)
             aside = _aside(final)
-            shutil.rmtree(aside, ignore_errors=True)
             os.rename(final, aside)
             try:
                 os.rename(new, final)
@@ -81,18 +81,40 @@ def replace_folder(new: Path, final: Path) -> None:
                 os.rename(aside, final)
                 raise
             new = aside
-        sync_folder(final.parent)  # the renames are on disk before the old folder is deleted
-    shutil.rmtree(new, ignore_errors=True)
+        sync_folder(final.absolute().parent)  # the renames are on disk before the old folder is deleted
+    _remove(new)
+
+
+def put_back(final: Path) -> bool:
+    """Completes or undoes a `replace_folder` that was killed between its two renames; call it before the path is used.
+
+    Returns:
+        Whether the older folder has its name again.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    aside = _aside(final)
+    if not os.path.lexists(aside):
+        return False
+    if os.path.lexists(final):
+        _remove(aside)
+        return False
+    with storage_errors(final):
+        os.rename(aside, final)
+    return True
 
 
 def _aside(final: Path) -> Path:
     return final.with_name(f".{final.name}.old")
 
 
-def _put_back(final: Path) -> None:
-    aside = _aside(final)
-    if aside.is_dir() and not os.path.lexists(final):
-        os.rename(aside, final)
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:  # what stood in the place of a folder
+        with suppress(OSError):
+            path.unlink()
 
 
 def _exchange(one: Path, other: Path) -> bool:

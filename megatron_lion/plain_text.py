@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from typing import Any
 
@@ -47,10 +48,16 @@ def plain_tree(value: Any) -> Any:
     return value
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a text can name an entry of a folder: it is no path, and neither the folder itself nor its parent.
+def is_file_name(name: Any) -> bool:
+    """Whether a value that came from a file can name an entry of a folder, whatever folder it is joined with.
 
-    >>> is_file_name("step_1"), is_file_name("../step_1"), is_file_name("..")
-    (True, False, False)
+    Returns:
+        False for a path, for the folder itself and its parent, for a control character, which would change the terminal
+        that shows it, and for more than the 255 bytes that file systems allow.
+
+    >>> is_file_name("step_1"), is_file_name("../step_1"), is_file_name(".."), is_file_name("a\\n"), is_file_name(1)
+    (True, False, False, False, False)
     """
-    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+    if not isinstance(name, str) or name in ("", ".", "..") or {"/", "\\"} & set(name) or not name.isprintable():
+        return False
+    return len(os.fsencode(name)) <= 255

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_lion import folder_swap
 from megatron_lion.errors import StorageError
-from megatron_lion.folder_swap import replace_folder, work_folder
+from megatron_lion.folder_swap import put_back, replace_folder, work_folder
 
 
 def put(final: Path, text: str) -> None:
@@ -137,4 +137,28 @@ def test_a_rename_that_fails_keeps_the_old_one(
     with pytest.raises(StorageError, match=os.strerror(number)):
         put(final, "new")
     assert (final / "weights").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a folder", "empty folder"])
+def test_what_is_no_folder_is_replaced_too(kind: str, swap: str, tmp_path: Path) -> None:
+    final, elsewhere = tmp_path / "here" / "model", tmp_path / "elsewhere"
+    final.parent.mkdir()
+    elsewhere.mkdir()
+    if kind == "file":
+        final.write_text("no folder")
+    elif kind == "empty folder":
+        final.mkdir()
+    else:
+        final.symlink_to(elsewhere if kind == "link to a folder" else "nowhere")
+    put(final, "new")
+    assert not final.is_symlink()
+    assert (final / "weights").read_text() == "new"
+    assert (names(final.parent), names(elsewhere)) == (["model"], [])
+
+
+def test_what_a_kill_after_both_renames_left_is_removed(tmp_path: Path) -> None:
+    for name in ("model", ".model.old"):
+        (tmp_path / name).mkdir()
+    assert not put_back(tmp_path / "model")
     assert names(tmp_path) == ["model"]

@@ -26,7 +26,8 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from megatron_lion.errors import BusyError, StorageError
-from megatron_lion.files import file_lock, sha256_file, storage_errors, sync_folder, write_whole
+from megatron_lion.files import file_lock, sha256_file, storage_errors, sync_file, write_whole
+from megatron_lion.folder_swap import put_back, replace_folder
 from megatron_lion.logs import warn
 from megatron_lion.parallel import agree, broadcast_object
 
@@ -168,10 +169,11 @@ def _building(folder: Path) -> Iterator[None]:
 
 def _build(folder: Path, key: dict[str, Any], build: Callable[[Path], Sequence[Content]]) -> None:
     """Builds the files in a folder beside `folder` and renames it; a killed call leaves no folder that is read."""
-    new, replaced = (folder.with_name(f".{folder.name}.{state}") for state in ("building", "replaced"))
+    new = folder.with_name(f".{folder.name}.building")
+    put_back(folder)
     with storage_errors(folder):
-        for leftover in (new, replaced):  # of a killed job: this one holds the lock
-            _remove(leftover)
+        if os.path.lexists(new):  # of a killed job: this one holds the lock
+            shutil.rmtree(new)
         try:
             new.mkdir()
             try:
@@ -181,21 +183,16 @@ def _build(folder: Path, key: dict[str, Any], build: Callable[[Path], Sequence[C
                     raise OSError(errno.ENOSPC, f"a short write ({error})", str(folder)) from error
                 raise
             _list_files(new, key, contents)
-            if os.path.lexists(folder):
-                os.rename(folder, replaced)
-            os.rename(new, folder)
+            replace_folder(new, folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        sync_folder(folder.parent)
-        _remove(replaced)
 
 
 def _list_files(folder: Path, key: dict[str, Any], contents: Sequence[Content]) -> None:
     """Writes the listing, last, after every file is on the disk and equals what was in memory."""
     files = {}
     for path in sorted(folder.iterdir()):
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     # Megatron chooses the names, so the two sides are compared as sets.
     if {facts["sha256"] for facts in files.values()} != {_sha256(content) for content in contents}:
@@ -225,10 +222,3 @@ def _sha256(content: Content) -> str:
     else:
         np.lib.format.write_array(sink, content)
     return sink.digest.hexdigest()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

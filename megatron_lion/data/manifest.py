@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_lion.errors import DataError
 from megatron_lion.files import write_whole
+from megatron_lion.plain_text import is_file_name
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -203,19 +204,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         if name not in SPLITS:
             yield f"splits: {name!r} is none of {', '.join(SPLITS)}"
         yield from _wrong_types(split, f"splits.{name}.")
-        if not is_plain_name(split.prefix):
+        if not is_file_name(split.prefix):
             yield f"splits.{name}.prefix: {split.prefix!r} is not the name of a file in this folder"
     if len({split.prefix for split in manifest.splits.values()}) < len(manifest.splits):
         yield "splits: two splits have the same prefix"
-
-
-def is_plain_name(name: str) -> bool:
-    """Whether a text is a file name that stays in its folder: no separator, no "..", no control character.
-
-    >>> is_plain_name("train_text_document"), is_plain_name("../x"), is_plain_name("a/b"), is_plain_name("..")
-    (True, False, False, False)
-    """
-    return name == Path(name).name and name not in ("", "..") and name.isprintable()
 
 
 def _is_count(value: Any) -> bool:

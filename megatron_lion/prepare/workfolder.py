@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from megatron_lion.data.manifest import NAME
 from megatron_lion.errors import ConfigError, StorageError
-from megatron_lion.files import file_lock, storage_errors, sync_folder
+from megatron_lion.files import file_lock, storage_errors
+from megatron_lion.folder_swap import put_back, replace_folder
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +20,6 @@ def work_folder(output: Path) -> Path:
     """Returns the path of the work folder, `.NAME.preparing` beside OUTPUT; on the same disk, a rename is atomic."""
     output = output.absolute()
     return output.parent / f".{output.name}.preparing"
-
-
-def replaced_folder(output: Path) -> Path:
-    """Returns the path of the older dataset, `.NAME.replaced` beside OUTPUT, while the new one takes its name.
-
-    Not inside the work folder, which a user may delete to give up a run.
-    """
-    output = output.absolute()
-    return output.parent / f".{output.name}.replaced"
 
 
 @contextmanager
@@ -42,7 +33,8 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
     folder = work_folder(output)
     remedy = "wait for it or choose another --output"
     with file_lock(folder / "lock", str(output), remedy, by="another prepare"):
-        _recover(output)
+        if put_back(output):
+            logger.warning("%s: the dataset that an interrupted run was about to replace has its name again", output)
         try:
             yield folder
         except BaseException:
@@ -51,19 +43,6 @@ def locked_work_folder(output: Path) -> Iterator[Path]:
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-def _recover(output: Path) -> None:
-    """Completes or undoes the replacement of a dataset during which an earlier run was killed."""
-    replaced = replaced_folder(output)
-    if not replaced.exists():
-        return
-    with storage_errors(replaced):
-        if (output / NAME).exists():
-            shutil.rmtree(replaced)
-        else:
-            os.rename(replaced, output)  # an empty folder may be there
-            logger.warning("%s: the dataset that an interrupted run was about to replace has its name again", output)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -93,21 +72,9 @@ def publish(result: Path, output: Path, work: Path) -> None:
         work: work folder, on the same disk.
 
     Raises:
-        StorageError: a rename failed; the finished folder and the older dataset are kept.
+        StorageError: the file system refused; the finished folder and the older dataset are kept.
     """
-    replaced = replaced_folder(output)
-    with storage_errors(output):
-        if output.exists():
-            os.rename(output, replaced)  # a folder cannot be renamed onto one that is not empty
-        try:
-            os.rename(result, output)
-        except BaseException:
-            if replaced.exists():
-                os.rename(replaced, output)
-            raise
-    # On disk before the shards, from which the result could be made again, are removed.
-    sync_folder(output.absolute().parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    replace_folder(result, output)
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.plain_text import is_file_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -83,11 +84,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 4096 and value.isprintable()
 
 
-def _is_file_name(name: Any) -> bool:
-    # A plain name stays inside the checkpoint's folder, whatever folder it is joined with.
-    return _is_text(name) and len(name) <= 255 and name not in (".", "..") and not {"/", "\\"} & set(name)
-
-
 def _is_sizes(value: Any, depth: int = 0) -> bool:
     if isinstance(value, list):
         return depth < 4 and all(_is_sizes(item, depth + 1) for item in value)
@@ -103,7 +99,7 @@ def _is_setting(value: Any) -> bool:
 _TEXT = _Kind(_is_text, "a printable text")
 _FILE = _object({"bytes": _integer(0), "sha256": _hexadecimal(64)})
 _FILES = _Kind(
-    lambda value: isinstance(value, dict) and all(_is_file_name(name) and _FILE.fits(value[name]) for name in value),
+    lambda value: isinstance(value, dict) and all(is_file_name(name) and _FILE.fits(value[name]) for name in value),
     f"an object of plain file names without folders, each with {_FILE.description}",
 )
 _SETTINGS = _Kind(

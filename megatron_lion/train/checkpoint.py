@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lion.errors import CheckpointError, StorageError
-from megatron_lion.files import sha256_file, storage_errors, sync_folder, write_whole
+from megatron_lion.files import sha256_file, storage_errors, sync_file, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.runs.checkpoint_manifest import GO_BACK_BY_HAND, manifest_bytes, read_manifest
 from megatron_lion.runs.identity import settle_run_id
@@ -252,8 +252,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], digests: dic
     files = {}
     for name, written in sorted(digests.items()):
         path = temporary / name
-        with open(path, "rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(path)
         # Before older checkpoints are removed, and not only when this one is needed.
         if sha256_file(path) != written:
             raise StorageError(_changed(path))

@@ -177,30 +177,38 @@ def test_full_disk_leaves_nothing_that_looks_whole(
     assert read_manifest(tmp_path / "out").documents == DOCUMENTS
 
 
+# Dies before or after the call that gives the new folder its name, or between the two renames that do it.
 KILLED_WHILE_REPLACING = """
 import os, signal, sys
+from megatron_lion import folder_swap
 from megatron_lion.cli import main
 
-rename, output, number = os.rename, sys.argv.pop(1), int(sys.argv.pop(1))
+moment = sys.argv.pop(1)
+exchange, rename = folder_swap._exchange, os.rename
 
-def die(old, new):
-    global number
-    if output in (str(old), str(new)):
-        if number == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        number -= 1
-    return rename(old, new)
+def die(*names):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-os.rename = die
+def exchange_and_die(one, other):
+    exchange(one, other)
+    die()
+
+def refuse(one, other):
+    def rename_and_die(old, new):
+        rename(old, new)
+        die()
+    os.rename = rename_and_die
+    return False
+
+folder_swap._exchange = {"before": die, "after": exchange_and_die, "between": refuse}[moment]
 main()
 """
 
 
-@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("moment", [pytest.param("before", marks=pytest.mark.slow), "between", "after"])
 def test_a_kill_while_an_output_is_replaced_loses_nothing(
-    tmp_path: Path, undisturbed: dict[str, str], corpus: Path, number: int
+    tmp_path: Path, undisturbed: dict[str, str], corpus: Path, moment: str
 ) -> None:
-    """Before the older dataset is moved aside, and between that and the rename of the new one."""
     output = tmp_path / "out"
     (tmp_path / "b.jsonl").write_text('{"text": "word"}\n{"text": "words"}\n{"text": "wo rd"}\n')
     words = ["--input", str(tmp_path / "b.jsonl"), "--workers", "1"]
@@ -208,19 +216,22 @@ def test_a_kill_while_an_output_is_replaced_loses_nothing(
     older = hashes(output)
     command_line = command(corpus, output, "--overwrite", "--seed", "7", *words)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_WHILE_REPLACING, str(output), str(number), *command_line[3:]],
+        [sys.executable, "-c", KILLED_WHILE_REPLACING, moment, *command_line[3:]],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert output.exists() == (number == 0)
-    shutil.rmtree(work_folder(output))  # what docs/data.md names to give up a run
-    # The same input and settings as the older dataset: it is there again, whole.
-    again = finish(corpus, output, *words)
-    assert again.returncode == 0, again.stderr
-    assert "already complete" in again.stderr
-    assert hashes(output) == older
+    assert output.exists() == (moment != "between")
+    if moment != "after":
+        shutil.rmtree(work_folder(output))  # what docs/data.md names to give up a run
+        # The same input and settings as the older dataset: it is there again, whole.
+        again = finish(corpus, output, *words)
+        assert again.returncode == 0, again.stderr
+        assert "already complete" in again.stderr
+        assert ("has its name again" in again.stderr) == (moment == "between")
+        assert hashes(output) == older
     newer = finish(corpus, output, "--overwrite", "--seed", "7", *words)
     assert newer.returncode == 0, newer.stderr
+    assert ("already complete" in newer.stderr) == (moment == "after")
     assert read_manifest(output).seed == 7
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.jsonl", "out"]
 

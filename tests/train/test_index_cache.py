@@ -31,6 +31,7 @@ from index_samples import (
     told,
 )
 
+from megatron_lion import folder_swap
 from megatron_lion.config import DataConfig
 from megatron_lion.data.corpora import open_corpora
 from megatron_lion.data.datasets import build_datasets
@@ -153,7 +154,7 @@ def test_index_files_of_an_earlier_version_are_not_read(
     ("call", "number"),
     [
         ("save", None),  # numpy reports a short write without errno
-        *itertools.product(("save", "fsync", "rename", "mkdir"), (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)),
+        *itertools.product(("save", "fsync", "replace", "mkdir"), (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)),
     ],
 )
 def test_a_refused_write_is_one_line_and_can_be_repeated(
@@ -212,6 +213,8 @@ def build_and_die(paths: list[str], cache: str, call: str, number: int) -> None:
         return None
 
     setattr(place, call, die)
+    if call == "rename":  # the way of a file system that cannot exchange two names
+        folder_swap._exchange = lambda one, other: False
     read_gpt(paths, None, Path(cache))
 
 
@@ -237,7 +240,7 @@ def run(target: Callable[..., None], *arguments: Any) -> int:
     ("call", "number"),
     [
         ("save", 3),
-        *(pytest.param(*moment, marks=pytest.mark.slow) for moment in (("save", 1), ("fsync", 2), ("rename", 1))),
+        *(pytest.param(*moment, marks=pytest.mark.slow) for moment in (("save", 1), ("fsync", 2), ("replace", 2))),
     ],
 )
 def test_the_same_command_recovers_from_a_kill(corpora: list[str], tmp_path: Path, call: str, number: int) -> None:
