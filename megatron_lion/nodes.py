@@ -31,6 +31,8 @@ SILENT_S = 120.0
 """Time without a sign of life after which a node is lost, seconds."""
 END_S, HOST_END_S = 3.0, 10.0
 """After a failure, the time in which a launcher waits for the others, and that of the one with the store, seconds."""
+QUIET_S = 8.0
+"""Time without a sign of life after which a node is not waited for after a failure, seconds."""
 
 NEEDS_JOB_ID = (
     "NNODES is above 1, so JOB_ID is needed: a random word. Make one once, for example by "
@@ -89,6 +91,7 @@ class Nodes:
         self._stop_here = self._stop_elsewhere = self._ending = False
         self._reachable = True
         self._failure: Cause | None = None
+        self._heard = [time.monotonic()] * count
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._store = self._open()
@@ -204,7 +207,7 @@ class Nodes:
 
     def _talk(self) -> None:
         """Thread: exchanges signs of life, stops and failures, so that a dead network cannot block the main thread."""
-        beats, heard = [0] * self.count, [time.monotonic()] * self.count
+        beats, self._heard = [0] * self.count, [time.monotonic()] * self.count
         try:
             while not self._done.wait(BEAT_S):
                 if self._stop_here:
@@ -213,7 +216,7 @@ class Nodes:
                 self._store.add(f"beat/{self.number}", 1)
                 self._hear_failure()
                 if self._server is not None:
-                    self._look_for_silent(beats, heard)
+                    self._look_for_silent(beats)
         except RuntimeError:
             if not self._ending:
                 self._reachable = False
@@ -227,13 +230,13 @@ class Nodes:
             if told["node"] != self.number:
                 self._failure = Cause(int(told["code"]), str(told["message"]))
 
-    def _look_for_silent(self, beats: list[int], heard: list[float]) -> None:
+    def _look_for_silent(self, beats: list[int]) -> None:
         now = time.monotonic()
         for number in range(self.count):
             beat = int(self._store.add(f"beat/{number}", 0))
             if beat != beats[number] or self._store.check([f"ended/{number}"]):
-                beats[number], heard[number] = beat, now
-            elif now - heard[number] > SILENT_S and self._failure is None:
+                beats[number], self._heard[number] = beat, now
+            elif now - self._heard[number] > SILENT_S and self._failure is None:
                 message = f"node {number} ({self._hosts[number]}) was lost: no sign of life for {SILENT_S:.0f} s"
                 self._tell_failure(Cause(LOST, message))
                 self._failure = Cause(LOST, message)
@@ -272,10 +275,10 @@ class Nodes:
         # Without a limit if nothing failed: ranks elsewhere may still write, and the thread notices a lost node. After a
         # failure the others need the store only to read its cause; ranks that notice a lost peer end a moment before
         # the peer's node reports the cause.
-        limit_s = float("inf") if cause.code in (0, STOPPED) else HOST_END_S if self._server is not None else END_S
+        failed = cause.code not in (0, STOPPED)
+        limit_s = float("inf") if not failed else HOST_END_S if self._server is not None else END_S
         deadline = time.monotonic() + limit_s
-        others = [f"ended/{number}" for number in range(self.count)]
-        while time.monotonic() < deadline and not self._store.check(others):
+        while time.monotonic() < deadline and self._missing_ends(failed or self._failure is not None):
             self._hear_failure()
             if self._failure is not None and self._server is None:
                 return
@@ -283,6 +286,13 @@ class Nodes:
                 deadline = min(deadline, time.monotonic() + HOST_END_S)
             time.sleep(0.1)
         self._hear_failure()
+
+    def _missing_ends(self, failed: bool) -> list[int]:
+        """Nodes whose ranks have not ended; after a failure, the launcher with the store leaves out those that are silent."""
+        missing = [number for number in range(self.count) if not self._store.check([f"ended/{number}"])]
+        if self._server is None or not failed:
+            return missing
+        return [number for number in missing if time.monotonic() - self._heard[number] < QUIET_S]
 
 
 def _listen(address: str, port: int, interface: str | None) -> socket.socket | None:

@@ -50,6 +50,24 @@ def test_ranks_that_were_killed_after_another_nodes_error_are_not_the_cause() ->
     assert {cause.message for cause in found} == {"too little data"}
 
 
+def test_a_silent_node_is_not_waited_for_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As behind a cut cable: the launcher that hosts the store would otherwise wait for the whole time limit."""
+    monkeypatch.setattr("megatron_lion.nodes.HOST_END_S", 1000.0)
+    monkeypatch.setattr("megatron_lion.nodes.QUIET_S", 3.0)
+    monkeypatch.setattr("megatron_lion.nodes.BEAT_S", 0.1)
+    agreed = threading.Event()
+
+    def work(nodes: Nodes) -> Cause | None:
+        if nodes._server is None:
+            nodes._done.set()  # no further sign of life, and no message that its ranks have ended
+            return None if agreed.wait(90) else Cause(1, "the other node waited")
+        cause = nodes.agree(Cause(8, "lost a peer", printed=True))
+        agreed.set()
+        return cause
+
+    assert {None, Cause(8, "lost a peer", printed=True)} == set(two_nodes(work))
+
+
 def test_a_node_number_that_is_taken_does_not_count_as_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """The node that is left waits for the other one and reports that; it does not look for the refused one."""
     monkeypatch.setattr("megatron_lion.nodes.MEET_S", 3.0)
