@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import RunConfig, to_dict
 from megatron_lion.errors import EnvironmentFault, StorageError
 from megatron_lion.files import append_line, open_own, storage_errors, sync_folder, write_whole
+from megatron_lion.logs import warn
 from megatron_lion.runs.paths import metrics_file
 from megatron_lion.runs.series import parse_line
+
+logger = logging.getLogger(__name__)
 
 WANDB_STEP = "optimizer_step"
 """The metric over which Weights & Biases draws the others."""
@@ -69,16 +74,24 @@ class MetricsWriter:
                 raise EnvironmentFault(
                     "log.wandb_project: install it with `pip install megatron-lion[wandb]`"
                 ) from error
-            with storage_errors(run_dir):
-                self._wandb = wandb.init(
-                    project=config.log.wandb_project,
-                    id=_wandb_id(run_dir),
-                    dir=str(run_dir),
-                    config=to_dict(config),
-                    resume="allow",
-                )
-            # W&B's own step may only increase, and it drops lines of earlier ones: those that a run repeats after a crash.
-            self._wandb.define_metric("*", step_metric=WANDB_STEP)
+            identity = _wandb_id(run_dir)
+            try:
+                with storage_errors(run_dir), _service_faults():
+                    self._wandb = wandb.init(
+                        project=config.log.wandb_project,
+                        id=identity,
+                        dir=str(run_dir),
+                        config=to_dict(config),
+                        resume="allow",
+                    )
+                    # W&B's own step may only increase, and it drops lines of earlier ones: those that a run repeats
+                    # after a crash.
+                    self._wandb.define_metric("*", step_metric=WANDB_STEP)
+            except _ServiceFault as fault:
+                raise EnvironmentFault(
+                    f"log.wandb_project: Weights & Biases does not start: {fault}; WANDB_MODE=offline keeps the metrics here "
+                    "until `wandb sync`"
+                ) from fault
 
     def write(self, step: int, values: Mapping[str, float | int | str | None]) -> None:
         """Writes values of one step. Non-finite numbers are written as null, because JSON cannot represent them."""
@@ -115,8 +128,11 @@ class MetricsWriter:
                 for key, value in numbers.items():
                     self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            with storage_errors(self.path.parent / "wandb"):
-                self._wandb.log({**numbers, WANDB_STEP: step})
+            try:
+                with storage_errors(self.path.parent / "wandb"), _service_faults():
+                    self._wandb.log({**numbers, WANDB_STEP: step})
+            except _ServiceFault as fault:
+                self._lose_wandb(fault)
 
     def close(self) -> None:
         """Writes what the sinks have buffered.
@@ -129,10 +145,36 @@ class MetricsWriter:
                 if self._tensorboard is not None:
                     self._tensorboard.close()
                 if self._wandb is not None:
-                    self._wandb.finish()
+                    with _service_faults():
+                        self._wandb.finish()
+        except _ServiceFault as fault:
+            self._lose_wandb(fault)
         except StorageError:
             if self.failure is None:
                 raise
+
+    def _lose_wandb(self, fault: _ServiceFault) -> None:
+        """Goes on without W&B: metrics.jsonl has all lines, and no run of weeks ends for a service."""
+        self._wandb = None
+        warn(
+            logger,
+            f"warning: Weights & Biases gets no further metrics of this job: {fault}; {self.path} has all of them",
+        )
+
+
+class _ServiceFault(Exception):
+    """A failure of a sink's package or service; not of the disk."""
+
+
+@contextmanager
+def _service_faults() -> Iterator[None]:
+    """Raises what Weights & Biases raises as _ServiceFault, except an error of the disk."""
+    try:
+        yield
+    except Exception as error:  # its own classes, and those of its HTTP and protocol packages
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+            raise
+        raise _ServiceFault(" ".join(f"{type(error).__name__}: {error}".split())[:300]) from error
 
 
 def _wandb_id(run_dir: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 import types
@@ -165,3 +166,65 @@ def test_wandb_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         EnvironmentFault, match=r"log.wandb_project: install it with `pip install megatron-lion\[wandb\]`"
     ):
         MetricsWriter(tmp_path, config_with(tmp_path, wandb_project="lion"), is_main=True)
+
+
+class CommError(Exception):
+    """As wandb's own, which is no OSError."""
+
+
+def broken(calls: dict[str, Exception]) -> FakeWandb:
+    """A module whose functions of these names raise these errors."""
+
+    def fail(error: Exception) -> Any:
+        def call(*arguments: Any, **settings: Any) -> None:
+            raise error
+
+        return call
+
+    wandb = FakeWandb()
+    for name, error in calls.items():
+        setattr(wandb, name, fail(error))
+    return wandb
+
+
+FAULTS = [CommError("the server\nanswers 503"), BrokenPipeError(32, "Broken pipe"), TimeoutError("timed out")]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_lost_wandb_service_does_not_end_a_run(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", broken({"log": fault, "finish": fault}))
+    writer = MetricsWriter(tmp_path, config_with(tmp_path, wandb_project="p"), is_main=True)
+    for step in (1, 2):
+        writer.write(step, {"train/loss": 1.0})
+    writer.close()
+    assert writer.failure is None
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert [record.message.count("Weights & Biases gets no further metrics") for record in caplog.records] == [1]
+    assert "\n" not in caplog.records[0].message
+
+
+def test_a_wandb_service_that_is_lost_at_the_end_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", broken({"finish": FAULTS[0]}))
+    MetricsWriter(tmp_path, config_with(tmp_path, wandb_project="p"), is_main=True).close()
+    assert "CommError: the server answers 503" in caplog.text
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_a_wandb_service_that_does_not_start_is_one_line(
+    fault: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", broken({"init": fault}))
+    with pytest.raises(EnvironmentFault, match=r"does not start: .*WANDB_MODE=offline") as caught:
+        MetricsWriter(tmp_path, config_with(tmp_path, wandb_project="p"), is_main=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_under_wandb_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", broken({"log": OSError(errno.ENOSPC, "No space left on device")}))
+    writer = MetricsWriter(tmp_path, config_with(tmp_path, wandb_project="p"), is_main=True)
+    writer.write(1, {"train/loss": 1.0})
+    assert "make room" in str(writer.failure)
