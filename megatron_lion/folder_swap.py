@@ -32,29 +32,43 @@ def work_folder(final: Path) -> Iterator[Path]:
     prefix = f".{final.name}.tmp-"
     with storage_errors(final, "made"):
         final.parent.mkdir(parents=True, exist_ok=True)
-        for entry in list(final.parent.iterdir()):
-            if not entry.name.startswith(prefix):
-                continue
-            with suppress(OSError):  # of another process, which may remove it at this moment
-                if time.time() - entry.lstat().st_mtime > _YOUNG_S:
-                    with _folder_lock(entry):
-                        shutil.rmtree(entry, ignore_errors=True)
+        remove_abandoned(final.parent, prefix)
         put_back(final)
         temporary = final.with_name(f"{prefix}{os.getpid()}-{os.urandom(3).hex()}")
         temporary.mkdir()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         with suppress(OSError):  # without locks, nobody removes it but this process
-            stack.enter_context(_folder_lock(temporary))
+            stack.enter_context(folder_lock(temporary))
         yield temporary
 
 
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Removes folders with this prefix that killed processes left; those in use hold `folder_lock`.
+
+    Raises:
+        OSError: the parent folder cannot be listed.
+    """
+    for entry in list(parent.iterdir()):
+        if not entry.name.startswith(prefix):
+            continue
+        with suppress(OSError):  # of another process, which may remove it at this moment, or of another user
+            if time.time() - entry.lstat().st_mtime > _YOUNG_S:
+                with folder_lock(entry):
+                    shutil.rmtree(entry, ignore_errors=True)
+
+
 @contextmanager
-def _folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[int]:
+    """Locks a folder; yields the descriptor, and processes that inherit it hold the lock too.
+
+    Raises:
+        OSError: another process holds the lock, or the file system has no locks.
+    """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield handle
     finally:
         os.close(handle)
 

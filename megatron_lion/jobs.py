@@ -11,12 +11,13 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
+from megatron_lion.errors import StoppedOnRequest
 from megatron_lion.signals import STOP_SIGNALS, end_with_parent, handled
 
 STORE = "MEGATRON_LION_STORE"
 """Variable by which the launcher names the store to its ranks: the path of a file, or `tcp://ADDRESS:PORT/JOB`."""
 
-STOPPED = 75
+STOPPED = StoppedOnRequest.exit_code
 """Exit code of a job that saved and ended on request."""
 
 

@@ -12,11 +12,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.files import storage_errors
+from megatron_lion.folder_swap import folder_lock, remove_abandoned
 from megatron_lion.jobs import STORE
 from megatron_lion.signals import collected, end_with_parent
 from megatron_lion.supervise import Cause, Rank, find_cause, signal_name, watch
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from megatron_lion.nodes import Nodes
 
 STOP_TIMEOUT_S = 1800.0
+PRIVATE = "megatron-lion-job-"
+"""How the names of the launchers' private folders begin."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -68,23 +73,40 @@ def _launch(options: argparse.Namespace, received: list[int]) -> Cause:
 
         check_variables(os.environ)
     processes = options.processes or count_processes(received)
-    # Private to this user (mode 0700), and removed at the end.
-    with storage_errors("the folder for temporary files (TMPDIR)"):
-        private = tempfile.TemporaryDirectory(prefix="megatron-lion-")
-    with private as name:
-        folder = Path(name)
+    with _private_folder() as (folder, kept):
         if options.check:
             _check(options, processes, received)
         if options.nodes == 1:
             variables = {STORE: str(folder / "store"), "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
-            return _run(options.command, range(processes), processes, processes, variables, folder, received,
+            return _run(options.command, range(processes), processes, processes, variables, folder, kept, received,
                         stop_timeout_s, None)  # fmt: skip
         from megatron_lion.nodes import Nodes
 
         with Nodes(options.nodes, processes, os.environ, lambda: _end_if_asked(received)) as nodes:
-            cause = _run(options.command, nodes.ranks, nodes.world_size, processes, nodes.variables(), folder, received,
-                         stop_timeout_s, nodes)  # fmt: skip
+            cause = _run(options.command, nodes.ranks, nodes.world_size, processes, nodes.variables(), folder, kept,
+                         received, stop_timeout_s, nodes)  # fmt: skip
             return nodes.agree(cause)
+
+
+@contextmanager
+def _private_folder() -> Iterator[tuple[Path, list[int]]]:
+    """Makes a folder that is private to this user (mode 0700) and removed at the end.
+
+    Folders that killed launchers left are removed first. The ranks inherit the lock on theirs, because they still use it
+    while they save after their launcher was killed.
+
+    Yields:
+        The folder, and the descriptors for the ranks to inherit.
+    """
+    with ExitStack() as stack:
+        with storage_errors("the folder for temporary files (TMPDIR)"):
+            remove_abandoned(Path(tempfile.gettempdir()), PRIVATE)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PRIVATE)))
+        try:
+            kept = [stack.enter_context(folder_lock(folder))]
+        except OSError:  # a file system without locks: nobody can lock the folder to remove it either
+            kept = []
+        yield folder, kept
 
 
 def _run(
@@ -94,6 +116,7 @@ def _run(
     processes: int,
     variables: dict[str, str],
     folder: Path,
+    kept: list[int],
     received: list[int],
     stop_timeout_s: float,
     nodes: Nodes | None,
@@ -107,7 +130,7 @@ def _run(
     try:
         for local, number in enumerate(numbers):
             own = {"RANK": str(number), "LOCAL_RANK": str(local)}
-            ranks.append(Rank(number, [sys.executable, "-m", "megatron_lion", *command], {**base, **own}))
+            ranks.append(Rank(number, [sys.executable, "-m", "megatron_lion", *command], {**base, **own}, kept))
         watch(ranks, received, stop_timeout_s, nodes)
     finally:
         for rank in ranks:  # only after an error of this launcher

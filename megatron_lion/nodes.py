@@ -19,8 +19,8 @@ import psutil
 import torch.distributed as dist
 
 from megatron_lion.errors import ConfigError, PeerError
-from megatron_lion.jobs import STORE
-from megatron_lion.supervise import LOST, STOPPED, Cause
+from megatron_lion.jobs import STOPPED, STORE
+from megatron_lion.supervise import LOST, Cause
 
 logger = logging.getLogger(__name__)
 

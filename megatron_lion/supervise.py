@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from megatron_lion.errors import PeerError, StoppedOnRequest
+from megatron_lion.errors import PeerError
+from megatron_lion.jobs import STOPPED
 from megatron_lion.signals import GROUP_SIGNALS, IN_START, end_with_parent
 
-STOPPED, LOST = StoppedOnRequest.exit_code, PeerError.exit_code
+LOST = PeerError.exit_code
 
 # After one rank failed, the others have nothing to save: most of them notice its loss and end by themselves.
 NOTICE_S = 3.0
@@ -55,6 +56,12 @@ class Link(Protocol):
 class Rank:
     """One process of the job.
 
+    Args:
+        number: its rank.
+        command: the words to run.
+        environment: its environment variables.
+        kept: open file descriptors that it inherits.
+
     Attributes:
         number: its rank.
         code: its exit code, negative if a signal ended it; None while it runs.
@@ -62,7 +69,9 @@ class Rank:
         killed: whether this launcher sent SIGKILL.
     """
 
-    def __init__(self, number: int, command: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, number: int, command: Sequence[str], environment: Mapping[str, str], kept: Sequence[int] = ()
+    ) -> None:
         self.number = number
         self.code: int | None = None
         self.ended_ns = 0
@@ -72,6 +81,7 @@ class Rank:
             command,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
+            pass_fds=tuple(kept),
             start_new_session=True,
             preexec_fn=end_with_parent(),
         )

@@ -20,6 +20,8 @@ BEAT_S = 10.0
 SILENCE_S = 1800.0
 """Seconds without a sign of life after which the first node counts as lost."""
 POLL_S = 2.0
+RESTART_S = 120.0
+"""Seconds in which the first node may start again and remove a mark of failure from the start before."""
 NOTICE_S = 60.0
 
 
@@ -83,14 +85,16 @@ class NodeMarks:
             MegatronLionError: the step failed there; has its exit code.
         """
         began = changed = time.monotonic()
-        sign, noticed = self._read(self._alive), False
+        sign, noticed, lives = self._read(self._alive), False, False
         while True:
             if (now_sign := self._read(self._alive)) != sign:
-                sign, changed = now_sign, time.monotonic()
+                # Before the marks are read: the first node removes old ones before it gives a sign of life.
+                sign, changed, lives = now_sign, time.monotonic(), True
             code = self._read(self._folder / f"step-{number}")
             if code == "0":
                 return
-            if code:
+            # The mark of a failure may be of the start before, if somebody gave the command again on all nodes.
+            if code and (lives or time.monotonic() - began > RESTART_S):
                 error = MegatronLionError(f"the first node stopped: {title} ended there with code {code}")
                 error.exit_code = int(code)
                 raise error

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -16,8 +17,9 @@ import psutil
 import pytest
 from job_processes import REPO, alive
 
-from megatron_lion import supervise
+from megatron_lion import folder_swap, supervise
 from megatron_lion.jobs import record_exit_code
+from megatron_lion.launcher import _private_folder
 from megatron_lion.signals import IN_START
 from megatron_lion.supervise import Rank, find_cause, watch
 
@@ -151,3 +153,47 @@ def test_a_rank_ends_when_its_launcher_is_killed() -> None:
     finally:
         if rank.is_running():
             rank.kill()
+
+
+SAVES = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").close()
+while not os.path.exists(sys.argv[2]):
+    time.sleep(0.02)
+"""
+KILLED_LAUNCHER = """
+import os, signal, sys, time
+from megatron_lion.launcher import _private_folder
+from megatron_lion.supervise import Rank
+with _private_folder() as (folder, kept):
+    Rank(0, [sys.executable, "-c", *sys.argv[1:]], os.environ, kept)
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.02)
+    print(folder, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_folder_of_a_killed_launcher_is_removed_after_its_last_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready, end, temporary = tmp_path / "ready", tmp_path / "end", tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(folder_swap, "_YOUNG_S", -1)
+    words = [sys.executable, "-c", KILLED_LAUNCHER, SAVES, str(ready), str(end)]
+    with open(tmp_path / "out", "w") as out:  # not a pipe, which the rank would keep open
+        killed = subprocess.run(words, cwd=REPO, stdout=out, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = Path((tmp_path / "out").read_text().strip())
+    assert left.parent == temporary
+    with _private_folder() as (own, _):
+        assert {own, left} == set(temporary.iterdir()), "its rank still saves"
+    end.touch()
+    deadline = time.monotonic() + 60
+    while left.exists() and time.monotonic() < deadline:
+        with _private_folder():
+            time.sleep(0.05)
+    assert not list(temporary.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def test_a_node_waits_for_the_first_one_only_as_long_as_it_lives(
     with pytest.raises(MegatronLionError):
         run_plan(plan, 8, Recorder({1: 3}))  # removes the marks of the start before
     monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setattr(node_marks, "RESTART_S", 0.0)
     with pytest.raises(MegatronLionError, match="ended there with code 3") as failed:
         run_plan(plan, 8, Recorder())
     assert failed.value.exit_code == 3
@@ -141,6 +143,29 @@ def test_a_node_waits_for_the_first_one_only_as_long_as_it_lives(
     with pytest.raises(PeerError, match="no sign of life"):
         run_plan(plan, 8, Recorder())
     assert capsys.readouterr().err.count("waiting for the first node") == 1
+
+
+def test_a_failure_of_the_start_before_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is given again by hand, with the same JOB_ID, and this node is the first to start."""
+    monkeypatch.setattr(node_marks, "POLL_S", 0.02)
+    marks = node_marks.NodeMarks(tmp_path, "plan")
+    with marks.alive():
+        marks.set(2, 5)
+
+    def start_first_node() -> None:
+        with marks.alive():
+            marks.set(2, 0)
+
+    asked = iter([False, False, True])
+
+    def look() -> bool:
+        if next(asked, False):
+            threading.Thread(target=start_first_node).start()
+        return False
+
+    marks.wait(2, "a step", look)
 
 
 def full_plan(folder: Path, shift: float = 0.0) -> Plan:
