@@ -50,7 +50,7 @@ FAULTS = OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m faults --jobs $(JOBS) $(OPT
 # A case that has a row of this commit in fault-results/ is left out, so an interrupted run can be continued; FORCE=1
 # runs all again.
 test-full: $(STAMP)
-	@$(FAULTS) --all --docs $(if $(filter 1,$(FORCE)),--force)
+	@$(FAULTS) $(if $(FAMILY),--family '$(FAMILY)',--all) --docs $(if $(filter 1,$(FORCE)),--force)
 
 chaos: $(STAMP)
 	@$(FAULTS) $(CASE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ COLUMNS = [
 ]
 HEAD = """# Fault scorecard
 
-`make test-full` injects every fault of `tests/faults/` and writes this page (at most 90 minutes on two cores). `make chaos`
-lists the cases, and `make chaos CASE=name` runs one.
+`make test-full` injects every fault of `tests/faults/` and writes this page (at most 90 minutes on two cores), and
+`make test-full FAMILY=signals` one part of it. `make chaos` lists the cases, and `make chaos CASE=name` runs one.
 
 A fault is *recovered* if the same command, given again, ends with exactly the tensors, random states and losses of an
 undisturbed run, or if wrong input was refused with the wanted code. It is *silent* if a command ended with 0 and another
@@ -55,11 +56,11 @@ def page(found: list[dict[str, Any]]) -> str:
     """The page's text for the rows of one run."""
     if not found:
         return HEAD + EMPTY
-    dates, commits = sorted({row["date"] for row in found}), sorted({row["commit"] for row in found})
+    dates = sorted({row["date"] for row in found})
     total = {name: sum(row[name] for row in found) for name in ("injected", "recovered", "silent", "stuck", "open")}
     parts = [
         HEAD,
-        f"Run of {' to '.join(dict.fromkeys((dates[0], dates[-1])))} at commit {', '.join(commits)}: {total['injected']:,} faults, "
+        f"Run of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: {total['injected']:,} faults, "
         f"{total['recovered']:,} recovered, {total['silent']:,} silent, {total['stuck']:,} stuck, {total['open']:,} open; "
         f"{sum(row['passed'] for row in found)} of {len(found)} cases as wanted, in "
         f"{sum(row['seconds'] for row in found) / 60:.0f} minutes of one core.",
@@ -68,6 +69,7 @@ def page(found: list[dict[str, Any]]) -> str:
         chosen = [row for row in found if row["family"] == family]
         parts += [
             f"## {family[0].upper()}{family[1:]}",
+            f"{chosen[-1]['date']}, commit {', '.join(dict.fromkeys(row['commit'] for row in chosen))}.",
             markdown_grid(COLUMNS, [cells(row) for row in chosen], "lrrrrrrrll"),
         ]
         notes = [f"- {row['fault']}: {note}" for row in chosen for note in row["notes"]]
@@ -77,20 +79,31 @@ def page(found: list[dict[str, Any]]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def publish(results: Path, commit: str, names: list[str]) -> None:
-    """Stores the rows of a finished full run in benchmarks/results/ and writes the page.
+def publish(results: Path, cases: Iterable[rows.Case], families: Collection[str]) -> None:
+    """Stores the rows of families that have run whole in benchmarks/results/ and writes the page.
 
-    Rows of other commits, or a run in which a case has no row, are refused: the page shows one tree.
+    A family is measured at one commit. Families may be of several commits, each shown with its own: a change in the
+    launcher does not ask for the bit flips again.
+
+    Args:
+        results: file with the rows of the run.
+        cases: all cases.
+        families: those that ran; the others keep the rows that are stored.
     """
-    found = rows.read(results)
-    missing = [name for name in names if found.get(name, {}).get("commit") != commit]
-    if missing:
-        sys.exit(
-            f"not published: {len(missing)} cases have no row of {commit}, first {missing[0]}; run make test-full again"
-        )
-    if "+changes" in commit:
-        sys.exit("not published: the tree has changes that are not committed")
-    STORED.write_text("".join(json.dumps(found[name]) + "\n" for name in names), encoding="utf-8")
+    fresh, kept = rows.read(results), rows.read(STORED)
+    chosen: list[dict[str, Any]] = []
+    for one in cases:
+        row = (fresh if one.family in families else kept).get(one.name)
+        if row is None:
+            sys.exit(f"not published: {one.name} has no row; run make test-full FAMILY='{one.family}'")
+        chosen.append(row)
+    for family in dict.fromkeys(row["family"] for row in chosen):
+        commits = {row["commit"] for row in chosen if row["family"] == family}
+        if len(commits) > 1:
+            sys.exit(f"not published: rows of the family '{family}' are of several commits; run make test-full again")
+        if any("+changes" in commit for commit in commits):
+            sys.exit(f"not published: '{family}' ran in a tree with changes that are not committed")
+    STORED.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
     PAGE.write_text(page(list(rows.read(STORED).values())), encoding="utf-8")
 
 

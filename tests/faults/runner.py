@@ -1,7 +1,8 @@
 """Runs fault cases: `python -m faults` lists them, `python -m faults NAME …` runs some, `python -m faults --all` all.
 
-make chaos [CASE=name] and make test-full are these commands. Options: --results FILE (default
-fault-results/results.jsonl), --force (also cases that have a row of this commit), --jobs N.
+make chaos [CASE=name] and make test-full [FAMILY=name] are these commands. Options: --family NAME (all cases of a
+family), --results FILE (default fault-results/results.jsonl), --force (also cases that have a row of this commit),
+--jobs N, --docs (write the page at the end).
 """
 
 from __future__ import annotations
@@ -24,36 +25,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--family", action="append", default=[])
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--results", type=Path, default=rows.REPO / "fault-results" / "results.jsonl")
     parser.add_argument("--docs", action="store_true", help="write docs/scorecard.md and its result file at the end")
     options = parser.parse_args()
     cases = rows.all_cases()
-    if not options.names and not options.all:
+    families = set(options.family) or {one.family for one in cases.values() if options.all}
+    if not options.names and not families:
         for case in cases.values():
             print(f"{case.name:28} {case.family}: {case.fault}")
         return 0
     unknown = [name for name in options.names if name not in cases]
+    unknown += sorted(families - {one.family for one in cases.values()})
     if unknown:
-        print(f"no case {unknown[0]}; python -m faults lists them", file=sys.stderr)
+        print(f"no case or family {unknown[0]}; python -m faults lists them", file=sys.stderr)
         return 2
-    chosen = options.names or list(cases)
+    whole = [name for name, one in cases.items() if one.family in families]
+    chosen = options.names or whole
     commit, found = rows.commit(), rows.read(options.results)
-    if options.all and not options.force and "+changes" not in commit:
+    if families and not options.force and "+changes" not in commit:
         chosen = [name for name in chosen if found.get(name, {}).get("commit") != commit]
     started = time.monotonic()
     done = _run(chosen, min(options.jobs, len(chosen)), options.results)
     minutes = (time.monotonic() - started) / 60
-    if options.all:  # with the rows of an earlier run that this one continued
-        done = {**{name: row for name, row in found.items() if name in cases}, **done}
+    if families:  # with the rows of an earlier run that this one continued
+        done = {**{name: found[name] for name in whole if name in found}, **done}
     print(f"\n{page.text_table(list(done.values()))}\n")
     for row in done.values():
         for line in row["failures"]:
             print(f"{row['case']}: {line}")
     print(f"{len(chosen)} cases in {minutes:.1f} minutes; rows: {options.results}")
     if options.docs:
-        page.publish(options.results, commit, list(cases))
+        page.publish(options.results, cases.values(), families)
     return int(any(not row["passed"] for row in done.values()))
 
 

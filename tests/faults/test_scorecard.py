@@ -85,33 +85,52 @@ def test_rows_survive_a_torn_line_and_the_last_of_a_case_counts(tmp_path: Path) 
     assert rows.read(path) == {"a": {"case": "a", "n": 2}}
 
 
-@pytest.mark.parametrize("fault", ["missing case", "other commit", "changed tree"])
-def test_only_a_complete_run_of_one_commit_is_published(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
-) -> None:
+def cases(**families: str) -> list[Case]:
+    return [Case(name, family, "a fault", "8", recovered) for name, family in families.items()]
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(page, "PAGE", tmp_path / "scorecard.md")
     monkeypatch.setattr(page, "STORED", tmp_path / "faults.jsonl")
-    commit = "abc+changes" if fault == "changed tree" else "abc"
-    results = tmp_path / "results.jsonl"
-    for name in ("a", "b"):
-        rows.append(results, {**row_of(recovered), "case": name, "commit": commit})
-    if fault == "other commit":
-        rows.append(results, {**row_of(recovered), "case": "b", "commit": "old"})
-    names = ["a", "b", "c"] if fault == "missing case" else ["a", "b"]
+    return tmp_path / "results.jsonl"
+
+
+def add(path: Path, name: str, family: str, commit: str) -> None:
+    rows.append(path, {**row_of(recovered), "case": name, "family": family, "commit": commit})
+
+
+@pytest.mark.parametrize("fault", ["missing case", "other commit", "changed tree", "family that never ran"])
+def test_only_whole_families_of_one_commit_are_published(results: Path, fault: str) -> None:
+    add(results, "a", "one", "abc+changes" if fault == "changed tree" else "abc")
+    if fault != "missing case":
+        add(results, "b", "one", {"other commit": "old", "changed tree": "abc+changes"}.get(fault, "abc"))
+    if fault != "family that never ran":
+        add(page.STORED, "c", "two", "abc")
+    stored = page.STORED.read_bytes() if page.STORED.exists() else b""
     with pytest.raises(SystemExit, match="not published"):
-        page.publish(results, commit, names)
+        page.publish(results, cases(a="one", b="one", c="two"), {"one"})
     assert not page.PAGE.exists()
+    assert (page.STORED.read_bytes() if page.STORED.exists() else b"") == stored
 
 
-def test_a_complete_run_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page, "PAGE", tmp_path / "scorecard.md")
-    monkeypatch.setattr(page, "STORED", tmp_path / "faults.jsonl")
-    results = tmp_path / "results.jsonl"
-    rows.append(results, {**row_of(recovered), "case": "a", "commit": "abc"})
-    rows.append(results, {**row_of(recovered), "case": "gone", "commit": "abc"})
-    page.publish(results, "abc", ["a"])
+def test_a_complete_run_is_published(results: Path) -> None:
+    add(results, "a", "one", "abc")
+    add(results, "gone", "one", "abc")
+    page.publish(results, cases(a="one"), {"one"})
     assert [json.loads(line)["case"] for line in page.STORED.read_text().splitlines()] == ["a"]
     assert "1 of 1 cases as wanted" in page.PAGE.read_text()
+
+
+def test_a_family_that_ran_again_is_shown_with_its_own_commit(results: Path) -> None:
+    for name, family in (("a", "one"), ("b", "two")):
+        add(page.STORED, name, family, "abc")
+        add(results, name, family, "def")
+    page.publish(results, cases(a="one", b="two"), {"two"})
+    text = page.PAGE.read_text()
+    one, two = text.split("## ")[1:]
+    assert ("commit abc." in one, "commit def." in one) == (True, False)
+    assert ("commit abc." in two, "commit def." in two) == (False, True)
 
 
 def test_the_names_of_cases_are_words_for_make() -> None:
