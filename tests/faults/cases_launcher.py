@@ -97,15 +97,6 @@ class Launched:
             os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
 
-    def agent(self) -> int:
-        """Pid of the ranks' parent, which the launcher may be itself."""
-        parents = []
-        for pid in processes(str(self.path)):
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
-                parents.append(int(fields[1]))
-        return parents[0]
-
     def rank(self, number: int) -> int:
         for pid in processes(str(self.path)):
             if f"\0RANK={number}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes():
@@ -157,12 +148,11 @@ def ports(lab: Lab, tally: Tally) -> None:
     tally.verdict("listeners", "silent" if found else "recovered", f"{found}")
 
 
-@case("launcher-kills", FAMILY, "kill -9 of rank 0, rank 1, the agent, the launcher", "8, or nothing is left")
+@case("launcher-kills", FAMILY, "kill -9 of rank 0, rank 1, the launcher", "8, or nothing is left")
 def kills(lab: Lab, tally: Tally) -> None:
     plans: dict[str, tuple[Callable[[Launched], Any], tuple[int, ...]]] = {
         "rank 0": (lambda run: os.kill(run.rank(0), signal.SIGKILL), (8,)),
         "rank 1": (lambda run: os.kill(run.rank(1), signal.SIGKILL), (8,)),
-        "agent": (lambda run: os.kill(run.agent(), signal.SIGKILL), (8, 137, 1, -9)),
         "launcher": (lambda run: os.kill(run.process.pid, signal.SIGKILL), (-9,)),
     }
     for what, (act, wanted) in lab.some(list(plans.items())):
@@ -172,11 +162,11 @@ def kills(lab: Lab, tally: Tally) -> None:
 @case(
     "launcher-stops",
     FAMILY,
-    "TERM, HUP, INT, USR1 to the launcher, and to all its processes",
+    "TERM, HUP, INT, USR1, QUIT to the launcher, and to all its processes",
     "75, no finished step lost",
 )
 def stops(lab: Lab, tally: Tally) -> None:
-    plans = [(name, group) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1") for group in (False, True)]
+    plans = [(name, group) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGQUIT") for group in (False, True)]
     for name, group in lab.some(plans):
 
         def act(run: Launched, number: int = signal.Signals[name], group: bool = group) -> None:
