@@ -7,15 +7,12 @@ import errno
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from megatron_lion.files import storage_errors, sync_folder
 
-_YOUNG_S = 60
-"""Age, in seconds, below which a folder may be so new that its process has not locked it yet."""
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of fcntl.h and stdio.h on Linux
 
 
@@ -30,44 +27,58 @@ def work_folder(final: Path) -> Iterator[Path]:
         StorageError: the folder cannot be made.
     """
     prefix = f".{final.name}.tmp-"
-    with storage_errors(final, "made"):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(final.parent, prefix)
-        put_back(final)
-        temporary = final.with_name(f"{prefix}{os.getpid()}-{os.urandom(3).hex()}")
-        temporary.mkdir()
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        with suppress(OSError):  # without locks, nobody removes it but this process
-            stack.enter_context(folder_lock(temporary))
-        yield temporary
-
-
-def remove_abandoned(parent: Path, prefix: str) -> None:
-    """Removes folders with this prefix that killed processes left; those in use hold `folder_lock`.
-
-    Raises:
-        OSError: the parent folder cannot be listed.
-    """
-    for entry in list(parent.iterdir()):
-        if not entry.name.startswith(prefix):
-            continue
-        with suppress(OSError):  # of another process, which may remove it at this moment, or of another user
-            if time.time() - entry.lstat().st_mtime > _YOUNG_S:
-                with folder_lock(entry):
-                    shutil.rmtree(entry, ignore_errors=True)
+        with storage_errors(final, "made"):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            put_back(final)
+            folder, _ = stack.enter_context(locked_folder(final.parent, prefix))
+        yield folder
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[int]:
-    """Locks a folder; yields the descriptor, and processes that inherit it hold the lock too.
+def locked_folder(parent: Path, prefix: str, mode: int = 0o777) -> Iterator[tuple[Path, list[int]]]:
+    """Makes a new folder with a random name, locked; what is left of it is removed at the end.
+
+    Folders with the same prefix that nobody has locked are of killed processes, and are removed first.
+
+    Args:
+        parent: folder to make it in.
+        prefix: how its name begins.
+        mode: its permissions, less the process's umask.
+
+    Yields:
+        The folder, and the descriptors that hold the lock, for processes to inherit; none if the file system has no locks.
 
     Raises:
-        OSError: another process holds the lock, or the file system has no locks.
+        OSError: the folder cannot be made.
     """
+    for entry in list(parent.iterdir()):
+        if entry.name.startswith(prefix):
+            with suppress(OSError), _lock(entry):  # locked, gone in the meantime, or another user's
+                shutil.rmtree(entry, ignore_errors=True)
+    with ExitStack() as stack:
+        while True:
+            folder = parent / f"{prefix}{os.getpid()}-{os.urandom(3).hex()}"
+            folder.mkdir(mode)
+            try:
+                held = [stack.enter_context(_lock(folder))]
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another process took it, not locked yet, for an abandoned one
+            except OSError:  # a file system without locks: nobody can lock it to remove it either
+                held = []
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            break
+        yield folder, held
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[int]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the two calls its remover may have removed it and let go of the lock.
+        if not os.path.samestat(os.fstat(handle), os.lstat(folder)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
         yield handle
     finally:
         os.close(handle)

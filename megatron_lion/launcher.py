@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.files import storage_errors
-from megatron_lion.folder_swap import folder_lock, remove_abandoned
+from megatron_lion.folder_swap import locked_folder
 from megatron_lion.jobs import STORE
 from megatron_lion.signals import collected, end_with_parent
 from megatron_lion.supervise import Cause, Rank, find_cause, signal_name, watch
@@ -90,23 +90,19 @@ def _launch(options: argparse.Namespace, received: list[int]) -> Cause:
 
 @contextmanager
 def _private_folder() -> Iterator[tuple[Path, list[int]]]:
-    """Makes a folder that is private to this user (mode 0700) and removed at the end.
+    """Makes a folder that is private to this user and removed at the end.
 
-    Folders that killed launchers left are removed first. The ranks inherit the lock on theirs, because they still use it
-    while they save after their launcher was killed.
+    The ranks inherit its lock, because they use it while they save after their launcher was killed. The next launcher
+    removes a folder that nobody has locked.
 
     Yields:
         The folder, and the descriptors for the ranks to inherit.
     """
     with ExitStack() as stack:
         with storage_errors("the folder for temporary files (TMPDIR)"):
-            remove_abandoned(Path(tempfile.gettempdir()), PRIVATE)
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=PRIVATE)))
-        try:
-            kept = [stack.enter_context(folder_lock(folder))]
-        except OSError:  # a file system without locks: nobody can lock the folder to remove it either
-            kept = []
-        yield folder, kept
+            place = locked_folder(Path(tempfile.gettempdir()), PRIVATE, 0o700)
+            found = stack.enter_context(place)
+        yield found
 
 
 def _run(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ def killed_at(number: int, final: Path) -> int:
     os._exit(0)
 
 
-def test_a_kill_leaves_the_old_one_or_the_new_one(swap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_swap, "_YOUNG_S", -1)
+def test_a_kill_leaves_the_old_one_or_the_new_one(swap: str, tmp_path: Path) -> None:
     seen = set()
     for number in range(1, 50):
         final = tmp_path / str(number) / "model"
@@ -98,8 +97,7 @@ def test_a_kill_leaves_the_old_one_or_the_new_one(swap: str, tmp_path: Path, mon
     assert seen == ({"old", "new"} if swap == "exchange" else set())
 
 
-def test_a_folder_in_use_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_swap, "_YOUNG_S", -1)
+def test_a_folder_in_use_is_not_removed(tmp_path: Path) -> None:
     with work_folder(tmp_path / "model") as first:
         with work_folder(tmp_path / "model") as second:
             assert first.is_dir()
@@ -108,14 +106,42 @@ def test_a_folder_in_use_is_not_removed(tmp_path: Path, monkeypatch: pytest.Monk
     assert names(tmp_path) == []
 
 
-def test_only_old_folders_of_the_same_name_are_removed(tmp_path: Path) -> None:
-    for name in (".model.tmp-1-aaaaaa", ".model.tmp-2-bbbbbb", ".other.tmp-3-cccccc"):
-        (tmp_path / name).mkdir()
-    hour_ago = time.time() - 3600
+def test_only_abandoned_folders_of_the_same_name_are_removed(tmp_path: Path) -> None:
     for name in (".model.tmp-1-aaaaaa", ".other.tmp-3-cccccc"):
-        os.utime(tmp_path / name, (hour_ago, hour_ago))
+        (tmp_path / name).mkdir()
     put(tmp_path / "model", "new")
-    assert names(tmp_path) == [".model.tmp-2-bbbbbb", ".other.tmp-3-cccccc", "model"]
+    assert names(tmp_path) == [".other.tmp-3-cccccc", "model"]
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked", "while it is locked"])
+def test_a_folder_that_another_process_takes_for_abandoned_is_made_again(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process begins between the mkdir and the lock of this one."""
+    original, calls = {"before it is opened": os.open, "before it is locked": fcntl.flock}, 0
+    others: list[Any] = []
+
+    def other(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            return real(*arguments)
+        made = next(tmp_path.iterdir())
+        if moment == "while it is locked":
+            others.append(folder_swap._lock(made))
+            others[0].__enter__()
+        else:
+            made.rmdir()
+        return real(*arguments)
+
+    real = original.get(moment, os.open)
+    monkeypatch.setattr(*((fcntl, "flock") if moment == "before it is locked" else (os, "open")), other)
+    with work_folder(tmp_path / "model") as folder:
+        assert folder.is_dir()
+        (folder / "weights").write_text("whole")
+        replace_folder(folder, tmp_path / "model")
+    assert calls >= 2, "it was made again"
+    assert (tmp_path / "model" / "weights").read_text() == "whole"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])

@@ -77,8 +77,8 @@ def drive_command(lab: Lab, tally: Tally, words: list[str], kind: str, number: i
             found = contents(place)
             other = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             tally.verdict(what, "silent", f"other files: {other[:4]}")
-        elif process.code == 0 and contents(place) == expected:
-            tally.verdict(what, "recovered")  # the disturbed command itself had ended well; the output exists
+        elif "already exists" in again.last_line() and contents(place) == expected:
+            tally.verdict(what, "recovered")  # the disturbed command had put the whole output in place
         else:
             tally.verdict(what, "stuck", f"{code}: {again.last_line()}")
 

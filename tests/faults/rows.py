@@ -104,6 +104,7 @@ MODULES = (
     "layouts",
     "long",
     "launcher",
+    "hosts",
 )
 CASES: dict[str, Case] = {}
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from job_processes import REPO, alive
 
-from megatron_lion import folder_swap, supervise
+from megatron_lion import supervise
 from megatron_lion.jobs import record_exit_code
 from megatron_lion.launcher import _private_folder
 from megatron_lion.signals import IN_START
@@ -182,7 +182,6 @@ def test_the_folder_of_a_killed_launcher_is_removed_after_its_last_rank(
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(folder_swap, "_YOUNG_S", -1)
     words = [sys.executable, "-c", KILLED_LAUNCHER, SAVES, str(ready), str(end)]
     with open(tmp_path / "out", "w") as out:  # not a pipe, which the rank would keep open
         killed = subprocess.run(words, cwd=REPO, stdout=out, check=False)
