@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lion.errors import CheckpointError, StorageError
-from megatron_lion.files import sha256_file, storage_errors, sync_file, sync_folder, write_whole
+from megatron_lion.files import make_folder, sha256_file, storage_errors, sync_file, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.runs.checkpoint_manifest import GO_BACK_BY_HAND, manifest_bytes, read_manifest
 from megatron_lion.runs.identity import settle_run_id
@@ -159,8 +159,9 @@ def save_checkpoint(
     temporary = final.with_name(f"{final.name}.tmp-{attempt}")
     with agree("making the checkpoint folder"):
         if ranks.is_main:
+            make_folder(temporary.parent)
             with storage_errors(temporary, "made"):
-                temporary.mkdir(parents=True)
+                temporary.mkdir()
     if dist.get_world_size() > 1:
         dist.barrier()  # the folder exists before any rank writes into it
     digests = write_tensors(sharded, temporary)

@@ -49,15 +49,20 @@ def test_all_faults_of_a_case(server: Warm, tmp_path: Path, name: str) -> None:
     assert row["passed"], row["failures"]
 
 
-def test_log_lines_are_durable_before_the_checkpoint_that_contains_their_steps(lab: Lab) -> None:
-    """Otherwise a power cut after the commit leaves a gap: a resumed run does not write them again."""
-    calls = lab.calls(lab.config("lines", train__steps=4, checkpoint__every=2))
+def test_what_a_checkpoint_relies_on_is_durable_before_it(lab: Lab) -> None:
+    """The log lines of its steps: otherwise a power cut leaves a gap, as a resumed run does not write them again."""
+    config = lab.config("lines", train__steps=4, checkpoint__every=2)
+    calls = lab.calls(config)
     commits = [call for call in calls if call.op == "rename" and call.path[-12:] in ("step_0000002", "step_0000004")]
     assert len(commits) == 2
     for commit in commits:
         before = [call.op for call in calls if call.number < commit.number and call.path.endswith("/metrics.jsonl")]
         assert before[-1] == "fsync"
         assert before.count("write") == int(commit.path[-1])
+    # The entry of the folder of checkpoints, too, or the first checkpoint is lost with it.
+    made = next(call.number for call in calls if call.op == "mkdir" and call.path.endswith("/checkpoints"))
+    flushed = [call.number for call in calls if call.op == "fsync" and call.path == config.run_dir]
+    assert any(made < number < commits[0].number for number in flushed)
 
 
 def test_the_verdict_sees_one_changed_bit(lab: Lab) -> None:
