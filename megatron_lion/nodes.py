@@ -91,7 +91,7 @@ class Nodes:
         self._stop_here = self._stop_elsewhere = self._ending = False
         self._reachable = True
         self._failure: Cause | None = None
-        self._heard = [time.monotonic()] * count
+        self._answered, self._heard = time.monotonic(), [time.monotonic()] * count
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._store = self._open()
@@ -184,6 +184,7 @@ class Nodes:
     # --- while the job runs ---
 
     def __enter__(self) -> Self:
+        self._answered = time.monotonic()
         self._thread = threading.Thread(target=self._talk, name="nodes", daemon=True)
         self._thread.start()
         return self
@@ -198,8 +199,18 @@ class Nodes:
         return self._stop_elsewhere
 
     def failure(self) -> Cause | None:
-        """Why the job failed on another node, if it did."""
+        """Why the job failed on another node, if it did, or that the node with the store is silent."""
+        if self._failure is None and self._is_cut_off(SILENT_S):
+            self._lose_master()
         return self._failure
+
+    def _is_cut_off(self, limit_s: float) -> bool:
+        # Behind a cut cable, a request to the store may wait for a quarter of an hour.
+        return self._server is None and time.monotonic() - self._answered > limit_s
+
+    def _lose_master(self) -> None:
+        self._reachable = False
+        self._failure = Cause(LOST, f"the node at MASTER_ADDR {self.address} was lost: its launcher does not answer")
 
     def tell_stop(self) -> None:
         """Passes the request to stop on to the other nodes."""
@@ -215,14 +226,12 @@ class Nodes:
                 self._stop_elsewhere = self._stop_elsewhere or bool(self._store.check(["stop"]))
                 self._store.add(f"beat/{self.number}", 1)
                 self._hear_failure()
+                self._answered = time.monotonic()
                 if self._server is not None:
                     self._look_for_silent(beats)
         except RuntimeError:
             if not self._ending:
-                self._reachable = False
-                self._failure = Cause(
-                    LOST, f"the node at MASTER_ADDR {self.address} was lost: its launcher does not answer"
-                )
+                self._lose_master()
 
     def _hear_failure(self) -> None:
         if self._failure is None and self._store.check(["failure"]):
@@ -259,17 +268,24 @@ class Nodes:
         # Ranks here that hung, and were killed, after another node had failed are a consequence.
         is_first = self._failure is None
         is_own = cause.code not in (0, LOST, STOPPED) or (cause.code == LOST and not cause.printed and is_first)
-        with suppress(RuntimeError):
-            if is_own and not lost_master:
-                self._tell_failure(cause)
-            if not lost_master:
-                self._store.set(f"ended/{self.number}", "")
-                self._wait_for_others(cause)
+        if not lost_master:
+            talk = threading.Thread(target=self._tell_and_wait, args=(cause, is_own), name="end", daemon=True)
+            talk.start()
+            while talk.is_alive() and not self._is_cut_off(SILENT_S if cause.code in (0, STOPPED) else QUIET_S):
+                talk.join(0.1)
         found = self._failure
         is_other = found is not None and (found.code != cause.code or not cause.printed)
         if found is not None and is_other and not is_own and cause.code in (LOST, STOPPED):
             return found
         return cause
+
+    def _tell_and_wait(self, cause: Cause, is_own: bool) -> None:
+        """Thread: a request to a store that is cut off must not block the main thread."""
+        with suppress(RuntimeError):
+            if is_own:
+                self._tell_failure(cause)
+            self._store.set(f"ended/{self.number}", "")
+            self._wait_for_others(cause)
 
     def _wait_for_others(self, cause: Cause) -> None:
         # Without a limit if nothing failed: ranks elsewhere may still write, and the thread notices a lost node. After a

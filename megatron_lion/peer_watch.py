@@ -23,14 +23,15 @@ BEAT_S = 1.0
 """Interval of the messages that every rank leaves for the others, seconds."""
 NOTICE_S = 60.0
 """Seconds of waiting after which a line names what is waited for; the next lines follow at doubled intervals."""
-ALONE_SILENCE_S = 1800.0
-"""Seconds without a message after which a rank in a stage of `peers.alone` counts as lost.
+MUTE_S = 1800.0
+"""Seconds without a message after which a rank counts as lost in a stage of `peers.alone` that sends none.
 
 Python cannot send messages while a long call of C++ holds its lock, as Megatron's index build for BERT does.
 """
 _GONE_S = 10.0  # a rank whose process has ended; the backend usually raises at once
 _LAST_READ_S = 3.0  # for a store that does not answer
 _NAMING_S = 7.0  # after a collective failed: how long to look for the rank that caused it
+_ANSWER_S = 2.0  # a store that has not answered for long gets so much time for its last answer
 _JOIN_S = 6.0  # a little more than one request to a store that answers slowly
 _SILENT_S = 5.0  # no message for so long from another host, while naming
 
@@ -73,7 +74,7 @@ class PeerWatch:
 
     def __init__(self, board: Board, rank: int, world_size: int, timeout_s: float, backend: str) -> None:
         self.board, self.rank, self.timeout_s, self.backend = board, rank, timeout_s, backend
-        self.stage, self.alone, self.working = "starting", 0, False
+        self.stage, self.alone, self.mute, self.working = "starting", 0, False, False
         self.peers = {other: _Peer() for other in range(world_size) if other != rank}
         self.host, self._place = socket.gethostname(), place()
         self._main = threading.get_ident()
@@ -116,15 +117,16 @@ class PeerWatch:
         """Leaves the last message and stops the threads."""
         self._stop.set()
         self._wake.set()
+        limit_s = _JOIN_S if self._unanswered_s() < _SILENT_S else _ANSWER_S
         for thread in (self._messenger, self._judge):
             if thread.is_alive() and thread is not threading.current_thread():
-                thread.join(_JOIN_S)
+                thread.join(limit_s)
 
     def _post(self) -> None:
         now = time.monotonic()
         self.board.post(self.rank, {
             "host": self.host, "place": self._place, "pid": os.getpid(), "count": now, "stage": self.stage,
-            "stage_s": now - self._entered, "alone": self.alone > 0, "waiting_s": self._waiting_s(now), "ended": self._ended,
+            "stage_s": now - self._entered, "mute": self.mute, "waiting_s": self._waiting_s(now), "ended": self._ended,
         })  # fmt: skip
 
     def _read(self) -> None:
@@ -218,8 +220,9 @@ class PeerWatch:
         waited = self._waiting_s(time.monotonic())
         if waited == 0.0:
             return
-        # gloo raises after timeout_s by itself. NCCL aborts then without naming a rank, so this comes a little earlier.
-        slack = 5.0 if self.backend != "nccl" else -min(5.0, self.timeout_s / 10)
+        # gloo raises after timeout_s by itself, but for a stage of `peers.alone`. NCCL aborts then without naming a rank, so
+        # this comes a little earlier.
+        slack = 2.0 if self.backend != "nccl" else -min(5.0, self.timeout_s / 10)
         for rank in self.peers:
             state, silent = self.state(rank), self.silent_s(rank)
             limit = self.timeout_s + slack
@@ -227,8 +230,8 @@ class PeerWatch:
             has_failed = (self.peers[rank].message.get("ended") or {}).get("kind") in ("failed", "lost")
             if state == "gone" or has_failed:
                 limit = min(limit, _GONE_S)
-            elif state == "alive" and (self.alone or self.peers[rank].message.get("alone")):
-                limit = max(limit, ALONE_SILENCE_S)
+            elif state == "alive" and (self.mute or self.peers[rank].message.get("mute")):
+                limit = max(limit, MUTE_S)
             # A process that is known to be gone or stopped is judged by the time of the wait alone.
             is_lost = has_failed or state in ("gone", "stopped") or (state == "alive" and silent > limit)
             if waited > limit and is_lost:
@@ -260,7 +263,7 @@ class PeerWatch:
             error: the backend's exception, or None if this watch found the loss.
         """
         self._judging = True
-        deadline = time.monotonic() + _NAMING_S
+        began = time.monotonic()
         late = error is not None and is_timeout(error)
         while True:
             self._wake.set()
@@ -273,7 +276,9 @@ class PeerWatch:
                 for r, p in self.peers.items()
                 if self.state(r) == "alive"
             )
-            if failed or lost or (late and fresh) or time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            is_cut_off = waited > _ANSWER_S and self._unanswered_s() >= _SILENT_S
+            if failed or lost or (late and fresh) or is_cut_off or waited > _NAMING_S:
                 break
             time.sleep(0.05)
         found = self._name(error, failed, lost)

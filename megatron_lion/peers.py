@@ -54,17 +54,22 @@ def mark(stage: str | None = None) -> None:
 
 
 @contextmanager
-def alone(stage: str) -> Iterator[None]:
+def alone(stage: str, *, mute: bool = False) -> Iterator[None]:
     """Marks a stage in which one rank may work while the others wait for it, as long as it lives; used on all ranks.
 
     In the block collectives of the default group wait up to ALONE_LIMIT_S instead of parallel.timeout_s. The watch
-    ends the job if a rank dies, stops or is silent for ALONE_SILENCE_S.
+    ends the job if a rank dies, stops or sends no sign of life for that time.
+
+    Args:
+        stage: its name, for messages.
+        mute: whether the working rank may be unable to send signs of life; then silence counts after MUTE_S only.
     """
     watch = _watch
     if watch is None:
         yield
         return
-    before, worked = watch.stage, watch.working
+    before, worked, was_mute = watch.stage, watch.working, watch.mute
+    watch.mute = mute or was_mute
     watch.mark(stage)
     watch.alone += 1
     if watch.alone == 1:
@@ -74,6 +79,7 @@ def alone(stage: str) -> Iterator[None]:
         yield
         watch.mark(before)
     finally:
+        watch.mute = was_mute
         watch.working = worked  # an outer block of this kind may still work
         watch.alone -= 1
         if watch.alone == 0:

@@ -133,7 +133,8 @@ def build_run(
     held_out = train.test_batches * train.global_batch_size if train.test_every else 0
     datasets: list[Any] = [None, None, None]
     probe_samples = None
-    with alone("building the sample index"):  # the first rank builds it; at a large corpus this takes minutes
+    # The first rank builds it. At a large corpus this takes minutes, in C++ that holds Python's lock.
+    with alone("building the sample index", mute=True):
         if for_training:
             datasets = build_datasets(
                 corpora, config.model, [train.steps * train.global_batch_size, held_out, held_out],

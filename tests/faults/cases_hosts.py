@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from faults.cases_launcher import FAMILY, GONE_S, LIMIT_S, RUN, processes
@@ -23,16 +24,16 @@ set -e
 hostname hostA
 ip link set lo up
 ip link add cableA type veth peer name cableB
-unshare -nu sh -c 'hostname hostB; ip link set lo up; exec sleep infinity' &
-while [ "$(readlink /proc/$!/ns/net)" = "$(readlink /proc/$$/ns/net)" ]; do sleep 0.02; done
-ip link set cableB netns $!
+unshare -nump --fork --mount-proc sh -c 'hostname hostB; ip link set lo up; exec sleep infinity' &
+until other=$(pgrep -P $! sleep); do sleep 0.02; done
+ip link set cableB netns $other
 ip addr add 10.77.0.1/24 dev cableA
 ip link set cableA up
-nsenter -t $! -n ip addr add 10.77.0.2/24 dev cableB
-nsenter -t $! -n ip link set cableB up
-echo $$ $!
+nsenter -t $other -n ip addr add 10.77.0.2/24 dev cableB
+nsenter -t $other -n ip link set cableB up
+echo $$ $other
 cat >/dev/null
-kill -9 $!
+kill -9 $other
 """
 
 
@@ -53,6 +54,7 @@ class Hosts:
         pids = self._script.stdout.readline().split()
         assert len(pids) == 2, f"no namespaces for two hosts: {self._script.stderr.read()[-300:]}"
         self.pids = dict(zip("AB", map(int, pids), strict=True))
+        self._kept = {pid for host in "AB" for pid in self._processes(host)}  # those that hold the namespaces
 
     def __enter__(self) -> Hosts:
         return self
@@ -66,7 +68,19 @@ class Hosts:
 
     def command(self, host: str, *words: str) -> list[str]:
         """The words that run a command on a host."""
-        return ["nsenter", "-t", str(self.pids[host]), "-U", "-n", "-u", "--preserve-credentials", *words]
+        own = ["-m", "-p"] if host == "B" else []  # else a rank on B would see the processes on A
+        enter = [
+            "nsenter",
+            "-t",
+            str(self.pids[host]),
+            "-U",
+            "-n",
+            "-u",
+            *own,
+            "--preserve-credentials",
+            f"--wd={REPO}",
+        ]
+        return [*enter, *words]
 
     def cut(self) -> None:
         """Cuts the cable: no packet arrives, and no connection is closed."""
@@ -77,15 +91,18 @@ class Hosts:
         subprocess.run(self.command("A", "ip", "link", "set", "cableA", "up"), check=True)
 
     def kill(self, host: str) -> None:
-        """Kills every process on a host but the one that holds its namespaces."""
-        network = os.readlink(f"/proc/{self.pids[host]}/ns/net")
+        """Kills every process on a host at the same time, but not the host's namespaces."""
+        for pid in self._processes(host) - self._kept:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _processes(self, host: str) -> set[int]:
+        network, found = os.readlink(f"/proc/{self.pids[host]}/ns/net"), set()
         for path in Path("/proc").glob("[0-9]*/ns/net"):
-            pid = int(path.parts[2])
-            try:
-                if os.readlink(path) == network and pid != self.pids[host]:
-                    os.kill(pid, signal.SIGKILL)
-            except OSError:  # it has ended, or belongs to another user
-                continue
+            with suppress(OSError):  # it has ended, or belongs to another user
+                if os.readlink(path) == network:
+                    found.add(int(path.parts[2]))
+        return found
 
 
 class TwoLaunched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -66,6 +67,45 @@ def test_a_silent_node_is_not_waited_for_after_a_failure(monkeypatch: pytest.Mon
         return cause
 
     assert {None, Cause(8, "lost a peer", printed=True)} == set(two_nodes(work))
+
+
+class CutOff:
+    """A store behind a cut cable: a request gets no answer for as long as anybody waits."""
+
+    def __init__(self) -> None:
+        self.mended = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*arguments: Any) -> None:
+            self.mended.wait()
+            raise RuntimeError("Connection reset by peer")
+
+        return ask
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["at the end", "while the ranks run"])
+def test_a_node_that_is_cut_off_from_the_store_ends(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_lion.nodes.BEAT_S", 0.05)
+    monkeypatch.setattr("megatron_lion.nodes.QUIET_S" if ended else "megatron_lion.nodes.SILENT_S", 1.0)
+    lost = Cause(8, "lost the first node", printed=True)
+
+    def work(nodes: Nodes) -> Cause | None:
+        if nodes._server is not None:
+            return None
+        nodes._store = store = CutOff()
+        try:
+            if ended:
+                return nodes.agree(lost)
+            deadline = time.monotonic() + 60
+            while nodes.failure() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return nodes.failure()
+        finally:
+            store.mended.set()
+
+    found = [cause for cause in two_nodes(work) if cause is not None]
+    assert [cause.code for cause in found] == [8], found
+    assert "127.0.0.1 was lost" in found[0].message or ended
 
 
 def test_a_node_number_that_is_taken_does_not_count_as_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def test_a_peer_that_left_with_an_error_is_not_waited_for(
     watch = peer_watch.PeerWatch(board, 0, 2, 600.0, "nccl")
     board.post(
         1,
-        {"host": "b", "place": "elsewhere", "pid": 1, "count": 1, "alone": True, "ended": {"kind": kind, "text": "x"}},
+        {"host": "b", "place": "elsewhere", "pid": 1, "count": 1, "mute": True, "ended": {"kind": kind, "text": "x"}},
     )
     watch._read()
     watch.alone = 1
@@ -210,3 +211,62 @@ def test_a_stop_in_a_block_with_collectives_sends_nothing_to_the_others(monkeypa
     with pytest.raises(DataError), agree("reading"):
         raise DataError("damaged")
     assert sent == [(DataError, "damaged")]
+
+
+class CutOffBoard:
+    """A store behind a cut cable: a request gets no answer for as long as anybody waits."""
+
+    where = "10.0.0.1:29500"
+
+    def __init__(self) -> None:
+        self.mended = threading.Event()
+
+    def post(self, rank: int, message: dict[str, Any]) -> None:
+        if message["ended"] is not None or rank == 0:
+            self.mended.wait()
+
+    def read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
+        self.mended.wait()
+        return {}
+
+
+def test_a_store_that_is_cut_off_is_named_without_waiting_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the time limit has passed in silence, ten more seconds are too long for an answer that does not come."""
+    monkeypatch.setattr(peer_watch, "_NAMING_S", 1e6)
+    monkeypatch.setattr(peer_watch, "_JOIN_S", 1e6)
+    monkeypatch.setattr(peer_watch, "_ANSWER_S", 0.1)
+    board: Any = CutOffBoard()
+    watch = peer_watch.PeerWatch(board, 1, 2, 20.0, "gloo")
+    watch.start()
+    watch._answered = time.monotonic() - 20
+    found = watch.blame(RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation"))
+    watch.end("lost", str(found))
+    board.mended.set()
+    assert "lost the first node: the job's store at 10.0.0.1:29500 does not answer" in str(found)
+
+
+@pytest.mark.parametrize(("mute", "dies"), [(False, True), (True, False)])
+def test_silence_of_another_host_counts_in_every_stage(
+    mute: bool, dies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one rank saves alone, it sends signs of life; only the index build keeps Python from sending them."""
+    board = FileBoard(tmp_path / "board")
+    watch = peer_watch.PeerWatch(board, 0, 2, 20.0, "gloo")
+    board.post(1, {"host": "b", "place": "elsewhere", "pid": 1, "count": 1, "ended": None})
+    watch._read()
+    ended: list[PeerError] = []
+    monkeypatch.setattr(watch, "_die", ended.append)
+    monkeypatch.setattr(peers, "_watch", watch)
+    monkeypatch.setattr(peers, "set_timeout", lambda seconds: None)
+    watch._wait_began = watch.peers[1].changed = time.monotonic() - 40
+    with peers.alone("the sample index"), peers.alone("saving", mute=mute), peers.alone("hashing"):
+        watch._wait_began = time.monotonic() - 40
+        watch._end_if_hopeless()
+        assert bool(ended) == dies
+    assert not watch.mute
+    watch.peers[1].changed = time.monotonic()
+    ended.clear()
+    with peers.alone("saving"):
+        watch._wait_began = time.monotonic() - 40
+        watch._end_if_hopeless()
+    assert not ended, "a rank that sends signs of life is waited for"
