@@ -31,7 +31,7 @@ Python cannot send messages while a long call of C++ holds its lock, as Megatron
 _GONE_S = 10.0  # a rank whose process has ended; the backend usually raises at once
 _LAST_READ_S = 3.0  # for a store that does not answer
 _NAMING_S = 7.0  # after a collective failed: how long to look for the rank that caused it
-_ANSWER_S = 2.0  # a store that has not answered for long gets so much time for its last answer
+_ANSWER_S = 1.0  # a store that has not answered for long gets so much time for its last answer
 _JOIN_S = 6.0  # a little more than one request to a store that answers slowly
 _SILENT_S = 5.0  # no message for so long from another host, while naming
 

@@ -220,7 +220,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
     "half": lambda content: content[: len(content) // 2],
     "one byte short": lambda content: content[:-1],
-    "zeros after the header": lambda content: content[:128] + bytes(len(content) - 128),
+    "zeros after the header": lambda content: content[:128] + bytes(max(0, len(content) - 128)),
     "one element changed": lambda content: content[:-8] + bytes([content[-8] ^ 1]) + content[-7:],
     "an object array": lambda content: content.replace(b"'<i4'", b"'|O' ").replace(b"'<i8'", b"'|O' "),
     "reversed": lambda content: content[:128] + content[128:][::-1],

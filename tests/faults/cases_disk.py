@@ -13,7 +13,6 @@ from faults.shim import Call, Fault, read_log
 from faults.warm import Stuck
 from megatron_lion.config import RunConfig
 
-FAMILY = "files"
 LIFE: dict[str, Any] = {
     "train__steps": 6, "checkpoint__every": 2, "checkpoint__keep": 1, "train__test_every": 2, "train__test_batches": 1,
     "probe__every": 2, "probe__num_batches": 1,
@@ -103,12 +102,14 @@ def life(lab: Lab, tally: Tally, phase: str, kind: str, number: int = 0, wanted:
     drive(lab, tally, lambda: lab.config(phase, **LIFE), chosen, kind, number, wanted=wanted)
 
 
-@case("resave-kill", FAMILY, "a save that an earlier kill interrupted: kill -9 again at every call", "same state again")
+@case(
+    "resave-kill", "saves", "a save that an earlier kill interrupted: kill -9 again at every call", "same state again"
+)
 def resave_kill(lab: Lab, tally: Tally) -> None:
     save_again(lab, tally, "kill", 0)
 
 
-@case("resave-enospc", FAMILY, "a save that an earlier kill interrupted: ENOSPC from every call on", "5 or 0")
+@case("resave-enospc", "saves", "a save that an earlier kill interrupted: ENOSPC from every call on", "5 or 0")
 def resave_enospc(lab: Lab, tally: Tally) -> None:
     save_again(lab, tally, "always", errno.ENOSPC)
 
@@ -136,15 +137,16 @@ KINDS: dict[str, tuple[str, int, tuple[int, ...], str]] = {
     "short": ("short", 0, (0, 5), "half of the write is taken"),
 }
 PHASES = {
-    "start": "the start of a new run",
-    "save": "a save",
-    "retention": "removing old checkpoints",
-    "logs": "logs and results",
+    "start": ("starts", "the start of a new run"),
+    "save": ("saves", "a save"),
+    "retention": ("retention", "removing old checkpoints"),
+    "logs": ("logs", "logs and results"),
 }
+"""Family and description of each phase of a run."""
 
 
 def _register() -> None:
-    for phase, where in PHASES.items():
+    for phase, (family, where) in PHASES.items():
         for name, (kind, number, wanted, text) in KINDS.items():
 
             def work(lab: Lab, tally: Tally, phase: str = phase, plan: Any = (kind, number, wanted)) -> None:
@@ -152,7 +154,7 @@ def _register() -> None:
 
             codes = "same state again" if not wanted else " or ".join(map(str, sorted(wanted, reverse=True)))
             if not (name in ("half", "short") and phase == "retention"):  # it writes nothing
-                case(f"{phase}-{name}", FAMILY, f"{where}: {text}, every call", codes)(work)
+                case(f"{phase}-{name}", family, f"{where}: {text}, every call", codes)(work)
 
 
 _register()

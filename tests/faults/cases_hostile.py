@@ -216,7 +216,11 @@ def settings(lab: Lab, tally: Tally) -> None:
         f"!!python/object/apply:os.system ['touch {proof}']",
         "--data.path",
         f"[{corpus}]",
+        "--run_dir",
+        str(lab.folder / "named"),
     ]
+    tag = f"!!python/object/apply:os.system ['touch {proof}']"
+    words["number with a tag"] = ["pretrain", "--optimizer.lr", tag, "--data.path", f"[{corpus}]"]
     words["flag class_path"] = ["pretrain", "--optimizer.class_path", "os.system", "--data.path", f"[{corpus}]"]
     for name in lab.some(list(words)):
         attack(lab, tally, name, proof, words[name], [str(lab.folder)], (2,))

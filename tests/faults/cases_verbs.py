@@ -17,8 +17,6 @@ from faults.rows import Tally, case
 from faults.shim import Fault, read_log
 from faults.warm import Forked, Stuck
 
-FAMILY = "files"
-
 
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of each file below a folder; of a safetensors file with its header sorted, whose order is random."""
@@ -113,7 +111,7 @@ def _register() -> None:
             def work(lab: Lab, tally: Tally, make: Any = make, plan: Any = (kind, number, wanted)) -> None:
                 drive_command(lab, tally, make(lab), *plan)
 
-            case(f"{verb}-{name}", FAMILY, f"{verb}: {text}, every call", "5 or 0; then the same bytes")(work)
+            case(f"{verb}-{name}", verb, f"{verb}: {text}, every call", "5 or 0; then the same bytes")(work)
 
 
 _register()

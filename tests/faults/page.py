@@ -96,7 +96,7 @@ def publish(results: Path, cases: Iterable[rows.Case], families: Collection[str]
         row = (fresh if one.family in families else kept).get(one.name)
         if row is None:
             sys.exit(f"not published: {one.name} has no row; run make test-full FAMILY='{one.family}'")
-        chosen.append(row)
+        chosen.append({**row, "family": one.family, "fault": one.fault, "wanted": one.wanted})
     for family in dict.fromkeys(row["family"] for row in chosen):
         commits = {row["commit"] for row in chosen if row["family"] == family}
         if len(commits) > 1:
