@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,9 +51,9 @@ class FileBoard:
     def read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
         found = {}
         for rank in ranks:
-            with contextlib.suppress(OSError, ValueError):
-                found[rank] = json.loads((self._folder / f"{rank}.json").read_text(encoding="utf-8"))
-        return found
+            with contextlib.suppress(OSError):
+                found[rank] = (self._folder / f"{rank}.json").read_bytes()
+        return _parse(found)
 
     def remove(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -82,10 +83,21 @@ class TcpBoard:
         # requests at one store, so a rank is checked until its first message only.
         self._known |= {rank for rank in ranks if rank not in self._known and self._store.check([str(rank)])}
         known = [str(rank) for rank in ranks if rank in self._known]
-        return {int(key): json.loads(text) for key, text in zip(known, self._store.multi_get(known), strict=True)}
+        return _parse({int(key): text for key, text in zip(known, self._store.multi_get(known), strict=True)})
 
     def remove(self) -> None:
         """Leaves the keys: the store ends with the job."""
+
+
+def _parse(texts: Mapping[int, bytes | str]) -> dict[int, dict[str, Any]]:
+    """The messages among these texts by rank; one that is torn or foreign hides no other one."""
+    found = {}
+    for rank, text in texts.items():
+        with contextlib.suppress(ValueError, RecursionError):
+            message = json.loads(text)
+            if isinstance(message, dict):
+                found[rank] = message
+    return found
 
 
 def open_board(number: int) -> Board | None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ import torch.distributed as dist
 from distributed import run_distributed
 
 from megatron_lion import peer_watch, peers
-from megatron_lion.collective_faults import is_collective_fault, start_fault
+from megatron_lion.collective_faults import is_collective_fault, is_timeout, start_fault
 from megatron_lion.device import Device, install_cpu_stand_in
-from megatron_lion.errors import DataError, EnvironmentFault, PeerError, StoppedOnRequest
-from megatron_lion.parallel import agree, process_groups
-from megatron_lion.peer_board import FileBoard, TcpBoard
+from megatron_lion.errors import DataError, EnvironmentFault, PeerError, StoppedOnRequest, StorageError
+from megatron_lion.parallel import _collective_faults, agree, process_groups
+from megatron_lion.peer_board import FileBoard
 
 CPU = Device("cpu", 0, "gloo")
 GLOO = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/"
@@ -70,10 +71,14 @@ def test_a_rank_that_works_alone_is_waited_for_and_named() -> None:
 OWN = [
     RuntimeError("DataLoader worker (pid(s) 4242) exited unexpectedly"),
     RuntimeError("DataLoader worker (pid 12) is killed by signal: Terminated. "),
+    RuntimeError("DataLoader timed out after 120 seconds"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
     RuntimeError("[enforce fail at /gloo/transport/tcp/pair.cc:456] op.preamble.length <= op.nbytes. 40 vs 4"),
+    RuntimeError(f"{GLOO}pair.cc:123] failed to connect: Too many open files"),
+    dist.DistBackendError("NCCL error: unhandled cuda error … Cuda failure 2 'out of memory'"),
     DataError("the data holds token id 999"),
+    StorageError("/runs/gloo/metrics.jsonl: cannot be written: Connection timed out"),
     ValueError("timed out"),
     TimeoutError("timed out"),
     KeyError("gloo"),
@@ -99,6 +104,36 @@ def test_failed_collectives_are_lost_peers(error: Exception) -> None:
     assert is_collective_fault(error)
 
 
+def test_an_expired_limit_is_told_from_a_broken_connection() -> None:
+    assert [is_timeout(error) for error in LOST] == [False, False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        # NCCL starts at the first collective of a group, long after the job has started.
+        (OWN[7], EnvironmentFault, "cannot start on this machine: DistBackendError: NCCL error: unhandled cuda"),
+        (LOST[3], PeerError, "lost a peer: NCCL communicator was aborted"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
+        (StorageError("/x: No space left on device"), StorageError, "/x: No space left on device"),
+    ],
+)
+def test_a_fault_in_the_job_is_raised_as_what_it_is_and_left_for_the_others(
+    error: Exception, kind: type[Exception], message: str
+) -> None:
+    ends: list[tuple[Any, ...]] = []
+    lost = PeerError(f"lost a peer: {error}")
+    watch: Any = SimpleNamespace(end=lambda *told: ends.append(told), blame=lambda error: lost)
+    for seen_by in (watch, None):
+        with pytest.raises(kind) as raised, _collective_faults(seen_by):
+            raise error
+        assert type(raised.value) is kind
+        assert message in str(raised.value)
+    ((how, text, *_),) = ends
+    assert how == ("lost" if kind is PeerError else "failed")
+    assert message in text
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -109,6 +144,7 @@ def test_failed_collectives_are_lost_peers(error: Exception) -> None:
         (RuntimeError("[enforce fail at gloo/transport/tcp/device.cc:84] Unable to find address for: none"), EnvironmentFault),
         (ValueError("environment variable MASTER_PORT expected, but not set"), EnvironmentFault),
         (dist.DistNetworkError("The server socket has failed to listen … EADDRINUSE, address already in use"), EnvironmentFault),
+        (dist.DistNetworkError("The client socket has failed to connect to [a]:1 (errno: 24 - Too many open files)."), EnvironmentFault),
         (dist.DistStoreError("Timed out after 6 seconds waiting for clients. 1/2 clients joined."), PeerError),
         (dist.DistNetworkError("The client socket has timed out … (10.77.0.1, 29555)"), PeerError),
         (dist.DistBackendError("NCCL error …: ncclRemoteError: A call failed possibly due to a network error"), PeerError),
@@ -132,48 +168,13 @@ def test_a_fault_of_the_start_is_reported_as_what_it_is(
     assert type(start_fault(error)) is kind
 
 
-def test_boards_keep_the_last_message_of_each_rank(tmp_path: Path) -> None:
-    """A store with several nodes and files on one node behave alike; a rank without a message is no error."""
-    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    for boards in [
-        (TcpBoard("127.0.0.1", host.port, "x"), TcpBoard("127.0.0.1", host.port, "x")),
-        (FileBoard(tmp_path / "x"), FileBoard(tmp_path / "x")),
-    ]:
-        one, two = boards
-        one.post(0, {"count": 1})
-        one.post(0, {"count": 2})
-        two.post(2, {"count": 3})
-        assert two.read([0, 1]) == {0: {"count": 2}}
-        assert one.read([1, 2]) == {2: {"count": 3}}
-        one.remove()
-
-
-def test_a_store_that_is_gone_is_reported_in_time() -> None:
-    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    board = TcpBoard("127.0.0.1", host.port, "x")
-    board.post(0, {})
-    del host
-    with pytest.raises(RuntimeError):
-        board.read([0])
-
-
-def test_a_tcp_board_asks_for_a_rank_until_its_first_message_only() -> None:
-    """Every rank reads every other one each second: one more request for each pair would drown the store."""
-    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    board = TcpBoard("127.0.0.1", host.port, "x")
-    asked: list[str] = []
-
-    class Store:
-        def check(self, keys: list[str]) -> bool:
-            asked.extend(keys)
-            return keys == ["1"]
-
-        def multi_get(self, keys: list[str]) -> list[str]:
-            return ["{}" for _ in keys]
-
-    board._store = Store()
-    assert [board.read([1, 2]) for _ in range(3)] == [{1: {}}] * 3
-    assert asked == ["1", "2", "2", "2"]
+def test_the_stack_of_torchs_own_code_is_left_out() -> None:
+    for stack in (
+        "\nException raised from recv at x.cpp:1 (most recent call first):\nframe #0",
+        "\nC++ CapturedTraceback:\n#4",
+    ):
+        text = str(start_fault(dist.DistNetworkError(f"Connection reset by peer{stack}")))
+        assert text.endswith("did not find each other: Connection reset by peer")
 
 
 @pytest.mark.parametrize(("kind", "dies"), [("failed", True), ("lost", True), ("done", False)])
