@@ -47,6 +47,17 @@ def test_any_cut_of_the_file_gives_what_the_whole_lines_say(
     assert all(list(s.steps) == sorted(s.steps) for s in found.values())
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["NaN", "Infinity", "-Infinity", "1e400", "1" + "0" * 400, "true", '"1"', "null", "[1]"],
+    ids=lambda v: v[:9],
+)
+def test_what_is_no_finite_number_takes_the_place_of_an_earlier_one(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "a": 1.0}}\n{{"step": 1, "a": {value}}}\n{{"step": 2, "a": 2}}\n')
+    assert read_metrics(path) == {"a": Series((2,), (2.0,))}
+
+
 def test_damage_before_the_tail_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for rubbish in ("rubbish", "[1]", "{}", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}',

@@ -43,7 +43,7 @@ def test_a_whole_manifest_opens_without_its_digest(tmp_path: Path) -> None:
     assert "sha256" not in opened.manifest
 
 
-@pytest.mark.parametrize("found", [2, 0, None, "1"])
+@pytest.mark.parametrize("found", [2, 0, None, "1", True])
 def test_another_format_is_refused(tmp_path: Path, found: Any) -> None:
     with pytest.raises(CheckpointError, match=rf"{tmp_path.name}: format {found}; this version reads format 1"):
         ckpt.open_checkpoint(written(tmp_path, format=found))
@@ -218,6 +218,7 @@ def test_a_manifest_with_an_odd_value_is_refused_or_read_as_it_is(
         ({"source": "\x1b[31mred"}, "source must be a printable text"),
         ({"state_layout": "fully_reshardable"}, "consumed_samples is missing"),
         ({"state_layout": "fully_reshardable", "consumed_samples": -5}, "consumed_samples must be an integer from 0"),
+        ({"state_layout": "fully_reshardable", "consumed_samples": None}, "consumed_samples must be an integer from 0"),
         ({"state_layout": "other"}, "state_layout must be null or one of fully_reshardable, dp_reshardable"),
     ],
 )

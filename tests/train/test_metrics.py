@@ -14,7 +14,8 @@ import pytest
 from tiny import tiny_config
 
 from megatron_lion.config import LogConfig, RunConfig
-from megatron_lion.errors import EnvironmentFault
+from megatron_lion.errors import EnvironmentFault, StorageError
+from megatron_lion.runs import metrics
 from megatron_lion.runs.metrics import MetricsWriter
 
 
@@ -33,6 +34,29 @@ def test_lines_are_json_and_a_torn_one_is_dropped(tmp_path: Path) -> None:
     assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 2.5), (2, 2.25)]
     assert lines[0]["train/grad_norm"] is None
     assert lines[0]["note"] == "text"
+
+
+def test_no_line_follows_one_that_could_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file would have a gap that no reader sees; the loop ends the run on all ranks."""
+    writer = MetricsWriter(tmp_path, config_with(tmp_path), is_main=True)
+    writer.write(1, {"train/loss": 2.5})
+
+    def refuse(path: Path, line: str) -> None:
+        raise StorageError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "append_line", refuse)
+        writer.write(2, {"train/loss": 2.25})
+    writer.write(3, {"train/loss": 2.0})
+    assert str(writer.failure) == "full"
+    assert [json.loads(line)["step"] for line in writer.path.read_text().splitlines()] == [1]
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=r"metrics\.jsonl"):
+        MetricsWriter(tmp_path, config_with(tmp_path), is_main=True)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
