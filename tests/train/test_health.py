@@ -180,7 +180,7 @@ def test_a_damaged_state_ends_the_run_at_the_first_skipped_step(
 
 
 @pytest.mark.parametrize(
-    ("steps", "told"),
+    ("steps", "sentence"),
     [
         ([], "There is no checkpoint: the same command starts at step 0"),
         ([0], "The newest checkpoint is that of the imported weights"),
@@ -188,7 +188,7 @@ def test_a_damaged_state_ends_the_run_at_the_first_skipped_step(
     ],
 )
 def test_the_message_names_the_newest_checkpoint(
-    steps: list[int], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    steps: list[int], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "list_steps", lambda run_dir: steps)
-    assert health.newest_checkpoint(Case(monkeypatch, tmp_path).run).startswith(told)
+    assert health.newest_checkpoint(Case(monkeypatch, tmp_path).run).startswith(sentence)
