@@ -58,6 +58,13 @@ def test_what_is_no_finite_number_takes_the_place_of_an_earlier_one(value: str, 
     assert read_metrics(path) == {"a": Series((2,), (2.0,))}
 
 
+def test_a_name_has_no_control_characters(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "a\x1b[31m": 1.0}) + "\n")
+    (name,) = read_metrics(path)
+    assert name.isprintable()
+
+
 def test_damage_before_the_tail_names_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for rubbish in ("rubbish", "[1]", "{}", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 1.5}',

@@ -208,6 +208,8 @@ def test_a_manifest_with_an_odd_value_is_refused_or_read_as_it_is(
         ({"step": True}, "step must be an integer"),
         ({"layout": None}, "layout must be an object of world_size"),
         ({"layout": {"world_size": 1}}, "layout must be an object of world_size"),
+        ({"layout": {**LAYOUTS["one"][0], "more": 1}}, "layout must be an object of world_size"),
+        ({"buckets": [[[[[1]]]]]}, "buckets must be null or a list of sizes"),
         ({"files": []}, "files must be an object of plain file names without folders"),
         ({"files": {"../x": {"bytes": 1, "sha256": "0" * 64}}}, "files must be an object of plain file names"),
         ({"files": {"/etc/hostname": {"bytes": 1, "sha256": "0" * 64}}}, "files must be an object of plain file names"),

@@ -147,6 +147,7 @@ def test_a_dead_state_ends_the_run_after_three_tries_in_a_row(tmp_path: Path, mo
         ("fp16", 100, [BAD] * 29, None),
         ("fp16", 100, [BAD] * 30, NumericsError),
         ("fp16", 100, [UNCOUNTED] * 3, DataError),
+        ("fp16", 100, [UNCOUNTED, UNCOUNTED, BAD, UNCOUNTED], None),
         ("fp16", 2, [GOOD, BAD], None),
         ("fp16", 2, [BAD, BAD], NumericsError),  # no step was taken at all
         ("fp16", 2, [GOOD, UNCOUNTED], DataError),

@@ -97,7 +97,7 @@ def still_there(workers: list[psutil.Process], seconds: float) -> list[psutil.Pr
     return workers
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT"])
 def test_a_stop_signal_from_elsewhere_does_not_end_a_worker(number: str) -> None:
     with running(read) as (process, pipe, workers):
         for worker in workers:
