@@ -20,6 +20,7 @@ def torture(lab: Lab, tally: Tally, layout: str, steps: int, kills: int) -> None
     run: dict[str, Any] = {
         "train__steps": steps, "checkpoint__every": max(steps // 50, 1), "checkpoint__keep": 2, "train__test_every": steps // 4,
         "train__test_batches": 1, "probe__every": steps // 4, "probe__num_batches": 1,
+        "parallel__timeout_s": 60,  # no launcher ends the other rank if one is killed before they have joined
     }  # fmt: skip
     config = lab.config("torture", **run)
     chosen = random.Random(11)
