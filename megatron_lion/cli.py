@@ -19,6 +19,7 @@ from typing import Any
 from megatron_lion import __version__
 from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
 from megatron_lion.exit_report import UNTYPED, leave, record, report
+from megatron_lion.jobs import known_rank, place_from_env
 from megatron_lion.logs import install_last_resort
 from megatron_lion.signals import IN_START, stop_raises
 
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("megatron-lion: interrupted\n")
         return 128 + signal.SIGINT  # the shell's code for a process that SIGINT ended
     except Exception:
-        if "RANK" not in os.environ:
+        if known_rank() is None:
             raise  # the interpreter prints the traceback and ends with 1
         return _record_bug()
 
@@ -104,7 +105,9 @@ def _run_verb(words: list[str]) -> int:
         )
     module = verb_module(verb)
     parser = build_parser(verb, module)
-    outcome = module.run(parse(parser, words[1:]))
+    arguments = parse(parser, words[1:])
+    place_from_env()  # a wrong variable is reported before anything is written
+    outcome = module.run(arguments)
     return int(outcome or 0)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_lion.errors import EnvironmentFault
+from megatron_lion.jobs import place_from_env
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -138,9 +138,10 @@ def select_device(wanted: str = "auto") -> Device:
         wanted: "auto" (CUDA if a device is visible), "cuda" or "cpu".
 
     Raises:
+        ConfigError: LOCAL_RANK or another variable of a launcher is wrong.
         EnvironmentFault: CUDA is requested and no device is visible, or a node has more processes than CUDA devices.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = place_from_env().local_rank
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise EnvironmentFault("--device cuda: no CUDA device is visible to torch; use --device cpu or auto")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
-from megatron_lion.jobs import rank_from_env, record_exit_code, world_size_from_env
+from megatron_lion.jobs import known_rank, place_from_env, record_exit_code
 from megatron_lion.plain_text import plain
 
 UNTYPED = 1
@@ -23,12 +23,12 @@ def report(error: MegatronLionError, *, direct: bool = False) -> None:
         error: its message is the line.
         direct: write with one system call, as a thread beside the main thread must (see `write_line`).
     """
-    rank = os.environ.get("RANK")
-    prefix = f"megatron-lion[rank {rank}]: " if rank not in (None, "0") else "megatron-lion: "
+    rank = known_rank() or 0
+    prefix = f"megatron-lion[rank {rank}]: " if rank else "megatron-lion: "
     # Every rank raises these errors itself, so rank 0 alone prints them.
     alike = isinstance(error, StoppedOnRequest | ConfigError | NumericsError)
     told_by = 0 if error.told_by is None and alike else error.told_by
-    printed = told_by is None or int(rank or 0) == told_by
+    printed = told_by is None or rank == told_by
     if printed:
         # Paths and names in it may come from somebody else's files; some messages have a line for each mistake.
         (write_line if direct else _print)(plain(f"{prefix}{error}", keep="\n"))
@@ -51,15 +51,17 @@ def write_line(text: str) -> None:
 def record(exit_code: int, message: str, *, printed: bool = True) -> None:
     """Writes this rank's exit file if a launcher started the rank and reads the file."""
     folder = os.environ.get("MEGATRON_LION_EXIT_DIR")
-    if "RANK" in os.environ and folder and os.path.isdir(folder):
+    rank = known_rank()
+    if rank is not None and folder and os.path.isdir(folder):
         with contextlib.suppress(OSError):  # a full disk must not hide the error that is reported
-            record_exit_code(Path(folder), rank_from_env(), exit_code, message, printed)
+            record_exit_code(Path(folder), rank, exit_code, message, printed)
 
 
 def leave(exit_code: int) -> NoReturn:
     """Ends the process; after an error on one of several ranks at once."""
-    if exit_code and world_size_from_env() > 1:
-        leave_at_once(exit_code)
+    with contextlib.suppress(ConfigError):  # wrong variables: reported before, and no groups were made
+        if exit_code and place_from_env().world_size > 1:
+            leave_at_once(exit_code)
     sys.exit(exit_code)
 
 

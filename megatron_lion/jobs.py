@@ -1,4 +1,4 @@
-"""Child processes that run subcommands, on one or several processes; a rank's number, and its exit code on file."""
+"""Child processes that run subcommands, on one or several processes; a rank's place in its job, and its exit code on file."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
-from megatron_lion.errors import StoppedOnRequest
+from megatron_lion.errors import ConfigError, StoppedOnRequest
 from megatron_lion.signals import STOP_SIGNALS, end_with_parent, handled
 
 STORE = "MEGATRON_LION_STORE"
@@ -33,14 +34,78 @@ def job_words(verb: str, words: list[str], processes: int = 1) -> list[str]:
     return ["-m", "megatron_lion.launcher", "--processes", str(processes), verb, *words]
 
 
+@dataclass(frozen=True)
+class Place:
+    """This process's place in its job, from the variables that a launcher sets.
+
+    Attributes:
+        rank, world_size: RANK and WORLD_SIZE; 0 and 1 without a launcher.
+        local_rank, local_world_size: LOCAL_RANK and LOCAL_WORLD_SIZE, the same among the processes of this node.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def place_from_env() -> Place:
+    """Reads this process's place from the environment; a variable that is empty counts as not set.
+
+    Raises:
+        ConfigError: a variable is not a whole number, or out of range.
+    """
+    world_size = _variable("WORLD_SIZE", 1)
+    job, node = f" (WORLD_SIZE is {world_size})", ""
+    rank = _variable("RANK", 0, world_size - 1, job)
+    local_world_size = _variable("LOCAL_WORLD_SIZE", 1, world_size, job)
+    most = _LARGEST
+    if os.environ.get("LOCAL_WORLD_SIZE"):  # else LOCAL_RANK alone chooses the GPU of a single process
+        most, node = local_world_size - 1, f" (LOCAL_WORLD_SIZE is {local_world_size})"
+    return Place(rank, world_size, _variable("LOCAL_RANK", 0, most, node), local_world_size)
+
+
 def world_size_from_env() -> int:
-    """Number of processes of this job, which their launcher sets; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of processes of this job; 1 without a launcher. Raises ConfigError as `place_from_env`."""
+    return place_from_env().world_size
 
 
 def rank_from_env() -> int:
-    """Rank of this process among those of its job, from 0; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    """Rank of this process among those of its job, from 0. Raises ConfigError as `place_from_env`."""
+    return place_from_env().rank
+
+
+def known_rank() -> int | None:
+    """RANK as far as it is a number, for the report of an error; None without one. It never raises."""
+    return _whole_number(os.environ.get("RANK", ""))
+
+
+def place_error(message: str) -> ConfigError:
+    """An error about this process's own variables, which each process prints: the others may not have it, or not exist."""
+    error = ConfigError(message)
+    error.told_by = known_rank() or 0
+    return error
+
+
+_LARGEST = 2**31 - 1  # that torch's stores hold
+
+
+def _variable(name: str, least: int, most: int = _LARGEST, reason: str = "") -> int:
+    """A whole number from the environment; `least`, which all have as default, if it is not set."""
+    text = os.environ.get(name, "")
+    if not text:
+        return least
+    number = _whole_number(text)
+    if number is None or not least <= number <= most:
+        raise place_error(
+            f"{name}={text[:40]!r}: must be a whole number from {least} to {most}{reason}; correct it or unset it"
+        )
+    return number
+
+
+def _whole_number(text: str) -> int | None:
+    # Not int(): it also takes signs, underscores and blanks, and raises for more than 4300 digits.
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else None
 
 
 class Jobs:

@@ -150,7 +150,9 @@ def count_processes(received: list[int]) -> int:
 def _check(options: argparse.Namespace, processes: int, received: list[int]) -> None:
     """Checks the settings once: an invalid one gives one message instead of one for each process."""
     words = [sys.executable, "-m", "megatron_lion", *options.command, "--dry-run"]
-    code, _ = _child(words, {"WORLD_SIZE": str(options.nodes * processes)}, received, False)
+    # Empty counts as not set: this process may itself have a place in another job, which does not fit this one.
+    variables = {"RANK": "", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "", "WORLD_SIZE": str(options.nodes * processes)}
+    code, _ = _child(words, variables, received, False)
     if code < 0:
         raise PeerError(f"the check of the settings was ended by {signal_name(-code)}")
     if code:

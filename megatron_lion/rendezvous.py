@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_lion.device import Device
 from megatron_lion.errors import PeerError
-from megatron_lion.jobs import STORE
+from megatron_lion.jobs import STORE, place_error, place_from_env
 
 logger = logging.getLogger(__name__)
 
@@ -32,21 +32,36 @@ def join_job(device: Device, timeout_s: float) -> None:
         timeout_s: longest time to wait for the other processes, and later in a collective, seconds.
 
     Raises:
+        ConfigError: a variable of a launcher is wrong, or the environment names several processes and not their store.
         PeerError: some processes did not join in time.
         RuntimeError, ValueError: torch could not start its backend.
     """
     options: dict[str, Any] = {"backend": device.backend, "timeout": timedelta(seconds=timeout_s)}
     if device.kind == "cuda":
         options["device_id"] = device.torch_device
-    rank, size, store = 0, 1, dist.HashStore()
-    if "RANK" in os.environ and (STORE in os.environ or "MASTER_ADDR" in os.environ):
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if os.environ.get("LOCAL_WORLD_SIZE", "1") == str(size):
+    place, store = place_from_env(), dist.HashStore()
+    rank, size = place.rank, place.world_size
+    if size > 1:
+        _check_rendezvous(size)
+    if place.local_world_size == size:
         _listen_on_loopback()
     if size > 1:
         store = _open_store(size, timeout_s)
         _wait_for_all(store, rank, size, timeout_s)
     dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=size, **options)
+
+
+def _check_rendezvous(size: int) -> None:
+    """Refuses to train alone in place of a job of several processes, as after `srun` with WORLD_SIZE and no address."""
+    missing = [] if os.environ.get("RANK") else ["RANK"]
+    if not (os.environ.get(STORE) or os.environ.get("MASTER_ADDR")):
+        missing.append("MASTER_ADDR")
+    if missing:
+        raise place_error(
+            f"WORLD_SIZE={size} without {' and '.join(missing)}: the processes of this job cannot find each other; start "
+            "them with launch/torchrun.sh or `python -m megatron_lion.launcher`, or unset WORLD_SIZE and RANK for a "
+            "single process"
+        )
 
 
 def _listen_on_loopback() -> None:
@@ -60,7 +75,7 @@ def _listen_on_loopback() -> None:
 def _open_store(size: int, timeout_s: float) -> Any:
     limit = timedelta(seconds=timeout_s)
     name = os.environ.get(STORE)
-    if name is None:  # plain torchrun, or another launcher of torch's kind
+    if not name:  # plain torchrun, or another launcher of torch's kind
         return next(dist.rendezvous("env://", timeout=limit))[0]
     if not name.startswith("tcp://"):
         return dist.FileStore(name, size)

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from megatron_lion.errors import BusyError, StorageError
 from megatron_lion.files import file_lock, sha256_file, storage_errors, sync_file, write_whole
 from megatron_lion.folder_swap import put_back, replace_folder
+from megatron_lion.jobs import place_from_env
 from megatron_lion.logs import warn
 from megatron_lion.parallel import agree, broadcast_object
 
@@ -141,7 +142,7 @@ def find_fault(folder: Path, key: dict[str, Any], *, contents: bool = True) -> s
 def _verify_elsewhere(folder: Path, key: dict[str, Any], listing: str, rank: int) -> None:
     """Checks that another rank sees the files of rank 0; one rank of each node reads them whole."""
     where = f"rank {rank} on {socket.gethostname()}"
-    fault = find_fault(folder, key, contents=os.environ.get("LOCAL_RANK", "0") == "0")
+    fault = find_fault(folder, key, contents=place_from_env().local_rank == 0)
     if fault is None:
         with storage_errors(folder, "read"):
             if sha256_file(folder / LISTING) == listing:
