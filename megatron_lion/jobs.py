@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -12,8 +13,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
 
-from megatron_lion.errors import ConfigError, StoppedOnRequest
-from megatron_lion.signals import STOP_SIGNALS, end_with_parent, handled
+from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
+from megatron_lion.signals import STOP_SIGNALS, end_with_parent, handled, signal_name
 
 STORE = "MEGATRON_LION_STORE"
 """Variable by which the launcher names the store to its ranks: the path of a file, or `tcp://ADDRESS:PORT/JOB`."""
@@ -171,6 +172,28 @@ class Jobs:
         self.asked = True
         if self._process is not None:
             self._process.terminate()
+
+
+def child_end(code: int) -> str:
+    """How a child process ended, for a message.
+
+    Example:
+        >>> child_end(2), child_end(-9)
+        ('code 2', 'SIGKILL; if no user did that, the machine was probably out of memory')
+    """
+    if code >= 0:
+        return f"code {code}"
+    hint = "; if no user did that, the machine was probably out of memory" if code == -signal.SIGKILL else ""
+    return f"{signal_name(-code)}{hint}"
+
+
+def child_failure(message: str, code: int) -> MegatronLionError:
+    """The error to raise for a child process that failed: with its exit code; PeerError if a signal killed it."""
+    if code < 0:
+        return PeerError(message)
+    error = MegatronLionError(message)
+    error.exit_code = code
+    return error
 
 
 def record_exit_code(folder: Path, rank: int, exit_code: int, message: str, printed: bool = True) -> None:

@@ -21,8 +21,8 @@ from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, Stop
 from megatron_lion.files import storage_errors
 from megatron_lion.folder_swap import locked_folder
 from megatron_lion.jobs import STORE
-from megatron_lion.signals import collected, end_with_parent
-from megatron_lion.supervise import Cause, Rank, find_cause, signal_name, watch
+from megatron_lion.signals import collected, end_with_parent, signal_name
+from megatron_lion.supervise import Cause, Rank, find_cause, watch
 
 if TYPE_CHECKING:
     from megatron_lion.nodes import Nodes

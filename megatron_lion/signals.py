@@ -21,6 +21,18 @@ GROUP_SIGNALS = STOP_SIGNALS
 _PR_SET_PDEATHSIG = 1
 
 
+def signal_name(number: int) -> str:
+    """Returns the name of a signal, such as SIGKILL.
+
+    >>> signal_name(9), signal_name(40)
+    ('SIGKILL', 'signal 40')
+    """
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal has no name
+        return f"signal {number}"
+
+
 @contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Installs `handler` for these signals while the block runs, then restores the earlier handlers."""

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from megatron_lion.errors import PeerError
 from megatron_lion.jobs import STOPPED
-from megatron_lion.signals import GROUP_SIGNALS, IN_START, end_with_parent
+from megatron_lion.signals import GROUP_SIGNALS, IN_START, end_with_parent, signal_name
 
 LOST = PeerError.exit_code
 
@@ -179,18 +179,6 @@ def find_cause(ranks: Sequence[Rank], exits: Path, interrupted: bool = False) ->
         return first  # what this launcher saw itself, such as the signal that ended a rank, which no rank can know
     # If all ranks raise an error, one of them prints it, which need not be the first.
     return replace(first, printed=any(cause.printed and cause.code == first.code for cause in reported))
-
-
-def signal_name(number: int) -> str:
-    """Returns the name of a signal, such as SIGKILL.
-
-    >>> signal_name(9), signal_name(40)
-    ('SIGKILL', 'signal 40')
-    """
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal has no name
-        return f"signal {number}"
 
 
 def _exit_file(exits: Path, rank: Rank) -> Path:

@@ -149,7 +149,8 @@ class _Demo:
 
     def verb(self, verb: str, *words: str, distributed: bool = False) -> None:
         """Runs a verb in a child process; if it fails, ends the demo with the verb's exit code."""
-        from megatron_lion.errors import MegatronLionError, StoppedOnRequest
+        from megatron_lion.errors import StoppedOnRequest
+        from megatron_lion.jobs import child_end, child_failure
 
         sys.stderr.write(f"    megatron-lion {verb} {' '.join(words)}\n")
         sys.stderr.flush()
@@ -157,8 +158,6 @@ class _Demo:
         if self.jobs.asked:
             raise StoppedOnRequest(f"stopped in `megatron-lion {verb}`; the same command continues there")
         if code:
-            error = MegatronLionError(
-                f"the demo stopped: `megatron-lion {verb}` failed with exit code {code}; see its message above"
+            raise child_failure(
+                f"the demo stopped: `megatron-lion {verb}` ended with {child_end(code)}; see its message above", code
             )
-            error.exit_code = code if code > 0 else 1
-            raise error

@@ -147,7 +147,8 @@ def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
     """Runs unfinished runs, then prints the table, the command that compares the best, and the failures."""
     from megatron_lion.commands.compare import print_tables
     from megatron_lion.errors import NumericsError
-    from megatron_lion.sweep.execute import failed, failure, run_missing
+    from megatron_lion.jobs import child_end, child_failure
+    from megatron_lion.sweep.execute import failed, run_missing
     from megatron_lion.sweep.summary import summarise
 
     run_missing(sweep, left, args.processes)
@@ -158,9 +159,9 @@ def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
         sys.stderr.write(f"compare the best: {command}\n")
     broken = failed(sweep)
     if broken:
-        names = ", ".join(f"{entry.name} (code {entry.exit_code})" for entry in broken)
+        names = ", ".join(f"{entry.name} ({child_end(entry.exit_code or 1)})" for entry in broken)
         message = f"{len(broken)} of {len(sweep.runs)} runs failed: {names}; the same command runs them again"
-        raise failure(message, broken[0].exit_code or 1)
+        raise child_failure(message, broken[0].exit_code or 1)
     diverged = [entry.name for entry in sweep.runs if entry.status == "diverged"]
     if diverged and not command:
         raise NumericsError(f"every run diverged ({', '.join(diverged)}); give smaller learning rates")

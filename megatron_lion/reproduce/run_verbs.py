@@ -7,8 +7,8 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-from megatron_lion.errors import EnvironmentFault, MegatronLionError, StoppedOnRequest
-from megatron_lion.jobs import Jobs
+from megatron_lion.errors import EnvironmentFault, PeerError, StoppedOnRequest
+from megatron_lion.jobs import Jobs, child_end, child_failure
 from megatron_lion.reproduce.artefacts import Plan, Step
 from megatron_lion.reproduce.node_marks import NodeMarks
 from megatron_lion.shipped import shipped_folder
@@ -51,15 +51,14 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
             )  # fmt: skip
             # Launched steps need no mark: their launchers already wait for each other.
             if marks is not None and rank == 0 and not step.launched:
-                marks.set(number, max(code, 1) if code else 0)
+                marks.set(number, code if code >= 0 else PeerError.exit_code)
             if code and jobs.asked:
                 raise StoppedOnRequest(f"stopped in `{step.verb}` ({step.title}); the same command continues there")
             if code:
-                error = MegatronLionError(
-                    f"{plan.artefact} stopped: `{step.verb}` ({step.title}) ended with code {code}; see above"
+                raise child_failure(
+                    f"{plan.artefact} stopped: `{step.verb}` ({step.title}) ended with {child_end(code)}; see above",
+                    code,
                 )
-                error.exit_code = code if code > 0 else 1
-                raise error
 
 
 def launch_words(step: Step) -> list[str]:

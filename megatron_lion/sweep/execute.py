@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lion.errors import DataError, EnvironmentFault, MegatronLionError, StoppedOnRequest, StorageError
-from megatron_lion.jobs import STOPPED, Jobs
+from megatron_lion.errors import DataError, EnvironmentFault, StoppedOnRequest, StorageError
+from megatron_lion.jobs import STOPPED, Jobs, child_failure
 from megatron_lion.sweep.plan import PlannedRun
 from megatron_lion.sweep.sweep_file import Entry, Sweep, write_exit
 
@@ -51,7 +51,7 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> Non
                     f"stopped in {run.name}, {finished} of {len(sweep.runs)} runs are finished; the same command continues"
                 )
             if code in ENDS_ALL:
-                raise failure(
+                raise child_failure(
                     f"the sweep stopped at {run.name}: it ended with code {code}, whose cause affects all runs; see above",
                     code,
                 )
@@ -68,13 +68,6 @@ def job_arguments(sweep: Sweep, run: PlannedRun) -> list[str]:
 def failed(sweep: Sweep) -> list[Entry]:
     """Runs that ended with an error that may not occur again."""
     return [entry for entry in sweep.runs if entry.status == "failed"]
-
-
-def failure(message: str, code: int) -> MegatronLionError:
-    """An error with a run's exit code; 1 if a signal killed the run, whose code is then negative."""
-    error = MegatronLionError(message)
-    error.exit_code = code if code > 0 else 1
-    return error
 
 
 def _say(text: str) -> None:

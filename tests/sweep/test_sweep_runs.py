@@ -220,7 +220,8 @@ def test_failed_runs_are_told_tried_again_and_diverged_ones_only_when_asked(
     pretended["codes"] = {"lion-lr2": -9, "lion-lr3": 6, "lion-lr1": 8}
     assert main(words) == 8
     error = capsys.readouterr().err
-    assert "2 of 4 runs failed: lion-lr1 (code 8), lion-lr2 (code -9); the same command runs them again" in error
+    killed = "SIGKILL; if no user did that, the machine was probably out of memory"
+    assert f"2 of 4 runs failed: lion-lr1 (code 8), lion-lr2 ({killed}); the same command runs them again" in error
     assert statuses(tmp_path / "s") == {
         "lion-lr1": "failed", "lion-lr2": "failed", "lion-lr3": "diverged", "lion-lr4": "finished",
     }  # fmt: skip
@@ -260,6 +261,17 @@ def test_what_all_runs_share_ends_the_sweep_at_once(
     pretended["codes"] = {"lion-lr1": 6, "lion-lr2": 6}
     assert main(words) == 6
     assert "every run diverged (lion-lr1, lion-lr2)" in capsys.readouterr().err
+
+
+def test_runs_that_were_killed_give_the_code_of_a_lost_peer(
+    tmp_path: Path, corpus: str, pretended: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sweep", str(config_file(tmp_path, corpus)), "--grid", "optimizer.lr=1,2", "--output", str(tmp_path / "s")]
+    pretended["codes"] = {"lion-lr1": -9, "lion-lr2": -15}
+    assert main(words) == 8
+    error = capsys.readouterr().err
+    assert "lion-lr1 (SIGKILL" in error
+    assert "lion-lr2 (SIGTERM)" in error
 
 
 def test_another_grid_adds_runs_and_knows_those_that_are_there(
