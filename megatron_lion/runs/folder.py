@@ -29,6 +29,7 @@ from megatron_lion.runs.paths import (
     is_rank_log,
     lock_file,
     log_folder,
+    newest_checkpoint_file,
     step_folder,
     step_name,
     tokenizer_folder,
@@ -56,6 +57,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
     """Creates the folder of a new run, or checks that this command may continue an existing run. Call it under the lock.
 
+    The settings of a run that has begun are not written here, because the command may still be refused; see `keep_settings`.
+
     Args:
         config: the resolved settings.
         fresh: move an old run aside (to RUN.old-1, …) and start over, with its imported weights if it had any.
@@ -72,7 +75,9 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
             _move_aside(run_dir)
     checkpoints = {entry.name for entry in checkpoints_folder(run_dir).glob("*")}
     # Imported weights (step 0) determine only the model, which is compared with the checkpoint when it is loaded.
-    begun = has_begun(run_dir) or bool(checkpoints - {LATEST, step_name(0)})
+    # The record counts, too: the checkpoints may be on a disk that is not mounted.
+    recorded = recorded_newest(run_dir) not in (None, step_name(0))
+    begun = has_begun(run_dir) or recorded or bool(checkpoints - {LATEST, step_name(0)})
     if saved.is_file() and begun:
         different = differences(load_config(saved), config)
         blocked = [text for key, text in different if not changeable(key)]
@@ -85,10 +90,51 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
             f"run_dir: {run_dir} is not empty and holds no run (no config.yaml, but {foreign!r}); choose another folder"
         )
     # The settings first: from here on the folder is a run's, and a job that is killed while it starts can start again.
-    save_config(config, saved)
+    if not (saved.is_file() and begun):
+        save_config(config, saved)
     make_folder(log_folder(run_dir))
     for folder in (run_dir, checkpoints_folder(run_dir)):
         remove_leftovers(folder)
+
+
+def keep_settings(config: RunConfig, newest: int | None) -> None:
+    """Saves the settings of a run that starts or resumes, and its newest checkpoint; call it once nothing can be refused.
+
+    A refused command must not change config.yaml: the command with the right settings would be refused from then on. The
+    record of the newest checkpoint comes first, since earlier versions wrote none; without it, a run that has an id but no
+    checkpoint left would start from step 0.
+
+    Args:
+        config: the resolved settings.
+        newest: the step from which the run resumes or whose weights it starts from, or None if there is none.
+
+    Raises:
+        StorageError: a file could not be written.
+    """
+    run_dir = Path(config.run_dir)
+    # A later step in the record stays: its checkpoint is missing, and the next start warns again.
+    if newest is not None and (recorded_newest(run_dir) or "") < step_name(newest):
+        record_newest(run_dir, newest)
+    save_config(config, config_file(run_dir))
+
+
+def recorded_newest(run_dir: Path) -> str | None:
+    """Name of the checkpoint that was saved last or chosen by --fall-back, or None if no record exists.
+
+    Raises:
+        StorageError: the record cannot be read.
+    """
+    path = newest_checkpoint_file(run_dir)
+    with storage_errors(path, "read"):  # an unreadable record is not the same as none
+        try:
+            return path.read_text(encoding="ascii", errors="replace").strip()[:40]
+        except FileNotFoundError:
+            return None
+
+
+def record_newest(run_dir: Path, step: int) -> None:
+    """Records the newest checkpoint outside of the checkpoint folder, so that a start notices if that folder is gone."""
+    write_whole(newest_checkpoint_file(run_dir), f"{step_name(step)}\n".encode())
 
 
 def _foreign_entry(run_dir: Path) -> str | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.files import storage_errors
 from megatron_lion.logs import warn
 from megatron_lion.runs.checkpoint_manifest import (
     FORMAT,
@@ -27,14 +27,13 @@ from megatron_lion.runs.checkpoint_manifest import (
     manifest_digest,
     read_manifest,
 )
-from megatron_lion.runs.folder import read_config
+from megatron_lion.runs.folder import read_config, record_newest, recorded_newest
 from megatron_lion.runs.identity import check_identity, read_run_id
 from megatron_lion.runs.paths import (
     LATEST,
     checkpoints_folder,
     has_config,
     metrics_file,
-    newest_checkpoint_file,
     step_folder,
     step_name,
 )
@@ -42,7 +41,7 @@ from megatron_lion.runs.paths import (
 __all__ = [
     "FORMAT", "GO_BACK", "LATEST", "MANIFEST", "Checkpoint", "choose_step", "choose_steps", "find_latest", "has_own_checkpoint",
     "is_committed", "list_steps", "manifest_digest", "naming_removal", "newest_whole",
-    "open_checkpoint", "record_newest", "run_and_step", "set_aside", "step_folder",
+    "open_checkpoint", "run_and_step", "set_aside", "step_folder",
 ]  # fmt: skip
 
 _STEP_NAME = re.compile(r"step_(\d{7,})$")
@@ -215,31 +214,16 @@ def find_latest(run_dir: Path) -> Checkpoint | None:
             f"{folder} has no {MANIFEST}: the newest checkpoint is incomplete; {GO_BACK}; --fresh starts over"
         )
     found = open_checkpoint(folder)
-    recorded = _recorded_newest(run_dir)
+    recorded = recorded_newest(run_dir)
     if recorded is not None and recorded != name and recorded > name:
         warn(_log, f"{run_dir}: {recorded} was saved, but is not in {checkpoints_folder(run_dir)}; using {name}")
     return found
 
 
-def _recorded_newest(run_dir: Path) -> str | None:
-    """Name of the checkpoint that was saved last or chosen by --fall-back, or None if no record exists."""
-    path = newest_checkpoint_file(run_dir)
-    with storage_errors(path, "read"):  # an unreadable record is not the same as none
-        try:
-            return path.read_text(encoding="ascii", errors="replace").strip()[:40]
-        except FileNotFoundError:
-            return None
-
-
-def record_newest(run_dir: Path, step: int) -> None:
-    """Records the newest checkpoint outside of the checkpoint folder, so that a start notices if that folder is gone."""
-    write_whole(newest_checkpoint_file(run_dir), f"{step_name(step)}\n".encode())
-
-
 def _need_none_lost(run_dir: Path) -> None:
     """Raises CheckpointError if the run saved checkpoints before, of which none is left."""
     trained = _last_logged_step(run_dir)
-    saved = _recorded_newest(run_dir)
+    saved = recorded_newest(run_dir)
     if saved is None and trained and read_run_id(run_dir) is None and has_config(run_dir):
         # Earlier versions kept no record. They saved before they logged the next step.
         settings = read_config(run_dir).checkpoint

@@ -26,6 +26,7 @@ from megatron_lion.errors import CheckpointError, StorageError
 from megatron_lion.files import make_folder, sha256_file, storage_errors, sync_file, sync_folder, write_whole
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.runs.checkpoint_manifest import GO_BACK_BY_HAND, manifest_bytes, read_manifest
+from megatron_lion.runs.folder import record_newest
 from megatron_lion.runs.identity import settle_run_id
 from megatron_lion.runs.paths import checkpoints_folder
 from megatron_lion.runs.steps import (
@@ -39,7 +40,6 @@ from megatron_lion.runs.steps import (
     naming_removal,
     newest_whole,
     open_checkpoint,
-    record_newest,
     step_folder,
 )
 from megatron_lion.train.checkpoint_tensors import Stored, check_metadata, read_tensors, write_tensors

@@ -27,7 +27,7 @@ from megatron_lion.logs import log_file, warn
 from megatron_lion.model.sizes import flops_per_token, model_size
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.peers import mark
-from megatron_lion.runs.folder import environment_facts, locked, prepare_run_folder
+from megatron_lion.runs.folder import environment_facts, keep_settings, locked, prepare_run_folder
 from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.paths import environment_file, facts_file, metrics_file, rank_log_file, tokenizer_folder
 from megatron_lion.runs.probes import probe_file
@@ -80,6 +80,8 @@ def pretrain(config: RunConfig, *, fresh: bool = False, fall_back: bool = False)
         if resumed is not None:
             restore_run(run, resumed)
         with agree("writing the facts of the run"):
+            if ranks.is_main:
+                keep_settings(config, None if latest is None else latest.step)
             describe_run(run)
         announce(run, resumed=resumed is not None, source=imported.manifest["source"] if imported is not None else None)
         with agree("opening metrics.jsonl"):
