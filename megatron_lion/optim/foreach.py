@@ -38,7 +38,8 @@ def _blocks(slots: Sequence[Slot]) -> Iterator[Slot]:
     size = CPU_BLOCK * torch.get_num_threads()
     for slot in slots:
         numel = slot.param.numel()
-        state = {name: value for name, value in slot.state.items() if name != "step"}
+        # Not `step`, and not what other software keeps beside the state: it may have any size.
+        state = {name: value for name, value in slot.state.items() if name in ("exp_avg", "master_param")}
         if numel <= size or slot.state["exp_avg"].dtype == torch.uint8:
             yield slot  # packed int8 momentum has its scales after all elements and cannot be cut
             continue

@@ -151,8 +151,8 @@ def _signature(optimizer: Lion) -> list[Any] | None:
                         return None  # each step reads a new copy of the gradient
                     found.append(param.stride())
                 own = state[param]
-                places = [value.data_ptr() for value in own.values()]
-                kinds = param.dtype, param.numel(), grad.dtype, grad.numel()
+                places = [(value.data_ptr(), value.dtype, value.numel()) for value in own.values()]
+                kinds = param.dtype, param.shape, grad.dtype, grad.shape
                 found.append((param.data_ptr(), grad.data_ptr(), *kinds, *places))
     except RuntimeError:  # a sparse gradient has no address
         return None

@@ -6,11 +6,12 @@ are in precision.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .precision import REMAINDER_DTYPES, decode_state, pack_int8, split_master
+from .precision import REMAINDER_DTYPES, decode_state, int8_bytes, pack_int8, split_master
 from .update import PlainLayout, Slot
 
 # A bfloat16 momentum has 8 bits. If a step shrinks it by less than 2^-8, it is rounded back to the old value and never
@@ -34,14 +35,7 @@ class PackedLayout(PlainLayout):
     def check_group(self, group: dict[str, Any]) -> None:
         """Raises ValueError if a parameter's dtype or β2 does not suit the chosen forms."""
         for param in group["params"]:
-            allowed = [torch.float32, torch.bfloat16]
-            if self.master_weights in ("none", "fp32"):
-                allowed.append(torch.float16)
-            if param.dtype not in allowed:
-                raise ValueError(
-                    f"master_weights = {self.master_weights!r}, momentum = {self.momentum!r} with a parameter of "
-                    f"{param.dtype}: needs one of {', '.join(map(str, allowed))}"
-                )
+            self._check_dtype(param)
             if self.momentum == "int8" and hasattr(param, "to_local"):
                 raise ValueError("momentum = 'int8' with DTensor parameters: needs momentum = 'fp32' or 'bf16'")
         if self.momentum != "fp32" and group["betas"][1] > MAX_PACKED_BETA2:
@@ -49,6 +43,34 @@ class PackedLayout(PlainLayout):
                 f"momentum = {self.momentum!r} with betas = {group['betas']}: needs the second at most "
                 f"{MAX_PACKED_BETA2}, else rounding keeps the momentum from shrinking; or use momentum = 'fp32'"
             )
+
+    def _check_dtype(self, param: torch.Tensor) -> None:
+        allowed = [torch.float32, torch.bfloat16]
+        if self.master_weights in ("none", "fp32"):
+            allowed.append(torch.float16)
+        if param.dtype not in allowed:
+            raise ValueError(
+                f"master_weights = {self.master_weights!r}, momentum = {self.momentum!r} with a parameter of "
+                f"{param.dtype}: needs one of {', '.join(map(str, allowed))}"
+            )
+
+    def forms(self, param: torch.Tensor) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
+        """Returns the dtype and shape that each state tensor of a parameter must have.
+
+        Raises:
+            ValueError: the parameter's dtype, which may have changed, does not suit this layout.
+        """
+        self._check_dtype(param)
+        forms: dict[str, tuple[torch.dtype, Sequence[int]]] = {
+            "exp_avg": (torch.float32 if self.momentum == "fp32" else torch.bfloat16, param.shape)
+        }
+        if self.momentum == "int8":
+            forms["exp_avg"] = (torch.uint8, (int8_bytes(param.numel()),))
+        if self.master_weights != "none":
+            is_own_master = param.dtype == torch.float32
+            dtype = torch.float32 if is_own_master else REMAINDER_DTYPES.get(self.master_weights, torch.float32)
+            forms["master_param"] = (dtype, param.shape)
+        return forms
 
     def new_state(self, param: torch.Tensor, start: float) -> dict[str, torch.Tensor]:
         """Returns a momentum whose elements are all `start`, and a master weight equal to the parameter."""
@@ -76,7 +98,7 @@ class PackedLayout(PlainLayout):
                 f"momentum = 'int8' with a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs a "
                 "contiguous one; keep the model out of channels_last, or use momentum = 'bf16'"
             )
-        if "master_param" in state and param.dtype == torch.float32:
+        if param.dtype == torch.float32 and "master_param" in state and state["master_param"].dtype == torch.float32:
             state["master_param"] = param.detach()
         super().fit(param, state)
 

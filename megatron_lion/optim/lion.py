@@ -18,6 +18,7 @@ from .update import (
     Slot,
     asks_for_state,
     check_choice,
+    check_forms,
     check_group,
     check_saved_state,
     fit_gradient,
@@ -275,8 +276,7 @@ class Lion(torch.optim.Optimizer):
         packed = self.state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
         for number, state in packed["state"].items():
-            param = params[number]
-            packed["state"][number] = {name: self.get_unscaled_state(param, name) for name in state}
+            packed["state"][number] = {name: self.get_unscaled_state(params[number], name) for name in state}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,15 +338,15 @@ class Lion(torch.optim.Optimizer):
 
     def _slots(self) -> list[Slot]:
         slots = []
-        for group in self.param_groups:
-            for param in group["params"]:
+        for number, group in enumerate(self.param_groups):
+            for index, param in enumerate(group["params"]):
                 grad = getattr(param, "decoupled_grad", None)  # from Megatron, if its dtype is not the parameter's
-                grad = param.grad if grad is None else grad
-                if grad is not None:
-                    grad = fit_gradient(local_of(param), local_of(grad))
-                    self.layout.fit(param, self._state_of(param))
-                    state = {key: local_of(value) for key, value in self.state[param].items()}
-                    slots.append(Slot(local_of(param), grad, state, group))
+                if (grad := param.grad if grad is None else grad) is not None:
+                    local, own = local_of(param), self._state_of(param)
+                    grad = fit_gradient(local, local_of(grad))
+                    check_forms(local, own, self.layout.forms(local), (number, index))
+                    self.layout.fit(param, own)
+                    slots.append(Slot(local, grad, {key: local_of(value) for key, value in own.items()}, group))
         return slots
 
     def _choose(self, slots: Sequence[Slot]) -> str:

@@ -90,6 +90,10 @@ class PlainLayout:
         """Returns the first state of a parameter; every momentum element is `start`."""
         return {"exp_avg": torch.full_like(param, start, dtype=compute_dtype(param), requires_grad=False)}
 
+    def forms(self, param: torch.Tensor) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
+        """Returns the dtype and shape that each state tensor of a parameter must have."""
+        return {"exp_avg": (compute_dtype(param), param.shape)}
+
     def fit(self, param: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
         """Gives state the memory order of its parameter: a model may change to channels_last between two steps."""
         for name, value in state.items():
@@ -114,6 +118,34 @@ class PlainLayout:
 def compute_dtype(param: torch.Tensor) -> torch.dtype:
     """Returns the dtype of a parameter's update and momentum: float64 for a float64 parameter, else float32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def check_forms(
+    param: torch.Tensor,
+    state: dict[str, Any],
+    forms: dict[str, tuple[torch.dtype, Sequence[int]]],
+    place: tuple[int, int],
+) -> None:
+    """Raises ValueError if a state tensor does not fit its parameter: a compiled step would read it as another type or size.
+
+    An assignment to `param.data` changes the parameter and leaves the state as it was. Reads no element.
+
+    Args:
+        param: this rank's part of the parameter.
+        state: its state.
+        forms: the dtype and shape that the state must have, by name.
+        place: (number of the group, number of the parameter in the group).
+    """
+    for name, (dtype, shape) in forms.items():
+        value = None if name not in state else local_of(state[name])
+        if value is None or value.dtype != dtype or value.shape != shape or value.device != param.device:
+            found = "missing" if value is None else f"{value.dtype}, shape {tuple(value.shape)}, on {value.device}"
+            raise ValueError(
+                f"{name} of parameter {place[1]} in group {place[0]} is {found}, but the parameter is now {param.dtype}, shape "
+                f"{tuple(param.shape)}, on {param.device} and needs {dtype}, shape {tuple(shape)}: undo the change; or convert "
+                "the state by optimizer.load_state_dict(optimizer.state_dict()) if only dtype or device changed, or drop it "
+                "by `del optimizer.state[parameter]`"
+            )
 
 
 def lion_update(
@@ -353,6 +385,8 @@ def fit_gradient(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
             f"a parameter of shape {tuple(param.shape)} has a gradient of {grad.dtype}, {grad.layout}, shape "
             f"{tuple(grad.shape)}: needs a dense real gradient of that shape; turn off `sparse=True`"
         )
+    if grad.device != param.device:
+        raise ValueError(f"a parameter on {param.device} has a gradient on {grad.device}: needs both on one device")
     if not is_dense(param):
         raise ValueError(
             f"a parameter of shape {tuple(param.shape)}, strides {param.stride()}: needs one whose elements fill its "
