@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import pickle
 import queue
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +32,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageWriterTransforms
 
 from megatron_lion.collective_faults import is_collective_fault
-from megatron_lion.errors import CheckpointError, MegatronLionError, StorageError
+from megatron_lion.errors import CheckpointError, StorageError
 from megatron_lion.files import storage_errors
 from megatron_lion.parallel import agree
 from megatron_lion.runs.steps import naming_removal
@@ -123,11 +125,23 @@ class _HashingTransforms(_StorageWriterTransforms):
         return super().transform_save_stream(write_item, _HashedStream(raw_stream, self.digest))  # type: ignore[arg-type]
 
 
+class _HashingFileSystem(FileSystem):
+    """Hashes the metadata on its way to the file. torch 2.11 writes a copy of the object, which nobody else holds."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            yield _HashedStream(stream, self.digest)
+
+
 class _HashedStream:
-    """The two methods of a stream that torch's writer calls."""
+    """The methods of a stream that torch's writer calls."""
 
     def __init__(self, raw: Any, digest: Any) -> None:
-        self.raw, self.digest, self.flush = raw, digest, raw.flush
+        self.raw, self.digest, self.flush, self.fileno = raw, digest, raw.flush, raw.fileno
 
     def write(self, content: Any) -> int:
         self.digest.update(content)
@@ -165,11 +179,11 @@ def write_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, str]:
     digests: dict[str, str] = {}
     with agree("writing the checkpoint's metadata"), storage_errors(folder):
         if group.is_coordinator:
+            writer.fs = files = _HashingFileSystem()
             writer.finish(metadata, [results for results, _ in written_by_all])
             for _, of_rank in written_by_all:
                 digests |= of_rank
-            # `finish` completes the object and then dumps it; a second dump of an unchanged object has the same bytes.
-            digests[".metadata"] = hashlib.sha256(pickle.dumps(metadata)).hexdigest()
+            digests[".metadata"] = files.digest.hexdigest()
     return digests
 
 
@@ -181,7 +195,7 @@ def _write_files(writer: Any, folder: Path) -> tuple[list[Any], dict[str, str]]:
         on_cpu = writer.preload_tensors([bucket])[0]
         transforms = _HashingTransforms()
         _, results = writer.write_preloaded_data([transforms], number, on_cpu, None, None, use_fsync=True)
-        if isinstance(results, OSError | MegatronLionError):  # the latter is a stop signal
+        if isinstance(results, OSError):
             raise results
         if isinstance(results, Exception):  # torch's writer re-raises the OSError, or fails with an unrelated exception
             raise StorageError(
