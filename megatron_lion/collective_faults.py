@@ -24,6 +24,8 @@ _OWN = re.compile(
     re.IGNORECASE,
 )
 _BACKEND = re.compile(r"gloo|nccl", re.IGNORECASE)
+# How gloo begins its plain RuntimeErrors: "[enforce fail at …/gloo/transport/tcp/loop.cc:48] …", "Gloo connect…".
+_BY_BACKEND = re.compile(r"\[[^\]]*(gloo|nccl)|gloo ", re.IGNORECASE)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -45,8 +47,10 @@ def is_collective_fault(error: BaseException) -> bool:
 
 
 def is_own_fault(error: BaseException) -> bool:
-    """Whether torch.distributed failed because of this machine: memory, driver, network interface."""
-    return isinstance(error, dist.DistError) and bool(_OWN.search(str(error)))
+    """Whether torch.distributed failed because of this machine: memory, driver, network interface, limit of open files."""
+    text = str(error)
+    by_torch = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_BY_BACKEND.match(text)))
+    return by_torch and bool(_OWN.search(text))
 
 
 def is_timeout(error: BaseException) -> bool:
@@ -63,6 +67,7 @@ def start_fault(error: BaseException) -> MegatronLionError:
     text = one_line(error)
     if not _OWN.search(text) and _LOST.search(text):
         return PeerError(f"the processes of this job did not find each other: {text}")
+    hint = "; raise the limit, for example with `ulimit -n 1024`" if "too many open files" in text.lower() else ""
     return EnvironmentFault(
-        f"the communication between processes cannot start on this machine: {type(error).__name__}: {text}"
+        f"the communication between processes cannot start on this machine: {type(error).__name__}: {text}{hint}"
     )

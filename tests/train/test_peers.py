@@ -113,6 +113,13 @@ def test_an_expired_limit_is_told_from_a_broken_connection() -> None:
     [
         # NCCL starts at the first collective of a group, long after the job has started.
         (OWN[7], EnvironmentFault, "cannot start on this machine: DistBackendError: NCCL error: unhandled cuda"),
+        # As gloo words it if a group of the job needs one descriptor more than `ulimit -n` allows.
+        (
+            RuntimeError(f"[enforce fail at {GLOO[1:]}loop.cc:48] rv != -1. -1 vs -1. pipe: Too many open files"),
+            EnvironmentFault,
+            "pipe: Too many open files; raise the limit, for example with `ulimit -n 1024`",
+        ),
+        (RuntimeError("/runs/gloo/x.idx: Too many open files"), RuntimeError, "/runs/gloo/x.idx"),
         (LOST[3], PeerError, "lost a peer: NCCL communicator was aborted"),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "CUDA out of memory"),
         (StorageError("/x: No space left on device"), StorageError, "/x: No space left on device"),
