@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 MEET_S = 600.0
 """Time in which all nodes must start, seconds."""
+_REMIND_S = 60.0
 BEAT_S = 2.0
 SILENT_S = 120.0
 """Time without a sign of life after which a node is lost, seconds."""
@@ -177,9 +178,13 @@ class Nodes:
                     f"{missing()} did not answer within {limit_s:.0f} s; every node needs the same MASTER_ADDR, "
                     f"MASTER_PORT, JOB_ID and NNODES (here {self.address}, {self.port}, {self.count})"
                 )
-            if waited - reminded > 60:
+            if waited - reminded > _REMIND_S:
                 reminded = waited
-                logger.warning("waiting for %s, for %.0f s now", missing(), waited)
+                logger.warning(
+                    "waiting for %s, for %.0f s now; every node needs the same MASTER_ADDR, MASTER_PORT, JOB_ID and NNODES",
+                    missing(),
+                    waited,
+                )
 
     # --- while the job runs ---
 

@@ -135,3 +135,16 @@ def test_a_store_that_goes_away_while_the_nodes_meet_is_one_line(monkeypatch: py
     for error in two_nodes(lambda nodes: None):
         assert isinstance(error, PeerError)
         assert str(error).endswith("the job's store was lost: Connection reset by peer")
+
+
+def test_a_node_that_waits_names_what_all_nodes_must_share(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With another JOB_ID the other nodes are not seen here, although they run."""
+    monkeypatch.setattr("megatron_lion.nodes.MEET_S", 1.0)
+    monkeypatch.setattr("megatron_lion.nodes._REMIND_S", 0.0)
+    environment = {"JOB_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "INTERFACE": "lo"}
+    with pytest.raises(PeerError, match="1 of 2 nodes did not answer"):
+        Nodes(2, 1, environment, lambda: None)
+    assert "waiting for 1 of 2 nodes" in caplog.text
+    assert "every node needs the same MASTER_ADDR, MASTER_PORT, JOB_ID and NNODES" in caplog.text
