@@ -37,6 +37,8 @@ ALLOWED = {
     ("jobs.py", "record_exit_code"): "the caller goes on without the file: a full disk must not hide the error",
     ("cli.py", "main"): "/dev/null",
     ("runs/folder.py", "_move_aside"): "called inside storage_errors",
+    ("runs/folder.py", "_make"): "called inside storage_errors",
+    ("runs/folder.py", "_move"): "called inside storage_errors",
     ("style.py", "save_figure"): "into memory",
     ("interop/hf_export.py", "_write"): "safetensors raises its own error, which is converted there",
     ("train/checkpoint.py", "_commit"): "called inside storage_errors",

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -155,29 +155,64 @@ def _move_aside(run_dir: Path) -> None:
     """Moves a run into the next free RUN.old-N; an imported run keeps what it starts from: step 0, tokenizer and settings.
 
     config.yaml leaves last: if the job is killed on the way, the folder is still a run, and the same command continues.
+    If a call fails, everything is moved back.
     """
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.old-{number}")).exists():
-        number += 1
-    aside.mkdir()
+    # Through a link: the folder's own parent is on its own file system, and "." has no name.
+    run_dir = run_dir.resolve()
+    if not run_dir.name:
+        raise ConfigError(f"run_dir: {run_dir} cannot be moved aside; choose another folder, or move its files by hand")
+    if run_dir in Path.cwd().parents:  # which would move too, and with it the meaning of every relative path
+        raise ConfigError(
+            f"run_dir: the current folder is inside {run_dir}, which is to be moved; leave it, then try again"
+        )
+    aside = _free_name(run_dir)
     kept = {LOCK, config_file(run_dir).name}  # this job holds the lock; moved, it would no longer protect run_dir
     imported = step_folder(run_dir, 0)
     checkpoints, tokenizer = checkpoints_folder(run_dir), tokenizer_folder(run_dir)
-    if imported.is_dir():
-        kept |= {checkpoints.name, tokenizer.name}
-        checkpoints_folder(aside).mkdir()
-        for entry in checkpoints.iterdir():
-            if entry != imported:
-                os.replace(entry, checkpoints_folder(aside) / entry.name)
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, tokenizer_folder(aside))
-    for entry in run_dir.iterdir():
-        if entry.name not in kept:
-            os.replace(entry, aside / entry.name)
-    if imported.is_dir():
-        shutil.copyfile(config_file(run_dir), config_file(aside))
-    else:
-        os.replace(config_file(run_dir), config_file(aside))
+    with ExitStack() as undo:
+        _make(aside, undo)
+        if imported.is_dir():
+            kept |= {checkpoints.name, tokenizer.name}
+            if checkpoints.is_symlink():  # perhaps to another file system, to which nothing can be renamed
+                place = _free_name(checkpoints.resolve())
+                _make(place, undo)
+                checkpoints_folder(aside).symlink_to(place)
+                undo.callback(os.unlink, checkpoints_folder(aside))
+            else:
+                _make(checkpoints_folder(aside), undo)
+            for entry in checkpoints.iterdir():
+                if entry != imported:
+                    _move(entry, checkpoints_folder(aside) / entry.name, undo)
+            if tokenizer.is_dir():
+                undo.callback(shutil.rmtree, tokenizer_folder(aside), ignore_errors=True)
+                shutil.copytree(tokenizer, tokenizer_folder(aside))
+        for entry in run_dir.iterdir():
+            if entry.name not in kept:
+                _move(entry, aside / entry.name, undo)
+        if imported.is_dir():
+            undo.callback(config_file(aside).unlink, missing_ok=True)
+            shutil.copyfile(config_file(run_dir), config_file(aside))
+        else:
+            os.replace(config_file(run_dir), config_file(aside))
+        undo.pop_all()
+
+
+def _free_name(folder: Path) -> Path:
+    """The first of FOLDER.old-1, FOLDER.old-2, … that does not exist."""
+    number = 1
+    while os.path.lexists(free := folder.with_name(f"{folder.name}.old-{number}")):
+        number += 1
+    return free
+
+
+def _make(folder: Path, undo: ExitStack) -> None:
+    folder.mkdir()
+    undo.callback(os.rmdir, folder)
+
+
+def _move(path: Path, target: Path, undo: ExitStack) -> None:
+    os.replace(path, target)
+    undo.callback(os.replace, target, path)
 
 
 def read_config(run_dir: Path) -> RunConfig:
