@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from megatron_lion.errors import BusyError, StorageError
-from megatron_lion.files import file_lock, sha256_file, storage_errors, sync_file, write_whole
+from megatron_lion.files import file_lock, read_own, sha256_file, storage_errors, sync_file, write_whole
 from megatron_lion.folder_swap import put_back, replace_folder
 from megatron_lion.jobs import place_from_env
 from megatron_lion.logs import warn
@@ -113,7 +113,7 @@ def find_fault(folder: Path, key: dict[str, Any], *, contents: bool = True) -> s
         StorageError: a file cannot be read.
     """
     try:
-        listing = json.loads((folder / LISTING).read_bytes())
+        listing = json.loads(read_own(folder / LISTING))
         if listing["key"] != key:
             return "they were built from other data or settings"
         if not listing["files"]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.files import read_own
 from megatron_lion.plain_text import is_file_name
 
 FORMAT = 1
@@ -164,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_bytes().decode("utf-8"))
+        manifest = json.loads(read_own(path).decode("utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no {MANIFEST}, so the checkpoint is not complete; {GO_BACK}") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -18,7 +18,7 @@ from typing import Any
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.files import file_lock, make_folder, remove_leftovers, storage_errors, write_whole
+from megatron_lion.files import file_lock, make_folder, read_own, remove_leftovers, storage_errors, write_whole
 from megatron_lion.runs.paths import (
     LATEST,
     LOCK,
@@ -127,7 +127,7 @@ def recorded_newest(run_dir: Path) -> str | None:
     path = newest_checkpoint_file(run_dir)
     with storage_errors(path, "read"):  # an unreadable record is not the same as none
         try:
-            return path.read_text(encoding="ascii", errors="replace").strip()[:40]
+            return read_own(path).decode("ascii", errors="replace").strip()[:40]
         except FileNotFoundError:
             return None
 

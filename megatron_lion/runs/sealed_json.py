@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_lion.files import read_own
 from megatron_lion.plain_text import plain_tree
 from megatron_lion.runs.folder import write_json
 
@@ -34,7 +35,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ValueError: it is not such an object; the message is one line.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_own(path))
     except UnicodeDecodeError:
         raise ValueError("damaged: not UTF-8") from None
     except RecursionError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.files import read_own
 from megatron_lion.plain_text import plain
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
         CheckpointError: the file is missing, or a line is not a JSON object with a step.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_own(path).split(b"\n")
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: has no metrics.jsonl; it is not a run folder, or the run never started"

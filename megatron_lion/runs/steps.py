@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.errors import CheckpointError, ConfigError
-from megatron_lion.files import storage_errors
+from megatron_lion.files import read_own, storage_errors
 from megatron_lion.logs import warn
 from megatron_lion.runs.checkpoint_manifest import (
     FORMAT,
@@ -232,7 +232,7 @@ def _need_none_lost(run_dir: Path) -> None:
     folder = checkpoints_folder(run_dir)
     if saved is not None:
         raise CheckpointError(
-            f"{folder}: holds no checkpoint, but {saved if saved.isprintable() else 'one'} was saved; mount or restore the folder, "
+            f"{folder}: holds no checkpoint, but {saved if _STEP_NAME.match(saved) else 'one'} was saved; mount or restore the folder, "
             "or give --fresh to start over"
         )
     if trained:
@@ -246,7 +246,7 @@ def _last_logged_step(run_dir: Path) -> int:
     """The largest step with a training loss in metrics.jsonl, or 0."""
     last = 0
     try:
-        lines = metrics_file(run_dir).read_bytes().splitlines()
+        lines = read_own(metrics_file(run_dir)).splitlines()
     except OSError:
         return 0
     for line in lines:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_lion.config import RunConfig
 from megatron_lion.device import select_device
 from megatron_lion.errors import NumericsError, StoppedOnRequest
-from megatron_lion.files import make_folder, storage_errors, sync_folder
+from megatron_lion.files import make_folder, read_own, storage_errors, sync_folder
 from megatron_lion.gradient.full_gradient import probe_run
 from megatron_lion.gradient.moving import MovingWindow
 from megatron_lion.gradient.probe_result import ProbeResult
@@ -300,7 +300,7 @@ def held_out_is_missing(run: Run) -> bool:
     found: list[dict[str, Any] | None] = []
     with agree("reading the metrics"), storage_errors(path):
         if run.ranks.is_main and path.exists():
-            found = [parse_line(line) for line in path.read_bytes().splitlines()]
+            found = [parse_line(line) for line in read_own(path).splitlines()]
     return bool(broadcast_object(not any(line and line["step"] == run.step and "valid/loss" in line for line in found)))
 
 
