@@ -295,8 +295,8 @@ def newest_whole(run_dir: Path, verify: Callable[[Checkpoint], object]) -> Check
             record_newest(run_dir, step)
         return found
     raise CheckpointError(
-        f"{checkpoints_folder(run_dir)}: --fall-back found no whole checkpoint, and moved nothing; {skipped[0][1]}; or give "
-        "--fresh to start over"
+        f"{checkpoints_folder(run_dir)}: --fall-back found no whole checkpoint, and moved nothing; "
+        f"{str(skipped[0][1]).replace(GO_BACK, 'restore a checkpoint from a copy')}; or give --fresh to start over"
     )
 
 

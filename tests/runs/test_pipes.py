@@ -16,7 +16,7 @@ from megatron_lion.runs.checkpoint_manifest import read_manifest
 from megatron_lion.runs.folder import recorded_newest
 from megatron_lion.runs.identity import read_run_id
 from megatron_lion.runs.series import read_metrics
-from megatron_lion.runs.steps import find_latest
+from megatron_lion.runs.steps import find_latest, newest_whole
 
 CASES: dict[str, tuple[str, Callable[[Path], Any], type[Exception]]] = {
     "metrics": ("metrics.jsonl", lambda run: read_metrics(run / "metrics.jsonl"), CheckpointError),
@@ -55,6 +55,16 @@ def test_a_pipe_is_refused(case: str, tmp_path: Path) -> None:
 def test_metrics_are_looked_at_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     assert not hangs(find_latest, tmp_path)
+
+
+def test_a_fall_back_that_failed_is_not_advised_again(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step_0000002"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match="found no whole checkpoint, and moved nothing") as caught:
+        newest_whole(tmp_path, lambda checkpoint: None)
+    assert "give pretrain --fall-back" not in str(caught.value)
+    assert "restore a checkpoint from a copy; or give --fresh to start over" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "\n", "zz"])
