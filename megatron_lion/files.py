@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import re
+import resource
 import shutil
 import socket
 import stat
@@ -41,7 +42,9 @@ def storage_errors(path: str | Path, doing: str = "written") -> Iterator[None]:
                 f"{where}: cannot be {doing}: it is a symbolic link, and files of a run are not written through links; "
                 "remove the link, then give the same command again"
             ) from error
-        if error.errno in _FULL:
+        if error.errno == errno.EFBIG and (limit := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) >= 0:
+            remedy = f"this process may write {limit:,} bytes to a file: raise that limit (ulimit -f), then give the same command again"
+        elif error.errno in _FULL:
             remedy = "make room there or choose a folder on another disk, then give the same command again"
         else:
             remedy = "check its permissions and the disk, then give the same command again"

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import tiny
 
 from megatron_lion.errors import StorageError
-from megatron_lion.files import append_line, remove_leftovers, write_whole
+from megatron_lion.files import append_line, remove_leftovers, storage_errors, write_whole
 from megatron_lion.logs import log_file
 from megatron_lion.runs.metrics import MetricsWriter
 
@@ -53,6 +54,15 @@ def test_a_metrics_file_that_is_a_link_is_refused_before_it_is_repaired(tmp_path
     with pytest.raises(StorageError, match=r"metrics.jsonl: cannot be written: it is a symbolic link"):
         MetricsWriter(tmp_path, tiny.tiny_config(tmp_path, "no-corpus"), is_main=True)
     assert victim.read_text() == "no line of metrics"
+
+
+def test_a_limit_on_file_sizes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (60_000, 60_000))
+    with (
+        pytest.raises(StorageError, match=r"may write 60,000 bytes to a file: raise that limit \(ulimit -f\)"),
+        storage_errors("it"),
+    ):
+        raise OSError(errno.EFBIG, "File too large")
 
 
 def test_a_link_in_place_of_the_result_is_replaced(tmp_path: Path) -> None:
