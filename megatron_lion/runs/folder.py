@@ -85,6 +85,11 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
             raise CheckpointError(
                 f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
             )
+    elif not saved.is_file() and any(name.startswith("step_") for name in checkpoints):
+        raise CheckpointError(
+            f"{run_dir}: holds checkpoints, but its {saved.name} is lost; restore it from a backup, or make it again with the "
+            f"settings of the run: add --print_config > {saved} to its command (they are compared with the checkpoints)"
+        )
     elif not saved.is_file() and (foreign := _foreign_entry(run_dir)) is not None:
         raise ConfigError(
             f"run_dir: {run_dir} is not empty and holds no run (no config.yaml, but {foreign!r}); choose another folder"

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_lion import runs
 from megatron_lion.config import RunConfig
-from megatron_lion.configfile import save_config
+from megatron_lion.configfile import dump_config, save_config
 from megatron_lion.errors import CheckpointError, ConfigError, StorageError
 from megatron_lion.runs import folder as run_folder
 from megatron_lion.runs.folder import flatten, prepare_run_folder, read_config, write_json
@@ -130,6 +130,17 @@ def test_a_run_that_cannot_be_moved_aside_stays_as_it_was(
     with pytest.raises(StorageError, match="Invalid cross-device link"):
         prepare_run_folder(config, fresh=True)
     assert names(tmp_path) == before
+
+
+def test_lost_settings_can_be_made_again(tmp_path: Path) -> None:
+    config = old_run(tmp_path / "run")
+    lost = tmp_path / "run" / "config.yaml"
+    lost.unlink()
+    with pytest.raises(CheckpointError, match=r"its config\.yaml is lost; .* add --print_config > .*config\.yaml"):
+        prepare_run_folder(config, fresh=False)
+    assert not lost.exists()
+    lost.write_text(dump_config(config))
+    prepare_run_folder(config, fresh=False)
 
 
 def test_settings_are_read_from_a_run_alone(tmp_path: Path) -> None:
