@@ -11,7 +11,15 @@ from typing import Any
 
 import torch
 
-from .update import check_rates
+from .update import FOREIGN_OPTIONS as LION_OPTIONS
+from .update import HARMLESS_KEYS, check_rates
+
+# Options of torch.optim.SGD, with the values for which its step is this one's.
+FOREIGN_OPTIONS = {"nesterov": False, "maximize": False, "dampening": 0}
+SETTINGS = ("lr", "momentum", "weight_decay", "coupled_weight_decay")
+# A state with LION's options is a state of LION.
+_OF_LION = {"betas", "init_exp_avg", "cautious", "caution", *LION_OPTIONS}
+KNOWN_KEYS = {*SETTINGS, *FOREIGN_OPTIONS, *(HARMLESS_KEYS - _OF_LION)}
 
 
 class Sgd(torch.optim.Optimizer):
@@ -63,15 +71,38 @@ class Sgd(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads groups and state as torch does, after checking the groups' settings."""
-        for own, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            _check_group({**own, **group})
-        super().load_state_dict(state_dict)
+        """Loads groups and state as torch does, after checking both; a load that fails changes nothing.
+
+        A state of torch.optim.SGD is loaded if its step is this one's: without decay, nesterov, maximize and dampening.
+
+        Raises:
+            ValueError: a setting is missing, unknown or another than here, or the state is of another optimizer or model.
+        """
+
+        def fit(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            pairs = zip(
+                self.param_groups, loaded["param_groups"], strict=False
+            )  # torch refuses another number of groups
+            groups = [_fit_saved_group(own, group) for own, group in pairs]
+            params = [param for group in self.param_groups for param in group["params"]]
+            numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+            state = _fit_saved_state(loaded["state"], dict(zip(numbers, params, strict=False)))
+            return {**loaded, "state": state, "param_groups": [*groups, *loaded["param_groups"][len(groups) :]]}
+
+        old = self.state, self.param_groups
+        hook = self.register_load_state_dict_pre_hook(fit)
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = old
+            raise
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -107,5 +138,62 @@ class Sgd(torch.optim.Optimizer):
 
 def _check_group(group: dict[str, Any]) -> None:
     check_rates(group)
+    for name, value in FOREIGN_OPTIONS.items():
+        if group.get(name, value) != value:
+            raise ValueError(
+                f"{name} = {group[name]}, an option of torch.optim.SGD: needs {value}; Sgd has no other step"
+            )
     if not 0 <= group["momentum"] < 1:
         raise ValueError(f"momentum = {group['momentum']}: needs a number, at least 0 and below 1")
+
+
+def _fit_saved_group(own: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    """Returns a group that was saved, checked; one of torch.optim.SGD without decay gets this optimizer's kind of decay."""
+    if missing := [name for name in ("lr", "momentum", "weight_decay") if name not in group]:
+        raise ValueError(f"a group of the state has no {', '.join(missing)}: needs the state of an Sgd")
+    if unknown := sorted(set(group) - set(own) - KNOWN_KEYS):
+        raise ValueError(
+            f"a group of the state has {', '.join(unknown)}, which Sgd does not have: delete it from the state's "
+            "param_groups, or give this optimizer's group the same key"
+        )
+    _check_group(group)
+    coupled = own["coupled_weight_decay"]
+    # torch's SGD has no such key, and its decay is coupled.
+    saved = group.get("coupled_weight_decay", bool(group["weight_decay"]) or coupled)
+    if saved != coupled:
+        raise ValueError(
+            f"coupled_weight_decay = {saved} in the state, {coupled} in this optimizer: build "
+            f"Sgd(…, coupled_weight_decay={saved}) to continue as saved, or change it in the state's param_groups"
+        )
+    return {"coupled_weight_decay": coupled, **group}
+
+
+def _fit_saved_state(state: dict[Any, Any], params: dict[Any, torch.Tensor]) -> dict[Any, Any]:
+    """Returns the saved state, checked, without the empty momentum (None) of a torch.optim.SGD that has none."""
+    fitted = {}
+    for number, entry in state.items():
+        if number not in params:
+            raise ValueError(f"state of {number}, which is in no group: needs the groups it was saved with")
+        if not isinstance(entry, dict):
+            raise ValueError(f"state of parameter {number} is {type(entry).__name__}: needs a dict that an Sgd saved")
+        if strange := sorted(map(str, entry.keys() - {"momentum_buffer"})):
+            raise ValueError(f"state of another optimizer, with {', '.join(strange)}: needs a state of Sgd")
+        buffer = entry.get("momentum_buffer")
+        if buffer is None:
+            continue
+        _check_buffer(buffer, params[number], f"parameter {number}")
+        fitted[number] = entry
+    return fitted
+
+
+def _check_buffer(buffer: Any, parameter: torch.Tensor, place: str) -> None:
+    if not isinstance(buffer, torch.Tensor) or not buffer.is_floating_point() or buffer.shape != parameter.shape:
+        found = (
+            f"{buffer.dtype}, shape {tuple(buffer.shape)}"
+            if isinstance(buffer, torch.Tensor)
+            else type(buffer).__name__
+        )
+        raise ValueError(
+            f"momentum_buffer of {place} is {found}; the parameter has shape {tuple(parameter.shape)}: load the state of the "
+            "same model and layout"
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from megatron_lion.optim.lion import Lion
 from megatron_lion.optim.sgd import Sgd
 
 
@@ -130,3 +133,88 @@ def test_a_closure_is_evaluated_with_gradients():
 
     assert optimizer.step(closure).item() == 9.0
     assert param.item() == 0.0
+
+
+def saved_by(make, dtype=torch.float32):
+    """The state of an optimizer after one step of a (3, 4) weight."""
+    weight = torch.nn.Parameter(torch.ones(3, 4, dtype=dtype))
+    weight.grad = torch.full_like(weight, 2)
+    optimizer = make([weight])
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def torch_sgd(**settings):
+    return lambda params: torch.optim.SGD(params, **{"lr": 0.1, "momentum": 0.9, **settings})
+
+
+REFUSED = {
+    "nesterov": (torch_sgd(nesterov=True), "nesterov = True"),
+    "maximize": (torch_sgd(maximize=True), "maximize = True"),
+    "dampening": (torch_sgd(dampening=0.5), r"dampening = 0\.5"),
+    "torch's coupled decay": (torch_sgd(weight_decay=0.5), "coupled_weight_decay = True in the state, False in"),
+    "coupled": (
+        lambda params: Sgd(params, lr=0.1, coupled_weight_decay=True),
+        "coupled_weight_decay = True in the state",
+    ),
+    "AdamW": (lambda params: torch.optim.AdamW(params, lr=0.1), "has no momentum"),
+    "RMSprop": (lambda params: torch.optim.RMSprop(params, lr=0.1, momentum=0.9), "alpha, centered, eps, which Sgd"),
+    "LION": (lambda params: Lion(params, lr=0.1), "has no momentum"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_state_of_another_step_is_refused_and_changes_nothing(case):
+    make, words = REFUSED[case]
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = Sgd([weight], lr=0.25)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved_by(make))
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    momentum = optimizer.state_dict()["state"][0]["momentum_buffer"]
+    assert torch.equal(momentum, before["state"][0]["momentum_buffer"])
+    assert optimizer.state[weight]["momentum_buffer"] is momentum
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}])
+def test_a_state_of_torch_that_steps_alike_continues(settings):
+    theirs = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = torch_sgd(**settings)([theirs])
+    theirs.grad = torch.full_like(theirs, 2)
+    optimizer.step()
+    ours = torch.nn.Parameter(theirs.detach().clone())
+    continued = Sgd([ours], lr=0.7)
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the tensors
+    ours.grad = theirs.grad
+    optimizer.step()
+    continued.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (None, "state of parameter 0 is NoneType"),
+        (
+            {"momentum_buffer": torch.zeros(1, 4)},
+            r"is torch\.float32, shape \(1, 4\); the parameter has shape \(3, 4\)",
+        ),
+        ({"momentum_buffer": 3}, "momentum_buffer of parameter 0 is int"),
+        ({"momentum_buffer": torch.zeros(3, 4), "exp_avg": torch.zeros(3, 4)}, "with exp_avg"),
+    ],
+)
+def test_a_momentum_of_another_model_is_refused(entry, words):
+    optimizer = Sgd([torch.nn.Parameter(torch.ones(3, 4))], lr=0.25)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict({**state, "state": {0: entry}})
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("option", [{"nesterov": True}, {"maximize": True}, {"dampening": 0.5}])
+def test_a_group_with_an_option_of_torch_is_refused(option):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} = .*torch"):
+        Sgd([{"params": [torch.nn.Parameter(torch.ones(2))], **option}], lr=0.1)
