@@ -176,7 +176,7 @@ class Lion(torch.optim.Optimizer):
                     "cautious = True with DTensor parameters: needs sum_agreement, because φ belongs to a whole parameter"
                 )
             self.layout.check_group(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -250,11 +250,11 @@ class Lion(torch.optim.Optimizer):
         A master weight also sets the parameter to its 16-bit value.
 
         Raises:
-            ValueError: the value has another shape than the parameter, and neither is flat.
+            ValueError: the value has another shape than the parameter, and is not flat.
         """
         state = self._state_of(param)
         if name in ("exp_avg", "master_param"):
-            if value.shape != param.shape and value.dim() != 1 and param.dim() != 1:
+            if value.shape != param.shape and value.dim() != 1:
                 raise ValueError(
                     f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(param.shape)}: load the state of "
                     "the same model and layout"

@@ -29,6 +29,7 @@ HARMLESS_KEYS = {
     "initial_lr", "max_lr", "min_lr", "swa_lr", "max_momentum", "base_momentum", "lr_scale", "step", "wd_mult", "lr_mult",
     "is_expert_parallel", "is_decoupled_lr", "default_config", "caution", *SAVED_SETTINGS, *FOREIGN_OPTIONS,
 }  # fmt: skip
+Forms = dict[str, tuple[torch.dtype, Sequence[int]]]  # dtype and shape of each state tensor, by name
 
 
 class Slot(NamedTuple):
@@ -90,7 +91,7 @@ class PlainLayout:
         """Returns the first state of a parameter; every momentum element is `start`."""
         return {"exp_avg": torch.full_like(param, start, dtype=compute_dtype(param), requires_grad=False)}
 
-    def forms(self, param: torch.Tensor) -> dict[str, tuple[torch.dtype, Sequence[int]]]:
+    def forms(self, param: torch.Tensor) -> Forms:
         """Returns the dtype and shape that each state tensor of a parameter must have."""
         return {"exp_avg": (compute_dtype(param), param.shape)}
 
@@ -120,21 +121,11 @@ def compute_dtype(param: torch.Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def check_forms(
-    param: torch.Tensor,
-    state: dict[str, Any],
-    forms: dict[str, tuple[torch.dtype, Sequence[int]]],
-    place: tuple[int, int],
-) -> None:
+def check_forms(param: torch.Tensor, state: dict[str, Any], forms: Forms, place: tuple[int, int]) -> None:
     """Raises ValueError if a state tensor does not fit its parameter: a compiled step would read it as another type or size.
 
-    An assignment to `param.data` changes the parameter and leaves the state as it was. Reads no element.
-
-    Args:
-        param: this rank's part of the parameter.
-        state: its state.
-        forms: the dtype and shape that the state must have, by name.
-        place: (number of the group, number of the parameter in the group).
+    An assignment to `param.data` changes the parameter and leaves the state as it was. Reads no element. `forms` are those of
+    the layout for this rank's part of the parameter; `place` is (number of the group, number of the parameter in it).
     """
     for name, (dtype, shape) in forms.items():
         value = None if name not in state else local_of(state[name])
@@ -234,15 +225,21 @@ def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} = {given!r}: needs one of {', '.join(allowed)}")
 
 
+def _is_in_range(value: Any, end: float) -> bool:
+    try:
+        return 0 <= float(value) < end and not isinstance(value, str)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
 def check_rates(group: dict[str, Any]) -> None:
     """Raises ValueError if a group's learning rate or weight decay is not a finite number, 0 or above."""
     lr, weight_decay = group["lr"], group["weight_decay"]
-    if isinstance(lr, torch.Tensor):
-        if lr.numel() != 1 or lr.dtype != torch.float32:
-            raise ValueError(f"lr is a tensor of {lr.numel()} elements, {lr.dtype}: needs one element, torch.float32")
-    elif not (math.isfinite(lr) and lr >= 0):
+    if isinstance(lr, torch.Tensor) and (lr.numel() != 1 or lr.dtype != torch.float32):
+        raise ValueError(f"lr is a tensor of {lr.numel()} elements, {lr.dtype}: needs one element, torch.float32")
+    if not _is_in_range(lr, math.inf):  # waits for the device once, when a group is added
         raise ValueError(f"lr = {lr}: needs a finite number, 0 or above")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+    if not _is_in_range(weight_decay, math.inf):
         raise ValueError(f"weight_decay = {weight_decay}: needs a finite number, 0 or above")
 
 
@@ -250,8 +247,10 @@ def check_group(group: dict[str, Any]) -> None:
     """Raises ValueError if a group's options or a parameter's dtype or layout are not supported."""
     check_rates(group)
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_in_range(beta, 1) for beta in betas):
         raise ValueError(f"betas = {betas}: needs two numbers, each at least 0 and below 1")
+    if not isinstance(group["maximize"], bool):
+        raise ValueError(f"maximize = {group['maximize']!r}: needs True or False")
     for name, value in FOREIGN_OPTIONS.items():
         if bool(group.get(name, value)) != value:
             raise ValueError(
@@ -325,6 +324,8 @@ def check_saved_state(state: dict[Any, Any], numbers: Sequence[Any]) -> None:
         state: from parameter number to state by name.
         numbers: the parameters in the groups.
     """
+    if empty := [f"{number}: {type(entry).__name__}" for number, entry in state.items() if not isinstance(entry, dict)]:
+        raise ValueError(f"state of parameter {empty[0]}, not a dict: needs a state of LION")
     if strange := sorted({str(name) for entry in state.values() for name in entry} - STATE_DTYPES.keys()):
         raise ValueError(f"state of another optimizer, with {', '.join(strange)}: needs a state of LION")
     known = set(numbers)
