@@ -6,7 +6,9 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -123,6 +125,22 @@ def test_another_rank_must_see_the_same_files(folder: Path, monkeypatch: pytest.
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(StorageError, match=r"rank 2 on .*\(the SHA-256 of text is not the one in index.json\)"):
         _verify_elsewhere(folder, KEY, listing, 2)
+
+
+def test_another_rank_builds_nothing_and_compares(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rank 1 does with the digest that rank 0 sends."""
+    sent = sha256_file(folder / LISTING)
+    monkeypatch.setattr(index_cache, "dist", SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 1))
+    monkeypatch.setattr(index_cache, "agree", lambda what: nullcontext())
+    monkeypatch.setattr(index_cache, "broadcast_object", lambda listing: sent)
+    assert index_folder(folder.parent, DIGEST, {"seed": 7}, fail) == folder
+    (folder / "text").write_text("kontent")
+    with pytest.raises(StorageError, match="does not see the index files that rank 0 has checked there"):
+        index_folder(folder.parent, DIGEST, {"seed": 7}, fail)
+
+
+def fail(folder: Path) -> list[Any]:
+    raise AssertionError("only rank 0 builds")
 
 
 @pytest.mark.parametrize("change", ["text", "array", "more", "less"])
