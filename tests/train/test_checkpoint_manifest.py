@@ -127,6 +127,33 @@ def test_metadata_that_only_names_something_else_is_refused(tmp_path: Path, name
         check_metadata(path, [])
 
 
+def test_each_fault_of_a_checkpoints_files_is_named(tmp_path: Path) -> None:
+    """One rank alone reads no file that is not its share, but compares the size of each."""
+    contents = {
+        ".metadata": pickle.dumps(Metadata(state_dict_metadata={}, planner_data=None, storage_data={})), "a": b"content",
+    }  # fmt: skip
+    facts = {name: {"bytes": len(it), "sha256": hashlib.sha256(it).hexdigest()} for name, it in contents.items()}
+
+    def message(files: dict[str, Any], **changes: bytes) -> tuple[str, str]:
+        for name, content in {**contents, **changes}.items():
+            (tmp_path / name).write_bytes(content)
+        return tiny.error_of(ckpt._verify_files, ckpt.open_checkpoint(written(tmp_path, files=files)))
+
+    assert message(facts) == ("", "")
+    assert "manifest.json: lists no .metadata;" in message({"a": facts["a"]})[1]
+    assert "a: its SHA-256 does not match manifest.json" in message(facts, a=b"kontent")[1]
+    assert "a: 8 bytes, manifest.json lists 7" in message(facts, a=b"contents")[1]
+    assert "b: missing;" in message({**facts, "b": facts["a"]})[1]
+    (tmp_path / "linked").symlink_to("a")
+    assert "linked: is no plain file but a link" in message({**facts, "linked": {**facts["a"], "bytes": 1}})[1]
+    (tmp_path / "a").write_bytes(b"kontent")
+    checkpoint = ckpt.open_checkpoint(written(tmp_path, files=facts))
+    assert tiny.error_of(ckpt._verify_files, checkpoint, 0, 2) == ("", ""), (
+        "the second file is hashed by the second rank"
+    )
+    assert "its SHA-256" in tiny.error_of(ckpt._verify_files, checkpoint, 1, 2)[1]
+
+
 # Every value that JSON has, near the edges of what a manifest may hold.
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.sampled_from([-5, 0, 1, 7, 2**63, 10**30]), st.floats(),
