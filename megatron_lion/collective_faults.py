@@ -1,12 +1,13 @@
-"""Which exceptions of torch.distributed mean a lost peer, and which a fault of this rank or its machine."""
+"""Which exceptions of torch mean a lost peer, which a lost loader worker, and which a fault of this machine."""
 
 from __future__ import annotations
 
 import re
+import signal
 
 import torch.distributed as dist
 
-from megatron_lion.errors import EnvironmentFault, MegatronLionError, PeerError
+from megatron_lion.errors import EnvironmentFault, MegatronLionError, PeerError, WorkerError
 
 # What gloo, NCCL and the stores write if the other side is missing. gloo raises plain RuntimeErrors, so the text decides.
 _LOST = re.compile(
@@ -22,6 +23,9 @@ _OWN = re.compile(
     r"failed to (bind|listen)|no nccl|not (built|compiled) with|environment variable|too many open files|"
     r"cannot allocate memory|no such device",
     re.IGNORECASE,
+)
+_WORKER = re.compile(
+    r"^DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]+)|exited unexpectedly)"
 )
 _BACKEND = re.compile(r"gloo|nccl", re.IGNORECASE)
 # How gloo begins its plain RuntimeErrors: "[enforce fail at …/gloo/transport/tcp/loop.cc:48] …", "Gloo connect…".
@@ -70,4 +74,30 @@ def start_fault(error: BaseException) -> MegatronLionError:
     hint = "; raise the limit, for example with `ulimit -n 1024`" if "too many open files" in text.lower() else ""
     return EnvironmentFault(
         f"the communication between processes cannot start on this machine: {type(error).__name__}: {text}{hint}"
+    )
+
+
+def worker_fault(error: BaseException) -> WorkerError | None:
+    """The error to report if an exception is torch's about a loader worker that was killed or ended; otherwise None.
+
+    torch raises it in a handler of SIGCHLD, so in any line of the main thread. A loader that waits raises a second one
+    without the signal from it. An exception of the worker's own code has another text: "Caught … in DataLoader worker".
+    """
+    text: re.Match[str] | None = None
+    link: BaseException | None = error
+    while link is not None and isinstance(link, RuntimeError) and (found := _WORKER.search(str(link))):
+        text = found if text is None or found[2] else text
+        link = link.__cause__
+    if text is None:
+        return None
+    names = {signal.strsignal(number): number.name for number in signal.Signals}
+    return lost_worker(text[1], names.get(text[2], text[2]) if text[2] else None)
+
+
+def lost_worker(pids: str, signal_name: str | None) -> WorkerError:
+    """The error to report for loader workers that ended by themselves or by a signal, such as "SIGKILL"."""
+    how = f"was ended by {signal_name}" if signal_name else "ended unexpectedly"
+    return WorkerError(
+        f"the data loader's worker process (pid {pids}) {how}; if no user did that, memory or shared memory (/dev/shm) probably "
+        "ran out: use fewer data.num_workers; the same command continues from what is saved"
     )

@@ -64,6 +64,10 @@ class PeerError(MegatronLionError):
     lost: tuple[int, ...] = ()
 
 
+class WorkerError(PeerError):
+    """A loader worker of this rank was killed or sent no batch in time (exit code 8)."""
+
+
 class EnvironmentFault(MegatronLionError):
     """A required package, device or version is missing, or processes cannot communicate (exit code 9)."""
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +17,8 @@ from megatron_lion.plain_text import plain
 
 UNTYPED = 1
 """Exit code of an exception that is not a MegatronLionError: an error in this project or below it."""
+
+_KILL_S = 5.0  # SIGKILL ends any process at once that the kernel lets end
 
 
 def report(error: MegatronLionError, *, direct: bool = False) -> None:
@@ -58,11 +63,28 @@ def record(exit_code: int, message: str, *, printed: bool = True) -> None:
 
 
 def leave(exit_code: int) -> NoReturn:
-    """Ends the process; after an error on one of several ranks at once."""
+    """Ends the process; after an error on one of several ranks, or if a child cannot be ended, at once."""
+    stuck, several = kill_children(), False
     with contextlib.suppress(ConfigError):  # wrong variables: reported before, and no groups were made
-        if exit_code and place_from_env().world_size > 1:
-            leave_at_once(exit_code)
+        several = place_from_env().world_size > 1
+    if stuck or (exit_code and several):
+        leave_at_once(exit_code)
     sys.exit(exit_code)
+
+
+def kill_children() -> bool:
+    """Kills the loader workers that are left, and returns whether one did not end, as one that hangs in a file system.
+
+    multiprocessing's own exit sends them SIGTERM, on which a stopped process does not act, and waits without a limit.
+    """
+    children = multiprocessing.active_children()
+    if children and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(_KILL_S)
+    return any(child.is_alive() for child in children)
 
 
 def leave_at_once(exit_code: int) -> NoReturn:
@@ -74,4 +96,6 @@ def leave_at_once(exit_code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    for child in multiprocessing.active_children():
+        child.kill()  # a stopped one would not notice that its parent has ended
     os._exit(exit_code)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lion.collective_faults import is_collective_fault, is_own_fault, one_line, start_fault
+from megatron_lion.collective_faults import is_collective_fault, is_own_fault, one_line, start_fault, worker_fault
 from megatron_lion.device import Device
-from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
+from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest, WorkerError
 from megatron_lion.peer_watch import PeerWatch, failure_text
 from megatron_lion.peers import alone, mark, set_timeout, waits, watched
 from megatron_lion.rendezvous import join_job
@@ -138,7 +138,7 @@ def _join_groups(device: Device, tensor_parallel: int, pipeline_parallel: int, t
 
 @contextmanager
 def _collective_faults(watch: PeerWatch | None) -> Iterator[None]:
-    """Raises a failed collective of the block as PeerError, and leaves each error for the other ranks to read."""
+    """Raises a failed collective or a lost loader worker of the block as PeerError, and leaves each error for the other ranks to read."""
     try:
         yield
     except BaseException as error:
@@ -146,6 +146,9 @@ def _collective_faults(watch: PeerWatch | None) -> Iterator[None]:
             fault = start_fault(error)
             _leave_message(watch, fault)
             raise fault from error
+        if (worker := worker_fault(error)) is not None:
+            _leave_message(watch, worker)
+            raise worker from error
         if not is_collective_fault(error):
             _leave_message(watch, error)
             raise
@@ -155,7 +158,7 @@ def _collective_faults(watch: PeerWatch | None) -> Iterator[None]:
 
 
 def _leave_message(watch: PeerWatch | None, error: BaseException) -> None:
-    if watch is not None and isinstance(error, PeerError):
+    if watch is not None and isinstance(error, PeerError) and not isinstance(error, WorkerError):
         watch.end("lost", failure_text(error), error.lost)
     elif watch is not None:
         watch.end("failed", failure_text(error))

@@ -19,6 +19,7 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_lion.config import ModelConfig
+from megatron_lion.data import loader_workers
 from megatron_lion.data.blends import index_contents, open_datasets
 from megatron_lion.data.corpora import Corpora, shares
 from megatron_lion.data.index_cache import Content, index_folder
@@ -28,7 +29,7 @@ from megatron_lion.device import Device
 from megatron_lion.errors import DataError
 from megatron_lion.files import storage_errors
 from megatron_lion.parallel import Ranks, agree, derive_seed
-from megatron_lion.signals import GROUP_SIGNALS, blocked, obey_only_the_parent
+from megatron_lion.signals import obey_only_the_parent
 
 
 class _DatasetTokenizer:
@@ -239,6 +240,7 @@ def micro_batches(
     device: Device,
     num_workers: int | None = None,
     vocab_size: int | None = None,
+    timeout_s: float = 600,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yields this rank's micro-batches of samples [start, end) on the device, read ahead by worker processes.
 
@@ -253,14 +255,18 @@ def micro_batches(
         device: target device of the tensors.
         num_workers: worker processes; None starts 2 with CUDA and none on CPU.
         vocab_size: number of ids of the vocabulary, to detect a damaged token file; None skips this check.
+        timeout_s: longest wait for a batch of the workers, seconds.
 
     Yields:
         Dictionaries of (micro_batch_size, …) tensors, with the keys of the dataset's items.
 
     Raises:
         DataError: a token id is beyond the vocabulary.
+        WorkerError: the workers sent no batch in time.
     """
     workers = num_workers if num_workers is not None else (2 if device.kind == "cuda" else 0)
+    # With other ranks a little earlier than the collective in which they wait: they then name the cause.
+    limit_s = timeout_s - (min(10.0, timeout_s / 5) if ranks.world_size > 1 else 0.0)
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=_Sampler(start, end, global_batch_size, micro_batch_size, ranks),
@@ -269,13 +275,10 @@ def micro_batches(
         # A loader draws its workers' base seed. From the default generator, every held-out loss and every probe would
         # advance the state that dropout uses, and a resumed run would no longer repeat bit for bit.
         generator=torch.Generator().manual_seed(derive_seed(start, "loader")),
+        timeout=limit_s if workers else 0,
         worker_init_fn=obey_only_the_parent,
     )
-    # A worker calls obey_only_the_parent only after its own set-up. Without the block, a signal to the process group in
-    # these milliseconds kills it. Every held-out loss and every probe starts new workers.
-    with blocked(GROUP_SIGNALS):
-        batches = iter(loader)
-    for batch in batches:
+    for batch in loader_workers.read_batches(loader, limit_s, ranks.rank):
         if vocab_size is not None:
             _check_ids(batch["tokens"], vocab_size)
         yield {

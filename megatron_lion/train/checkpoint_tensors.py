@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageWriterTransforms
 
-from megatron_lion.collective_faults import is_collective_fault
+from megatron_lion.collective_faults import is_collective_fault, worker_fault
 from megatron_lion.errors import CheckpointError, StorageError
 from megatron_lion.files import storage_errors
 from megatron_lion.parallel import agree
@@ -196,6 +196,8 @@ def _write_files(writer: Any, folder: Path) -> tuple[list[Any], dict[str, str]]:
         transforms = _HashingTransforms()
         _, results = writer.write_preloaded_data([transforms], number, on_cpu, None, None, use_fsync=True)
         if isinstance(results, OSError):
+            raise results
+        if isinstance(results, Exception) and worker_fault(results):  # torch raises it in any line
             raise results
         if isinstance(results, Exception):  # torch's writer re-raises the OSError, or fails with an unrelated exception
             raise StorageError(

@@ -104,6 +104,7 @@ class Run:
             device=self.device,
             num_workers=self.config.data.num_workers,
             vocab_size=self.corpora.vocab_size,
+            timeout_s=self.config.parallel.timeout_s,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import signal
@@ -11,28 +13,32 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import distributed  # noqa: F401 - its fork server has imported torch and megatron-core
 import psutil
 import pytest
 import torch
 
+from megatron_lion.data import loader_workers
 from megatron_lion.data.datasets import micro_batches
 from megatron_lion.device import Device
+from megatron_lion.errors import DataError, MegatronLionError
+from megatron_lion.exit_report import leave
 from megatron_lion.files import file_lock
-from megatron_lion.parallel import Ranks
+from megatron_lion.parallel import Ranks, _collective_faults
 
 STEPS = 12
 SAMPLES = [{"tokens": torch.full((4,), number)} for number in range(STEPS)]
 held: Any = None
 
 
-def batches(start_method: str | None = None) -> Iterator[dict[str, torch.Tensor]]:
+def batches(start_method: str | None = None, samples: Any = SAMPLES) -> Iterator[dict[str, torch.Tensor]]:
     """Yields batches, with workers of this start method; None is the platform's default, as in a training process."""
     multiprocessing.set_start_method(start_method, force=True)
     one, cpu = Ranks(0, 1, 0, 1, 0, 1, 0, 1), Device("cpu", 0, "gloo")
     return micro_batches(
-        SAMPLES, start=0, end=STEPS, global_batch_size=1, micro_batch_size=1, ranks=one, device=cpu, num_workers=2
+        samples, start=0, end=STEPS, global_batch_size=1, micro_batch_size=1, ranks=one, device=cpu, num_workers=2
     )
 
 
@@ -159,3 +165,116 @@ def test_workers_do_not_hold_the_lock_of_their_run(tmp_path: Path) -> None:
             pass
     finally:
         process.kill()
+
+
+class Damaged:
+    """A dataset whose samples cannot be read."""
+
+    def __getitem__(self, number: int) -> Any:
+        raise DataError("a.bin: sample is damaged; prepare it again")
+
+
+def children() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def read_with_faults(pipe: Connection) -> None:
+    """Sends what a job's block raises if its workers are killed, stopped or fail, and what it prints meanwhile."""
+    loader_workers._POLL_S = 0.05
+    told: list[str] = []
+
+    def error_of(fault: Any) -> tuple[str, int, str]:
+        try:
+            with _collective_faults(None):
+                fault()
+        except MegatronLionError as error:
+            return type(error).__name__, error.exit_code, str(error)
+        return "", 0, ""
+
+    def signal_workers(number: int) -> list[int]:
+        for pid in children():
+            os.kill(pid, number)
+        return children()
+
+    def killed_in_another_call() -> None:
+        reader = batches()
+        next(reader)
+        pipe.send(children())
+        os.kill(children()[0], signal.SIGKILL)
+        time.sleep(60)  # ended by torch's handler
+
+    def killed_in_the_wait() -> None:
+        reader = batches()
+        next(reader)
+        os.kill(children()[0], signal.SIGKILL)
+        list(reader)
+
+    def stopped() -> None:
+        reader = batches()
+        next(reader)
+        signal_workers(signal.SIGSTOP)
+        clock = iter(range(0, 10**9, 400))
+        with mock.patch.object(loader_workers, "monotonic", clock.__next__):
+            list(reader)
+
+    def continue_them(text: str) -> None:
+        told.append(text)
+        signal_workers(signal.SIGCONT)
+
+    def stopped_for_a_while() -> list[int]:
+        reader = batches()
+        found = [int(next(reader)["tokens"][0, 0])]
+        signal_workers(signal.SIGSTOP)
+        with mock.patch.object(loader_workers, "NOTICE_S", 0.0):
+            return found + [int(batch["tokens"][0, 0]) for batch in reader]
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        found: dict[str, Any] = {"in another call": error_of(killed_in_another_call)}
+        found["in the wait"] = error_of(killed_in_the_wait)
+        with mock.patch.object(loader_workers, "write_line", told.append):
+            found["stopped"] = error_of(stopped)
+        with mock.patch.object(loader_workers, "write_line", continue_them):
+            found["read"] = stopped_for_a_while()
+        left = children()
+        found["own"] = error_of(lambda: list(batches(samples=Damaged())))
+    pipe.send((found, told, left))
+
+
+def test_a_worker_that_is_killed_stopped_or_fails_is_reported_in_one_line() -> None:
+    with running(read_with_faults) as (_, pipe, workers):
+        assert pipe.poll(120)
+        found, told, left = pipe.recv()
+    for name in ("in another call", "in the wait"):
+        kind, code, text = found[name]
+        assert (kind, code, text.count("\n")) == ("WorkerError", 8, 0), found
+        assert "SIGKILL" in text
+        assert "data.num_workers" in text
+    assert (
+        f"pid {workers[0].pid}" in found["in another call"][2] or f"pid {workers[1].pid}" in found["in another call"][2]
+    )
+    kind, code, text = found["stopped"]
+    assert (kind, code, text.count("\n")) == ("WorkerError", 8, 0), found
+    assert "parallel.timeout_s" in text
+    assert "pid" in text
+    assert found["own"] == ("DataError", 3, "a.bin: sample is damaged; prepare it again")
+    assert found["read"] == list(range(STEPS)), "after a wait the loader goes on with the same batch"
+    assert ["waited" in line for line in told] == [True] * len(told)
+    assert len(told) >= 2
+    assert left == []
+
+
+def leave_with_stopped_workers(pipe: Connection) -> None:
+    leave_with_the_loader_open(pipe)
+    for pid in children():
+        os.kill(pid, signal.SIGSTOP)
+    leave(8)
+
+
+def test_stopped_workers_do_not_keep_a_process_alive() -> None:
+    with running(leave_with_stopped_workers) as (process, _, workers):
+        process.join(60)
+        ended, left = process.exitcode, still_there(workers, 10)
+        for worker in left:
+            worker.kill()
+        assert ended == 8
+        assert not left

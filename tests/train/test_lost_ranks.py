@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -44,7 +45,7 @@ def at(rank: int, victim: int, moment: str, call: int, action: str) -> None:
             if action == "bug":
                 raise KeyError("no such key")
             if action == "worker":
-                raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed.")
+                os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action])
         return real(*args, **kwargs)
 
@@ -102,9 +103,20 @@ def test_a_ranks_own_error_comes_first(folder: Path) -> None:
     assert "Traceback" not in "".join(ended.errors)
 
 
-@pytest.mark.parametrize("action", ["bug", pytest.param("worker", marks=pytest.mark.slow)])
-def test_an_unexpected_exception_keeps_its_traceback_and_code(folder: Path, action: str) -> None:
-    ended = run_ranks(words(folder, action), 2, at, 1, "step", 4, action)
+def test_a_ranks_killed_loader_worker_is_named_by_both_ranks(folder: Path) -> None:
+    """It is a lost process of the job, in whichever call torch raises it; the last save stays."""
+    ended = run_ranks(words(folder, "worker", data__num_workers=1), 2, at, 1, "step", 4, "worker")
+    assert ended.codes == [8, 8], ended
+    assert "Traceback" not in "".join(ended.errors)
+    (line,) = ended.lines(1)
+    assert re.search(r"worker process \(pid \d+\) was ended by SIGKILL.*fewer data.num_workers", line)
+    assert re.search(r"rank 1 \(.+\) failed: the data loader's worker process", ended.files[0]["error"])
+    assert ended.lines(0) == []
+    assert [path.name for path in (folder / "worker" / "checkpoints").iterdir()] == ["step_0000002"]
+
+
+def test_an_unexpected_exception_keeps_its_traceback_and_code(folder: Path) -> None:
+    ended = run_ranks(words(folder, "bug"), 2, at, 1, "step", 4, "bug")
     assert ended.codes == [8, 1], ended
     assert ended.order[0] == 1
     assert ended.files[1]["exit_code"] == 1
