@@ -46,7 +46,8 @@ def at(rank: int, victim: int, moment: str, call: int, action: str) -> None:
                 raise KeyError("no such key")
             if action == "worker":
                 os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action])
+            else:
+                os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action])
         return real(*args, **kwargs)
 
     setattr(place, name, faulty)
@@ -112,7 +113,7 @@ def test_a_ranks_killed_loader_worker_is_named_by_both_ranks(folder: Path) -> No
     assert re.search(r"worker process \(pid \d+\) was ended by SIGKILL.*fewer data.num_workers", line)
     assert re.search(r"rank 1 \(.+\) failed: the data loader's worker process", ended.files[0]["error"])
     assert ended.lines(0) == []
-    assert [path.name for path in (folder / "worker" / "checkpoints").iterdir()] == ["step_0000002"]
+    assert [path.name for path in (folder / "worker" / "checkpoints").glob("step_*")] == ["step_0000002"]
 
 
 def test_an_unexpected_exception_keeps_its_traceback_and_code(folder: Path) -> None:
