@@ -6,6 +6,7 @@ messages about arguments therefore take about a second.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import keyword
 import os
@@ -17,11 +18,12 @@ from types import ModuleType
 from typing import Any
 
 from megatron_lion import __version__
-from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest
+from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest, StorageError
 from megatron_lion.exit_report import UNTYPED, leave, record, report
 from megatron_lion.jobs import known_rank, place_from_env
 from megatron_lion.logs import install_last_resort
 from megatron_lion.signals import IN_START, stop_raises
+from megatron_lion.streams import guard_streams, lost_output, say
 
 VERBS = {
     "prepare": "convert text to a dataset folder of token files",
@@ -39,6 +41,12 @@ VERBS = {
     "env": "print versions and hardware, for bug reports",
     "demo": "run all steps on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
 }
+
+PRINTING_VERBS = {"compare", "theory", "generate", "env", "help"}
+PRINTING_FLAGS = (
+    "-h", "--help", "--version", "--dry-run", "--print", "--print_config", "--explain", "--fill-mask", "--sentence-order",
+)  # fmt: skip
+"""With such a verb or flag the command's result is what it prints; elsewhere the result is in files."""
 
 USAGE = """usage: megatron-lion VERB [options]          (the same as: python -m megatron_lion VERB)
 
@@ -79,11 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
             print_exc()
         report(error)
         return error.exit_code
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter's last flush fails again
-        return 0
     except KeyboardInterrupt:
-        sys.stderr.write("megatron-lion: interrupted\n")
+        say("megatron-lion: interrupted")
         return 128 + signal.SIGINT  # the shell's code for a process that SIGINT ended
     except Exception:
         if known_rank() is None:
@@ -93,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run_verb(words: list[str]) -> int:
     if not words:
-        sys.stderr.write(usage())
+        say(usage().rstrip())
         return 2
     verb = words[0]
     if verb not in VERBS:
@@ -153,4 +158,26 @@ def _record_bug() -> int:
 
 def entry() -> None:
     """Entry point of the `megatron-lion` console script and of `python -m megatron_lion`."""
-    leave(main())
+    guard_streams()
+    try:
+        code = main()
+    except SystemExit as end:  # the parser's, after --help
+        if end.code:
+            raise
+        code = 0
+    leave(code or _lost_result(sys.argv[1:]))
+
+
+def _lost_result(words: list[str]) -> int:
+    """Reports text of a successful command that stdout refused, and returns the exit code."""
+    error = lost_output()
+    if error is None or error.errno == errno.EPIPE:  # whoever closes a pipe wants no more, such as `head`
+        return 0
+    reason = error.strerror or str(error)
+    flags = {word.partition("=")[0] for word in words}
+    if PRINTING_VERBS.isdisjoint(words[:1]) and flags.isdisjoint(PRINTING_FLAGS):
+        say(f"megatron-lion: the command's work is done, but stdout did not take its last lines: {reason}")
+        return 0
+    lost = StorageError(f"stdout: {reason}; the output is incomplete; repeat the command with another stdout")
+    report(lost)
+    return lost.exit_code

@@ -14,6 +14,7 @@ from typing import NoReturn
 from megatron_lion.errors import ConfigError, MegatronLionError, NumericsError, StoppedOnRequest
 from megatron_lion.jobs import known_rank, place_from_env, record_exit_code
 from megatron_lion.plain_text import plain
+from megatron_lion.streams import say
 
 UNTYPED = 1
 """Exit code of an exception that is not a MegatronLionError: an error in this project or below it."""
@@ -36,12 +37,8 @@ def report(error: MegatronLionError, *, direct: bool = False) -> None:
     printed = told_by is None or rank == told_by
     if printed:
         # Paths and names in it may come from somebody else's files; some messages have a line for each mistake.
-        (write_line if direct else _print)(plain(f"{prefix}{error}", keep="\n"))
+        (write_line if direct else say)(plain(f"{prefix}{error}", keep="\n"))
     record(error.exit_code, str(error), printed=printed)
-
-
-def _print(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 def write_line(text: str) -> None:

@@ -22,6 +22,7 @@ from megatron_lion.files import storage_errors
 from megatron_lion.folder_swap import locked_folder
 from megatron_lion.jobs import STORE
 from megatron_lion.signals import collected, end_with_parent, signal_name
+from megatron_lion.streams import guard_streams, say
 from megatron_lion.supervise import Cause, Rank, find_cause, watch
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def main(words: list[str] | None = None) -> int:
         except MegatronLionError as error:
             cause = Cause(error.exit_code, str(error))
     if cause.code and not cause.printed:
-        sys.stderr.write(f"megatron-lion: {cause.message}\n")
+        say(f"megatron-lion: {cause.message}")
     return cause.code
 
 
@@ -194,4 +195,5 @@ def _seconds(name: str, default: float) -> float:
 
 
 if __name__ == "__main__":
+    guard_streams()
     sys.exit(main())

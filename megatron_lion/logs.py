@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_lion.files import make_folder, open_own, storage_errors
+from megatron_lion.streams import say
 
 
 class LastResort(logging.StreamHandler[TextIO]):
@@ -75,9 +76,9 @@ class _LogFile(logging.FileHandler):
     def _report(self, error: OSError) -> None:
         if not self.reported:
             self.reported = True
-            sys.stderr.write(
+            say(
                 f"megatron-lion: {self.baseFilename}: cannot be written: {error.strerror or error}; "
-                "log messages are missing from here on, and the run continues\n"
+                "log messages are missing from here on, and the run continues"
             )
 
 
@@ -85,7 +86,7 @@ def warn(logger: logging.Logger, text: str, *, shown: bool = True) -> None:
     """Logs a warning and, if `shown`, prints it to stderr, also while `log_file` sends the log to a file."""
     logger.warning("%s", text)
     if shown and not only_last_resort():
-        sys.stderr.write(text + "\n")
+        say(text)
 
 
 @contextmanager

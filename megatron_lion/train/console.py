@@ -6,7 +6,6 @@ import datetime
 import logging
 import sys
 import time
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +16,7 @@ from megatron_lion.config import RunConfig
 from megatron_lion.gradient.moving import window_cost
 from megatron_lion.model.sizes import model_size
 from megatron_lion.plain_text import plain
+from megatron_lion.streams import say
 from megatron_lion.train.dryrun import batch_sentence
 from megatron_lion.train.run import Run
 
@@ -64,8 +64,7 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
     for line in lines:
         logger.info("%s", line)
     if run.ranks.is_main:
-        with suppress(OSError):  # a closed pipe or a full disk behind stderr ends no run
-            Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print("\n".join(lines))
+        say("\n".join(lines))  # not rich's console, which ends the process if stderr's reader has ended
 
 
 class TrainProgress:
@@ -81,7 +80,7 @@ class TrainProgress:
         self.total = config.train.steps
         self.label = config.optimizer.name
         self.shown = shown
-        self._plain = not sys.stderr.isatty()
+        self._plain = sys.stderr is None or not sys.stderr.isatty()
         self._last_plain = 0.0
         self._started, self._start_step = time.monotonic(), start
         self._progress = Progress(
@@ -116,9 +115,7 @@ class TrainProgress:
             self._last_plain = now
             pace = (now - self._started) / max(1, step - self._start_step)
             end = datetime.datetime.now() + datetime.timedelta(seconds=pace * (self.total - step))
-            with suppress(OSError):
-                sys.stderr.write(f"{self.label}: step {step}/{self.total}  {facts}  done about {end:%Y-%m-%d %H:%M}\n")
-                sys.stderr.flush()
+            say(f"{self.label}: step {step}/{self.total}  {facts}  done about {end:%Y-%m-%d %H:%M}")
 
     def note(self, text: str) -> None:
         """Shows what runs between the steps, such as a probe or a held-out measurement; "" removes it."""

@@ -1,0 +1,99 @@
+"""Standard streams that end no job: a closed, full or abandoned stdout or stderr loses text, but no work and no exit code."""
+
+from __future__ import annotations
+
+import atexit
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import TextIO
+
+
+class Tolerant(io.TextIOWrapper):
+    """A text stream that continues without an exception after its reader ended or its disk is full.
+
+    Megatron-Core, torch and rich write to the same streams. Therefore the stream tolerates errors, not each caller.
+
+    Attributes:
+        lost: the first error that lost text, or None.
+        given: the stream that it takes the place of. It is kept because it would close the common buffer with itself.
+    """
+
+    lost: OSError | None = None
+    given: TextIO | None = None
+
+    def write(self, text: str, /) -> int:
+        """Writes text, or loses it."""
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.lost = self.lost or error
+            return len(text)
+
+    def flush(self) -> None:
+        """Writes the buffer, or leaves it there."""
+        if self.closed:  # the interpreter's last flush may come after the buffer's end
+            return
+        try:
+            super().flush()
+        except OSError as error:
+            self.lost = self.lost or error
+
+
+def guard_streams() -> None:
+    """Makes stdin, stdout and stderr exist, and stdout and stderr tolerant; a process calls it before it opens any file.
+
+    A file that is opened while descriptor 0, 1 or 2 is free gets that number, and then holds what libraries print.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # Lower ones exist by now, so this is the lowest free number.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdin is None:
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for the process's life
+    sys.stdout = _tolerant(sys.stdout, 1)
+    sys.stderr = _tolerant(sys.stderr, 2)
+    atexit.register(_end_quietly)
+
+
+def _tolerant(stream: TextIO | None, descriptor: int) -> Tolerant:
+    is_error = descriptor == 2
+    if stream is None:
+        raw = open(descriptor, "wb", closefd=False)  # noqa: SIM115 - for the process's life
+        return Tolerant(raw, "utf-8", "backslashreplace", line_buffering=True)
+    tolerant = Tolerant(
+        stream.buffer, stream.encoding, stream.errors, line_buffering=is_error or bool(stream.line_buffering)
+    )
+    tolerant.given = stream
+    return tolerant
+
+
+def lost_output() -> OSError | None:
+    """Flushes stdout and returns the error that lost text written to it, or None."""
+    stream = sys.stdout
+    if not isinstance(stream, Tolerant):
+        return None
+    stream.flush()
+    return stream.lost
+
+
+def _end_quietly() -> None:
+    """Gives text that cannot be written to /dev/null: the interpreter would complain about it and end with 120."""
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        if isinstance(stream, Tolerant):
+            stream.flush()
+            if stream.lost is not None:
+                with suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def say(text: str) -> None:
+    """Writes a line to stderr at once; a missing, full or abandoned stderr loses it."""
+    stream = sys.stderr
+    if stream is not None:
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            stream.write(f"{text}\n")
+            stream.flush()
