@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.streams import say
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -77,9 +79,9 @@ def run(args: Any) -> None:
 
         figures = write_figures(runs, folder, args.x_axis, tried)
     print_tables(tables, args.format)
-    sys.stderr.write(
-        f"report:  {report}\ntables:  {folder}/tables.md, tables.tex, one CSV a table\n"
-        + (f"figures: {len(figures)} PNG files, {figures[0]} first\n" if figures else "")
+    say(
+        f"report:  {report}\ntables:  {folder}/tables.md, tables.tex, one CSV a table"
+        + (f"\nfigures: {len(figures)} PNG files, {figures[0]} first" if figures else "")
     )
 
 

@@ -17,6 +17,7 @@ from megatron_lion.reproduce.recipes import (
     quick_words,
 )
 from megatron_lion.shipped import shipped_folder
+from megatron_lion.streams import say
 
 if TYPE_CHECKING:
     from megatron_lion.jobs import Jobs
@@ -144,16 +145,14 @@ class _Demo:
 
     def say(self, text: str) -> None:
         self.step_number += 1
-        sys.stderr.write(f"\n[{self.step_number}] {text}\n")
-        sys.stderr.flush()
+        say(f"\n[{self.step_number}] {text}")
 
     def verb(self, verb: str, *words: str, distributed: bool = False) -> None:
         """Runs a verb in a child process; if it fails, ends the demo with the verb's exit code."""
         from megatron_lion.errors import StoppedOnRequest
         from megatron_lion.jobs import child_end, child_failure
 
-        sys.stderr.write(f"    megatron-lion {verb} {' '.join(words)}\n")
-        sys.stderr.flush()
+        say(f"    megatron-lion {verb} {' '.join(words)}")
         code = self.jobs.run(verb, list(words), self.processes if distributed else 1)
         if self.jobs.asked:
             raise StoppedOnRequest(f"stopped in `megatron-lion {verb}`; the same command continues there")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.runs.paths import evaluations_folder
+from megatron_lion.streams import say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -207,19 +208,19 @@ def _note_wikitext(tasks: list[Task], args: Any) -> None:
     from megatron_lion.evaluate.known_texts import UNKNOWN
 
     if tasks[0].conditions["text_version"] == UNKNOWN:
-        sys.stderr.write(
-            f"{args.wikitext103}: not a published WikiText file (by its hash); the result is no WikiText-103 perplexity\n"
+        say(
+            f"{args.wikitext103}: not a published WikiText file (by its hash); the result is no WikiText-103 perplexity"
         )
     if args.pages and args.max_tokens is not None:
-        sys.stderr.write("--max-tokens: page-by-page results need the whole text and are omitted\n")
+        say("--max-tokens: page-by-page results need the whole text and are omitted")
 
 
 def _warn_of_short_texts(tasks: list[Task], seq_length: int) -> None:
     for task in tasks:
         if task.kind in ("wikitext103", "text") and len(task.segments) == 1 and task.forward_tokens < seq_length:
-            sys.stderr.write(
+            say(
                 f"{task.conditions['text_path']}: {task.forward_tokens + 1} tokens are fewer than one window of "
-                f"{seq_length}; the loss is measured with short contexts only\n"
+                f"{seq_length}; the loss is measured with short contexts only"
             )
 
 
@@ -334,5 +335,5 @@ def _explain(value: float, folder: Path) -> str:
         try:
             results.append(read_sealed(path))
         except (OSError, ValueError) as error:
-            sys.stderr.write(f"{path}: ignored: {error}\n")
+            say(f"{path}: ignored: {error}")
     return explain(value, results)

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.streams import say
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -56,7 +58,7 @@ def run(args: Any) -> None:
     for name in (field.name for field in fields(ModelConfig)):
         given, found = getattr(config.model, name), getattr(model, name)
         if given not in (getattr(ModelConfig(), name), found):
-            sys.stderr.write(f"note: model.{name} is {found} as in {source}, not {given}\n")
+            say(f"note: model.{name} is {found} as in {source}, not {given}")
     folder = shlex.quote(str(done.run_dir))
     data = "" if config.data.path else " --data.path '[DATASET]'"
     sys.stdout.write(

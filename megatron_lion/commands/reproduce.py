@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_lion.streams import say
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -120,7 +122,7 @@ def run(args: Any) -> None:
 
 def _run_plans(plans: list[Any], sources: Any, processes: int) -> None:
     from megatron_lion.jobs import Jobs
-    from megatron_lion.reproduce.run_verbs import need_gpus, run_plan, say
+    from megatron_lion.reproduce.run_verbs import need_gpus, run_plan
     from megatron_lion.reproduce.sources import make_missing
 
     if any(plan.scale == "full" and plan.needs for plan in plans):
@@ -175,8 +177,7 @@ def _report(plans: list[Any], sources: Any) -> None:
     write_whole(output / "reproduction.md", "\n".join(sections.values()).encode())
     sys.stdout.write("\n".join(sections[key] for key in found))
     folders = [str(plan.comparison) for plan in plans if plan.comparison is not None]
-    sys.stderr.write(
+    say(
         f"\nwritten: {output}/reproduction.md, reproduction.json"
         + "".join(f", {folder}/report.html" for folder in folders)
-        + "\n"
     )

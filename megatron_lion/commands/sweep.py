@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.configfile import add_run_config, run_config_from_namespace
+from megatron_lion.streams import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,14 +134,14 @@ def _write_script(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
     from megatron_lion.sweep.scripts import shell_script, slurm_script
 
     if not left:
-        sys.stderr.write("nothing to do: every run is finished\n")
+        say("nothing to do: every run is finished")
     elif args.print:
         sys.stdout.write(shell_script(sweep, left, args.processes))
     else:
         path = sweep.folder / "sweep.sbatch"
         write_whole(path, slurm_script(sweep, left, args.processes, path).encode())
         sys.stdout.write(f"sbatch {shlex.quote(str(path))}\n")
-        sys.stderr.write("after the job, the same command without --slurm runs what failed and prints the table\n")
+        say("after the job, the same command without --slurm runs what failed and prints the table")
 
 
 def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
@@ -153,10 +154,10 @@ def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
 
     run_missing(sweep, left, args.processes)
     table, command = summarise(sweep)
-    sys.stderr.write("\n")
+    say("")
     print_tables([table], args.format)
     if command:
-        sys.stderr.write(f"compare the best: {command}\n")
+        say(f"compare the best: {command}")
     broken = failed(sweep)
     if broken:
         names = ", ".join(f"{entry.name} ({child_end(entry.exit_code or 1)})" for entry in broken)
@@ -166,4 +167,4 @@ def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
     if diverged and not command:
         raise NumericsError(f"every run diverged ({', '.join(diverged)}); give smaller learning rates")
     if diverged:
-        sys.stderr.write(f"diverged; --retry-diverged runs them again: {', '.join(diverged)}\n")
+        say(f"diverged; --retry-diverged runs them again: {', '.join(diverged)}")

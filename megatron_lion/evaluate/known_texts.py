@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_lion.errors import DataError
 from megatron_lion.files import sha256_file
+from megatron_lion.streams import say
 
 # WikiText-2 and WikiText-103 have the same raw test file. Their tokenised files differ in the words that are `<unk>`,
 # and so in perplexity.
@@ -53,13 +54,13 @@ def identify(path: str | Path, kind: str) -> str:
 def main(words: list[str]) -> int:
     """Prints the name of a file's text; returns the exit code."""
     if len(words) != 2 or words[0] not in EXPECTED:
-        sys.stderr.write("usage: python -m megatron_lion.evaluate.known_texts wikitext103|lambada FILE\n")
+        say("usage: python -m megatron_lion.evaluate.known_texts wikitext103|lambada FILE")
         return 2
     kind, path = words
     try:
         sys.stdout.write(f"{path}: {identify(path, kind)}\n")
     except DataError as error:
-        sys.stderr.write(f"megatron-lion: {error}\n")
+        say(f"megatron-lion: {error}")
         return error.exit_code
     return 0
 

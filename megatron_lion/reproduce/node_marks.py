@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from megatron_lion.errors import MegatronLionError, PeerError, StoppedOnRequest, StorageError
 from megatron_lion.files import make_folder, storage_errors, write_whole
+from megatron_lion.streams import say
 
 BEAT_S = 10.0
 """Interval of the first node's signs of life, seconds."""
@@ -108,7 +108,7 @@ class NodeMarks:
                 )
             if now - began > NOTICE_S and not noticed:
                 noticed = True
-                sys.stderr.write(f"waiting for the first node: {title}\n")
+                say(f"waiting for the first node: {title}")
             time.sleep(POLL_S)  # polled, since the nodes share nothing but the file system here
 
     @staticmethod

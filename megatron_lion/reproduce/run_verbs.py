@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,12 +11,7 @@ from megatron_lion.jobs import Jobs, child_end, child_failure
 from megatron_lion.reproduce.artefacts import Plan, Step
 from megatron_lion.reproduce.node_marks import NodeMarks
 from megatron_lion.shipped import shipped_folder
-
-
-def say(text: str) -> None:
-    """Writes a line to stderr and flushes it."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+from megatron_lion.streams import say
 
 
 def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: int | None = None) -> None:

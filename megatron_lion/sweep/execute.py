@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_lion.errors import DataError, EnvironmentFault, StoppedOnRequest, StorageError
 from megatron_lion.jobs import STOPPED, Jobs, child_failure
+from megatron_lion.streams import say
 from megatron_lion.sweep.plan import PlannedRun
 from megatron_lion.sweep.sweep_file import Entry, Sweep, write_exit
 
@@ -39,7 +40,7 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> Non
     with Jobs() as jobs:
         for place, run in enumerate(runs):
             left = f", about {_duration(sum(spent) / len(spent) * (len(runs) - place))} left" if spent else ""
-            _say(f"\n[{place + 1}/{len(runs)}] {run.name}{left}")
+            say(f"\n[{place + 1}/{len(runs)}] {run.name}{left}")
             started = time.monotonic()
             code = jobs.run("pretrain", job_arguments(sweep, run), processes, stdout=sys.stderr)
             write_exit(sweep.folder, run.name, code)
@@ -68,11 +69,6 @@ def job_arguments(sweep: Sweep, run: PlannedRun) -> list[str]:
 def failed(sweep: Sweep) -> list[Entry]:
     """Runs that ended with an error that may not occur again."""
     return [entry for entry in sweep.runs if entry.status == "failed"]
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
 
 
 def _duration(seconds: float) -> str:

@@ -151,3 +151,14 @@ def test_the_launcher_keeps_the_code_without_a_stderr(tmp_path: Path) -> None:
         ended = subprocess.run(["bash", "-c", line, "bash", *words], cwd=REPO, env={**os.environ, "TMPDIR": str(tmp_path)},
                                timeout=120)  # fmt: skip
         assert ended.returncode == 2, line
+
+
+def test_every_line_to_stderr_is_written_by_say() -> None:
+    """A program that uses the package has plain streams, and `say` tolerates these as well."""
+    package = REPO / "megatron_lion"
+    found = [
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "streams.py" and ("stderr.write" in path.read_text() or "file=sys.stderr)" in path.read_text())
+    ]
+    assert found == []
