@@ -19,7 +19,7 @@ from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest, WorkerError
 from megatron_lion.peer_watch import PeerWatch, failure_text
 from megatron_lion.peers import alone, mark, set_timeout, waits, watched
-from megatron_lion.rendezvous import join_job
+from megatron_lion.rendezvous import join_job, stopped_also_in_cpp
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def process_groups(
             raise start_fault(error) from error
     try:
         with watched(timeout_s) as watch, _collective_faults(watch):
-            yield _join_groups(device, tensor_model_parallel_size, pipeline_model_parallel_size, timeout_s)
+            with stopped_also_in_cpp():
+                ranks = _join_groups(device, tensor_model_parallel_size, pipeline_model_parallel_size, timeout_s)
+            yield ranks
     except BaseException as error:
         told = isinstance(error, MegatronLionError) and error.told_by is not None
         destroy = dist.get_world_size() == 1 or (told and not isinstance(error, PeerError))

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_lion.device import Device
-from megatron_lion.errors import PeerError
+from megatron_lion.errors import PeerError, StoppedOnRequest
+from megatron_lion.exit_report import leave_at_once, report
 from megatron_lion.jobs import STORE, place_error, place_from_env
+from megatron_lion.signals import IN_START, STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
 _REMIND_S = 60.0
+_STOP_S = 2.0  # for the main thread to raise what a stop signal asks for
 
 
 def join_job(device: Device, timeout_s: float) -> None:
@@ -48,7 +55,43 @@ def join_job(device: Device, timeout_s: float) -> None:
     if size > 1:
         store = _open_store(size, timeout_s)
         _wait_for_all(store, rank, size, timeout_s)
-    dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=size, **options)
+    with stopped_also_in_cpp():
+        dist.init_process_group(store=dist.PrefixStore("group", store), rank=rank, world_size=size, **options)
+
+
+@contextmanager
+def stopped_also_in_cpp() -> Iterator[None]:
+    """Ends the process on a stop signal while the block waits in C++, where Python runs no handler; nothing is to be saved.
+
+    If a peer is stopped between its wait for all ranks and its first connection, this rank would wait for it for the whole
+    time limit, deaf to the same signal.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread alone
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    done = threading.Event()
+
+    def watch() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        while (number := os.read(read, 1)[0]) != 0:
+            if number in STOP_SIGNALS and not done.wait(_STOP_S):  # the main thread did not come back to Python
+                report(StoppedOnRequest(IN_START), direct=True)
+                leave_at_once(StoppedOnRequest.exit_code)
+
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, name="stop-in-cpp", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before)
+        os.write(write, b"\0")
+        thread.join()
+        os.close(read)
+        os.close(write)
 
 
 def _check_rendezvous(size: int) -> None:

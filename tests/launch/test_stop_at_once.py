@@ -51,6 +51,40 @@ def test_a_signal_ends_the_wait_for_a_peer(number: signal.Signals, alone_of_two:
     assert not dist.is_initialized()
 
 
+JOINS = """
+import sys
+from megatron_lion.device import Device
+from megatron_lion.errors import StoppedOnRequest
+from megatron_lion.exit_report import report
+from megatron_lion.rendezvous import join_job
+from megatron_lion.signals import stop_signals
+try:
+    with stop_signals():
+        join_job(Device("cpu", 0, "gloo"), 600)
+except StoppedOnRequest as error:
+    report(error)
+    sys.exit(75)
+"""
+
+
+def test_a_signal_ends_the_wait_for_the_first_connection(alone_of_two: Path, tmp_path: Path) -> None:
+    """Rank 1 said that it came, and was stopped before it connected: rank 0 waits in C++, where no handler runs."""
+    store = dist.FileStore(str(alone_of_two), 2)
+    store.set("joined/1", "")
+    store.add("joined", 1)
+    with open(tmp_path / "err", "w") as err:
+        process = subprocess.Popen([sys.executable, "-c", JOINS], cwd=REPO, stderr=err)
+    try:
+        while b"group/" not in alone_of_two.read_bytes() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 75
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "err").read_text().count(IN_START) == 1
+
+
 def test_a_peer_that_does_not_come_is_named(alone_of_two: Path) -> None:
     with pytest.raises(PeerError, match=r"ranks 1 of 2 did not join the job within 0 s \(parallel.timeout_s\)"):
         join_job(Device("cpu", 0, "gloo"), 0.1)
