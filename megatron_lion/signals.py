@@ -148,6 +148,8 @@ def end_with_parent() -> Callable[[], None]:
         prctl = ctypes.CDLL(None).prctl
 
     def ask_the_kernel() -> None:
+        # Until exec, the child has this process's handlers: one would note the signal, and exec would forget it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if sys.platform == "linux":
             prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:  # it ended before the kernel was asked

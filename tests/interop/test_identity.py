@@ -51,7 +51,7 @@ def test_one_file_is_identified_by_its_hash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "says"),
     [("{", "damaged"), ("[]", "damaged"),
-     ('{"weight_map": {"a": 1}}', "damaged"), ('{"weight_map": {"a": "../b"}}', "no file of this folder"),
+     ('{"weight_map": {"a": 1}}', "names 1, which is no file of this folder"), ('{"weight_map": {"a": "../b"}}', "no file of this folder"),
      ('{"weight_map": {"a": "/etc/hostname"}}', "no file of this folder"), ('{"weight_map": {"a": "gone"}}', "gone: cannot be read")],
 )  # fmt: skip
 def test_a_bad_index_is_named(index: str, says: str, tmp_path: Path) -> None:

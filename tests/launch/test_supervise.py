@@ -20,7 +20,7 @@ from job_processes import REPO, alive
 from megatron_lion import supervise
 from megatron_lion.jobs import record_exit_code
 from megatron_lion.launcher import _private_folder
-from megatron_lion.signals import IN_START
+from megatron_lion.signals import IN_START, end_with_parent, handled
 from megatron_lion.supervise import Rank, find_cause, watch
 
 HOST = socket.gethostname()
@@ -196,3 +196,15 @@ def test_the_folder_of_a_killed_launcher_is_removed_after_its_last_rank(
         with _private_folder():
             time.sleep(0.05)
     assert not list(temporary.iterdir())
+
+
+def test_a_child_obeys_the_end_of_its_parent_before_exec() -> None:
+    """A handler of the parent would note the signal, and exec would forget it: the child would outlive the job."""
+    with handled([signal.SIGTERM], lambda number, frame: None):
+        prepare = end_with_parent()
+        child = os.fork()
+        if child == 0:
+            prepare()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
