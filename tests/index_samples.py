@@ -72,7 +72,7 @@ def index_files(cache: Path, ending: str = "") -> list[Path]:
     return found
 
 
-def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+def reported(caplog: pytest.LogCaptureFixture) -> list[str]:
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("megatron_lion")]
     caplog.clear()
     return lines

@@ -198,8 +198,8 @@ def _list_files(folder: Path, key: dict[str, Any], contents: Sequence[Content]) 
     # Megatron chooses the names, so the two sides are compared as sets.
     if {facts["sha256"] for facts in files.values()} != {_sha256(content) for content in contents}:
         raise StorageError(
-            f"{folder.parent}: index files do not hold what was just written to them; check the disk and the memory of this "
-            "machine, then give the same command again"
+            f"{folder.parent}: index files do not hold what was just written to them; check the disk, "
+            "the limit on file sizes (ulimit -f) and the memory of this machine, then give the same command again"
         )
     write_whole(folder / LISTING, json.dumps({"key": key, "files": files}, indent=1).encode())
 

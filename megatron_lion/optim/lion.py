@@ -176,7 +176,7 @@ class Lion(torch.optim.Optimizer):
                     "cautious = True with DTensor parameters: needs sum_agreement, because φ belongs to a whole parameter"
                 )
             self.layout.check_group(self.param_groups[-1])
-        except Exception:
+        except Exception:  # of any check: a refused group must not stay
             self.param_groups.pop()
             raise
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .update import FOREIGN_OPTIONS as LION_OPTIONS
-from .update import HARMLESS_KEYS, check_rates
+from .update import HARMLESS_KEYS, check_rates, check_saved_keys
 
 # Options of torch.optim.SGD, with the values for which its step is this one's.
 FOREIGN_OPTIONS = {"nesterov": False, "maximize": False, "dampening": 0}
@@ -71,7 +71,7 @@ class Sgd(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
-        except Exception:
+        except Exception:  # of any check: a refused group must not stay
             self.param_groups.pop()
             raise
 
@@ -149,13 +149,7 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _fit_saved_group(own: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
     """Returns a group that was saved, checked; one of torch.optim.SGD without decay gets this optimizer's kind of decay."""
-    if missing := [name for name in ("lr", "momentum", "weight_decay") if name not in group]:
-        raise ValueError(f"a group of the state has no {', '.join(missing)}: needs the state of an Sgd")
-    if unknown := sorted(set(group) - set(own) - KNOWN_KEYS):
-        raise ValueError(
-            f"a group of the state has {', '.join(unknown)}, which Sgd does not have: delete it from the state's "
-            "param_groups, or give this optimizer's group the same key"
-        )
+    check_saved_keys(group, ("lr", "momentum", "weight_decay"), {*own, *KNOWN_KEYS}, "Sgd")
     _check_group(group)
     coupled = own["coupled_weight_decay"]
     # torch's SGD has no such key, and its decay is coupled.

@@ -266,6 +266,15 @@ def check_group(group: dict[str, Any]) -> None:
             )
 
 
+def check_saved_keys(group: dict[str, Any], needed: Sequence[str], known: set[str], owner: str) -> None:
+    """Raises ValueError if a saved group lacks a key that this optimizer needs, or has one that it does not know."""
+    if missing := [name for name in needed if name not in group]:
+        raise ValueError(f"a group of the state has no {', '.join(missing)}: needs a state of {owner}")
+    if unknown := sorted(set(group) - known):
+        hint = "delete it from the state's param_groups, or give this optimizer's group the same key"
+        raise ValueError(f"a group of the state has {', '.join(unknown)}, which {owner} does not have: {hint}")
+
+
 def fit_saved_groups(
     own: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], settings: dict[str, Any], layout: PlainLayout
 ) -> list[dict[str, Any]]:
@@ -282,13 +291,7 @@ def fit_saved_groups(
     """
     groups = []
     for mine, group in zip(own, saved, strict=False):
-        if missing := [name for name in ("lr", "betas", "weight_decay") if name not in group]:
-            raise ValueError(f"a group of the state has no {', '.join(missing)}: needs the state of a LION")
-        if unknown := sorted(set(group) - set(mine) - HARMLESS_KEYS):
-            raise ValueError(
-                f"a group of the state has {', '.join(unknown)}, which LION does not have: delete it from the state's "
-                "param_groups, or give this optimizer's group the same key"
-            )
+        check_saved_keys(group, ("lr", "betas", "weight_decay"), {*mine, *HARMLESS_KEYS}, "LION")
         for name in settings:
             value = mine.get(name, settings[name])
             if group.get(name, value) != value:
@@ -328,8 +331,7 @@ def check_saved_state(state: dict[Any, Any], numbers: Sequence[Any]) -> None:
         raise ValueError(f"state of parameter {empty[0]}, not a dict: needs a state of LION")
     if strange := sorted({str(name) for entry in state.values() for name in entry} - STATE_DTYPES.keys()):
         raise ValueError(f"state of another optimizer, with {', '.join(strange)}: needs a state of LION")
-    known = set(numbers)
-    if lost := [str(number) for number in state if number not in known]:
+    if lost := sorted(map(str, state.keys() - set(numbers))):
         raise ValueError(f"state of {', '.join(lost[:3])}, which is in no group: needs the groups it was saved with")
     for number, entry in state.items():
         for name, value in entry.items():

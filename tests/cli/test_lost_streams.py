@@ -36,7 +36,7 @@ def point(descriptor: int, where: str) -> None:
         return
     opened = abandoned() if where == "abandoned" else os.open(where, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(opened, descriptor)
-    setattr(sys, name, open(descriptor, "w", buffering=1 if descriptor == 2 else -1, closefd=False))  # noqa: SIM115
+    setattr(sys, name, open(descriptor, "w", buffering=1 if descriptor == 2 else -1, closefd=False))  # noqa: SIM115 - for the process's life
 
 
 def _job(words: list[str], stdout: str, stderr: str, exits: str) -> None:

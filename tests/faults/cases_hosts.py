@@ -86,8 +86,8 @@ class Hosts:
         """Cuts the cable: no packet arrives, and no connection is closed."""
         subprocess.run(self.command("A", "ip", "link", "set", "cableA", "down"), check=True)
 
-    def mend(self) -> None:
-        """Puts the cable back."""
+    def repair(self) -> None:
+        """Connects the cable again."""
         subprocess.run(self.command("A", "ip", "link", "set", "cableA", "up"), check=True)
 
     def kill(self, host: str) -> None:
@@ -130,8 +130,8 @@ class TwoLaunched:
         while self.lines() < first + 5:
             ended = [host for host, job in self.jobs.items() if job.poll() is not None]
             if ended or time.monotonic() > deadline:
-                told = {host: path.read_text()[-500:] for host, path in self.errors.items()}
-                raise AssertionError(f"the job on two hosts did not begin: {told}")
+                output = {host: path.read_text()[-500:] for host, path in self.errors.items()}
+                raise AssertionError(f"the job on two hosts did not begin: {output}")
             time.sleep(0.1)
         return self
 
@@ -178,7 +178,7 @@ def after(lab: Lab, tally: Tally, what: str, hosts: Hosts, survivors: str) -> No
         if left:
             tally.verdict(what, "stuck", f"{len(left)} processes are left")
             return
-    hosts.mend()
+    hosts.repair()
     before = max(committed(config.run_dir))
     with TwoLaunched(hosts, config) as again:
         again.jobs["A"].send_signal(signal.SIGTERM)

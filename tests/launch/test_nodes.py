@@ -73,11 +73,11 @@ class CutOff:
     """A store behind a cut cable: a request gets no answer for as long as anybody waits."""
 
     def __init__(self) -> None:
-        self.mended = threading.Event()
+        self.connected = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
         def ask(*arguments: Any) -> None:
-            self.mended.wait()
+            self.connected.wait()
             raise RuntimeError("Connection reset by peer")
 
         return ask
@@ -101,7 +101,7 @@ def test_a_node_that_is_cut_off_from_the_store_ends(ended: bool, monkeypatch: py
                 time.sleep(0.05)
             return nodes.failure()
         finally:
-            store.mended.set()
+            store.connected.set()
 
     found = [cause for cause in two_nodes(work) if cause is not None]
     assert [cause.code for cause in found] == [8], found

@@ -188,9 +188,11 @@ def test_the_folder_of_a_killed_launcher_is_removed_after_its_last_rank(
     assert killed.returncode == -signal.SIGKILL
     left = Path((tmp_path / "out").read_text().strip())
     assert left.parent == temporary
-    with _private_folder() as (own, _):
-        assert {own, left} == set(temporary.iterdir()), "its rank still saves"
-    end.touch()
+    try:
+        with _private_folder() as (own, _):
+            assert {own, left} == set(temporary.iterdir()), "its rank still saves"
+    finally:
+        end.touch()
     deadline = time.monotonic() + 60
     while left.exists() and time.monotonic() < deadline:
         with _private_folder():

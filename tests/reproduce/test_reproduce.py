@@ -104,8 +104,9 @@ def test_steps_run_in_order_and_a_failure_ends_them(tmp_path: Path) -> None:
         run_plan(plan, 2, jobs)
     assert caught.value.exit_code == 6
     assert jobs.ran == ["prepare", "pretrain", "pretrain"]
+    killed: Any = Recorder({1: -9})
     with pytest.raises(PeerError, match="ended with SIGKILL"):
-        run_plan(plan, 2, Recorder({1: -9}))  # type: ignore[arg-type]
+        run_plan(plan, 2, killed)
     jobs = Recorder(stop_at=2)
     with pytest.raises(StoppedOnRequest, match="continues there"):
         run_plan(plan, 2, jobs)

@@ -28,7 +28,7 @@ from index_samples import (
     read_bert,
     read_gpt,
     read_probe,
-    told,
+    reported,
 )
 
 from megatron_lion import folder_swap
@@ -66,7 +66,7 @@ def test_damaged_index_files_are_built_again(
     if kind in ("one", "blend"):
         paths, weights = (corpora[:1], None) if kind == "one" else (corpora, [3.0, 1.0])
         assert np.array_equal(whole, megatrons_own(paths, weights, tmp_path / "megatron"))
-    assert not told(caplog)
+    assert not reported(caplog)
     files = sorted([*index_files(cache), *index_files(cache, LISTING)], key=lambda path: path.stat().st_size)
     affixes = {path.name.split("-")[-1]: path for path in files}  # the largest of each kind: of the training split
     wanted = {"bert": 3, "one": 5, "blend": 7, "probe": 7}
@@ -78,14 +78,14 @@ def test_damaged_index_files_are_built_again(
             damaged = damage(content)
             path.unlink() if damaged is None else path.write_bytes(damaged)
             assert np.array_equal(read(cache), whole), (name, how)
-            lines = told(caplog)
+            lines = reported(caplog)
             assert len(lines) == 1, (name, how, lines)
             assert str(path.parent) in lines[0]
             assert "building them again" in lines[0]
             assert path.read_bytes() == content, (name, how)
             assert not left_in(cache)
     assert np.array_equal(read(cache), whole)
-    assert not told(caplog)
+    assert not reported(caplog)
 
 
 def test_index_files_of_another_seed_are_not_taken(
@@ -100,12 +100,12 @@ def test_index_files_of_another_seed_are_not_taken(
     assert ours.stat().st_size == theirs.stat().st_size
     ours.write_bytes(theirs.read_bytes())
     assert np.array_equal(read_gpt(corpora[:1], None, cache), whole)
-    assert "SHA-256 of" in told(caplog)[0]
+    assert "SHA-256 of" in reported(caplog)[0]
     aside = tmp_path / "aside"
     ours.parent.rename(aside)
     theirs.parent.rename(ours.parent)
     assert np.array_equal(read_gpt(corpora[:1], None, cache), whole)
-    assert "built from other data or settings" in told(caplog)[0]
+    assert "built from other data or settings" in reported(caplog)[0]
 
 
 def test_links_and_folders_in_place_of_index_files_are_not_followed(
@@ -118,19 +118,19 @@ def test_links_and_folders_in_place_of_index_files_are_not_followed(
     path.symlink_to(outside)
     kept = outside.read_bytes()
     assert np.array_equal(read_gpt(corpora[:1], None, cache), whole)
-    assert "is not a plain file" in told(caplog)[0]
+    assert "is not a plain file" in reported(caplog)[0]
     assert outside.read_bytes() == kept
     folder = path.parent
     folder.rename(tmp_path / "aside")
     folder.write_text("a file")
     assert np.array_equal(read_gpt(corpora[:1], None, cache), whole)
-    assert len(told(caplog)) == 1
+    assert len(reported(caplog)) == 1
     listing = folder / LISTING
     content = json.loads(listing.read_text())
     content["files"] = {"../../outside": content["files"].popitem()[1]}
     listing.write_text(json.dumps(content))
     assert np.array_equal(read_gpt(corpora[:1], None, cache), whole)
-    assert len(told(caplog)) == 1
+    assert len(reported(caplog)) == 1
 
 
 def test_index_files_of_an_earlier_version_are_not_read(
@@ -142,12 +142,12 @@ def test_index_files_of_an_earlier_version_are_not_read(
     for path in earlier.glob("*shuffle_index.npy"):
         path.write_bytes(DAMAGE["zeros"](path.read_bytes()) or b"")
     assert np.array_equal(read_gpt(corpora[:1], None, cache), whole)
-    lines = told(caplog)
+    lines = reported(caplog)
     assert len(lines) == 1
     assert f"{cache}: index files of an earlier version" in lines[0]
     assert np.array_equal(read_gpt(corpora[:1], None, cache), whole)
     read_gpt(corpora[:1], None, cache, seed=8)
-    assert not told(caplog)
+    assert not reported(caplog)
 
 
 @pytest.mark.parametrize(

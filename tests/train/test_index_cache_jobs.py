@@ -21,7 +21,7 @@ from index_samples import (
     left_in,
     megatrons_own,
     read_gpt,
-    told,
+    reported,
 )
 
 from megatron_lion.data.index_cache import index_folder
@@ -60,7 +60,7 @@ def test_a_second_job_waits_and_takes_the_files_of_the_first(tmp_path: Path, cap
     assert building.wait(60)
     jobs[1].start()
     wait_until(lambda: any("waiting for it" in record.getMessage() for record in caplog.records))
-    assert f"in use by another job (pid {os.getpid()} on " in told(caplog)[0]
+    assert f"in use by another job (pid {os.getpid()} on " in reported(caplog)[0]
     go.set()
     for job in jobs:
         job.join(60)

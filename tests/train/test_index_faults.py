@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from index_samples import left_in, told
+from index_samples import left_in, reported
 
 from megatron_lion.data import index_cache
 from megatron_lion.data.index_cache import LISTING, _verify_elsewhere, find_fault, index_folder
@@ -81,7 +81,7 @@ def test_each_fault_is_named_and_repaired(name: str, folder: Path, caplog: pytes
     FAULTS[name][0](folder)
     assert find_fault(folder, KEY) == FAULTS[name][1]
     assert index_folder(folder.parent, DIGEST, {"seed": 7}, build) == folder
-    (line,) = told(caplog)
+    (line,) = reported(caplog)
     assert line.endswith(f"{folder}: these index files are not used: {FAULTS[name][1]}; building them again")
     assert find_fault(folder, KEY) is None
     assert (folder / "text").read_text() == "content"
@@ -167,17 +167,17 @@ def test_what_a_killed_build_left_is_removed(folder: Path) -> None:
 def test_files_of_an_earlier_version_are_mentioned_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     earlier = tmp_path / DIGEST[:16]
     index_folder(tmp_path, DIGEST, {"seed": 7}, build)
-    assert told(caplog) == []
+    assert reported(caplog) == []
     earlier.mkdir()
     np.save(earlier / "a.npy", ARRAY)
     index_folder(tmp_path, DIGEST, {"seed": 8}, build)
-    assert told(caplog) == [], "there are files of this version"
+    assert reported(caplog) == [], "there are files of this version"
     other = tmp_path / ("1" * 16)
     other.mkdir()
     index_folder(tmp_path, "1" * 64, {"seed": 7}, build)
-    assert told(caplog) == [], "the folder holds no index files"
+    assert reported(caplog) == [], "the folder holds no index files"
     (tmp_path / "b" / DIGEST[:16]).mkdir(parents=True)
     np.save(tmp_path / "b" / DIGEST[:16] / "a.npy", ARRAY)
     index_folder(tmp_path / "b", DIGEST, {"seed": 7}, build)
-    (line,) = told(caplog)
+    (line,) = reported(caplog)
     assert f"{tmp_path / 'b'}: index files of an earlier version" in line

@@ -227,14 +227,14 @@ class CutOffBoard:
     where = "10.0.0.1:29500"
 
     def __init__(self) -> None:
-        self.mended = threading.Event()
+        self.connected = threading.Event()
 
     def post(self, rank: int, message: dict[str, Any]) -> None:
         if message["ended"] is not None or rank == 0:
-            self.mended.wait()
+            self.connected.wait()
 
     def read(self, ranks: list[int]) -> dict[int, dict[str, Any]]:
-        self.mended.wait()
+        self.connected.wait()
         return {}
 
 
@@ -249,7 +249,7 @@ def test_a_store_that_is_cut_off_is_named_without_waiting_for_it(monkeypatch: py
     watch._answered = time.monotonic() - 20
     found = watch.blame(RuntimeError(f"{GLOO}unbound_buffer.cc:78] Timed out waiting 20000ms for recv operation"))
     watch.end("lost", str(found))
-    board.mended.set()
+    board.connected.set()
     assert "lost the first node: the job's store at 10.0.0.1:29500 does not answer" in str(found)
 
 
