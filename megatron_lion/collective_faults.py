@@ -80,18 +80,30 @@ def start_fault(error: BaseException) -> MegatronLionError:
 def worker_fault(error: BaseException) -> WorkerError | None:
     """The error to report if an exception is torch's about a loader worker that was killed or ended; otherwise None.
 
-    torch raises it in a handler of SIGCHLD, so in any line of the main thread. A loader that waits raises a second one
-    without the signal from it. An exception of the worker's own code has another text: "Caught … in DataLoader worker".
+    torch raises it in a handler of SIGCHLD, so in any line of the main thread, once for each worker: also while an earlier
+    one is handled. A loader that waits raises one without the signal. An exception of the worker's own code has another
+    text: "Caught … in DataLoader worker".
     """
     text: re.Match[str] | None = None
     link: BaseException | None = error
-    while link is not None and isinstance(link, RuntimeError) and (found := _WORKER.search(str(link))):
-        text = found if text is None or found[2] else text
-        link = link.__cause__
+    while link is not None:
+        if isinstance(link, WorkerError):
+            return link
+        if isinstance(link, RuntimeError) and (found := _WORKER.search(str(link))):
+            text = found if text is None or found[2] else text
+        elif link is error and not isinstance(error, OSError | EOFError):
+            return None  # another error, whatever it was raised after
+        link = link.__cause__ or link.__context__
     if text is None:
         return None
+    if killed_because:
+        return WorkerError(killed_because[0])
     names = {signal.strsignal(number): number.name for number in signal.Signals}
     return lost_worker(text[1], names.get(text[2], text[2]) if text[2] else None)
+
+
+killed_because: list[str] = []
+"""Why this process has killed its own loader workers, if it has: then that is the fault, and not their end."""
 
 
 def lost_worker(pids: str, signal_name: str | None) -> WorkerError:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_lion.collective_faults import lost_worker
+from megatron_lion.collective_faults import killed_because, lost_worker
 from megatron_lion.errors import MegatronLionError, WorkerError
 from megatron_lion.exit_report import write_line
 from megatron_lion.peer_board import process_state
@@ -38,6 +38,7 @@ def read_batches(loader: torch.utils.data.DataLoader[Any], limit_s: float, rank:
         WorkerError: no batch came in time, or a worker was lost.
         MegatronLionError: a worker raised it; with the worker's message, without its traceback.
     """
+    killed_because.clear()
     before = multiprocessing.active_children()
     # A worker calls obey_only_the_parent only after its own set-up. Without the block, a signal to the process group in
     # these milliseconds kills it. Every held-out loss and every probe starts new workers.
@@ -84,6 +85,7 @@ class _Watch(threading.Thread):
             waited = monotonic() - began if began is not None else 0.0
             if began is not None and waited >= self.limit_s:
                 self.expired = True
+                killed_because.append(self.reason())
                 for worker in self.workers:
                     worker.kill()
                 return
@@ -92,6 +94,13 @@ class _Watch(threading.Thread):
                 write_line(
                     f"megatron-lion[rank {self.rank}]: waited {waited:.0f} s for a batch of the data loader's {self.names()}"
                 )
+
+    def reason(self) -> str:
+        """The message if no batch came in time."""
+        return (
+            f"waited {self.limit_s:g} s (parallel.timeout_s) for a batch of the data loader's {self.names()}; were they stopped, "
+            "or is the file system of the data stuck? The same command continues from what is saved"
+        )
 
     def names(self) -> str:
         """The workers, and which of them are stopped."""
@@ -111,14 +120,16 @@ def _next(batches: Iterator[Any], watch: _Watch) -> Any:
         if str(error).startswith("Caught "):  # torch's text about an exception of a worker's own code
             raise
         if watch.expired or str(error).startswith("DataLoader timed out"):
-            raise WorkerError(
-                f"waited {watch.limit_s:g} s (parallel.timeout_s) for a batch of the data loader's {watch.names()}; were they stopped, "
-                "or is the file system of the data stuck? The same command continues from what is saved"
-            ) from error
+            raise WorkerError(watch.reason()) from error
         # A queued batch of a killed worker cannot be fetched from it: its connection is reset before torch notices.
-        if isinstance(error, RuntimeError) or not wait([worker.sentinel for worker in watch.workers], _END_S):
+        if isinstance(error, RuntimeError):
             raise
-        gone = [worker for worker in watch.workers if worker.exitcode is not None]
+        ended = wait([worker.sentinel for worker in watch.workers], _END_S)
+        gone = [worker for worker in watch.workers if worker.sentinel in ended]
+        if not gone:
+            raise
+        for worker in gone:
+            worker.join(_END_S)  # its descriptors are closed a moment before the kernel has its exit code
         by = [signal.Signals(-worker.exitcode).name for worker in gone if worker.exitcode and worker.exitcode < 0]
         raise lost_worker(", ".join(str(worker.pid) for worker in gone), by[0] if by else None) from error
     finally:

@@ -204,9 +204,10 @@ def read_with_faults(pipe: Connection) -> None:
         time.sleep(60)  # ended by torch's handler
 
     def killed_in_the_wait() -> None:
+        before = children()  # those of the reader above may still be ending
         reader = batches()
         next(reader)
-        os.kill(children()[0], signal.SIGKILL)
+        os.kill(next(pid for pid in children() if pid not in before), signal.SIGKILL)
         list(reader)
 
     def stopped() -> None:
@@ -235,6 +236,8 @@ def read_with_faults(pipe: Connection) -> None:
             found["stopped"] = error_of(stopped)
         with mock.patch.object(loader_workers, "write_line", continue_them):
             found["read"] = stopped_for_a_while()
+        for worker in multiprocessing.active_children():
+            worker.join(60)
         left = children()
         found["own"] = error_of(lambda: list(batches(samples=Damaged())))
     pipe.send((found, told, left))
@@ -247,7 +250,7 @@ def test_a_worker_that_is_killed_stopped_or_fails_is_reported_in_one_line() -> N
     for name in ("in another call", "in the wait"):
         kind, code, text = found[name]
         assert (kind, code, text.count("\n")) == ("WorkerError", 8, 0), found
-        assert "SIGKILL" in text
+        assert "SIGKILL" in text, text
         assert "data.num_workers" in text
     assert (
         f"pid {workers[0].pid}" in found["in another call"][2] or f"pid {workers[1].pid}" in found["in another call"][2]

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from distributed import run_distributed
 
 from megatron_lion import peer_watch, peers
-from megatron_lion.collective_faults import is_collective_fault, is_timeout, start_fault
+from megatron_lion.collective_faults import is_collective_fault, is_timeout, start_fault, worker_fault
 from megatron_lion.device import Device, install_cpu_stand_in
-from megatron_lion.errors import DataError, EnvironmentFault, PeerError, StoppedOnRequest, StorageError
+from megatron_lion.errors import DataError, EnvironmentFault, PeerError, StoppedOnRequest, StorageError, WorkerError
 from megatron_lion.parallel import _collective_faults, agree, process_groups
 from megatron_lion.peer_board import FileBoard
 
@@ -173,6 +173,29 @@ def test_a_fault_of_the_start_is_reported_as_what_it_is(
     assert ("did not find each other" in str(raised.value)) == (kind is PeerError)
     assert str(error)[:30] in str(raised.value)
     assert type(start_fault(error)) is kind
+
+
+def test_a_second_lost_worker_does_not_hide_the_first() -> None:
+    """torch's handler of SIGCHLD raises once for each worker: also while the error about the first one is on its way."""
+    killed = "DataLoader worker (pid {}) is killed by signal: Killed. "
+
+    def error_of(first: BaseException, second: BaseException) -> BaseException:
+        try:
+            try:
+                raise first
+            except BaseException:
+                raise second  # noqa: B904 - as from a signal handler
+        except BaseException as error:
+            return error
+
+    reported = WorkerError("the data loader's worker (pid 7) was ended by SIGKILL")
+    assert worker_fault(error_of(reported, RuntimeError(killed.format(8)))) is reported
+    lost = worker_fault(error_of(RuntimeError(killed.format(7)), ConnectionResetError(104, "Connection reset by peer")))
+    assert lost is not None
+    assert "pid 7" in str(lost)
+    assert worker_fault(error_of(RuntimeError(killed.format(7)), StorageError("a: no space left"))) is None
+    assert worker_fault(error_of(RuntimeError(killed.format(7)), RuntimeError("mat1 and mat2"))) is None
+    assert worker_fault(ConnectionResetError(104, "Connection reset by peer")) is None
 
 
 def test_the_stack_of_torchs_own_code_is_left_out() -> None:
