@@ -101,18 +101,25 @@ def asked_while_running(rank: int, jobs: dict[str, tuple[Any, int, str]]) -> dic
     return found
 
 
-def test_each_signal_at_each_moment(folder: Path, corpus: str, twins: dict[int, dict[str, Any]]) -> None:
+MOMENTS = {
+    "sharpest": ([("SIGTERM", "step"), ("SIGTERM", "save"), ("SIGQUIT", "start")], ["SIGTERM"]),
+    "others": ([("SIGINT", "step"), ("SIGUSR1", "step"), ("SIGHUP", "step")], ["SIGINT", "SIGUSR1"]),
+}
+"""Signals to one process with their moments, and signals to the group of a process with loader workers."""
+
+
+@pytest.mark.parametrize("chosen", ["sharpest", pytest.param("others", marks=pytest.mark.slow)])
+def test_each_signal_at_each_moment(folder: Path, corpus: str, twins: dict[int, dict[str, Any]], chosen: str) -> None:
     """Between steps, while a checkpoint is written, and while the data's index is built."""
+    alone, to_the_group = MOMENTS[chosen]
     jobs = {
-        f"{number.name} {moment}": (
-            tiny.tiny_config(folder / f"{number.name}-{moment}", corpus, checkpoint__every=10, **SETTINGS), int(number), moment,
+        f"{name} {moment}": (
+            tiny.tiny_config(folder / f"{name}-{moment}", corpus, checkpoint__every=10, **SETTINGS),
+            int(signal.Signals[name]), moment,
         )
-        for number, moment in [
-            (signal.SIGTERM, "step"), (signal.SIGINT, "step"), (signal.SIGUSR1, "step"), (signal.SIGHUP, "step"),
-            (signal.SIGTERM, "save"), (signal.SIGQUIT, "start"),
-        ]
+        for name, moment in alone
     }  # fmt: skip
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.Signals[name] for name in to_the_group):
         config = tiny.tiny_config(folder / f"{number.name}-workers", corpus, **WITH_WORKERS[2])
         jobs[f"{number.name} to the group with loader workers"] = config, int(number), "step"
     found = run_distributed(asked_while_running, 1, jobs)[0]
@@ -170,7 +177,8 @@ def test_the_command_ends_with_75_and_the_same_command_resumes(
     assert tiny.outcome(config.run_dir)["manifest"]["state_fingerprint"] == twins[1]["manifest"]["state_fingerprint"]
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
 def test_under_torchrun(folder: Path, corpus: str, twins: dict[int, Any], workers: int) -> None:
     """torchrun sends SIGTERM to the process group of each rank; each rank writes the reason to its exit file."""
     config = tiny.tiny_config(folder / f"torchrun{workers}", corpus, **WITH_WORKERS[workers])

@@ -7,7 +7,9 @@ fp32 master round to nearest even. So the reference for split masters is an fp32
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ PADDED = {"model__hidden_size": 36, "model__vocab_size": 100, "model__make_vocab
 EXACT = ("shards/fp32", "fp32/fp32", "split32/fp32")
 REDUCED = ("split24/fp32", "split32/bf16", "split24/int8")
 MODES = (*EXACT, *REDUCED)
+
+FIRST, LATER = ("DP2", "TP2", "DP2 overlap"), ("DP4", "PP2")
+"""Layouts of the fast and of the slow tests."""
+
+Runs = Callable[[str], dict[str, Any]]
 
 
 def mode(name: str) -> dict[str, Any]:
@@ -60,22 +67,30 @@ def train_with_copies_rounded_half_up(rank: int, configs: dict[str, Any]) -> dic
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, Any]:
-    """ "LAYOUT MODE": outcome of five steps; mode "half up" is the fp32 master with copies rounded half up."""
+def runs(folder: Path) -> Runs:
+    """ "LAYOUT MODE": outcome of five steps; mode "half up" is the fp32 master with copies rounded half up.
+
+    The argument is the layout; those that the fast tests need run together, as those of the slow tests do.
+    """
     corpus = tiny.write_corpus(folder / "corpus")
-    jobs: dict[str, tuple[int, Any]] = {}
-    half_up: dict[str, tuple[int, Any]] = {}
-    for layout in ("DP2", "DP4", "TP2", "PP2", "DP2 overlap"):
-        size, changes = LAYOUTS[layout]
-        reduced = REDUCED if layout in ("DP2", "DP4") else REDUCED[-1:]
-        for name in (*EXACT, *reduced, "half up"):
-            settings = {**TIES, **mode("fp32/fp32" if name == "half up" else name), **changes}
-            config = tiny.tiny_config(folder / f"{layout} {name.replace('/', '-')}", corpus, **settings)
-            (half_up if name == "half up" else jobs)[f"{layout} {name}"] = size, config
-    return {**tiny.run_all(jobs), **tiny.run_all(half_up, train_with_copies_rounded_half_up)}
+
+    @functools.cache
+    def of(group: tuple[str, ...]) -> dict[str, Any]:
+        jobs: dict[str, tuple[int, Any]] = {}
+        half_up: dict[str, tuple[int, Any]] = {}
+        for layout in group:
+            size, changes = LAYOUTS[layout]
+            reduced = REDUCED if layout in ("DP2", "DP4") else REDUCED[-1:]
+            for name in (*EXACT, *reduced, "half up"):
+                settings = {**TIES, **mode("fp32/fp32" if name == "half up" else name), **changes}
+                config = tiny.tiny_config(folder / f"{layout} {name.replace('/', '-')}", corpus, **settings)
+                (half_up if name == "half up" else jobs)[f"{layout} {name}"] = size, config
+        return {**tiny.run_all(jobs), **tiny.run_all(half_up, train_with_copies_rounded_half_up)}
+
+    return lambda layout: of(LATER if layout in LATER else FIRST)
 
 
-LAYOUTS_THAT_RUN = ("DP2", "DP4", "TP2", "PP2", "DP2 overlap")
+LAYOUTS_THAT_RUN = [*FIRST, *(pytest.param(layout, marks=pytest.mark.slow) for layout in LATER)]
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -86,28 +101,29 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_THAT_RUN)
-def test_exact_modes_are_the_fp32_master_bit_for_bit(runs: dict[str, Any], layout: str) -> None:
-    assert_same(runs[f"{layout} fp32/fp32"], runs[f"{layout} shards/fp32"])
-    assert_same(runs[f"{layout} split32/fp32"], runs[f"{layout} half up"])
-    apart = runs[f"{layout} split32/fp32"]["losses"][-1] - runs[f"{layout} fp32/fp32"]["losses"][-1]
+def test_exact_modes_are_the_fp32_master_bit_for_bit(runs: Runs, layout: str) -> None:
+    found = runs(layout)
+    assert_same(found[f"{layout} fp32/fp32"], found[f"{layout} shards/fp32"])
+    assert_same(found[f"{layout} split32/fp32"], found[f"{layout} half up"])
+    apart = found[f"{layout} split32/fp32"]["losses"][-1] - found[f"{layout} fp32/fp32"]["losses"][-1]
     assert apart != 0, "the test needs ties"
     assert abs(apart) < 5e-3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_THAT_RUN)
-def test_reduced_modes_keep_near(runs: dict[str, Any], layout: str) -> None:
-    reference = runs[f"{layout} half up"]
+def test_reduced_modes_keep_near(runs: Runs, layout: str) -> None:
+    reference = runs(layout)[f"{layout} half up"]
     for name in REDUCED if layout in ("DP2", "DP4") else REDUCED[-1:]:
-        losses = runs[f"{layout} {name}"]["losses"]
+        losses = runs(layout)[f"{layout} {name}"]["losses"]
         assert losses[0] == reference["losses"][0]
         assert losses != reference["losses"], "something was rounded"
         # A sign that flips moves a weight by 2η = 2^-9, as a tie does; a wrong step would change the loss by tenths.
         assert max(abs(a - b) for a, b in zip(losses, reference["losses"], strict=True)) < 5e-3
 
 
-def test_overlapped_communication_changes_nothing(runs: dict[str, Any]) -> None:
+def test_overlapped_communication_changes_nothing(runs: Runs) -> None:
     for name in (*EXACT, "split24/int8"):
-        assert_same(runs[f"DP2 overlap {name}"], runs[f"DP2 {name}"])
+        assert_same(runs("DP2 overlap")[f"DP2 overlap {name}"], runs("DP2")[f"DP2 {name}"])
 
 
 class ReadOnTheHost(TorchDispatchMode):
@@ -258,26 +274,38 @@ def file_name(text: str) -> str:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("layout", ["fully_reshardable", pytest.param("dp_reshardable", marks=pytest.mark.slow)])
-def test_checkpoints_cross_modes_and_layouts(folder: Path, saved: tuple[str, dict[str, Any]], layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "half"),
+    [
+        ("fully_reshardable", 0),
+        pytest.param("fully_reshardable", 1, marks=pytest.mark.slow),
+        pytest.param("dp_reshardable", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_checkpoints_cross_modes_and_layouts(
+    folder: Path, saved: tuple[str, dict[str, Any]], layout: str, half: int
+) -> None:
     """Element by element, with padded buckets: a mode keeps the bits that it can hold and rounds the rest as documented."""
     corpus, settings = saved
-    pairs = list(itertools.product(MODES, MODES))
+    pairs = [*itertools.product(MODES, MODES)]
     places = ("TP2", "DP4", "PP2", "DP2 overlap", "DP1", "DP2")
-    if layout == "dp_reshardable":  # loads at other data-parallel sizes only; half of the pairs are enough
-        pairs = [pair for pair in pairs if sum(map(MODES.index, pair)) % 2 == 0]
+    if layout == "dp_reshardable":  # loads at other data-parallel sizes only
         places = ("DP2", "DP4", "DP1")
+    unchanged = MODES[0], MODES[0]
+    pairs = [pair for pair in pairs if sum(map(MODES.index, pair)) % 2 == half or pair == unchanged]
     jobs, layouts = {}, {}
     for (source, target), place in zip(pairs, itertools.cycle(places), strict=False):
         key = f"{source} to {target}"
         size, changes = LAYOUTS[place]
-        config = tiny.tiny_config(folder / file_name(f"{layout} {key}"), corpus, **settings, **mode(target), **changes)
+        config = tiny.tiny_config(
+            folder / file_name(f"{layout} {half} {key}"), corpus, **settings, **mode(target), **changes
+        )
         jobs[key], layouts[key] = (size, (folder / f"{file_name(source)}-{layout}", config)), place
     results = tiny.run_all(jobs, load_and_save)
     for source, target in pairs:
         key = f"{source} to {target}"
         before = tiny.read_weights(folder / f"{file_name(source)}-fully_reshardable", 2, prefix="")
-        after = tiny.read_weights(folder / file_name(f"{layout} {key}"), 2, prefix="")
+        after = tiny.read_weights(folder / file_name(f"{layout} {half} {key}"), 2, prefix="")
         assert before.keys() == after.keys()
         master, momentum = target.split("/")
         for name, expected in before.items():

@@ -117,6 +117,7 @@ def test_the_same_command_again_runs_nothing_and_compare_takes_the_folder(
 
 
 @pytest.mark.timeout(900)  # processes that import torch, on whatever else the machine does
+@pytest.mark.slow
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(tmp_path: Path, corpus: str) -> None:
     path = config_file(tmp_path, corpus, train__steps=120, train__test_every=60)
     folder = tmp_path / "sweep"

@@ -34,17 +34,22 @@ def corpus(folder: Path) -> str:
     return write_bert_corpus(folder / "corpus")
 
 
-Runs = Callable[[str], dict[str, dict[str, Any]]]
+LATER = ("TP2", "DP4", "TP2xDP2", "DP2 large micro-batch")
+"""Layouts of the slow tests."""
+
+Runs = Callable[..., dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def runs(folder: Path, corpus: str) -> Runs:
-    """Returns the outcomes of an optimizer's runs by layout. An optimizer that no chosen test needs does not run."""
+    """Returns the outcomes of an optimizer's runs by layout. What no chosen test needs does not run."""
 
     @functools.cache
-    def of(optimizer: str) -> dict[str, dict[str, Any]]:
+    def of(optimizer: str, later: bool = False) -> dict[str, dict[str, Any]]:
         jobs = {}
         for layout, (size, changes) in LAYOUTS.items():
+            if (layout in LATER) is not later:
+                continue
             config = tiny_bert(
                 folder / f"{layout}-{optimizer}", corpus, train__steps=STEPS, optimizer__clip_grad=0.0, train__test_every=2,
                 optimizer__name=optimizer, optimizer__lr=LR[optimizer], probe__every=2, probe__num_batches=2, **changes,
@@ -55,21 +60,30 @@ def runs(folder: Path, corpus: str) -> Runs:
     return of
 
 
+RESUMED = {
+    "DP2 bf16": {"train__precision": "bf16"},
+    "TP2 sequence parallel": SEQUENCE_PARALLEL,
+    "PP2": {"parallel__pipeline_model_parallel_size": 2},
+}
+
+
 @pytest.fixture(scope="module")
-def resumed(folder: Path, corpus: str) -> dict[str, dict[str, Any]]:
-    """Outcomes of runs with dropout: whole, stopped after half, resumed."""
-    jobs, later = {}, {}
-    for name, (size, changes) in {
-        "DP2 bf16": (2, {"train__precision": "bf16"}),
-        "TP2 sequence parallel": (2, SEQUENCE_PARALLEL),
-        "PP2": (2, {"parallel__pipeline_model_parallel_size": 2}),
-    }.items():
-        settings = {"train__steps": STEPS, "model__hidden_dropout": 0.1, "model__attention_dropout": 0.1, **changes}
+def resumed(folder: Path, corpus: str) -> Callable[[str], list[dict[str, Any]]]:
+    """Returns the outcomes of a layout's runs with dropout: whole, stopped after half, resumed."""
+
+    def of(name: str) -> list[dict[str, Any]]:
+        settings = {
+            "train__steps": STEPS,
+            "model__hidden_dropout": 0.1,
+            "model__attention_dropout": 0.1,
+            **RESUMED[name],
+        }
         whole, halved = (tiny_bert(folder / f"{name}-{kind}", corpus, **settings) for kind in ("whole", "halved"))
-        first = dataclasses.replace(halved, train=dataclasses.replace(halved.train, stop_after=STEPS // 2))
-        jobs |= {f"{name}/whole": (size, whole), f"{name}/half": (size, first)}
-        later[f"{name}/resumed"] = (size, halved)
-    return {**tiny.run_all(jobs), **tiny.run_all(later)}
+        half = dataclasses.replace(halved, train=dataclasses.replace(halved.train, stop_after=STEPS // 2))
+        found = tiny.run_all({"whole": (2, whole), "half": (2, half)})
+        return [found["whole"], found["half"], tiny.run_all({"resumed": (2, halved)})["resumed"]]
+
+    return of
 
 
 def logged(folder: Path, layout: str, optimizer: str) -> list[dict[str, Any]]:
@@ -77,9 +91,11 @@ def logged(folder: Path, layout: str, optimizer: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("optimizer", ["lion", pytest.param("sgd", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.slow if name in LATER else ()) for name in list(LAYOUTS)[1:]]
+)
 def test_layouts(runs: Runs, folder: Path, layout: str, optimizer: str) -> None:
-    found, single = runs(optimizer)[layout], runs(optimizer)["DP1"]
+    found, single = runs(optimizer, layout in LATER)[layout], runs(optimizer)["DP1"]
     assert "failed" not in found, found["failed"]
     ours, reference = logged(folder, layout, optimizer), logged(folder, "DP1", optimizer)
     assert len(ours) == STEPS
@@ -118,9 +134,11 @@ def test_probe_counts_tied_embeddings_once(runs: Runs) -> None:
     assert len(runs("lion")["TP2xPP2"]["probes"]) == 3  # before the first step and after steps 2 and 4
 
 
-@pytest.mark.parametrize("name", ["DP2 bf16", "TP2 sequence parallel", "PP2"])
-def test_resumed_run_is_bitwise_the_undisturbed_one(resumed: dict[str, Any], name: str) -> None:
-    whole, half, found = (resumed[f"{name}/{kind}"] for kind in ("whole", "half", "resumed"))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "DP2 bf16" else pytest.mark.slow) for name in RESUMED]
+)
+def test_resumed_run_is_bitwise_the_undisturbed_one(resumed: Callable[[str], list[dict[str, Any]]], name: str) -> None:
+    whole, half, found = resumed(name)
     assert len(half["losses"]) == STEPS // 2
     assert found["losses"] == whole["losses"]
     assert found["norms"] == whole["norms"]

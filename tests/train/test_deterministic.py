@@ -212,6 +212,7 @@ def test_the_setting_reaches_megatron_core(tmp_path: Path, corpus: str) -> None:
     assert build_transformer_config(on, device).deterministic_mode is False
 
 
+@pytest.mark.slow
 def test_runs_with_it_are_equal_and_a_resumed_run_may_change_it(tmp_path: Path, corpus: str) -> None:
     """Padded buckets, dropout and bf16; two processes with tensor parallelism, whose embedding masks its output."""
     changes = {"train__steps": 4, "train__precision": "bf16", "model__hidden_size": 36, **DROPOUT}

@@ -40,9 +40,9 @@ def layouts_of(optimizer: str) -> dict[str, tuple[int, dict[str, Any]]]:
 
 
 def pairs(layouts: Callable[[str], Any]) -> list[Any]:
-    """(layout, optimizer) of each run that is compared with the one on a single process; AdamW's are left to CI."""
+    """(layout, optimizer) of each run that is compared with the one on a single process; only LION's are fast tests."""
     return [
-        pytest.param(layout, optimizer, marks=pytest.mark.slow if optimizer == "adamw" else ())
+        pytest.param(layout, optimizer, marks=() if optimizer == "lion" else pytest.mark.slow)
         for optimizer in LR
         for layout in list(layouts(optimizer))[1:]
     ]
@@ -112,14 +112,14 @@ def test_weights(runs: Runs, folder: Path, layout: str, optimizer: str) -> None:
     assert moved <= total * 1e-3
 
 
-def test_bitwise_where_the_arithmetic_is_the_same(runs: Runs) -> None:
+@pytest.mark.parametrize("optimizer", ["lion", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_bitwise_where_the_arithmetic_is_the_same(runs: Runs, optimizer: str) -> None:
     """Sharding at one process, and overlapping communication, change no operation."""
-    for optimizer in ("lion", "sgd"):
-        for one, other in [("DP1", "DP1 unsharded"), ("DP2", "DP2 overlap"), ("DP2 bf16", "DP2 bf16 overlap")]:
-            first, second = runs(optimizer)[one], runs(optimizer)[other]
-            assert first["losses"] == second["losses"], (one, other)
-            for key in ("state_fingerprint", "weights_fingerprint"):
-                assert first["manifest"][key] == second["manifest"][key], (one, other, key)
+    for one, other in [("DP1", "DP1 unsharded"), ("DP2", "DP2 overlap"), ("DP2 bf16", "DP2 bf16 overlap")]:
+        first, second = runs(optimizer)[one], runs(optimizer)[other]
+        assert first["losses"] == second["losses"], (one, other)
+        for key in ("state_fingerprint", "weights_fingerprint"):
+            assert first["manifest"][key] == second["manifest"][key], (one, other, key)
 
 
 def initial_weights(rank: int, configs: dict[str, Any]) -> dict[str, tuple[str, str]]:

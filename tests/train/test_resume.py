@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,13 @@ CASES: dict[str, tuple[int, str, str, str, dict[str, Any]]] = {
     "TP2xDP2 bf16 lion": (4, "bf16", "lion", "fully_reshardable", TP2),
     "TP2xDP2 fp32 adamw": (4, "fp32", "adamw", "fully_reshardable", TP2),
 }  # fmt: skip
+LATER = (
+    "DP1 bf16 adamw", "DP2 fp32 lion", "DP2 bf16 adamw", "DP2 fp32 unsharded adamw", "TP2xDP2 fp32 sgd", "TP2xDP2 bf16 lion",
+    "TP2xDP2 fp32 adamw",
+)  # fmt: skip
+"""Cases of the slow tests."""
+
+Outcomes = Callable[[bool], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -49,34 +58,44 @@ def corpus(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path, corpus: str, device: str) -> dict[str, Any]:
+def outcomes(folder: Path, corpus: str, device: str) -> Outcomes:
     """ "NAME/twin": the undisturbed run; "NAME/half": stopped after 3 of 6 steps; "NAME/resumed": the same, resumed.
 
-    Cases that need more devices than the machine has have no entry.
+    The argument chooses the cases of the slow tests. Cases that need more devices than the machine has have no entry.
     """
-    first: dict[str, Any] = {}
-    second: dict[str, Any] = {}
-    for name, (size, precision, optimizer, layout, changes) in CASES.items():
-        if not fits(device, size):
-            continue
-        settings = {
-            "device": device,
-            "train__steps": STEPS, "train__precision": precision, "optimizer__name": optimizer,
-            "optimizer__lr": 0.1 if optimizer == "sgd" else 1e-3, "checkpoint__layout": layout, **DROPOUT, **changes,
-        }  # fmt: skip
-        twin, halved = (tiny.tiny_config(folder / f"{name}-{kind}", corpus, **settings) for kind in ("twin", "halved"))
-        first[f"{name}/twin"] = size, twin
-        first[f"{name}/half"] = size, dataclasses.replace(
-            halved, train=dataclasses.replace(halved.train, stop_after=HALF)
-        )  # fmt: skip
-        second[f"{name}/resumed"] = size, halved
-    return {**tiny.run_all(first, device=device), **tiny.run_all(second, device=device)}
+
+    @functools.cache
+    def of(later: bool) -> dict[str, Any]:
+        first: dict[str, Any] = {}
+        second: dict[str, Any] = {}
+        for name, (size, precision, optimizer, layout, changes) in CASES.items():
+            if (name in LATER) is not later or not fits(device, size):
+                continue
+            settings = {
+                "device": device,
+                "train__steps": STEPS, "train__precision": precision, "optimizer__name": optimizer,
+                "optimizer__lr": 0.1 if optimizer == "sgd" else 1e-3, "checkpoint__layout": layout, **DROPOUT, **changes,
+            }  # fmt: skip
+            twin, halved = (
+                tiny.tiny_config(folder / f"{name}-{kind}", corpus, **settings) for kind in ("twin", "halved")
+            )
+            first[f"{name}/twin"] = size, twin
+            first[f"{name}/half"] = size, dataclasses.replace(
+                halved, train=dataclasses.replace(halved.train, stop_after=HALF)
+            )  # fmt: skip
+            second[f"{name}/resumed"] = size, halved
+        return {**tiny.run_all(first, device=device), **tiny.run_all(second, device=device)}
+
+    return of
 
 
-@pytest.mark.parametrize("name", list(CASES))
-def test_resumed_run_is_bitwise_the_undisturbed_one(outcomes: dict[str, Any], device: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LATER else ()) for name in CASES]
+)
+def test_resumed_run_is_bitwise_the_undisturbed_one(outcomes: Outcomes, device: str, name: str) -> None:
     skip_unless_fits(device, CASES[name][0])
-    twin, half, resumed = (outcomes[f"{name}/{kind}"] for kind in ("twin", "half", "resumed"))
+    found = outcomes(name in LATER)
+    twin, half, resumed = (found[f"{name}/{kind}"] for kind in ("twin", "half", "resumed"))
     assert half["manifest"]["step"] == HALF
     assert len(half["losses"]) == HALF
     assert half["losses"] == twin["losses"][:HALF]
@@ -88,10 +107,10 @@ def test_resumed_run_is_bitwise_the_undisturbed_one(outcomes: dict[str, Any], de
     assert half["manifest"]["state_fingerprint"] != twin["manifest"]["state_fingerprint"]
 
 
-def test_dropout_was_on(outcomes: dict[str, Any], folder: Path, corpus: str, device: str) -> None:
+def test_dropout_was_on(outcomes: Outcomes, folder: Path, corpus: str, device: str) -> None:
     without = tiny.tiny_config(folder / "without", corpus, device=device, train__steps=1)
     found = run_distributed(tiny.train_each, 1, {"": without}, device=device)[0][""]
-    assert found["losses"][0] != outcomes["DP1 fp32 lion/twin"]["losses"][0]
+    assert found["losses"][0] != outcomes(False)["DP1 fp32 lion/twin"]["losses"][0]
 
 
 # Hidden size 36 leaves gradient buckets that Megatron pads at their ends.
@@ -140,7 +159,9 @@ def layout_config(run_dir: Path, corpus: str, layout: str, **changes: Any) -> tu
     return size, tiny.tiny_config(run_dir, corpus, **{**settings, **changes})
 
 
-@pytest.mark.parametrize(("optimizer", "precision"), [("lion", "bf16"), ("adamw", "fp32")])
+@pytest.mark.parametrize(
+    ("optimizer", "precision"), [("lion", "bf16"), pytest.param("adamw", "fp32", marks=pytest.mark.slow)]
+)
 def test_reshard_changes_no_element(folder: Path, corpus: str, device: str, optimizer: str, precision: str) -> None:
     skip_unless_fits(device, 4)
     base = folder / f"reshard-{optimizer}"
