@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -44,6 +45,12 @@ def distinct(calls: Sequence[Call]) -> list[Call]:
         kept += [one for number, one in enumerate(row) if number in (0, len(row) // 2, len(row) - 1)]
         row = [call] if call is not None else []
     return kept
+
+
+def one_of_each(calls: Sequence[Call]) -> list[Call]:
+    """One call of each operation on each kind of file; numbers in a name, such as a step's, do not count."""
+    kinds = {(call.op, re.sub(r"[0-9a-f]*[0-9][0-9a-f]*", "#", call.path.rsplit("/", 1)[-1])): call for call in calls}
+    return list(kinds.values())
 
 
 def drive(
@@ -99,6 +106,8 @@ def life(lab: Lab, tally: Tally, phase: str, kind: str, number: int = 0, wanted:
     calls = lab.calls(first)
     lab.clean(first)
     chosen = [call for call in calls if phase_of(call, calls) == phase]
+    if number in ONE_OF_EACH:
+        chosen = one_of_each([call for call in chosen if call.takes(kind, number)])
     drive(lab, tally, lambda: lab.config(phase, **LIFE), chosen, kind, number, wanted=wanted)
 
 
@@ -127,6 +136,8 @@ def save_again(lab: Lab, tally: Tally, kind: str, number: int) -> None:
 
 IGNORED = (5, 0)
 """A refused folder fsync, or a leftover that cannot be removed, does not end a run: the files themselves are whole."""
+ONE_OF_EACH = (errno.EROFS, errno.EDQUOT)
+"""Errors that the product reports by the same lines as ENOSPC and EIO, which are injected into every call."""
 KINDS: dict[str, tuple[str, int, tuple[int, ...], str]] = {
     "kill": ("kill", 0, (), "kill -9 before the call"),
     "half": ("half", 0, (), "kill -9 after half of the write"),
@@ -153,8 +164,9 @@ def _register() -> None:
                 life(lab, tally, phase, plan[0], plan[1], plan[2])
 
             codes = "same state again" if not wanted else " or ".join(map(str, sorted(wanted, reverse=True)))
+            which = "one call of each operation on each kind of file" if number in ONE_OF_EACH else "every call"
             if not (name in ("half", "short") and phase == "retention"):  # it writes nothing
-                case(f"{phase}-{name}", family, f"{where}: {text}, every call", codes)(work)
+                case(f"{phase}-{name}", family, f"{where}: {text}, {which}", codes)(work)
 
 
 _register()

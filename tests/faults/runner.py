@@ -8,6 +8,7 @@ family), --results FILE (default fault-results/results.jsonl), --force (also cas
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -48,7 +49,11 @@ def main() -> int:
     if families and not options.force and "+changes" not in commit:
         chosen = [name for name in chosen if found.get(name, {}).get("commit") != commit]
     started = time.monotonic()
-    done = _run(chosen, min(options.jobs, len(chosen)), options.results)
+    try:
+        done = _run(chosen, min(options.jobs, len(chosen)), options.results)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues with the cases that have no row", file=sys.stderr)
+        return 130
     minutes = (time.monotonic() - started) / 60
     if families:  # with the rows of an earlier run that this one continued
         done = {**{name: found[name] for name in whole if name in found}, **done}
@@ -74,6 +79,20 @@ def _run(names: list[str], jobs: int, results: Path) -> dict[str, dict[str, Any]
     workers = [context.Process(target=_worker, args=(waiting, finished)) for _ in range(jobs)]
     for worker in workers:
         worker.start()
+    try:
+        return _collect(names, workers, finished, results)
+    except BaseException:  # otherwise the interpreter would wait for the workers, which have hours of cases left
+        for worker in workers:
+            if worker.is_alive() and worker.pid:
+                os.kill(worker.pid, signal.SIGINT)  # they remove their folders
+        for worker in workers:
+            worker.join(30)
+            worker.kill()
+        raise
+
+
+def _collect(names: list[str], workers: list[Any], finished: Any, results: Path) -> dict[str, dict[str, Any]]:
+    """Writes and prints each row as it comes; returns all by name."""
     done: dict[str, dict[str, Any]] = {}
     while len(done) < len(names):
         try:
@@ -103,8 +122,8 @@ def _worker(waiting: Any, finished: Any) -> None:
     signal_when_parent_ends(signal.SIGKILL)  # the server ends with this process, and kills what it forked
     cases = rows.all_cases()
     folder = Path(tempfile.mkdtemp(prefix="megatron-lion-faults-"))
-    try:
-        with warm(folder / "output") as server:
+    try:  # the process that started this one reports an interruption
+        with contextlib.suppress(KeyboardInterrupt), warm(folder / "output") as server:
             while (name := waiting.get()) is not None:
                 finished.put(rows.run_case(cases[name], Lab(folder / name, server)))
                 if os.environ.get("KEEP") != "1":
