@@ -15,10 +15,12 @@ from faults.warm import Stuck
 from megatron_lion.config import RunConfig
 
 LIFE: dict[str, Any] = {
-    "train__steps": 6, "checkpoint__every": 2, "checkpoint__keep": 1, "train__test_every": 2, "train__test_batches": 1,
+    "train__steps": 4, "checkpoint__every": 2, "checkpoint__keep": 1, "train__test_every": 2, "train__test_batches": 1,
     "probe__every": 2, "probe__num_batches": 1,
 }  # fmt: skip
-"""A run with everything that writes: three saves, a removal (the last step is kept anyway), probes, held-out losses."""
+"""A run with everything that writes: two saves, probes, held-out losses."""
+LONGER_LIFE: dict[str, Any] = {**LIFE, "train__steps": 6}
+"""The same with a third save, before which the first one is removed."""
 
 
 def phase_of(call: Call, calls: list[Call]) -> str:
@@ -102,13 +104,14 @@ def _short(call: Call, config: RunConfig) -> str:
 
 def life(lab: Lab, tally: Tally, phase: str, kind: str, number: int = 0, wanted: tuple[int, ...] = (5,)) -> None:
     """Drives one phase of a new run with a fault of one kind."""
-    first = lab.config("counted", **LIFE)
+    run = LONGER_LIFE if phase == "retention" else LIFE
+    first = lab.config("counted", **run)
     calls = lab.calls(first)
     lab.clean(first)
     chosen = [call for call in calls if phase_of(call, calls) == phase]
     if number in ONE_OF_EACH:
         chosen = one_of_each([call for call in chosen if call.takes(kind, number)])
-    drive(lab, tally, lambda: lab.config(phase, **LIFE), chosen, kind, number, wanted=wanted)
+    drive(lab, tally, lambda: lab.config(phase, **run), chosen, kind, number, wanted=wanted)
 
 
 @case(

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from faults.cases_disk import LIFE, drive, phase_of
+from faults.cases_disk import LIFE, LONGER_LIFE, drive, phase_of
 from faults.lab import Lab, changed
 from faults.rows import Tally, case
 from faults.warm import Stuck
@@ -19,7 +19,7 @@ TIMEOUT_S = 15
 AFTER_S = 10
 """Survivors must have ended this long after a kill, and this long after the timeout if a rank is stopped."""
 LIMIT_S = 150
-RUN: dict[str, Any] = {**LIFE, "parallel__timeout_s": TIMEOUT_S}
+RUN: dict[str, Any] = {**LONGER_LIFE, "parallel__timeout_s": TIMEOUT_S}
 PATIENT = {"parallel__timeout_s": 600.0}
 """Settings of the runs that judge: nothing is lost in them, whatever else the machine does."""
 MOMENTS = {"build": 1, "index": 1, "step": 3, "held-out": 2, "probe": 2, "save": 2, "end": 1}

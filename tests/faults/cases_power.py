@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from faults.cases_disk import LIFE, distinct
+from faults.cases_disk import LIFE, LONGER_LIFE, distinct
 from faults.lab import Job, Lab, committed
 from faults.power import cut, snapshot
 from faults.rows import Tally, case
@@ -60,11 +60,11 @@ def disturbed(lab: Lab, config: RunConfig, at: int, ending: str) -> tuple[Job, i
 
 def every_call(lab: Lab, tally: Tally, model: str) -> None:
     """Cuts the power before each call of a run."""
-    first = lab.config("counted", **LIFE)
+    first = lab.config("counted", **LONGER_LIFE)
     Path(first.run_dir).mkdir()
     calls = lab.calls(first)
     for call in lab.some(distinct(calls)):
-        config = lab.config("cut", **LIFE)
+        config = lab.config("cut", **LONGER_LIFE)
         what = f"power cut ({model}) before call {call.number} ({call.op} {Path(call.path).name})"
         try:
             _, step, injected = disturbed(lab, config, call.number, model)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from faults.cases_disk import LIFE
+from faults.cases_disk import LONGER_LIFE
 from faults.lab import Lab, committed, losses
 from faults.rows import Tally, case
 from faults.warm import Stuck
@@ -16,7 +16,7 @@ FAMILY = "signals"
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 MOMENTS = {"rendezvous": 1, "build": 1, "index": 1, "step": 3, "held-out": 2, "probe": 2, "save": 1}
 LIMIT_S = 120
-RUN: dict[str, Any] = LIFE
+RUN: dict[str, Any] = LONGER_LIFE
 
 
 def at_each_phase(lab: Lab, tally: Tally, layout: str, name: str) -> None:
