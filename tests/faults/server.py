@@ -40,14 +40,26 @@ def main(descriptor: int) -> None:
     gc.collect()
     gc.freeze()  # the imports are never garbage; without them a collection in a child is fast
     channel = socket.socket(fileno=descriptor)
+    running = set[int]()
+    # A process that ended without a word, as at Ctrl-C, closes the channel; nothing of it may stay.
+    try:
+        with contextlib.suppress(ConnectionError):
+            _serve(channel, running)
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _serve(channel: socket.socket, running: set[int]) -> None:
+    """Starts what is asked for and reports what ended, until the channel is closed; `running` holds the processes."""
     channel.sendall(b'{"ready": true}\n')
-    pending, running = b"", set[int]()
+    pending = b""
     while True:
         readable, _, _ = select.select([channel], [], [], 0.01)
         if readable:
             received = channel.recv(1 << 20)
             if not received:
-                break
+                return
             *lines, pending = (pending + received).split(b"\n")
             for line in lines:
                 pid = _fork(channel, json.loads(line))
@@ -59,8 +71,6 @@ def main(descriptor: int) -> None:
                 running.discard(pid)
                 answer = {"ended": pid, "code": os.waitstatus_to_exitcode(status), "time": time.monotonic()}
                 channel.sendall(json.dumps(answer).encode() + b"\n")
-    for pid in running:
-        os.kill(pid, signal.SIGKILL)
 
 
 def _fork(channel: socket.socket, request: dict[str, Any]) -> int:

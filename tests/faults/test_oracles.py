@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from faults.cases_data import mutated, parse
+from faults.cases_disk import one_of_each
 from faults.cases_power import durable_step
 from faults.power import cut, snapshot
 from faults.shim import Call, Fault
@@ -86,3 +87,12 @@ def test_the_index_reader_agrees_with_the_writer_and_rejects_any_cut(tmp_path: P
     changed = [mutated(content, chosen) for _ in range(300)]
     assert sum(parse(one, size) is None for one in changed) > 200
     assert sum(one == content for one in changed) < 10
+
+
+def test_one_call_of_each_kind_is_chosen() -> None:
+    calls = [
+        Call(1, "mkdir", 0, "/r/checkpoints/.step_0000002.tmp-1a2b"), Call(2, "write", 9, "/r/checkpoints/step_0000002/__0_0.distcp"),
+        Call(3, "write", 9, "/r/checkpoints/step_0000002/__1_0.distcp"), Call(4, "fsync", 0, "/r/checkpoints/step_0000002/__1_0.distcp"),
+        Call(5, "write", 9, "/r/checkpoints/step_0000002/manifest.json"), Call(6, "mkdir", 0, "/r/checkpoints/.step_0000004.tmp-9c8d"),
+    ]  # fmt: skip
+    assert [call.number for call in one_of_each(calls)] == [6, 3, 4, 5]
