@@ -19,8 +19,10 @@ LIFE: dict[str, Any] = {
     "probe__every": 2, "probe__num_batches": 1,
 }  # fmt: skip
 """A run with everything that writes: two saves, probes, held-out losses."""
+SHORT_LIFE: dict[str, Any] = {**LIFE, "train__steps": 2}
+"""The same with one save: for the start, all of which is before it."""
 LONGER_LIFE: dict[str, Any] = {**LIFE, "train__steps": 6}
-"""The same with a third save, before which the first one is removed."""
+"""The same with a third save, at which the first one is removed."""
 
 
 def phase_of(call: Call, calls: list[Call]) -> str:
@@ -104,7 +106,7 @@ def _short(call: Call, config: RunConfig) -> str:
 
 def life(lab: Lab, tally: Tally, phase: str, kind: str, number: int = 0, wanted: tuple[int, ...] = (5,)) -> None:
     """Drives one phase of a new run with a fault of one kind."""
-    run = LONGER_LIFE if phase == "retention" else LIFE
+    run = {"start": SHORT_LIFE, "retention": LONGER_LIFE}.get(phase, LIFE)
     first = lab.config("counted", **run)
     calls = lab.calls(first)
     lab.clean(first)
