@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 MEET_S = 600.0
 """Time in which all nodes must start, seconds."""
 _REMIND_S = 60.0
+STORE_S = 60.0
+"""Time in which the store must answer each request, seconds."""
 BEAT_S = 2.0
 SILENT_S = 120.0
 """Time without a sign of life after which a node is lost, seconds."""
@@ -121,7 +123,7 @@ class Nodes:
 
     def _open(self) -> Any:
         listener = _listen(self.address, self.port, self._environment.get("INTERFACE"))
-        limit = timedelta(seconds=60)
+        limit = timedelta(seconds=STORE_S)
         try:
             if listener is not None:
                 self.address = str(listener.getsockname()[0])
@@ -143,7 +145,11 @@ class Nodes:
             )  # fmt: skip
             return store
         except RuntimeError as error:
-            raise PeerError(f"MASTER_ADDR {self.address}:{self.port}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise PeerError(
+                f"MASTER_ADDR {self.address}:{self.port}: no store of a job answers ({reason}); if another program uses this "
+                "port, set another MASTER_PORT on all nodes"
+            ) from error
 
     def _answers(self) -> bool:
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -148,3 +150,21 @@ def test_a_node_that_waits_names_what_all_nodes_must_share(
         Nodes(2, 1, environment, lambda: None)
     assert "waiting for 1 of 2 nodes" in caplog.text
     assert "every node needs the same MASTER_ADDR, MASTER_PORT, JOB_ID and NNODES" in caplog.text
+
+
+def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that accepts a connection and closes it at once, as gloo does with a stranger."""
+    monkeypatch.setattr("megatron_lion.nodes.STORE_S", 2.0)
+    with socket.create_server(("127.0.0.1", free_port())) as server:
+
+        def refuse() -> None:
+            with suppress(OSError):  # the server is closed
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        port = server.getsockname()[1]
+        environment = {"JOB_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "INTERFACE": "lo"}
+        with pytest.raises(PeerError, match=f"{port}: no store of a job answers.*set another MASTER_PORT"):
+            Nodes(2, 1, environment, lambda: None)
+        server.shutdown(socket.SHUT_RDWR)  # wakes the thread
