@@ -1,6 +1,6 @@
 # make demo    the whole path on a small corpus, two processes, about five minutes
 # make test    the tests except the slow ones, at most 15 minutes on two cores (make check adds lint and types)
-# make test-ci the slow tests; make test-full injects every fault and writes docs/scorecard.md (up to two hours)
+# make test-ci the slow tests; make test-full injects every fault and writes docs/scorecard.md (about 90 minutes)
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 DEMO   ?= demo

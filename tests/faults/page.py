@@ -27,7 +27,7 @@ COLUMNS = [
 ]
 HEAD = """# Fault scorecard
 
-`make test-full` injects every fault of `tests/faults/` and writes this page (up to two hours on two cores), and
+`make test-full` injects every fault of `tests/faults/` and writes this page (about 90 minutes on two cores), and
 `make test-full FAMILY=signals` one part of it. `make chaos` lists the cases, and `make chaos CASE=name` runs one.
 
 A fault is *recovered* if the same command, given again, ends with exactly the tensors, random states and losses of an
