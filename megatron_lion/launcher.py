@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 STOP_TIMEOUT_S = 1800.0
 PRIVATE = "megatron-lion-job-"
 """How the names of the launchers' private folders begin."""
+_TORCH_LOG = "TORCH_CPP_LOG_LEVEL"
 
 
 def main(words: list[str] | None = None) -> int:
@@ -70,9 +72,7 @@ def _parse(words: list[str] | None) -> argparse.Namespace:
 def _launch(options: argparse.Namespace, received: list[int]) -> Cause:
     stop_timeout_s = _seconds("STOP_TIMEOUT", STOP_TIMEOUT_S)
     if options.nodes > 1:
-        from megatron_lion.nodes import check_variables
-
-        check_variables(os.environ)
+        _import_nodes().check_variables(os.environ)
     processes = options.processes or count_processes(received)
     with _private_folder() as (folder, kept):
         if options.check:
@@ -81,12 +81,26 @@ def _launch(options: argparse.Namespace, received: list[int]) -> Cause:
             variables = {STORE: str(folder / "store"), "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"}
             return _run(options.command, range(processes), processes, processes, variables, folder, kept, received,
                         stop_timeout_s, None)  # fmt: skip
-        from megatron_lion.nodes import Nodes
-
-        with Nodes(options.nodes, processes, os.environ, lambda: _end_if_asked(received)) as nodes:
+        with _import_nodes().Nodes(options.nodes, processes, os.environ, lambda: _end_if_asked(received)) as nodes:
             cause = _run(options.command, nodes.ranks, nodes.world_size, processes, nodes.variables(), folder, kept,
                          received, stop_timeout_s, nodes)  # fmt: skip
             return nodes.agree(cause)
+
+
+def _import_nodes() -> ModuleType:
+    """Imports the part for several nodes, and torch with it, whose C++ log is off in this process.
+
+    If the store does not answer, that log has a page of C++ frames for each attempt, and then this launcher reports the
+    reason in one line. torch reads the variable when it is imported; the ranks do not inherit it.
+    """
+    given = os.environ.get(_TORCH_LOG)
+    os.environ.setdefault(_TORCH_LOG, "FATAL")
+    try:
+        from megatron_lion import nodes
+    finally:
+        if given is None:
+            del os.environ[_TORCH_LOG]
+    return nodes
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -10,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from job_processes import free_port
+from job_processes import REPO, free_port
 
+from megatron_lion import launcher
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError
 from megatron_lion.nodes import Nodes, check_variables
 from megatron_lion.supervise import Cause
@@ -152,9 +156,16 @@ def test_a_node_that_waits_names_what_all_nodes_must_share(
     assert "every node needs the same MASTER_ADDR, MASTER_PORT, JOB_ID and NNODES" in caplog.text
 
 
-def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+LAUNCHER = """
+import sys
+from megatron_lion import launcher
+launcher._import_nodes().STORE_S = 2.0
+sys.exit(launcher.main(["--nodes", "2", "--processes", "1", "env"]))
+"""
+
+
+def test_a_port_of_another_program_is_named_in_one_line() -> None:
     """A program that accepts a connection and closes it at once, as gloo does with a stranger."""
-    monkeypatch.setattr("megatron_lion.nodes.STORE_S", 2.0)
     with socket.create_server(("127.0.0.1", free_port())) as server:
 
         def refuse() -> None:
@@ -164,7 +175,23 @@ def test_a_port_of_another_program_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
         threading.Thread(target=refuse, daemon=True).start()
         port = server.getsockname()[1]
-        environment = {"JOB_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "INTERFACE": "lo"}
-        with pytest.raises(PeerError, match=f"{port}: no store of a job answers.*set another MASTER_PORT"):
-            Nodes(2, 1, environment, lambda: None)
+        variables = {"JOB_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "INTERFACE": "lo"}
+        environment = {**os.environ, **variables}
+        environment.pop("TORCH_CPP_LOG_LEVEL", None)
+        done = subprocess.run(
+            [sys.executable, "-c", LAUNCHER], env=environment, cwd=REPO, capture_output=True, text=True, timeout=300
+        )
         server.shutdown(socket.SHUT_RDWR)  # wakes the thread
+    assert done.returncode == PeerError.exit_code
+    assert done.stderr.startswith(f"megatron-lion: MASTER_ADDR 127.0.0.1:{port}: no store of a job answers (")
+    assert done.stderr.endswith("; if another program uses this port, set another MASTER_PORT on all nodes\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_ranks_keep_torchs_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    launcher._import_nodes()
+    assert "TORCH_CPP_LOG_LEVEL" not in os.environ
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "INFO")
+    launcher._import_nodes()
+    assert os.environ["TORCH_CPP_LOG_LEVEL"] == "INFO"
