@@ -78,8 +78,14 @@ class Job:
         """The ranks by number."""
         found = {}
         for process in self.running():
-            words = process.cmdline()
-            if {"megatron_lion", "pretrain"} <= set(words) and (number := process.environ().get("RANK")):
+            try:
+                words, number = process.cmdline(), process.environ().get("RANK")
+            except (
+                psutil.NoSuchProcess,
+                psutil.AccessDenied,
+            ):  # it ended just now; a zombie's environment is unreadable
+                continue
+            if {"megatron_lion", "pretrain"} <= set(words) and number:
                 found[int(number)] = process
         return found
 
@@ -102,7 +108,8 @@ class Job:
     def signal_all(self, number: int) -> None:
         """Signals every process of the job, as SLURM does."""
         for process in self.running():
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def code(self, limit_s: float = 300) -> int:
         """Waits for the end and returns the exit code."""
