@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.data.bert_vocab import SPECIAL_TOKENS
 from megatron_lion.data.tokenizer_files import (
-    CONFIG,
+    PAIRS,
     SINGLE,
     WANTED,
     WORDPIECES,
     build_definition,
+    check_complete,
     definition_sha256,
-    parse_json,
     read_bytes,
     read_files,
+    saved_files,
 )
-from megatron_lion.errors import DataError, EnvironmentFault
+from megatron_lion.data.tokenizer_settings import KNOWN_CLASSES, SIDE_FILES, side_settings
+from megatron_lion.errors import DataError, EnvironmentFault, MegatronLionError
 from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.jobs import rank_from_env
+from megatron_lion.streams import say
 
 if TYPE_CHECKING:
     import tokenizers
@@ -46,33 +51,47 @@ class Tokenizer:
         source: name under which the tokenizer was loaded, for messages.
     """
 
-    def __init__(self, files: dict[str, bytes], *, source: str, eod_token: str | None = None) -> None:
+    def __init__(
+        self, files: dict[str, bytes], *, source: str, eod_token: str | None = None, as_before: bool = False
+    ) -> None:
         """Builds the tokenizer from file contents; use `load_tokenizer` for paths.
 
         Args:
             files: contents by canonical name: "tokenizer.json", "vocab.txt", or "vocab.json" and
-                "merges.txt"; optionally "tokenizer_config.json".
+                "merges.txt"; optionally those of `tokenizer_settings.SIDE_FILES`.
             source: name of the tokenizer in messages.
-            eod_token: end-of-document token; None takes <|endoftext|> if the vocabulary has it, else the
-                eos_token of tokenizer_config.json.
+            eod_token: end-of-document token; None takes the eos_token of tokenizer_config.json or
+                special_tokens_map.json if one is named, else <|endoftext|> if the vocabulary has it.
+            as_before: whether to build and hash the tokenizer as earlier versions did, which ignored most settings
+                in the files beside a vocabulary.
 
         Raises:
-            DataError: the files are damaged, or the vocabulary lacks `eod_token`.
+            DataError: the files are damaged or contradict each other, the vocabulary lacks `eod_token`, or the
+                tokenizer cannot encode every text.
         """
         import tokenizers
 
-        definition = build_definition(files, source)
+        definition = build_definition(files, source, as_before=as_before)
         self._definition = text = json.dumps(definition)
         try:
             self._backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # for a rejected definition, the library raises a plain Exception
             raise DataError(f"{source}: the tokenizers library rejects these files: {error}") from None
+        if not as_before:
+            check_complete(definition, source)
         self._backend.encode_special_tokens = True  # encodes a marker inside a document as text
-        self._files = dict(files)
+        for token in definition.get("added_tokens") or []:
+            # The library numbers added tokens itself, after the vocabulary.
+            if self._backend.token_to_id(token["content"]) != token["id"]:
+                raise DataError(
+                    f"{source}: added token {token['content']!r} has id {token['id']}, but the ids of added tokens follow those of the "
+                    f"vocabulary without a gap, so it would get {self._backend.token_to_id(token['content'])}; correct its id"
+                )
+        self._files, self._as_before = dict(files), as_before
         self.source = source
         self.kind = str(definition["model"].get("type") or "BPE")
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.sha256 = definition_sha256(definition)
+        self.sha256 = definition_sha256(definition, as_before=as_before)
         self.eod_token = self._find_eod(eod_token)
 
     def _find_eod(self, wanted: str | None) -> str | None:
@@ -83,14 +102,10 @@ class Tokenizer:
                     f"{self.vocab_size} tokens; give one that is (--eod-token)"
                 )
             return wanted
-        eos = (
-            parse_json(self._files[CONFIG], f"{self.source}: {CONFIG}").get("eos_token")
-            if CONFIG in self._files
-            else None
-        )
-        eos = eos.get("content") if isinstance(eos, dict) else eos
-        for token in (DEFAULT_EOD, eos):
-            if isinstance(token, str) and self._backend.token_to_id(token) is not None:
+        eos = side_settings(self._files, self.source).named.get("eos_token")
+        # Earlier versions preferred <|endoftext|>, and it ends the documents of their datasets.
+        for token in (DEFAULT_EOD, eos) if self._as_before else (eos, DEFAULT_EOD):
+            if token is not None and self._backend.token_to_id(token) is not None:
                 return token
         return None
 
@@ -103,8 +118,8 @@ class Tokenizer:
         """
         if self.eod_token is None:
             raise DataError(
-                f"{self.source}: the vocabulary has no {DEFAULT_EOD} and tokenizer_config.json names no "
-                "eos_token; name the token that ends a document (--eod-token)"
+                f"{self.source}: the vocabulary has no {DEFAULT_EOD}, and no eos_token is named beside it (tokenizer_config.json, "
+                "special_tokens_map.json); name the token that ends a document (--eod-token)"
             )
         index = self._backend.token_to_id(self.eod_token)
         assert index is not None, "eod_token was found in the vocabulary when the tokenizer was built"
@@ -160,6 +175,14 @@ class Tokenizer:
             raise DataError(
                 f"{self.source}: a text to encode is not a str of valid Unicode (a lone surrogate?)"
             ) from None
+        except MegatronLionError:  # a stop signal
+            raise
+        except BaseException as error:
+            # For a text that the model cannot represent, the library raises a plain Exception, or its PanicException, which is
+            # no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise DataError(f"{self.source}: a text cannot be encoded: {error}") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; includes special tokens and skips ids beyond the vocabulary."""
@@ -168,8 +191,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> list[Path]:
         """Writes the tokenizer's files into `folder`; `load_tokenizer(folder)` has the same `sha256`.
 
-        It also writes tokenizer_config.json, which stores the end-of-document token and lets Hugging Face's
-        AutoTokenizer load the folder.
+        The files are a complete tokenizer.json, the vocabulary files of GPT-2 or BERT, and tokenizer_config.json. The
+        last one stores the end-of-document token and lets Hugging Face's AutoTokenizer load the folder.
 
         Returns:
             The written paths.
@@ -178,15 +201,7 @@ class Tokenizer:
             StorageError: the folder or a file cannot be written.
         """
         folder = Path(folder)
-        files = dict(self._files)
-        config = parse_json(files[CONFIG], CONFIG) if CONFIG in files else {}
-        kinds = {SINGLE: "PreTrainedTokenizerFast", WORDPIECES: "BertTokenizer"}
-        config.setdefault("tokenizer_class", next((kinds[name] for name in kinds if name in files), "GPT2Tokenizer"))
-        if WORDPIECES in files:
-            config["do_lower_case"] = self.definition["normalizer"]["lowercase"]
-        if self.eod_token is not None:
-            config["eos_token"] = self.eod_token
-        files[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode("utf-8")
+        files = saved_files(self._files, self.definition, self.eod_token, self.source)
         written = []
         with storage_errors(folder, "made"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -197,15 +212,60 @@ class Tokenizer:
         return written
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._files, self.source, self.eod_token)
+        return _rebuild, (self._files, self.source, self.eod_token, self._as_before)
 
     def __repr__(self) -> str:
         what = f"kind={self.kind}, vocab_size={self.vocab_size}, sha256={self.sha256[:12]}…"
         return f"Tokenizer({self.source!r}, {what})"
 
 
-def _rebuild(files: dict[str, bytes], source: str, eod_token: str | None) -> Tokenizer:
-    return Tokenizer(files, source=source, eod_token=eod_token)
+def _rebuild(files: dict[str, bytes], source: str, eod_token: str | None, as_before: bool) -> Tokenizer:
+    return Tokenizer(files, source=source, eod_token=eod_token, as_before=as_before)
+
+
+def load_tokenizer_of(sha256: str | None, source: str | Path) -> Tokenizer:
+    """Loads the tokenizer of a dataset or checkpoint, even if an earlier version made it.
+
+    Earlier versions ignored settings such as `strip_accents` in the files beside a vocabulary. If `sha256` is the
+    hash of the tokenizer without these settings, that tokenizer is returned, because it made the ids in the data.
+    Rank 0 reports this in one line.
+
+    Args:
+        sha256: the hash in the manifest of the dataset or checkpoint; None accepts any tokenizer.
+        source: as for `load_tokenizer`.
+
+    Returns:
+        The tokenizer. If neither hash is `sha256`, this is the one with all settings; the caller compares the hash.
+
+    Raises:
+        DataError, EnvironmentFault: as `load_tokenizer`.
+    """
+    error: DataError | None = None
+    try:
+        loaded = load_tokenizer(source)
+        if sha256 in (None, loaded.sha256):
+            return loaded
+    except DataError as found:
+        error = found
+    path = Path(source).expanduser()
+    if sha256 is not None and path.exists():
+        with suppress(DataError):
+            before = Tokenizer(read_files(path), source=str(source), as_before=True)
+            if before.sha256 == sha256:
+                if rank_from_env() == 0:
+                    say(
+                        f"note: {source}: an earlier version made this tokenizer and ignored {_ignored(path)}; its ids stay valid; to use "
+                        "the settings, prepare the data again in a new folder"
+                    )
+                return before
+    if error is not None:
+        raise error
+    return loaded
+
+
+def _ignored(path: Path) -> str:
+    names = [name for name in SIDE_FILES if name in read_files(path)]
+    return "settings of " + " and ".join(names or [SINGLE])
 
 
 def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Tokenizer:
@@ -215,7 +275,7 @@ def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Token
         source: a folder with vocab.json + merges.txt (GPT-2), vocab.txt (BERT) or tokenizer.json; one of these
             files; or `hf:NAME`, which may download. A bare NAME that is no path is searched among earlier downloads,
             without network.
-        eod_token: end-of-document token, if it is neither <|endoftext|> nor the eos_token of the folder.
+        eod_token: end-of-document token, if it is neither the eos_token of the folder nor <|endoftext|>.
 
     Raises:
         DataError: there is no usable tokenizer; the message names the file and what is needed.
@@ -226,7 +286,14 @@ def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Token
         return Tokenizer(_hub_files(name[3:], download=True), source=name, eod_token=eod_token)
     path = Path(source).expanduser()
     if path.exists():
-        return Tokenizer(read_files(path), source=name, eod_token=eod_token)
+        files = read_files(path)
+        loaded = Tokenizer(files, source=name, eod_token=eod_token)
+        named = side_settings(files, name).class_name
+        if SINGLE in files and named not in KNOWN_CLASSES and rank_from_env() == 0:
+            say(
+                f"note: {name}: the ids are those of tokenizer.json; for its class {named}, some versions of transformers change its steps"
+            )
+        return loaded
     if looks_like_hub_name(name):
         files = _hub_files(name, download=False)
         if files:
@@ -268,18 +335,21 @@ def _hub_files(name: str, *, download: bool) -> dict[str, bytes]:
             return None
 
     try:
-        single, config = fetch(SINGLE), fetch(CONFIG)
-        pair = {} if single else {part: fetch(part) for part in ("vocab.json", "merges.txt")}
+        single = fetch(SINGLE)
+        side = {part: fetch(part) for part in SIDE_FILES}
+        others = {} if single else {part: fetch(part) for part in (*PAIRS[0], WORDPIECES)}
     except Exception as error:  # the client raises many unrelated classes; all mean that the hub is not usable
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise EnvironmentFault(
             f"hf:{name}: not downloaded, and the hub cannot be used ({reason}); "
             "download it on a machine with network access and give its folder"
         ) from None
-    found = {SINGLE: single, **pair, CONFIG: config}
+    found = {SINGLE: single, **others, **side}
     files = {part: content for part, content in found.items() if content is not None}
-    if SINGLE not in files and not {"vocab.json", "merges.txt"} <= files.keys():
+    if set(PAIRS[0]) <= files.keys():
+        files.pop(WORDPIECES, None)
+    elif not {SINGLE, WORDPIECES} & files.keys():
         if download:
-            raise DataError(f"hf:{name}: the repository has no tokenizer.json and no vocab.json + merges.txt")
+            raise DataError(f"hf:{name}: the repository has no tokenizer.json, vocab.json + merges.txt or vocab.txt")
         return {}
     return files

@@ -20,6 +20,7 @@ from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError, EnvironmentFault
 from megatron_lion.prepare.encoded import EncodedDocument
+from megatron_lion.prepare.long_texts import cut_text, divides_at_blanks
 from megatron_lion.prepare.sentence_encoder import SentenceEncoder
 from megatron_lion.prepare.sentences import SplitterName
 
@@ -63,15 +64,22 @@ class _WholeDocuments:
 
 
 class ReferenceEncoder(_WholeDocuments):
-    """Encoder that uses the `tokenizers` library through `Tokenizer`."""
+    """Encoder that uses the `tokenizers` library through `Tokenizer`, for long texts in parts if the ids stay equal."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = f"tokenizers {importlib.metadata.version('tokenizers')}"
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._in_parts = divides_at_blanks(tokenizer.definition)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """Returns the token ids of each text, arrays of shape (N,)."""
+        parts = [list(cut_text(text)) if self._in_parts else [text] for text in texts]
+        if all(len(each) == 1 for each in parts):
+            return self._encode(texts)
+        return [np.concatenate([self._encode([part])[0] for part in each]) for each in parts]
+
+    def _encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         return [np.array(ids, dtype=self._dtype) for ids in self._tokenizer.encode_batch(texts)]
 
 
@@ -93,9 +101,13 @@ class GigatokenEncoder(_WholeDocuments):
         self._source = tokenizer.source
         self._dtype = token_dtype(tokenizer.vocab_size)
         definition = tokenizer.definition
+        if not all(token["special"] for token in definition["added_tokens"]):
+            # Where added tokens overlap, or have flags such as `single_word`, version 0.10 finds others than the reference.
+            raise EnvironmentFault(
+                f"{self._source}: has added tokens, so gigatoken is not used; use --encoder tokenizers"
+            )
         # gigatoken would encode a marker inside a document as the special id; `Tokenizer` encodes it as text.
-        definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
-        self._definition = json.dumps(definition)
+        self._definition = json.dumps({**definition, "added_tokens": []})
         self._sample_every = sample_every
         self._seen = 0
         self._renew()

@@ -43,6 +43,29 @@ def test_gigatoken_is_token_identical_on_real_and_hard_text(shared_data: Path) -
     assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 
+def test_gigatoken_is_not_used_beside_added_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Version 0.10 finds others where they overlap or stand inside a word."""
+    pytest.importorskip("gigatoken", reason="gigatoken is optional and not installed")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special", "normalized"), False)
+    size = tokenizer.vocab_size
+    definition = tokenizer.definition
+    definition["added_tokens"] = [
+        {"id": size, "content": "    ", **flags, "normalized": True},
+        {"id": size + 1, "content": " <y>", **flags},
+        {"id": size + 2, "content": "url", **flags, "single_word": True},
+    ]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/tokenizer.json").write_text(json.dumps(definition), "utf-8")
+    loaded = load_tokenizer(tmp_path / "b")
+    texts = ["E    <y>url 12", "curly curls url", "the"]
+    encoder = build_encoder("auto", loaded)
+    assert [document.ids.tolist() for document in encoder.encode_documents(texts)] == loaded.encode_batch(texts)
+    assert encoder.name.startswith("tokenizers")
+    with pytest.raises(EnvironmentFault, match="has added tokens, so gigatoken is not used; use --encoder tokenizers"):
+        build_encoder("gigatoken", loaded)
+    assert build_encoder("auto", tokenizer).name.startswith("gigatoken")
+
+
 class Backend:
     """Stub of gigatoken's backend: gives wrong ids after `wrong_after` texts."""
 

@@ -101,6 +101,7 @@ def test_save_and_load_again(tmp_path: Path) -> None:
     assert {path.name for path in first.save(tmp_path / "b")} == {
         "vocab.json",
         "merges.txt",
+        "tokenizer.json",
         "tokenizer_config.json",
     }
     again = load_tokenizer(tmp_path / "b")
