@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from megatron_lion.prepare.pipeline import Manifest
 
-HELP = "convert text (jsonl, txt, parquet; plain or compressed) to a dataset folder of Megatron .bin/.idx files"
+HELP = "convert text (jsonl, json, txt, parquet, arrow; plain or compressed) to a dataset folder of Megatron .bin/.idx files"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -21,12 +21,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--tokenizer",
         type=str,
-        required=True,
+        default=None,
         metavar="PATH",
-        help="folder with vocab.json + merges.txt (GPT-2) or tokenizer.json, one of these files, or hf:NAME to "
-        "download it from Hugging Face's hub",
+        help="folder with vocab.json + merges.txt (GPT-2), vocab.txt (BERT) or tokenizer.json, one of these files, or "
+        "hf:NAME to download it from Hugging Face's hub; required without --list",
     )
-    add("--output", type=str, required=True, metavar="DIR", help="dataset folder to make")
+    add("--output", type=str, default=None, metavar="DIR", help="dataset folder to make; required without --list")
+    add("--list", action="store_true", help="only list the files that would be read, and count the others by kind")
     add("--split", type=str, default="99.9,0.05,0.05", help="relative shares of documents: train,valid,test")
     add("--seed", type=int, default=1234, help="seed of the hashes that determine a document's split")
     add("--workers", type=int, default=0, help="number of processes; 0 starts one for each core")
@@ -49,7 +50,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="sentence splitter for --task bert; punkt needs NLTK and its model, and is several times slower",
     )
     add("--append-eod", type=bool, default=True, help="true or false: end each document with the end-of-document token")
-    add("--json-key", type=str, default="text", help="key (jsonl) or column (parquet) of the text")
+    add(
+        "--json-key",
+        type=str,
+        default="text",
+        help="key (JSON) or column (table) of the text; meta.text is the key text inside meta",
+    )
     add(
         "--txt-documents",
         type=Literal["file", "blank-line"],
@@ -58,7 +64,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add(
         "--format",
-        type=Literal["auto", "jsonl", "txt", "parquet"],
+        type=Literal["auto", "jsonl", "txt", "parquet", "arrow"],
         default="auto",
         help="format of the input files; auto detects it by their endings",
     )
@@ -67,7 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="TOKEN",
-        help="end-of-document token; default: <|endoftext|>, else the tokenizer's eos_token",
+        help="end-of-document token; default: the tokenizer's eos_token, else <|endoftext|>",
     )
     add(
         "--encoder",
@@ -84,11 +90,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Prepares the dataset and prints a summary on stdout."""
-    from megatron_lion.errors import StoppedOnRequest
+    from megatron_lion.errors import ConfigError, StoppedOnRequest
     from megatron_lion.logs import only_last_resort
     from megatron_lion.prepare.pipeline import PrepareOptions, prepare
     from megatron_lion.prepare.progress import ConsoleProgress
 
+    if args.list:
+        sys.stdout.write(listing(args.input, args.format))
+        return
+    for name in ("tokenizer", "output"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name}: not given; it is required without --list")
     if only_last_resort():
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     options = PrepareOptions(
@@ -117,6 +129,22 @@ def run(args: Any) -> None:
     sys.stdout.write(summary(args.output, manifest))
 
 
+def listing(inputs: list[str], format: str) -> str:
+    """Returns the output of --list: size, format and path of each file that would be read, the total, and the notes.
+
+    Args:
+        inputs: files, folders or glob patterns.
+        format: as for `find_files.survey`, which also raises the errors.
+    """
+    from megatron_lion.prepare.find_files import survey
+
+    found = survey(inputs, format)
+    lines = [f"{file.bytes:>16,}  {file.format + file.compression:12}  {file.path}" for file in found.files]
+    total = sum(file.bytes for file in found.files)
+    lines.append(f"{total:>16,}  bytes in {len(found.files):,} files")
+    return "\n".join([*lines, *found.notes()]) + "\n"
+
+
 def summary(output: str, manifest: Manifest) -> str:
     """Returns a summary of the dataset in a few lines: splits, vocabulary, skipped and rejected lines."""
     lines = [f"{output}"]
@@ -133,7 +161,11 @@ def summary(output: str, manifest: Manifest) -> str:
         )
     if manifest.duplicate_documents:
         lines.append(f"  {manifest.duplicate_documents:,} documents repeat an earlier one")
-    for what, counts in (("skipped", manifest.skipped), ("rejected", manifest.rejected)):
+    for what, counts in (
+        ("skipped", manifest.skipped),
+        ("rejected", manifest.rejected),
+        ("files not read", manifest.unread_files),
+    ):
         if counts:
             lines.append(f"  {what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
     return "\n".join(lines) + "\n"

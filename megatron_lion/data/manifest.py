@@ -85,6 +85,7 @@ class Manifest:
         splits: files of each split by name; a split without documents is absent.
         sentences: for "bert", the number of sentences, of documents with a single sentence (training skips these,
             since a sample needs two) and of sentences that were divided because they were too long.
+        unread_files: number of files in the given folders that were not read, by kind (an ending, or the reason).
     """
 
     version: str
@@ -104,6 +105,7 @@ class Manifest:
     rejected: dict[str, int]
     splits: dict[str, SplitInfo]
     sentences: dict[str, int] = field(default_factory=dict)
+    unread_files: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Returns the manifest as JSON text with its format number and its own hash."""

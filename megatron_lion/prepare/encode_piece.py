@@ -24,11 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_lion.data.indexed_writer import token_dtype
+from megatron_lion.errors import DataError
 from megatron_lion.files import sha256_file, storage_errors, write_whole
 from megatron_lion.prepare.encoders import Encoder
+from megatron_lion.prepare.inputs import opened, reading
+from megatron_lion.prepare.lines import BadLine
+from megatron_lion.prepare.long_texts import text_parts
 from megatron_lion.prepare.pieces import Piece, ReadCount, ReadOptions, read_piece
 from megatron_lion.prepare.sentences import SplitterName
-from megatron_lion.prepare.splits import document_hash
+from megatron_lion.prepare.splits import document_digest, document_hash, hash_of
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
@@ -44,6 +48,7 @@ class EncodeSettings:
         seed: seed of the documents' hashes.
         vocab_size: number of token ids; determines the dtype of the tokens.
         splitter: sentence splitter if documents are stored as sentences (BERT), else None.
+        in_parts: whether a text file that is one document is encoded in parts (`long_texts.divides_at_blanks`).
     """
 
     read: ReadOptions
@@ -51,6 +56,11 @@ class EncodeSettings:
     seed: int
     vocab_size: int
     splitter: SplitterName | None = None
+    in_parts: bool = False
+
+    def reads_parts(self, piece: Piece) -> bool:
+        """Whether a piece is one text that is encoded in parts."""
+        return self.in_parts and piece.file.format == "txt" and self.read.txt_documents == "file"
 
 
 @dataclass(kw_only=True)
@@ -109,11 +119,17 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
     tokens_path = folder / f"{name}.tokens"
     documents = _Documents(settings)
     count, digest = ReadCount(), hashlib.sha256()
+    if settings.reads_parts(piece):
+        contents = documents.add_parts(piece, encoder, count)
+    else:
+        contents = (documents.add(batch, encoder, count) for batch in _batches(read_piece(piece, settings.read, count)))
     with storage_errors(tokens_path), open(tokens_path, "wb") as stream:
-        for batch in _batches(read_piece(piece, settings.read, count)):
-            content = documents.add(batch, encoder, count)
+        for content in contents:
             digest.update(content)
             stream.write(content)
+        if not documents:  # a text read in parts was blank or not UTF-8, so its tokens belong to no document
+            digest = hashlib.sha256()
+            stream.truncate(0)
     shard = documents.shard(name, digest.hexdigest(), count)
     if settings.read.on_error == "stop" and count.problems:
         with storage_errors(tokens_path, "removed"):
@@ -156,6 +172,43 @@ class _Documents:
             self._lengths.append(encoded.ids.size + self._end.size)
             parts += (encoded.ids, self._end)
         return np.concatenate(parts).tobytes() if parts else b""
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add_parts(self, piece: Piece, encoder: Encoder, count: ReadCount) -> Iterator[bytes]:
+        """Encodes and records a text file as one document, part by part; yields the bytes of its tokens.
+
+        Its length and hash are those of the whole document, of which only one part is in memory at a time.
+
+        Raises:
+            DataError: the file is damaged, or has more tokens than an int32 length can hold.
+        """
+        digest, length, size, blank = document_digest(self._seed), 0, 0, True
+        count.lines = 1
+        try:
+            with reading(piece.file.path), opened(piece.file) as (stream, _):
+                for text in text_parts(stream):
+                    utf8 = text.encode("utf-8")
+                    digest.update(utf8)
+                    size, blank = size + len(utf8), blank and text.isspace()
+                    (encoded,) = encoder.encode_documents([text])
+                    length += encoded.ids.size
+                    yield encoded.ids.tobytes()
+        except BadLine as bad:
+            count.reject(1, bad)
+            return
+        if blank:  # the rule of `checked_text`, which needs the whole text
+            count.skip("empty_document")
+            return
+        if length + self._end.size > np.iinfo(np.int32).max:
+            raise DataError(
+                f"{piece.file.path}: has {length:,} tokens, more than a document can have; divide it with --txt-documents blank-line"
+            )
+        self._text_bytes += size
+        self._hashes.append(hash_of(digest))
+        self._lengths.append(length + self._end.size)
+        yield self._end.tobytes()
 
     def to_bytes(self) -> bytes:
         """Returns the content of NAME.documents."""

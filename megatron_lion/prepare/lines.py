@@ -53,7 +53,7 @@ def text_of_line(line: bytes, key: str = "text") -> str:
 
     Args:
         line: bytes of the line, with or without its ending (LF or CR LF).
-        key: top-level key of the text.
+        key: key of the text; a key that the object does not have is divided at its dots and leads into inner objects.
 
     Raises:
         BadLine: the line breaks one of the module's rules.
@@ -74,10 +74,13 @@ def text_of_line(line: bytes, key: str = "text") -> str:
         raise BadLine("too_deep", f"nested more than {MAX_DEPTH} deep")
     if not isinstance(value, dict):
         raise BadLine("not_an_object", f'is {_name(value)}; an object {{"{key}": "…"}} is needed')
-    if key not in value:
-        keys = ", ".join(map(repr, list(value)[:5])) or "none"
-        raise BadLine("missing_key", f"no key {key!r} (its keys: {keys}); name the text's key with --json-key")
-    return checked_text(value[key], key)
+    found: Any = value
+    for name in [key] if key in value else key.split("."):
+        if not isinstance(found, dict) or name not in found:
+            keys = ", ".join(map(repr, list(value)[:5])) or "none"
+            raise BadLine("missing_key", f"no key {key!r} (its keys: {keys}); name the text's key with --json-key")
+        found = found[name]
+    return checked_text(found, key)
 
 
 def decode_utf8(data: bytes) -> str:

@@ -31,11 +31,11 @@ class PrepareOptions:
         workers: number of processes; 0 starts one for each usable core.
         on_error: "stop" at the first bad line, or "skip" and count bad lines.
         append_eod: whether the end-of-document token follows every document.
-        json_key: key (JSON lines) or column (Parquet) of the text.
+        json_key: key (JSON) or column (Parquet, Arrow) of the text; `a.b` is the key b inside a.
         txt_documents: "file" makes a text file one document, "blank-line" divides it at blank lines.
         task: "gpt" (one sequence for each document) or "bert" (one for each sentence, WordPiece).
         splitter: sentence splitter for "bert": "rules" or "punkt".
-        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet".
+        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow".
         eod_token: end-of-document token, if the tokenizer does not define it.
         encoder: "tokenizers", "gigatoken", or "auto" (gigatoken if it is installed); the ids are the same.
         overwrite: whether a dataset folder that differs is replaced.
@@ -67,7 +67,7 @@ class PrepareOptions:
         choices = {
             "on_error": ("stop", "skip"),
             "txt_documents": ("file", "blank-line"),
-            "format": ("auto", "jsonl", "txt", "parquet"),
+            "format": ("auto", "jsonl", "txt", "parquet", "arrow"),
             "encoder": ("auto", "tokenizers", "gigatoken"),
             "task": ("gpt", "bert"),
             "splitter": ("rules", "punkt"),

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import IO, Literal
 
 from megatron_lion.errors import DataError
-from megatron_lion.prepare.inputs import InputFile, find_inputs, opened, optional_package, reading
+from megatron_lion.prepare.find_files import TABLES, InputFile, find_inputs
+from megatron_lion.prepare.inputs import opened, reading
+from megatron_lion.prepare.json_values import HEAD_BYTES, holds_values, value_lines
 from megatron_lion.prepare.lines import BOM, BadLine, Skip, checked_text, decode_utf8, text_of_line
+from megatron_lion.prepare.tables import cut_table, table_texts
 
 MAX_LINE_BYTES = 1 << 29
 KEPT_PROBLEMS = 5
@@ -28,9 +31,11 @@ class Piece:
     Attributes:
         file: input file of the piece.
         number: number of the piece in the file, from 0.
-        start, end: range of (decompressed) bytes in which the piece's lines begin; for Parquet, of row groups.
-        data: the bytes of a piece of a compressed file, which can only be read from its beginning; else None.
+        start, end: range of (decompressed) bytes in which the piece's lines begin; of row groups for Parquet, of record
+            batches for Arrow.
+        data: the piece's lines if the file can only be read from its beginning, such as a compressed one; else None.
         stored_bytes: size of the piece in the stored file, for progress.
+        unit: what line numbers count: "line", "row" of a table, or "value" of JSON that is not JSON lines.
     """
 
     file: InputFile
@@ -39,6 +44,7 @@ class Piece:
     end: int
     data: bytes | None
     stored_bytes: int
+    unit: Literal["line", "row", "value"] = "line"
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class ReadOptions:
     """Settings for reading documents from files.
 
     Attributes:
-        json_key: key (JSON lines) or column (Parquet) of the text.
+        json_key: key (JSON) or column (Parquet, Arrow) of the text; `a.b` is the key b inside a.
         txt_documents: "file" if a text file is one document, "blank-line" if blank lines divide it.
         on_error: "stop" ends the reading at the first bad line, "skip" skips and counts bad lines.
     """
@@ -61,7 +67,7 @@ class ReadCount:
     """Counts of lines while reading.
 
     Attributes:
-        lines: number of lines (Parquet: rows) read.
+        lines: number of lines, rows or values read.
         skipped: number of lines skipped without an error, by kind.
         rejected: number of bad lines, by kind.
         problems: (line in the piece from 1, kind, description) of the first few bad lines.
@@ -87,7 +93,8 @@ def cut_pieces(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
     """Yields the pieces of one file, in order.
 
     Plain JSON lines are cut at byte offsets and read by the workers. Compressed ones are decompressed here, once, and
-    passed on as bytes. A text file is one piece. Parquet is cut at its row groups.
+    passed on as bytes. A text file is one piece. Parquet is cut at its row groups, Arrow at its record batches. JSON
+    that is an array, or objects over several lines, is passed on as one line for each value.
 
     Args:
         file: input file.
@@ -97,19 +104,33 @@ def cut_pieces(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
         DataError: the file is damaged or cannot be read.
     """
     with reading(file.path):
-        if file.format == "parquet":
-            table = optional_package("pyarrow.parquet", file.path).ParquetFile(file.path)
-            groups = table.num_row_groups
-            for number in range(groups):
-                yield Piece(file, number, number, number + 1, None, file.bytes // groups)
+        if file.format in TABLES:
+            for number, (start, end, stored) in enumerate(cut_table(file, piece_bytes)):
+                yield Piece(file, number, start, end, None, stored, "row")
         elif file.format == "txt":
             yield Piece(file, 0, 0, file.bytes, None, file.bytes)
+        elif _holds_values(file):
+            yield from _cut_values(file, piece_bytes)
         elif not file.compression:
             for number, start in enumerate(range(0, file.bytes, piece_bytes)):
                 end = min(start + piece_bytes, file.bytes)
                 yield Piece(file, number, start, end, None, end - start)
         else:
             yield from _cut_stream(file, piece_bytes)
+
+
+def _holds_values(file: InputFile) -> bool:
+    with opened(file) as (stream, _):
+        return holds_values(stream.read(HEAD_BYTES))
+
+
+def _cut_values(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
+    start = counted = 0
+    with opened(file) as (stream, stored):
+        for number, data in enumerate(value_lines(file.path, stream, piece_bytes)):
+            read = stored.tell()
+            yield Piece(file, number, start, start + len(data), data, read - counted, "value")
+            start, counted = start + len(data), read
 
 
 def _cut_stream(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
@@ -152,11 +173,11 @@ def read_piece(piece: Piece, options: ReadOptions, count: ReadCount) -> Iterator
         count: counts of lines; updated while reading.
 
     Raises:
-        DataError: the file is damaged, has a line of more than 512 MiB or, in Parquet, no string column of that name.
+        DataError: the file is damaged, has a line of more than 512 MiB or, in a table, no string column of that name.
         EnvironmentFault: a package for the format is not installed.
     """
-    if piece.file.format == "parquet":
-        candidates = _parquet_texts(piece, options)
+    if piece.file.format in TABLES:
+        candidates = _table_texts(piece, options)
     elif piece.file.format == "txt":
         candidates = _txt_texts(piece, options)
     else:
@@ -263,37 +284,26 @@ def _paragraph_text(lines: list[bytes]) -> str | Skip | BadLine:
         return reason
 
 
-def _parquet_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
-    path, key = piece.file.path, options.json_key
-    pyarrow = optional_package("pyarrow", path)
-    with reading(path):
-        table = optional_package("pyarrow.parquet", path).ParquetFile(path)
-        schema = table.schema_arrow
-        if key not in schema.names:
-            raise DataError(f"{path}: no column {key!r} (its columns: {', '.join(schema.names)}); give --json-key")
-        kind = schema.field(key).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-            raise DataError(f"{path}: column {key!r} holds {kind}, strings are needed; give another --json-key")
-        # Read as bytes and decoded here, since pyarrow does not check that strings are UTF-8.
-        column = table.read_row_group(piece.start, columns=[key]).column(key).cast(pyarrow.large_binary())
-    for number, data in enumerate((value for chunk in column.chunks for value in chunk.to_pylist()), start=1):
+def _table_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
+    values = table_texts(piece.file, piece.start, piece.end, options.json_key)
+    for number, data in enumerate(values, start=1):
         try:
-            yield number, checked_text(None if data is None else decode_utf8(data), key)
+            yield number, checked_text(None if data is None else decode_utf8(data), options.json_key)
         except (BadLine, Skip) as reason:
             yield number, reason
 
 
-def problem_message(path: Path, line: int, what: str, *, row: bool = False) -> str:
+def problem_message(path: Path, line: int, what: str, unit: str = "line") -> str:
     """Returns the message for a bad line: FILE:LINE, the error, and what to do.
 
     Args:
         path: input file.
-        line: number of the line (or row) in the file, from 1.
+        line: number of the line, row or value in the file, from 1.
         what: description of the error.
-        row: whether `line` is a row of a table.
+        unit: `Piece.unit` of the piece.
     """
-    where = f"{path}: row {line}" if row else f"{path}:{line}"
-    return f"{where}: {what}; fix it, or skip such {'rows' if row else 'lines'} with --on-error skip"
+    where = f"{path}:{line}" if unit == "line" else f"{path}: {unit} {line}"
+    return f"{where}: {what}; fix it, or skip such {unit}s with --on-error skip"
 
 
 def read_documents(
@@ -317,8 +327,7 @@ def read_documents(
             yield from read_piece(piece, options, part)
             for line, kind, what in part.problems:
                 if options.on_error == "stop":
-                    row = file.format == "parquet"
-                    raise DataError(problem_message(file.path, lines_before + line, what, row=row))
+                    raise DataError(problem_message(file.path, lines_before + line, what, piece.unit))
                 if len(count.problems) < KEPT_PROBLEMS:
                     count.problems.append((lines_before + line, kind, what))
             lines_before += part.lines

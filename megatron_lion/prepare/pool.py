@@ -87,8 +87,7 @@ class Collector:
             path = piece.file.path
             if self._stop and shard.read.problems:
                 line, _, what = shard.read.problems[0]
-                row = piece.file.format == "parquet"
-                raise DataError(problem_message(path, lines_before.get(path, 0) + line, what, row=row))
+                raise DataError(problem_message(path, lines_before.get(path, 0) + line, what, piece.unit))
             lines_before[path] = lines_before.get(path, 0) + shard.read.lines
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.prepare.encode_piece import EncodeSettings
 from megatron_lion.prepare.encoders import Encoder
-from megatron_lion.prepare.inputs import InputFile
-from megatron_lion.prepare.pieces import ReadCount, cut_pieces, read_piece
+from megatron_lion.prepare.find_files import TABLES, InputFile
+from megatron_lion.prepare.inputs import opened, reading
+from megatron_lion.prepare.lines import BadLine
+from megatron_lion.prepare.long_texts import text_parts
+from megatron_lion.prepare.pieces import Piece, ReadCount, cut_pieces, read_piece
 
 _SAMPLE_BYTES = 1 << 18
 # Used if the beginning of a compressed file does not show its ratio: English text shrinks to about a quarter.
-_USUAL_COMPRESSION = 4.0
+USUAL_COMPRESSION = 4.0
 _FIXED_BYTES = 1 << 22
 
 
@@ -53,7 +57,7 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
     characters = 0
     # The estimate skips bad lines; the preparation itself reports them with their line numbers.
     lenient = dataclasses.replace(settings.read, on_error="skip")
-    for text in read_piece(piece, lenient, ReadCount()):
+    for text in _texts(piece, dataclasses.replace(settings, read=lenient)):
         texts.append(text[:_SAMPLE_BYTES])
         characters += len(texts[-1])
         if characters >= _SAMPLE_BYTES:
@@ -63,11 +67,19 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
     seconds = time.monotonic() - began
     sample_bytes = max(sum(len(text.encode("utf-8")) for text in texts), 1)
     growth = 1.0
-    if file.compression or file.format == "parquet":
+    if file.compression or file.format in TABLES:
         known = piece.data is not None and piece.stored_bytes > 0
-        growth = (piece.end - piece.start) / piece.stored_bytes if known else _USUAL_COMPRESSION
+        growth = (piece.end - piece.start) / piece.stored_bytes if known else USUAL_COMPRESSION
     scale = sum(each.bytes for each in files) * growth / sample_bytes
     tokens, documents = num_tokens * scale, len(texts) * scale
     # Tokens and documents are stored in shards (12 bytes a document) and merged (20); 10 % more for the rest of the text.
     peak = 1.1 * (2 * tokens * token_dtype(settings.vocab_size).itemsize + 32 * documents)
     return Estimate(tokens, int(peak) + _FIXED_BYTES, seconds * scale)
+
+
+def _texts(piece: Piece, settings: EncodeSettings) -> Iterator[str]:
+    if not settings.reads_parts(piece):
+        yield from read_piece(piece, settings.read, ReadCount())
+        return
+    with suppress(BadLine), reading(piece.file.path), opened(piece.file) as (stream, _):
+        yield from text_parts(stream)

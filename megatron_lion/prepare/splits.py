@@ -41,7 +41,19 @@ def parse_split(text: str | Sequence[float]) -> tuple[float, float, float]:
 
 def document_hash(utf8: bytes, seed: int) -> int:
     """Returns the 64-bit hash that determines a document's split: the first 8 bytes of SHA-256 over seed and text."""
-    return int.from_bytes(hashlib.sha256(b"%d\0" % seed + utf8).digest()[:8], "little")
+    digest = document_digest(seed)
+    digest.update(utf8)
+    return hash_of(digest)
+
+
+def document_digest(seed: int) -> hashlib._Hash:
+    """Returns a new digest of a document, to which its UTF-8 bytes are added in any number of parts."""
+    return hashlib.sha256(b"%d\0" % seed)
+
+
+def hash_of(digest: hashlib._Hash) -> int:
+    """Returns a document's 64-bit hash from its complete digest."""
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, float]) -> npt.NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from megatron_lion.errors import ConfigError, DataError, EnvironmentFault
-from megatron_lion.prepare.inputs import find_inputs
+from megatron_lion.prepare.find_files import find_inputs
 from megatron_lion.prepare.lines import BadLine, Skip, text_of_line
 from megatron_lion.prepare.pieces import ReadCount, ReadOptions, cut_pieces, read_documents, read_piece
 
@@ -167,6 +167,49 @@ def test_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"a\.parquet: damaged"):
         list(read_documents([tmp_path]))
+
+
+def xz_pair(one: bytes, other: bytes) -> bytes:
+    """Two .xz streams with the padding that the format allows after each."""
+    return lzma.compress(one) + bytes(8) + lzma.compress(other) + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress", "pair"),
+    [
+        (".gz", gzip.compress, None), (".zst", zst, None), (".xz", lzma.compress, None), (".xz", lzma.compress, xz_pair),
+        (".bz2", bz2.compress, None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("rest", [b"junk", b"\x00\x00\x00x", b"more than one header of any format " * 3])
+def test_bytes_after_the_compressed_data_are_damage(
+    tmp_path: Path, ending: str, compress: Callable[[bytes], bytes], pair: Any, rest: bytes
+) -> None:
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in ("one", "two" * 100_000)]
+    both = pair(*lines) if pair else b"".join(map(compress, lines))
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(both)
+    assert list(read_documents([path])) == ["one", "two" * 100_000]
+    for data in (both + rest, compress(lines[0]) + rest + compress(lines[1])):
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=rf"a\.jsonl{ending}: damaged or cut short: .*; download it again"):
+            list(read_documents([path]))
+
+
+def test_padding_of_xz_is_a_multiple_of_four_bytes(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.txt.xz", lzma.compress(b"one")
+    for zeros in range(1, 9):
+        path.write_bytes(data + bytes(zeros))
+        if zeros % 4:
+            with pytest.raises(
+                DataError,
+                match=f"damaged or cut short: the number of zero bytes after .*, {zeros}, is no multiple of 4",
+            ):
+                list(read_documents([path]))
+        else:
+            assert list(read_documents([path])) == ["one"]
+    path.write_bytes(data + bytes(4 * 100_000) + lzma.compress(b" two"))
+    assert list(read_documents([path])) == ["one two"]
 
 
 def test_files_folders_and_patterns(tmp_path: Path) -> None:

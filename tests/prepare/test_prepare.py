@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from megatron_lion.config import DataConfig, ModelConfig
+from megatron_lion.data.corpora import open_corpora
 from megatron_lion.data.indexed_writer import check_indexed
 from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import load_tokenizer
@@ -274,3 +276,26 @@ def test_split_shares_are_met() -> None:
     for bad in ("", "1,2,3,4", "-1,2", "0,0,0", "a,b", "nan", "inf"):
         with pytest.raises(ConfigError, match=r"99\.9,0\.05,0\.05"):
             parse_split(bad)
+
+
+def test_a_dataset_of_fewer_documents_than_splits_names_the_remedy(
+    tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One text file is one document: a larger share of the split cannot help."""
+    (tmp_path / "my.txt").write_text("a chapter\n\nof a book\n\nthat ends\n" * 9)
+    one, more = tmp_path / "one", tmp_path / "more"
+    prepare(PrepareOptions(inputs=[tmp_path / "my.txt"], tokenizer=tokenizer, split="8,1,1", output=one))
+    assert "with --txt-documents blank-line each paragraph is one" in caplog.text
+    caplog.clear()
+    model = ModelConfig(seq_length=16)
+    with pytest.raises(
+        DataError, match=r"split is empty, because the dataset has 1 document; .* --txt-documents blank-line"
+    ):
+        open_corpora(DataConfig(path=[str(one)]), model)
+    prepare(
+        PrepareOptions(
+            inputs=[tmp_path / "my.txt"], tokenizer=tokenizer, split="8,1,1", output=more, txt_documents="blank-line"
+        )
+    )
+    assert "blank-line" not in caplog.text
+    assert open_corpora(DataConfig(path=[str(more)]), model).train_tokens > 0
