@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -216,5 +218,22 @@ def one_line(message: str) -> str:
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
     text = re.sub(r"Expected an? ", "expected ", text).replace("Expected ", "expected ").replace("NoneType", "null")
     text = re.sub(r"\. Got value: ", ", given ", text)
+    listed = re.search(r"expected list, given ([^\[{].*)$", text)
+    if listed:
+        text += f"; write a list in brackets: {_in_brackets(listed[1])}"
+    if re.search(r"expected str, given \{", text):
+        text += "; put text that contains ': ' in quotes"
     unknown = re.search(r"(?:[Uu]nrecognized arguments?:|[Kk]ey|Option) ['\"]?(?:--)?([\w.]+)['\"]?", text)
     return text + suggestion(unknown[1]) if unknown else text
+
+
+def _in_brackets(text: str) -> str:
+    """Returns how to write one value as a list on a shell's command line, in quotes if YAML reads it otherwise."""
+    plain, quoted = (shlex.quote(f"[{item}]") for item in (text, json.dumps(text, ensure_ascii=False)))
+    try:
+        read = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError:
+        return quoted
+    if read == [text] or not any(isinstance(item, str) for item in read):  # or numbers
+        return plain
+    return f"{quoted}, or {plain} for several values" if "," in text else quoted

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.indexed_check import IndexedInfo, check_indexed, rebuild_hint, with_ending
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.data.manifest import SPLITS, Manifest, read_manifest
-from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer, load_tokenizer_of
 from megatron_lion.errors import ConfigError, DataError
 
 DATA_KINDS = {"gpt2": "gpt", "bert": "bert"}
@@ -68,6 +70,9 @@ def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
             "data.path: no dataset given; make one with `megatron-lion prepare` and pass --data.path '[FOLDER]'"
         )
     paths = [Path(path) for path in data.path]
+    _check_commas(data.path)
+    for path in paths:
+        _check_there(path)
     folders = [path for path in paths if (path / MANIFEST_NAME).is_file()]
     if folders and len(folders) != len(paths):
         other = next(path for path in paths if path not in folders)
@@ -75,6 +80,55 @@ def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
             f"data.path: {other} has no {MANIFEST_NAME} while {folders[0]} is a prepared dataset folder; give only folders or only prefixes"
         )
     return _open_folders(paths, data, model) if folders else _open_prefixes(paths, data, model)
+
+
+def _check_commas(paths: Sequence[str]) -> None:
+    """Detects one path with a comma that was parsed as two paths.
+
+    Raises:
+        ConfigError: two consecutive paths do not exist, but the two joined by a comma do.
+    """
+    for one, other in itertools.pairwise(paths):
+        for whole in (f"{one},{other}", f"{one}, {other}"):
+            if not _is_there(one) and not _is_there(other) and _is_there(whole):
+                raise ConfigError(
+                    f"data.path: neither {one} nor {other} exists, but {whole} does: a comma separates two paths; quote the path: "
+                    f"--data.path '[\"{whole}\"]'"
+                )
+
+
+def _check_there(path: Path) -> None:
+    """Rejects a path that is neither a dataset folder nor the prefix of a .bin/.idx pair.
+
+    Raises:
+        DataError: the path does not exist or is something else; the message names what was found and what to give.
+    """
+    pair = any(with_ending(path, ending).exists() for ending in (".bin", ".idx"))
+    if (path / MANIFEST_NAME).is_file() or path.suffix in (".bin", ".idx") or pair:
+        return
+    if path.is_file():
+        raise DataError(
+            f"data.path: {path} is a file; training reads a dataset: make one with `megatron-lion prepare --input {shlex.quote(str(path))} "
+            "--tokenizer PATH --output DIR`, and give DIR"
+        )
+    if path.is_dir():
+        pairs = sorted(one.with_suffix("") for one in path.glob("*.idx"))
+        remedy = f"the prefix of one of its pairs, such as {pairs[0]}" if pairs else "a folder that has one"
+        raise DataError(
+            f"data.path: {path} has no {MANIFEST_NAME}, so `megatron-lion prepare` did not make it; give {remedy}"
+        )
+    if (path.parent / MANIFEST_NAME).is_file():
+        raise DataError(
+            f"data.path: {path} does not exist; {path.parent} is a dataset folder; give it, or the prefix of one of its splits"
+        )
+    raise DataError(
+        f"data.path: there is neither a folder {path} nor {path}.idx; give a folder that `megatron-lion prepare` made, or the prefix of "
+        "a pair of .bin and .idx files"
+    )
+
+
+def _is_there(path: str) -> bool:
+    return Path(path).exists() or with_ending(path, ".idx").exists()
 
 
 def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -> Corpora:
@@ -99,11 +153,16 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
             infos[prefix] = check_indexed(prefix)
     for split in SPLITS:
         if len(prefixes[split]) != len(paths):
+            lacking = next(number for number, manifest in enumerate(manifests) if split not in manifest.splits)
+            count = sum(info.documents for info in manifests[lacking].splits.values())
             raise DataError(
-                f"{paths[0]}: the {split} split is empty; prepare again with a larger share for it (--split)"
+                f"{paths[lacking]}: the {split} split is empty, because the dataset has {count} document{'s' if count > 1 else ''}; "
+                "prepare it again with --txt-documents blank-line, which divides text files at blank lines"
+                if count < len(SPLITS)
+                else f"{paths[lacking]}: the {split} split is empty; prepare it again with a larger share for it (--split)"
             )
     vocab_size = _check_vocab_size(model, manifests[0].tokenizer.vocab_size, f"{paths[0]}/{MANIFEST_NAME}")
-    tokenizer = load_tokenizer(data.tokenizer or paths[0] / "tokenizer")
+    tokenizer = load_tokenizer_of(manifests[0].tokenizer.sha256, data.tokenizer or paths[0] / "tokenizer")
     if tokenizer.sha256 != manifests[0].tokenizer.sha256:
         raise DataError(
             f"data.tokenizer: {data.tokenizer} has hash {tokenizer.sha256[:12]}, the data in {paths[0]} was made with "

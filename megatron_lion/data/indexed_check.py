@@ -4,7 +4,8 @@ PREFIX.bin contains the token ids of all sequences one after another. PREFIX.idx
 
     9 bytes  magic b"MMIDIDX\\0\\0"
     uint64   version, 1
-    uint8    dtype of the ids: 8 = uint16 (vocabularies below 65,500), 4 = int32
+    uint8    dtype of the ids: 8 = uint16 (vocabularies below 65,500), 4 = int32; other tools also write 1 = uint8,
+             2 = int8, 3 = int16, 5 = int64
     uint64   S, number of sequences
     uint64   D, number of document boundaries = documents + 1
     int32    lengths[S], in tokens
@@ -35,6 +36,9 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
+"""The dtypes that this project writes, by Megatron's code."""
+READABLE_CODES = {**DTYPE_CODES, 1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 5: np.dtype("<i8")}
+"""All integer dtypes that Megatron reads."""
 UINT16_VOCAB_LIMIT = 65500
 _SCAN_TOKENS = 1 << 22
 
@@ -138,8 +142,14 @@ def with_ending(prefix: str | Path, ending: str) -> Path:
 
 
 def rebuild_hint(prefix: str | Path) -> str:
-    """Returns the command that makes the files of `prefix` again, for messages."""
+    """Returns the remedy for damaged files of `prefix`, for messages: a prepare command only if a manifest lists them.
+
+    Raises:
+        DataError: the manifest beside them cannot be read.
+    """
     folder = Path(prefix).parent
+    if _listed(Path(prefix)) is None:
+        return "copy it again, or make it again with the tool that wrote it"
     return f"make it again: megatron-lion prepare --input FILE --tokenizer PATH --output {folder} --overwrite"
 
 
@@ -171,6 +181,8 @@ def check_indexed(prefix: str | Path, rebuild: str | None = None) -> IndexedInfo
         num_tokens = _check_index(index, dtype, num_sequences, num_boundaries, idx_path, again)
     except OSError as error:
         raise DataError(f"{error.filename or prefix}: cannot be read: {error.strerror}") from None
+    if num_tokens == 0:
+        raise DataError(f"{idx_path}: contains no tokens, only empty sequences ({num_sequences}); {again}")
     # Megatron does not compare the two: from a short .bin, read without mmap, it returns uninitialised memory as tokens.
     needed = num_tokens * dtype.itemsize
     if bin_bytes != needed:
@@ -207,17 +219,23 @@ def _read_header(index: bytes, idx_path: Path, bin_path: Path, again: str) -> tu
         raise DataError(f"{idx_path}: does not begin with MMIDIDX; {said}; {again}")
     if version != VERSION:
         raise DataError(f"{idx_path}: index version {version}; version {VERSION} is needed; {again}")
-    if code not in DTYPE_CODES:
-        raise DataError(f"{idx_path}: dtype code {code}; 8 (uint16) or 4 (int32) is needed; {again}")
+    if code not in READABLE_CODES:
+        kinds = ", ".join(f"{number} ({dtype.name})" for number, dtype in sorted(READABLE_CODES.items()))
+        raise DataError(f"{idx_path}: dtype code {code}; one of {kinds} is needed; {again}")
     if num_sequences == 0 or num_boundaries < 2:
         raise DataError(f"{idx_path}: holds no documents; {again}")
     expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
+    if len(index) == expected + num_sequences:
+        raise DataError(
+            f"{idx_path}: has a mode for each sequence, as Megatron writes for multimodal data; this project reads only text; write the "
+            "text without modes"
+        )
     if len(index) != expected:
         raise DataError(
             f"{idx_path}: {len(index)} bytes, but its header ({num_sequences} sequences, "
             f"{num_boundaries - 1} documents) needs {expected}: truncated or damaged; {again}"
         )
-    return DTYPE_CODES[code], num_sequences, num_boundaries
+    return READABLE_CODES[code], num_sequences, num_boundaries
 
 
 def _check_index(

@@ -45,7 +45,9 @@ def write_pair(prefix: Path, lengths: list[int], boundaries: list[int], tokens: 
 )
 def test_document_boundaries_out_of_order_are_refused(tmp_path: Path, boundaries: list[int]) -> None:
     write_pair(tmp_path / "a", [3, 1, 2, 5], boundaries)
-    message = r"a\.idx: document boundaries do not run from 0 to 4: damaged; make it again: megatron-lion prepare"
+    message = (
+        r"a\.idx: document boundaries do not run from 0 to 4: damaged; copy it again, or make it again with the tool"
+    )
     with pytest.raises(DataError, match=message):
         check_indexed(tmp_path / "a")
 
@@ -161,12 +163,19 @@ def test_negative_ids_are_refused_before_a_step_reads_them(tmp_path: Path) -> No
         next(batches)
 
 
-def test_documents_without_a_token_are_too_little_data(tmp_path: Path) -> None:
-    """The message describes the text, not the failure in megatron-core."""
+def test_a_part_of_empty_documents_is_too_little_data(tmp_path: Path) -> None:
+    """For such a part Megatron would loop without end. Only the first half of the documents has tokens."""
+    write_pair(tmp_path / "a", [9, 9, 0, 0], [0, 1, 2, 3, 4])
+    for split, begin in (("50,50,0", 50), ("0,50,50", 50)):
+        corpora = open_corpora(DataConfig(path=[str(tmp_path / "a")], split=split), MODEL)
+        with pytest.raises(DataError, match=rf"too little data: none of its 4 documents is in the part from {begin}"):
+            build_datasets(corpora, MODEL, (1, 1, 0), seed=1, cache=tmp_path / "cache")
+
+
+def test_a_pair_without_a_token_is_refused_when_it_is_opened(tmp_path: Path) -> None:
     write_pair(tmp_path / "a", [0, 0, 0], [0, 1, 2, 3])
-    corpora = open_corpora(DataConfig(path=[str(tmp_path / "a")], split="100,0,0"), MODEL)
-    with pytest.raises(DataError, match="too little data: none of its 3 documents"):
-        build_datasets(corpora, MODEL, (8, 0, 0), seed=1, cache=tmp_path / "cache")
+    with pytest.raises(DataError, match=r"a\.idx: contains no tokens, only empty sequences \(3\)"):
+        open_corpora(DataConfig(path=[str(tmp_path / "a")], split="100,0,0"), MODEL)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 256, 65_499, 65_500, 65_501, 65_536, 250_000])

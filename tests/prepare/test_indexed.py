@@ -127,7 +127,7 @@ def test_nothing_is_left_of_a_failed_write(tmp_path: Path, monkeypatch: pytest.M
         (".idx", lambda data: data + b"\0", "truncated or damaged"),
         (".idx", lambda data: b"X" + data[1:], "does not begin with MMIDIDX"),
         (".idx", lambda data: data[:9] + b"\2" + data[10:], "index version 2"),
-        (".idx", lambda data: data[:17] + b"\5" + data[18:], "dtype code 5"),
+        (".idx", lambda data: data[:17] + b"\6" + data[18:], "dtype code 6"),
         (".idx", lambda data: data[:18] + b"\xff" * 8 + data[26:], "truncated or damaged"),
         (".bin", lambda data: data[: len(data) // 2], "truncated, or of another dataset"),
         (".bin", lambda data: b"", "truncated, or of another dataset"),
@@ -141,8 +141,42 @@ def test_damage_is_named_with_the_remedy(tmp_path: Path, ending: str, change, sa
         check_indexed(tmp_path / "a.bin")
     assert said in str(caught.value)
     assert str(path) in str(caught.value)
-    assert "megatron-lion prepare" in str(caught.value)
+    assert "make it again with the tool that wrote it" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["uint8", "int8", "int16", "int64", "int32"])
+def test_integer_dtypes_of_other_tools_are_read(tmp_path: Path, name: str) -> None:
+    """Megatron-Core's builder writes the files, with a dtype that does not depend on the vocabulary."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.dtype(name).type)
+    for document in ([5, 6, 7], [], [100]):
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(str(tmp_path / "a.idx"))
+    info = check_indexed(tmp_path / "a")
+    assert (info.dtype, info.num_documents, info.num_tokens, info.token_range) == (np.dtype(name), 3, 4, (5, 100))
+    dataset = IndexedDataset(str(tmp_path / "a"))  # a reference is kept: its deletion unmaps the file under its arrays
+    assert dataset[0].tolist() == [5, 6, 7]
+
+
+def test_multimodal_and_empty_pairs_are_named(tmp_path: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.uint16, multimodal=True)
+    builder.add_item(torch.tensor([1, 2]), 1)
+    builder.add_item(torch.tensor([3]), 0)
+    builder.end_document()
+    builder.finalize(str(tmp_path / "a.idx"))
+    with pytest.raises(DataError, match="a mode for each sequence"):
+        check_indexed(tmp_path / "a")
+    builder = IndexedDatasetBuilder(str(tmp_path / "b.bin"), dtype=np.uint16)
+    builder.add_document(torch.tensor([], dtype=torch.int64), [0])
+    builder.finalize(str(tmp_path / "b.idx"))
+    with pytest.raises(DataError, match=r"no tokens, only empty sequences \(1\)"):
+        check_indexed(tmp_path / "b")
 
 
 def test_missing_and_swapped_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from megatron_lion.cli import main
 from megatron_lion.config import DataConfig, ModelConfig
+from megatron_lion.configfile import load_config
 from megatron_lion.data.corpora import open_corpora
 from megatron_lion.data.datasets import _parts_in_use, build_datasets, micro_batches, sample_ids
 from megatron_lion.data.indexed_writer import IndexedWriter
@@ -274,3 +277,42 @@ def test_training_tokens_are_the_first_share_of_all(tmp_path: Path) -> None:
     total = open_corpora(DataConfig(path=[path], split="1,0,0"), MODEL).train_tokens
     assert total == np.fromfile(f"{path}.bin", dtype=np.uint16).size
     assert open_corpora(DataConfig(path=[path], split="50,25,25"), MODEL).train_tokens == total // 2
+
+
+def test_a_path_that_a_comma_divided_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    with pytest.raises(ConfigError, match=r"a comma separates two paths; quote the path: --data.path '\[\".*a,b\"\]'"):
+        open_corpora(DataConfig(path=[str(tmp_path / "a"), "b"]), MODEL)
+
+
+@pytest.mark.parametrize("path", ["c/a", "c/a,b/ds", "c/[a", "it's", "c/a # b", "c, d"])
+def test_the_advised_list_has_the_path_alone(path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The words are read as a shell reads them."""
+    (tmp_path / "empty.yaml").write_text("seed: 1\n")
+    assert main(["pretrain", "--data.path", path, "--run_dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "data.path: expected list" in error
+    advised = shlex.split(error.split("in brackets: ")[1].split(", or ")[0])
+    assert load_config(tmp_path / "empty.yaml", ["--data.path", *advised]).data.path == [path]
+    assert ("for several values" in error) == ("," in path)
+
+
+def test_a_path_that_is_no_dataset_is_described(tmp_path: Path) -> None:
+    """No message suggests a command that overwrites an intact folder."""
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "prepared" / "manifest.json").write_text("{}")
+    (tmp_path / "my text.txt").write_text("some words")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pairs").mkdir()
+    tiny.write_corpus(tmp_path / "pairs" / "one")
+    wanted = {
+        "nothing": r"there is neither a folder .*/nothing nor .*/nothing\.idx; give a folder that `megatron-lion prepare` made",
+        "prepared/owt": r"/prepared/owt does not exist; .*/prepared is a dataset folder; give it",
+        "my text.txt": r"my text\.txt is a file; .* `megatron-lion prepare --input '.*/my text\.txt' --tokenizer PATH --output DIR`",
+        "empty": r"empty has no manifest\.json, so `megatron-lion prepare` did not make it; give a folder that has one$",
+        "pairs": r"give the prefix of one of its pairs, such as .*/pairs/one$",
+    }
+    for name, message in wanted.items():
+        with pytest.raises(DataError, match=message) as caught:
+            open_corpora(DataConfig(path=[str(tmp_path / name)]), MODEL)
+        assert "--overwrite" not in str(caught.value)
