@@ -31,6 +31,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", type=str, default=None, metavar="FOLDER", help="tokenizer to use instead of the folder's own"
     )
+    parser.add_argument(
+        "--check",
+        type=bool,
+        default=True,
+        help="true or false: check that transformers computes the same logits before the run folder gets its name",
+    )
     add_run_config(parser)
 
 
@@ -53,7 +59,7 @@ def run(args: Any) -> None:
     check_config(replace(config, parallel=ParallelConfig()), 1)  # the layout is chosen by the later training job
     from megatron_lion.interop.hf_import import import_folder
 
-    done = import_folder(source, config, tokenizer=args.tokenizer)
+    done = import_folder(source, config, tokenizer=args.tokenizer, check=args.check)
     model = done.model
     for name in (field.name for field in fields(ModelConfig)):
         given, found = getattr(config.model, name), getattr(model, name)
@@ -63,6 +69,6 @@ def run(args: Any) -> None:
     data = "" if config.data.path else " --data.path '[DATASET]'"
     sys.stdout.write(
         f"{done.run_dir}: {model.kind}, {model.num_layers} layers, width {model.hidden_size}, {model.seq_length} positions\n"
-        f"  evaluate  megatron-lion evaluate {folder} --wikitext103 FILE\n"
+        f"  evaluate  megatron-lion evaluate {folder} {'--wikitext103 FILE' if model.kind == 'gpt2' else '--fill-mask TEXT'}\n"
         f"  train     megatron-lion pretrain --config {folder}/config.yaml{data}\n"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +12,9 @@ from torch import Tensor
 
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import CheckpointError, MegatronLionError
+from megatron_lion.evaluate.hf_files import model_sha256, unread_weights, weight_files
 from megatron_lion.evaluate.token_scores import LogitsScorer
-from megatron_lion.files import sha256_file
-from megatron_lion.plain_text import is_file_name
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+from megatron_lion.streams import say
 
 
 class HuggingFaceModel:
@@ -47,9 +43,9 @@ class HuggingFaceModel:
         """Does nothing: `open_huggingface` has loaded the weights."""
 
     def state_sha256(self, step: int) -> str:
-        """Returns the SHA-256 of the weights' file, or of the names and digests of all files if there are several."""
+        """Returns one SHA-256 over the weight files and config.json, which determine the logits."""
         if self._sha256 is None:
-            self._sha256 = _weights_sha256(self.folder)
+            self._sha256 = model_sha256(self.folder)
         return self._sha256
 
     def scorer(self) -> LogitsScorer:
@@ -66,31 +62,6 @@ class HuggingFaceModel:
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Returns the values unchanged, because there is one process."""
         return values
-
-
-def _weights_sha256(folder: Path) -> str:
-    """Identifies the weights of a folder by their content; the index alone names files and not what is in them.
-
-    Raises:
-        CheckpointError: the index is damaged, or names something else than files of this folder.
-    """
-    single, index = (folder / name for name in WEIGHTS)
-    if single.is_file():  # transformers prefers it, too
-        return sha256_file(single)
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if not is_file_name(name)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: damaged ({error}); copy the folder again") from None
-    if outside:
-        raise CheckpointError(f"{index}: names {outside[0]!r}, which is no file of this folder")
-    digest = hashlib.sha256()
-    try:
-        for name in (index.name, *names):
-            digest.update(f"{sha256_file(folder / name)}  {name}\n".encode())
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}); copy the folder again") from None
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -116,22 +87,29 @@ def open_huggingface(
     from transformers.utils import logging as transformers_logging
 
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise CheckpointError(f"{folder}: no {WEIGHTS[0]}; convert the weights to safetensors first")
+    weight_files(folder)  # raises if there are none
+    if (note := unread_weights(folder)) is not None:
+        say(note)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         config = GPT2Config.from_pretrained(folder, local_files_only=True)
         model, notes = GPT2LMHeadModel.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True, use_safetensors=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except MegatronLionError:  # a stop signal
         raise
     except Exception as error:  # transformers raises many unrelated classes for files that it rejects
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{folder}: not a GPT-2 model that transformers can load: {reason}") from None
-    if config.model_type != "gpt2" or notes["missing_keys"] or notes["mismatched_keys"]:
+    for name, stored, needed in sorted(notes["mismatched_keys"]):  # transformers' own error does not name them
+        raise CheckpointError(
+            f"{folder}: {name} has shape {tuple(stored)}, but config.json gives {tuple(needed)}; use the weights and the config.json "
+            "of one model"
+        )
+    if config.model_type != "gpt2" or notes["missing_keys"]:
         missing = ", ".join(sorted(map(str, notes["missing_keys"]))[:3]) or config.model_type
         raise CheckpointError(
             f"{folder}: not a complete GPT-2 language model (missing weights, or the model type: {missing})"

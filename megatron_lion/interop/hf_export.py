@@ -6,7 +6,6 @@ same logits as this project's network. Only then is the folder renamed.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,16 @@ from typing import Any
 import torch
 
 from megatron_lion.data.tokenizers import Tokenizer
-from megatron_lion.errors import CheckpointError, ConfigError, StorageError
+from megatron_lion.errors import ConfigError, StorageError
+from megatron_lion.evaluate.hf_files import SINGLE
 from megatron_lion.evaluate.open_run import RestoredRun
 from megatron_lion.files import storage_errors, sync_file, write_whole
 from megatron_lion.folder_swap import replace_folder, work_folder
-from megatron_lion.interop.hf_folder import SINGLE, shape_of, write_model_config
+from megatron_lion.interop.hf_folder import CLASSES, shape_of, write_model_config
+from megatron_lion.interop.logit_check import compare_logits
 from megatron_lion.interop.model_card import model_card
 from megatron_lion.interop.weight_names import to_huggingface
 from megatron_lion.runs.folder import write_json
-
-LOGIT_TOLERANCE = 1e-5
-"""Largest allowed difference of two fp32 logits over the largest logit; the two networks add in different orders."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,10 @@ def export_checkpoint(
     with work_folder(output) as temporary:
         with storage_errors(output):
             _write(run, step, manifest, weights, str(stored).removeprefix("torch."), temporary)
-        difference = _compare_logits(run, temporary, stored) if check else None
+        difference = None
+        if check:
+            run.round_weights(stored)  # both networks compute in fp32 on the values in the file
+            difference = compare_logits(run, temporary, CLASSES[run.config.model.kind], output)
         replace_folder(temporary, output)
     return Export(output, step, num_parameters, str(stored).removeprefix("torch."), difference)
 
@@ -121,46 +122,3 @@ def huggingface_special_ids(tokenizer: Tokenizer, kind: str) -> dict[str, int | 
         return {"pad": tokenizer.backend.token_to_id("[PAD]")}
     end = tokenizer.backend.token_to_id(tokenizer.eod_token) if tokenizer.eod_token is not None else None
     return {"bos": end, "eos": end}
-
-
-@torch.no_grad()
-def _compare_logits(run: RestoredRun, folder: Path, stored: torch.dtype) -> float:
-    """Returns the largest difference between this network's logits and transformers', over the largest logit.
-
-    Raises:
-        CheckpointError: the difference exceeds LOGIT_TOLERANCE, so it is not rounding.
-    """
-    import transformers
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    run.round_weights(stored)  # both networks compute in fp32 on the values in the file
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
-    other = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    # A fixed seed on the CPU: every check of a checkpoint compares the same tokens and prints the same difference.
-    generator = torch.Generator().manual_seed(0)
-    length = min(run.seq_length, 64)
-    tokens_BS = torch.randint(run.vocab_size, (2, length), generator=generator)
-    if run.config.model.kind == "gpt2":
-        pairs = [(run.logits(tokens_BS.to(run.device.torch_device), length), other(tokens_BS).logits)]
-    else:
-        # The second half is a second passage, so the token-type embedding is compared too.
-        types_BS = (torch.arange(length) >= length // 2).long().repeat(2, 1)
-        theirs = other(tokens_BS, token_type_ids=types_BS, attention_mask=torch.ones_like(tokens_BS))
-        rows = [
-            run.bert_logits(tokens_BS[row : row + 1], types_BS[row : row + 1], list(range(length))) for row in range(2)
-        ]
-        pairs = [
-            (torch.stack([logits for logits, _ in rows]), theirs.prediction_logits),
-            (torch.stack([order for _, order in rows]), theirs.seq_relationship_logits),
-        ]
-    worst = max(
-        float((ours.cpu().float() - given).abs().max() / given.abs().max().clamp(min=1.0)) for ours, given in pairs
-    )
-    if not worst <= LOGIT_TOLERANCE:  # negated, so that NaN fails too
-        raise CheckpointError(
-            f"{folder.name}: transformers computes other logits from these weights (relative difference {worst:.2g}); nothing was written; "
-            "please report this"
-        )
-    return worst

@@ -148,7 +148,11 @@ def cut(name: str) -> Callable[[Path], None]:
         (cut("config.json"), 4, "config.json: cannot be read"),
         (lambda folder: (folder / "config.json").unlink(), 4, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), 4, "convert the weights to safetensors"),
-        (lambda folder: [(folder / name).unlink() for name in ("vocab.json", "merges.txt")], 3, "tokenizer"),
+        (
+            lambda folder: [(folder / name).unlink() for name in ("tokenizer.json", "vocab.json", "merges.txt")],
+            3,
+            "tokenizer",
+        ),
     ],
 )
 def test_import(
@@ -168,6 +172,7 @@ def test_import(
 
 def test_index_cannot_name_files_elsewhere(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(folder / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").unlink()
     (tmp_path / "hf" / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../../secret.safetensors"}})
     )

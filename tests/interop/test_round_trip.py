@@ -300,7 +300,7 @@ def test_older_files_without_prefix_and_in_parts(folder: Path, tmp_path: Path) -
     for number, half in enumerate(halves):
         save_file(half, source / f"part{number}.safetensors")
     places = {name: f"part{number}.safetensors" for number, half in enumerate(halves) for name in half}
-    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     assert main(["import", str(source), "--run_dir", str(tmp_path / "run"), "--device", "cpu"]) == 0
     ours, expected = (tiny.read_weights(path, 0) for path in (tmp_path / "run", folder / "gpt2-again"))
     assert all(tiny.same_bits(ours[name], expected[name]) for name in expected)
