@@ -33,7 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         default=None,
         metavar="FILE",
-        help="wiki.test.tokens or wiki.test.raw; measured by Megatron's convention and page by page",
+        help="wiki.test.tokens, wiki.test.raw, or a Parquet or JSON file with a line in each row; measured by Megatron's "
+        "convention and page by page",
     )
     add(
         "--text",
@@ -41,14 +42,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="any UTF-8 text files; they are encoded without changes",
+        help="UTF-8 text files, encoded without changes, or JSON, Parquet or Arrow files, read as documents",
+    )
+    add(
+        "--json-key",
+        type=str,
+        default="text",
+        help="key (JSON) or column (table) of the text in the files of --wikitext103, --text and --lambada",
     )
     add(
         "--lambada",
         type=str,
         default=None,
         metavar="FILE",
-        help="LAMBADA as JSONL, a passage under 'text' in each line",
+        help="LAMBADA as JSON lines or Parquet with a passage in each line or row, or as .txt with one on each line",
     )
     add(
         "--stride",
@@ -121,15 +128,14 @@ def run(args: Any) -> None:
     from megatron_lion.signals import stop_raises
 
     folder, steps = split_target(Path(args.target), args.steps)
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
+    _check_flags(args)
     if args.fill_mask or args.sentence_order:
         _spot_checks(folder, steps, args)
         return
     if not (args.wikitext103 or args.text or args.lambada):
         if args.explain is None:
             raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
-        sys.stdout.write(_explain(args.explain, evaluations_folder(folder)) + "\n")
+        sys.stdout.write(_explain(args.explain, folder) + "\n")
         return
     stopped = "stopped; finished results are kept; the same command measures the others"
     with (
@@ -141,7 +147,43 @@ def run(args: Any) -> None:
         if model.rank == 0:
             _print_outcomes(outcomes, folder)
             if args.explain is not None:
-                sys.stdout.write("\n" + _explain(args.explain, evaluations_folder(folder)) + "\n")
+                sys.stdout.write("\n" + _explain(args.explain, folder) + "\n")
+
+
+# Defaults of the flags that have no effect with --fill-mask and --sentence-order.
+_OF_MEASUREMENTS: dict[str, Any] = {
+    "--json-key": "text", "--stride": "32", "--pages": True, "--batch-size": 16, "--max-tokens": None, "--watch": False, "--explain": None,
+}  # fmt: skip
+
+
+def _value(args: Any, flag: str) -> Any:
+    return getattr(args, flag.removeprefix("--").replace("-", "_"))
+
+
+def _check_flags(args: Any) -> None:
+    """Rejects a batch size below 1, and flags that have no effect together with the other flags.
+
+    Raises:
+        ConfigError: a flag is rejected; the message names it.
+    """
+    from megatron_lion.errors import ConfigError
+
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size {args.batch_size}: must be at least 1")
+    texts = {"--wikitext103": args.wikitext103, "--text": args.text, "--lambada": args.lambada}
+    given = [flag for flag, value in texts.items() if value]
+    spot_checks = [
+        flag for flag, value in (("--fill-mask", args.fill_mask), ("--sentence-order", args.sentence_order)) if value
+    ]
+    others = [*given, *(flag for flag, default in _OF_MEASUREMENTS.items() if _value(args, flag) != default)]
+    if spot_checks and others:
+        raise ConfigError(f"{spot_checks[0]} prints predictions and measures nothing; remove {', '.join(others)}")
+    if args.json_key != "text" and not given:
+        raise ConfigError(
+            f"--json-key {args.json_key}: names the text in a file; give --wikitext103, --text or --lambada"
+        )
+    if args.max_tokens is not None and given == ["--lambada"]:
+        raise ConfigError(f"--max-tokens {args.max_tokens}: applies to --wikitext103 and --text, not to --lambada")
 
 
 def _spot_checks(folder: Path, steps: str, args: Any) -> None:
@@ -187,17 +229,17 @@ def _tasks(model: Any, args: Any) -> list[Task]:
     strides = _strides(args.stride, model.seq_length)
     tasks: list[Task] = []
     if args.wikitext103:
-        text = read_text(args.wikitext103, "wikitext103")
+        text = read_text(args.wikitext103, "wikitext103", args.json_key)
         tasks += [stream_task(reader, text, stride) for stride in strides]
         if args.pages and args.max_tokens is None and getattr(model.tokenizer, "eod_token", None):
             tasks.append(pages_task(reader, text))
     for path in args.text:
-        text = read_text(path, "text")
+        text = read_text(path, "text", args.json_key)
         tasks += [stream_task(reader, text, stride) for stride in strides]
     if args.wikitext103 and model.rank == 0:
         _note_wikitext(tasks, args)
     if args.lambada:
-        tasks.append(lambada_task(reader, read_passages(args.lambada)))
+        tasks.append(lambada_task(reader, read_passages(args.lambada, args.json_key)))
     if model.rank == 0:
         _warn_of_short_texts(tasks, model.seq_length)
     return tasks
@@ -305,7 +347,12 @@ def _row(outcome: Outcome) -> list[str]:
     kind = record["kind"]
     text = record["text_version"] if record["text_version"] != "unknown" else Path(record["text_path"]).name
     if kind == "lambada":
-        shown = ("word", record["word_ppl"], record["log_word_ppl"], f"accuracy {record['accuracy']:.2%}")
+        shown = (
+            "word",
+            record["word_ppl"],
+            record["log_word_ppl"],
+            f"accuracy {record['accuracy']:.2%}, last token {record['last_token_accuracy']:.2%}",
+        )
     elif kind.endswith("_pages"):
         shown = ("word", record["word_ppl"], record["log_word_ppl"], f"{record['bits_per_byte']:.4f} bits/byte")
     else:
@@ -326,14 +373,20 @@ def _number(value: float | None) -> str:
 
 
 def _explain(value: float, folder: Path) -> str:
-    """Returns the text of --explain over all results of a folder."""
+    """Returns the text of --explain over the results of a folder's present model."""
+    from megatron_lion.errors import CheckpointError, ConfigError
     from megatron_lion.evaluate.published_results import explain
+    from megatron_lion.evaluate.stored_results import current_results
     from megatron_lion.runs.sealed_json import read_sealed
 
     results = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(evaluations_folder(folder).glob("*.json")):
         try:
             results.append(read_sealed(path))
         except (OSError, ValueError) as error:
             say(f"{path}: ignored: {error}")
-    return explain(value, results)
+    try:
+        return explain(value, current_results(folder, results))
+    except (CheckpointError, ConfigError) as error:
+        say(f"{evaluations_folder(folder)}: ignored: {error}")
+        return explain(value, [])

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.streams import say
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -74,7 +76,7 @@ def run(args: Any) -> None:
         if not ok:
             raise ConfigError(f"{flag} {given}: must be {expected}")
     folder, step = split_target(Path(args.target), args.step)
-    from megatron_lion.evaluate.text_sampling import SamplingSettings, sample
+    from megatron_lion.evaluate.text_sampling import SamplingSettings, sample, token_ids
     from megatron_lion.runs.steps import choose_step
 
     with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
@@ -85,6 +87,8 @@ def run(args: Any) -> None:
         settings = SamplingSettings(
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
         )  # fmt: skip
+        if len(prompt) > model.seq_length and model.rank == 0:
+            say(f"note: the prompt has {len(prompt)} tokens; the model reads only the last {model.seq_length}")
         scorer = model.scorer()
         lines = sample(
             scorer.logits,
@@ -93,8 +97,9 @@ def run(args: Any) -> None:
             settings,
             seq_length=model.seq_length,
             end_id=end_id,
+            allowed=token_ids(tokenizer),
             device=scorer.device,
         )
         if model.rank == 0:
             for line in lines:
-                sys.stdout.write(f"{args.prompt or ''}{tokenizer.decode(line)}".strip() + "\n\n")
+                sys.stdout.write(f"{args.prompt or ''}{tokenizer.decode(line)}".rstrip() + "\n\n")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megatron_lion.errors import ConfigError
+from megatron_lion.evaluate.text_sampling import token_ids
 
 if TYPE_CHECKING:
     from megatron_lion.evaluate.open_run import RestoredRun
@@ -51,10 +52,13 @@ def fill_mask(run: RestoredRun, text: str, top: int = 5) -> list[list[Guess]]:
     ids.append(special["[SEP]"])
     _check_length("--fill-mask", text, ids, run.seq_length)
     logits_MV, _ = run.bert_logits(torch.tensor([ids]), torch.zeros(1, len(ids), dtype=torch.long), places)
-    best = logits_MV.double().softmax(dim=-1).topk(min(top, logits_MV.shape[-1]), dim=-1)
+    # Some rows of the output layer may belong to no token: beyond the tokenizer's ids, or in a hole of its vocabulary.
+    ids = token_ids(run.tokenizer)
+    probabilities = logits_MV.double().softmax(dim=-1)[:, ids]
+    best = probabilities.topk(min(top, len(ids)), dim=-1)
     backend = run.tokenizer.backend
     return [
-        [Guess(backend.id_to_token(index) or "", probability) for probability, index in zip(*place, strict=True)]
+        [Guess(backend.id_to_token(ids[index]) or "", probability) for probability, index in zip(*place, strict=True)]
         for place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
 

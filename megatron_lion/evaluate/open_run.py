@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from megatron_lion.config import ParallelConfig, RunConfig
-from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer_of
 from megatron_lion.device import Device, select_device
 from megatron_lion.errors import CheckpointError, DataError
+from megatron_lion.evaluate.stored_results import state_of_manifest
 from megatron_lion.evaluate.token_scores import LogitsScorer
 from megatron_lion.model.build import build_model
 from megatron_lion.optim.parameter_shards import named_global_parameters
 from megatron_lion.parallel import Ranks, agree, all_reduce_sum, process_groups
 from megatron_lion.runs.folder import read_config
-from megatron_lion.runs.paths import tokenizer_folder
+from megatron_lion.runs.paths import config_file, tokenizer_folder
 from megatron_lion.runs.steps import Checkpoint, list_steps, open_checkpoint, step_folder
-from megatron_lion.train.model_state import read_weights, unwrap
+from megatron_lion.train.model_state import model_facts, read_weights, unwrap
 
 
 class RestoredRun:
@@ -59,17 +60,29 @@ class RestoredRun:
         """Returns the manifest of a checkpoint.
 
         Raises:
-            CheckpointError: the run has no complete checkpoint of that step.
+            CheckpointError: the run has no complete checkpoint of that step, or config.yaml describes another network.
         """
         if step not in self.steps:
             known = ", ".join(map(str, self.steps)) or "none"
             raise CheckpointError(f"{self.run_dir}: no complete checkpoint of step {step} (there are: {known})")
-        return open_checkpoint(step_folder(self.run_dir, step)).manifest
+        manifest = open_checkpoint(step_folder(self.run_dir, step)).manifest
+        # Settings such as layernorm_epsilon change no tensor's shape, so the weights would load into another network.
+        saved = manifest["model"]
+        ours = model_facts(self.config, saved["vocab_size"])
+        different = [
+            f"model.{key}: {saved.get(key)}, now {value}" for key, value in ours.items() if saved.get(key) != value
+        ]
+        if different:
+            path = config_file(self.run_dir)
+            raise CheckpointError(
+                f"{path}: describes another network than {step_folder(self.run_dir, step)} ({'; '.join(different)}); change it back"
+            )
+        return manifest
 
     def state_sha256(self, step: int) -> str:
-        """Returns the layout-independent fingerprint that identifies the weights of a step; a collective call."""
+        """Returns a hash of the weights of a step and the network's settings, at any layout; a collective call."""
         with agree("opening the checkpoint"):  # a collective call follows at the caller
-            return str(self.manifest(step)["weights_fingerprint"])
+            return state_of_manifest(self.manifest(step))
 
     def load(self, step: int) -> None:
         """Verifies a checkpoint and loads its weights; a collective call.
@@ -183,5 +196,7 @@ def open_run(
             source = Path(tokenizer) if tokenizer else tokenizer_folder(run_dir)
             if not source.exists():
                 raise DataError(f"{source}: no such tokenizer; give --tokenizer")
-            loaded = load_tokenizer(source)
+            steps = list_steps(run_dir)
+            newest = open_checkpoint(step_folder(run_dir, steps[-1])).manifest if steps else {}
+            loaded = load_tokenizer_of(newest.get("tokenizer_sha256"), source)
         yield RestoredRun(run_dir, config, loaded, chosen, ranks)

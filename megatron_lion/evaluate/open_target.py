@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_lion.errors import CheckpointError, ConfigError
 from megatron_lion.runs.folder import read_config
-from megatron_lion.runs.paths import has_config
+from megatron_lion.runs.paths import has_config, metrics_file
 from megatron_lion.runs.steps import run_and_step
 
 
@@ -72,7 +72,9 @@ def _need_next_token_model(folder: Path) -> None:
     """Rejects a BERT run: it predicts masked tokens from both sides, so it has no next-token perplexity."""
     kind = read_config(folder).model.kind
     if kind != "gpt2":
+        # An imported run has no losses until it is trained.
+        losses = f"for its losses, run megatron-lion compare {folder}; " if metrics_file(folder).is_file() else ""
         raise ConfigError(
-            f"{folder}: a {kind} run predicts masked tokens, not next ones; for its losses, run megatron-lion compare {folder}; "
-            f"for its predictions, run megatron-lion evaluate {folder} --fill-mask TEXT or --sentence-order A B"
+            f"{folder}: a {kind} run predicts masked tokens, not next ones; {losses}for its predictions, run megatron-lion evaluate "
+            f"{folder} --fill-mask TEXT or --sentence-order A B"
         )

@@ -20,6 +20,7 @@ class Convention:
         field: field of that result.
         stride: required stride: a number, "seq_length" for no overlap, or None for any.
         version: required beginning of the result's text version, or "" for any.
+        scale: factor from our field to the published unit, such as 100 for percent.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Convention:
     field: str = ""
     stride: int | str | None = None
     version: str = ""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,45 @@ PAPER_LOG = Convention(
     stride=32,
     version="WikiText-103 tokens test",
 )
+_LAMBADA = "LAMBADA test"
+GPT2_LAMBADA_ACCURACY = Convention(
+    name="GPT-2 paper, LAMBADA accuracy in percent",
+    text=f"{_LAMBADA}; invertible detokenisers that were not published",
+    divides_by="passages; the last token comes close (46.67 for 117M in huggingface/transformers#491), the last word does not",
+    windows="one passage each",
+    kind="lambada",
+    field="last_token_accuracy",
+    version=_LAMBADA,
+    scale=100.0,
+)
+GPT2_LAMBADA_PPL = Convention(
+    name="GPT-2 paper, LAMBADA perplexity",
+    text=GPT2_LAMBADA_ACCURACY.text,
+    divides_by="not stated; the loss of the last token is the nearest that is measured here",
+    windows="one passage each",
+    kind="lambada",
+    field="last_token_ppl",
+    version=_LAMBADA,
+)
+HARNESS_LAMBADA_ACCURACY = Convention(
+    name="lm-evaluation-harness lambada_openai accuracy in percent",
+    text=f"{_LAMBADA}, as processed for GPT-2",
+    divides_by="passages; every token of the last word must be the likeliest",
+    windows="one passage each, without a start token",
+    kind="lambada",
+    field="accuracy",
+    version=_LAMBADA,
+    scale=100.0,
+)
+HARNESS_LAMBADA_PPL = Convention(
+    name="lm-evaluation-harness lambada_openai perplexity",
+    text=HARNESS_LAMBADA_ACCURACY.text,
+    divides_by="passages; the loss of all tokens of the last word",
+    windows=HARNESS_LAMBADA_ACCURACY.windows,
+    kind="lambada",
+    field="word_ppl",
+    version=_LAMBADA,
+)
 LLM_C = Convention(
     name="llm.c, nats per token",
     text="WikiText-103 test, detokenised",
@@ -142,6 +183,8 @@ def _known() -> list[Published]:
     gpt2 = "Radford et al. 2019, table 3"
     add((37.50, 26.37, 22.05, 17.48), (f"GPT-2 {s}" for s in _GPT2_SIZES), gpt2, GPT2_WORD)
     add((29.41, 22.76, 19.93, 18.34), (f"GPT-2 {s}" for s in _GPT2_SIZES), gpt2, GPT2_WIKITEXT2)
+    add((45.99, 55.48, 60.12, 63.24), (f"GPT-2 {s}" for s in _GPT2_SIZES), gpt2, GPT2_LAMBADA_ACCURACY)
+    add((35.13, 15.60, 10.87, 8.63), (f"GPT-2 {s}" for s in _GPT2_SIZES), gpt2, GPT2_LAMBADA_PPL)
     sizes = ("Megatron-LM 345M", "Megatron-LM 2.5B", "Megatron-LM 8.3B")
     add((19.31, 12.76, 10.81), sizes, "Shoeybi et al. 2019", MEGATRON)
     page = "Hugging Face, Perplexity of fixed-length models"
@@ -151,6 +194,9 @@ def _known() -> list[Published]:
     add((37.3698,), ("gpt2",), harness, HARNESS_WORD)
     add((1.9682,), ("gpt2",), harness, HARNESS_BYTE)
     add((0.9769,), ("gpt2",), harness, HARNESS_BITS)
+    harness = "lm-evaluation-harness, lambada_openai task"
+    add((32.56,), ("gpt2",), harness, HARNESS_LAMBADA_ACCURACY)
+    add((40.06,), ("gpt2",), harness, HARNESS_LAMBADA_PPL)
     add((3.0585,), ("GPT-2 small",), "llm.c discussion 374", LLM_C)
     for (model, optimizer), values in TABLE_B1.items():
         steps = (f"{model}, {optimizer}, step {10_000 * k}" for k in range(1, 6))
@@ -183,7 +229,7 @@ def ours(convention: Convention, results: Iterable[Mapping[str, Any]]) -> float 
         and (convention.stride is None or r.get("stride") == (
             r.get("seq_length") if convention.stride == "seq_length" else convention.stride))
     ]  # fmt: skip
-    return float(max(fitting, key=lambda r: r["step"])[convention.field]) if fitting else None
+    return convention.scale * float(max(fitting, key=lambda r: r["step"])[convention.field]) if fitting else None
 
 
 def explain(value: float, results: Iterable[Mapping[str, Any]]) -> str:

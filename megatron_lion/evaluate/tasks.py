@@ -6,14 +6,17 @@ result is one JSON object that contains its whole convention. A result is reused
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from megatron_lion import __version__
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.evaluate.lambada import Passages, passage_segment
 from megatron_lion.evaluate.perplexity import perplexity, plan_windows, stream_segments
@@ -28,7 +31,7 @@ FORMAT = 1
 DEFAULT_STRIDE = 32
 # Results that agree in these fields are of the same measurement, and the earlier one is reused.
 KEY_FIELDS = ("format", "kind", "state_sha256", "text_sha256", "stride", "seq_length", "precision", "max_tokens",
-              "tokenizer_sha256")  # fmt: skip
+              "tokenizer_sha256", "start_id", "documents", "targets")  # fmt: skip
 
 
 class TokenizerLike(Protocol):
@@ -118,7 +121,14 @@ class Task:
             for key, value in self.summarize(scores).items()
         }
         return {**self.conditions, "step": step, "state_sha256": state_sha256, **measured,
-                "num_targets": scores.num_targets, "seconds": round(seconds, 3)}  # fmt: skip
+                "num_targets": scores.num_targets, "seconds": round(seconds, 3), "versions": _versions()}  # fmt: skip
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Returns the versions of the packages that compute the logits and the token ids."""
+    names = ("torch", "megatron-core", "transformers", "tokenizers")
+    return {"megatron_lion": __version__, **{name: metadata.version(name) for name in names}}
 
 
 def write_result(path: Path, record: dict[str, Any]) -> None:
@@ -135,7 +145,8 @@ def _conditions(reader: Reader, kind: str, path: str, sha256: str, version: str)
     return {
         "format": FORMAT, "kind": kind, "text_path": path, "text_sha256": sha256, "text_version": version,
         "stride": None, "seq_length": reader.seq_length, "precision": reader.precision, "max_tokens": None,
-        "tokenizer_sha256": reader.tokenizer_sha256,
+        "tokenizer_sha256": reader.tokenizer_sha256, "start_id": None,
+        "documents": None, "targets": None,
     }  # fmt: skip
 
 
@@ -155,7 +166,8 @@ def stream_task(reader: Reader, text: EvaluationText, stride: int) -> Task:
     """Returns the task of a text's perplexity as one stream (Megatron's convention; see `evaluate.perplexity`).
 
     With `max_tokens` the loss is that of the first tokens alone. `n_orig` and `n_tok` stay those of the whole text,
-    so the adjusted perplexity uses the whole text's tokens per word.
+    so the adjusted perplexity uses the whole text's tokens per word. If the text consists of documents, the
+    end-of-document token follows each of them, as in a prepared dataset.
 
     Args:
         reader: tokenizer and settings.
@@ -164,9 +176,12 @@ def stream_task(reader: Reader, text: EvaluationText, stride: int) -> Task:
 
     Raises:
         ConfigError: the stride is outside 1..seq_length, or max_tokens is below 2.
-        DataError: the text has fewer than two tokens.
+        DataError: the text has fewer than two tokens, or it has documents and the tokenizer no end-of-document token.
     """
-    ids = reader.tokenizer.encode(text.encoded)
+    if text.documents is None:
+        ids = reader.tokenizer.encode(text.encoded)
+    else:
+        ids = [index for part in text.documents for index in (*reader.tokenizer.encode(part), reader.tokenizer.eod_id)]
     if reader.max_tokens is not None and reader.max_tokens < 2:
         raise ConfigError(f"--max-tokens {reader.max_tokens}: perplexity needs at least 2 tokens")
     shortened = reader.max_tokens is not None and reader.max_tokens < len(ids)
@@ -183,6 +198,8 @@ def stream_task(reader: Reader, text: EvaluationText, stride: int) -> Task:
 
     conditions = _conditions(reader, text.kind, text.path, text.sha256, text.version)
     conditions |= {"stride": stride, "max_tokens": reader.max_tokens if shortened else None}
+    if text.documents is not None:
+        conditions |= {"documents": len(text.documents), "start_id": reader.tokenizer.eod_id}
     suffix = _suffix(conditions, named_text=text.kind == "wikitext103")
     return Task(conditions=conditions, suffix=suffix, segments=stream_segments(tokens, plan), summarize=summarize)
 
@@ -207,14 +224,14 @@ def pages_task(reader: Reader, text: EvaluationText) -> Task:
             "byte_ppl": perplexity(byte_loss), "bits_per_byte": counts.bits_per_byte(scores.loss_sum),
         }  # fmt: skip
 
-    conditions = _conditions(reader, f"{text.kind}_pages", text.path, text.sha256, text.version)
+    conditions = _conditions(reader, f"{text.kind}_pages", text.path, text.sha256, text.version) | {"start_id": eod_id}
     return Task(
         conditions=conditions, suffix=_suffix(conditions, named_text=True), segments=segments, summarize=summarize
     )
 
 
 def lambada_task(reader: Reader, passages: Passages) -> Task:
-    """Returns the task of accuracy and perplexity of the last word (see `megatron_lion.evaluate.lambada`).
+    """Returns the task of accuracy and perplexity: of the last word and of its last token (see `evaluate.lambada`).
 
     Raises:
         DataError: the last word of a passage leaves no room for context.
@@ -223,10 +240,13 @@ def lambada_task(reader: Reader, passages: Passages) -> Task:
 
     def summarize(scores: SegmentScores) -> dict[str, Any]:
         loss = scores.loss_sum / len(segments)
+        last_loss = scores.last_loss_sum / len(segments)
         return {"n_passages": len(segments), "loss": loss, "word_ppl": perplexity(loss), "log_word_ppl": loss,
-                "accuracy": scores.num_greedy / len(segments)}  # fmt: skip
+                "accuracy": scores.num_greedy / len(segments), "last_token_ppl": perplexity(last_loss),
+                "log_last_token_ppl": last_loss, "last_token_accuracy": scores.num_last_greedy / len(segments)}  # fmt: skip
 
     conditions = _conditions(reader, "lambada", passages.path, passages.sha256, passages.version)
+    conditions |= {"targets": "last word, last token"}  # earlier results cover only the last word
     return Task(
         conditions=conditions, suffix=_suffix(conditions, named_text=True), segments=segments, summarize=summarize
     )

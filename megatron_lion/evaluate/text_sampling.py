@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_lion.data.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ def sample(
     *,
     seq_length: int,
     end_id: int | None,
+    allowed: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[list[int]]:
     """Continues a prompt `count` times.
@@ -50,6 +53,8 @@ def sample(
         settings: rules for choosing a token.
         seq_length: the model's context length; it sees at most this many of the last tokens.
         end_id: token at which a continuation ends, not included; None means that none ends early.
+        allowed: ids to draw from, see `token_ids`. None allows every row of the output layer, including rows that
+            belong to no token.
         device: the device of the model.
 
     Returns:
@@ -60,8 +65,11 @@ def sample(
     tokens_BS = torch.tensor([prompt] * count, dtype=torch.int64)
     running_B = torch.ones(count, dtype=torch.bool)
     added: list[list[int]] = [[] for _ in range(count)]
+    allowed_V = None if allowed is None else torch.tensor(list(allowed))
     for _ in range(settings.max_new_tokens):
         logits_BV = logits(tokens_BS[:, -seq_length:].to(device), 1)[:, -1].double().cpu()
+        if allowed_V is not None:
+            logits_BV = torch.full_like(logits_BV, float("-inf")).index_copy_(1, allowed_V, logits_BV[:, allowed_V])
         next_B = _choose(logits_BV, settings, generator)
         if end_id is not None:
             running_B &= next_B != end_id
@@ -72,6 +80,14 @@ def sample(
             added[row].append(int(next_B[row]))
         tokens_BS = torch.cat([tokens_BS, next_B[:, None]], dim=1)
     return added
+
+
+def token_ids(tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that belong to a token, ascending.
+
+    A vocabulary may have holes: ids below its size that belong to no token.
+    """
+    return sorted(set(tokenizer.backend.get_vocab(with_added_tokens=True).values()))
 
 
 def _choose(logits_BV: Tensor, settings: SamplingSettings, generator: torch.Generator) -> Tensor:

@@ -97,11 +97,15 @@ class SegmentScores:
         loss_sum: negative log likelihood in nats.
         num_targets: number of scored tokens.
         num_greedy: number of segments in which every scored token was the likeliest; 0 if the scorer has no `score`.
+        last_loss_sum: negative log likelihood of the last token of each segment, in nats.
+        num_last_greedy: number of segments whose last token was the likeliest; 0 if the scorer has no `score`.
     """
 
     loss_sum: float
     num_targets: int
     num_greedy: int
+    last_loss_sum: float
+    num_last_greedy: int
 
     @property
     def loss(self) -> float:
@@ -147,8 +151,8 @@ def score_segments(
         NumericsError: on every rank, if any loss is NaN or infinite.
     """
     mine = segments[rank::world_size]
-    # float64 holds the two counts exactly (up to 2^53), so one tensor and one all-reduce serve all three sums.
-    sums, done = torch.zeros(3, dtype=torch.float64), 0
+    # float64 holds the counts exactly (up to 2^53), so one tensor and one all-reduce serve all sums.
+    sums, done = torch.zeros(5, dtype=torch.float64), 0
     for batch in _batches(mine, batch_size):
         sums += _score_batch(batch, scorer, seq_length)
         done += len(batch)
@@ -161,8 +165,11 @@ def score_segments(
             "the model's loss is NaN or infinite: its weights are damaged, or it overflows in this precision; "
             "try --precision fp32"
         )
-    loss_sum, num_targets, num_greedy = sums.tolist()
-    return SegmentScores(loss_sum=loss_sum, num_targets=round(num_targets), num_greedy=round(num_greedy))
+    loss_sum, num_targets, num_greedy, last_loss_sum, num_last_greedy = sums.tolist()
+    return SegmentScores(
+        loss_sum=loss_sum, num_targets=round(num_targets), num_greedy=round(num_greedy), last_loss_sum=last_loss_sum,
+        num_last_greedy=round(num_last_greedy),
+    )  # fmt: skip
 
 
 def _batches(segments: Sequence[Segment], batch_size: int) -> Iterator[list[Segment]]:
@@ -182,22 +189,27 @@ def _batches(segments: Sequence[Segment], batch_size: int) -> Iterator[list[Segm
 
 
 def _score_batch(batch: list[Segment], scorer: Scorer | DetailedScorer, seq_length: int) -> Tensor:
-    """Returns [loss sum, targets, greedy segments] (float64) of segments padded on the right to one length."""
+    """Returns the five sums of SegmentScores, in its order (float64); pads the segments on the right to one length."""
     longest = max(len(s.ids) for s in batch) - 1
     # Position tables end at the model's length, which need not be a multiple of PAD_TO.
     length = min(-(-longest // PAD_TO) * PAD_TO, seq_length)
     last = length - min(s.num_context for s in batch) + 1
     tokens_BT = torch.zeros(len(batch), length + 1, dtype=torch.int64)
     scored_BS = torch.zeros(len(batch), last, dtype=torch.bool)
+    ends_B = torch.zeros(len(batch), dtype=torch.int64)
     for row, segment in enumerate(batch):
         tokens_BT[row, : len(segment.ids)] = segment.ids
         begin = segment.num_context - (length + 1 - last)
         scored_BS[row, begin : begin + segment.num_scored] = True
+        ends_B[row] = begin + segment.num_scored - 1
     if isinstance(scorer, DetailedScorer):
         nll_BS, greedy_BS = (t.cpu() for t in scorer.score(tokens_BT, last))
         # Context and padding count as greedy, so a row depends on its scored tokens alone.
-        num_greedy = (greedy_BS | ~scored_BS).all(1).sum().to(torch.float64)
+        num_greedy = (greedy_BS | ~scored_BS).all(1).sum().double()
+        num_last_greedy = greedy_BS.gather(1, ends_B[:, None]).sum().double()
     else:
-        nll_BS, num_greedy = scorer(tokens_BT)[:, -last:].cpu(), torch.zeros((), dtype=torch.float64)
-    loss_sum = nll_BS.to(torch.float64)[scored_BS].sum()
-    return torch.stack([loss_sum, scored_BS.sum().to(torch.float64), num_greedy])
+        nll_BS = scorer(tokens_BT)[:, -last:].cpu()
+        num_greedy = num_last_greedy = torch.zeros((), dtype=torch.float64)
+    loss_sum = nll_BS.double()[scored_BS].sum()
+    last_loss_sum = nll_BS.double().gather(1, ends_B[:, None]).sum()
+    return torch.stack([loss_sum, scored_BS.sum().double(), num_greedy, last_loss_sum, num_last_greedy])

@@ -8,12 +8,17 @@ A number without its text version and its counts is therefore not comparable wit
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lion.errors import DataError
 from megatron_lion.evaluate.known_texts import UNKNOWN, WIKITEXT
+from megatron_lion.evaluate.text_rows import read_all_documents, read_rows
+from megatron_lion.prepare.find_files import input_file, kind_of
+from megatron_lion.prepare.inputs import opened, reading
+from megatron_lion.prepare.lines import BOM
 
 
 def _inside(opening: str, closing: str) -> tuple[re.Pattern[str], str]:
@@ -106,11 +111,12 @@ class EvaluationText:
     Attributes:
         kind: "wikitext103" (detokenised before encoding) or "text" (encoded without changes).
         path: the file.
-        sha256: SHA-256 of the file's bytes.
+        sha256: SHA-256 of the text's UTF-8 bytes without a byte-order mark; for documents, of their list as JSON.
         version: name of the published file, or "unknown".
         original: the text of the file.
-        encoded: the text that the tokenizer encodes.
+        encoded: the text that the tokenizer encodes if `documents` is None.
         n_orig: number of original words: `count_original_tokens` for WikiText, white-space words otherwise.
+        documents: the documents of a JSON or table file; None if the file is one text.
     """
 
     kind: str
@@ -120,30 +126,46 @@ class EvaluationText:
     original: str
     encoded: str
     n_orig: int
+    documents: tuple[str, ...] | None = None
 
 
-def read_text(path: str | Path, kind: str) -> EvaluationText:
-    """Reads a text file for evaluation and recognises it by its hash.
+def read_text(path: str | Path, kind: str, json_key: str = "text") -> EvaluationText:
+    """Reads a text for evaluation and recognises it by its hash.
+
+    Under "text", JSON, Parquet and Arrow files are read as documents, as `prepare` reads them. Under "wikitext103" each
+    row of such a file is a line with its line break, and the row of a blank line is empty, as on the Hugging Face hub;
+    the rows are joined to the original text. A byte-order mark is dropped.
 
     Args:
-        path: a UTF-8 text file.
+        path: a UTF-8 text or JSON file, plain or compressed, or a Parquet or Arrow file.
         kind: "wikitext103" to detokenise it by Megatron's convention, "text" to leave it unchanged.
+        json_key: key or column of the text.
 
     Raises:
-        DataError: the file is missing, unreadable, not UTF-8, or has fewer than two words.
+        DataError: the file is missing, unreadable, not UTF-8, or has fewer than two words; or a line of it is bad.
+        EnvironmentFault: a package for the format is not installed.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such text file; give the path of a UTF-8 text") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: a folder was given; give a UTF-8 text file") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from None
+    if path.is_dir():
+        raise DataError(f"{path}: a folder was given; give a UTF-8 text file")
+    if not path.exists():
+        raise DataError(f"{path}: no such text file; give the path of a UTF-8 text")
+    format, _ = kind_of(path) or ("txt", "")
+    documents: tuple[str, ...] | None = None
+    if format == "txt":
+        content = _content(path).removeprefix(BOM)
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 first") from None
+    elif kind == "wikitext103":
+        text = _join_rows(path, json_key)
+        content = text.encode("utf-8")
+    else:
+        documents = tuple(read_all_documents(input_file(path), json_key))
+        text = "\n".join(documents)
+        # The hash covers the documents, because the bytes of a file do not determine which key was read.
+        content = json.dumps(documents).encode()
     n_orig = count_original_tokens(text) if kind == "wikitext103" else len(text.split())
     if n_orig < 2:
         raise DataError(f"{path}: the text is empty or a single word; perplexity needs at least two words")
@@ -156,4 +178,30 @@ def read_text(path: str | Path, kind: str) -> EvaluationText:
         original=text,
         encoded=detokenize(text) if kind == "wikitext103" else text,
         n_orig=n_orig,
+        documents=documents,
     )
+
+
+def _content(path: Path) -> bytes:
+    """Returns the decompressed bytes of a file."""
+    with reading(path), opened(input_file(path, "txt")) as (stream, _):
+        return stream.read()
+
+
+def _join_rows(path: Path, key: str) -> str:
+    """Returns the text whose lines are the rows of a file.
+
+    Raises:
+        DataError: a row before the last one does not end in a line break: joined, the words at its ends would be one.
+    """
+    lines: list[str] = []
+    last = ""
+    for where, row in read_rows(input_file(path), key):
+        if lines and not lines[-1].endswith("\n"):
+            raise DataError(
+                f"{last}: {key!r} does not end in a line break; --wikitext103 needs a line of the text in each row, with its line "
+                "break, as on the Hugging Face hub; give such a file, or the text file"
+            )
+        lines.append(row or " \n")
+        last = where
+    return "".join(lines)

@@ -159,8 +159,12 @@ def test_mistakes_are_one_line(
 def test_a_bert_run_is_refused(tmp_path: Path, wiki: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.yaml").write_text("model: {kind: bert}\n")
-    assert main(["evaluate", str(tmp_path / "bert"), "--text", str(wiki)]) == 2
-    assert "a bert run predicts masked tokens, not next ones" in capsys.readouterr().err
+    for has_losses in (False, True):  # an imported run has none
+        assert main(["evaluate", str(tmp_path / "bert"), "--text", str(wiki)]) == 2
+        error = capsys.readouterr().err
+        assert "a bert run predicts masked tokens, not next ones" in error
+        assert ("run megatron-lion compare" in error) == has_losses
+        (tmp_path / "bert" / "metrics.jsonl").write_text("")
 
 
 def test_a_short_text_is_scored_with_a_warning(

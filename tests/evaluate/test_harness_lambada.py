@@ -116,10 +116,10 @@ def test_the_published_set_is_recognised_and_encodes_with_gpt2(shared_data: Path
     ("content", "says"),
     [
         ("", "no passage"),
-        ("not json\n", ":1: not a JSON object"),
-        ('{"text": "fine passage"}\n{"other": 1}\n', ":2: not a JSON object"),
+        ("not json\n", ":1: not JSON: "),
+        ('{"text": "fine passage"}\n{"other": 1}\n', ":2: no key 'text'"),
         ('{"text": "word"}\n', ":1: a passage needs at least two words"),
-        ('{"text": 5}\n', ":1: a passage needs at least two words"),
+        ('{"text": 5}\n', ":1: 'text' is a number"),
     ],
 )
 def test_bad_lambada_files_name_the_line(tmp_path: Path, content: str, says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,58 @@ def test_a_checkpoint_is_no_other_step(tmp_path: Path, capsys: pytest.CaptureFix
         words = [verb, str(folder), flag, "5", *(["--output", str(tmp_path / "hf")] if verb == "export" else [])]
         assert main(words) == 2
         assert "is step 10, but 5 was requested" in capsys.readouterr().err
+
+
+def test_ids_in_a_hole_of_the_vocabulary_are_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary has 257 tokens with ids below 257, and one with id 400; the model gives ids 257 to 399 much probability."""
+    from safetensors.torch import load_file, save_file
+    from tokenizers import pre_tokenizers
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from megatron_lion.data.tokenizers import Tokenizer
+
+    vocabulary = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {"<|endoftext|>": 256, "th": 400}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=450, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path
+    )
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\n")
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.wte.weight"][257:400] *= 30
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    drawn: list[int] = []
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: drawn.extend(ids) or "")
+    words = ["--temperature", "1", "--top-k", "0", "--max-new-tokens", "40", "--count", "4", "--prompt", "the"]
+    assert main(["generate", str(tmp_path), *words, "--device", "cpu"]) == 0
+    assert main(["generate", str(tmp_path), *words, "--temperature", "0", "--device", "cpu"]) == 0
+    assert len(drawn) > 100
+    assert set(drawn) <= set(vocabulary.values())
+
+
+def test_masked_words_are_tokens(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from megatron_lion.data.tokenizers import load_tokenizer
+    from megatron_lion.evaluate.bert_cloze import fill_mask
+
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "the": 5, "cat": 7, "dog": 8, "##s": 9}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    likely = torch.zeros(1, 12)
+    likely[0, [6, 10]] = 9.0  # the hole, and a row beyond the vocabulary
+    likely[0, 7] = 2.0
+    likely[0, 8] = 1.0
+    run = SimpleNamespace(tokenizer=tokenizer, seq_length=16, bert_logits=lambda *_: (likely, None))
+    [guesses] = fill_mask(run, "the [MASK]", top=2)
+    expected = likely.double().softmax(-1)[0]
+    assert [(guess.token, guess.probability) for guess in guesses] == [
+        ("cat", float(expected[7])),
+        ("dog", float(expected[8])),
+    ]
+    assert {guess.token for guess in fill_mask(run, "the [MASK]", top=50)[0]} == set(vocabulary)
