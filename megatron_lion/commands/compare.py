@@ -23,7 +23,13 @@ HELP = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
-    add("runs", type=str, nargs="+", metavar="RUN", help="run folders; a sweep folder means all its runs")
+    add(
+        "runs",
+        type=str,
+        nargs="+",
+        metavar="RUN",
+        help="run folders; a sweep folder means all its runs; a Hugging Face folder with results is a reference",
+    )
     add("--output", type=str, default="./comparison", metavar="DIR", help="folder for report.html, tables and figures")
     add(
         "--format",
@@ -59,25 +65,30 @@ def run(args: Any) -> None:
     from megatron_lion.compare.html_report import write_report
     from megatron_lion.compare.run_tables import build_tables
     from megatron_lion.compare.selection import read_runs
+    from megatron_lion.evaluate.stored_results import with_current_results
     from megatron_lion.files import storage_errors
     from megatron_lion.sweep.summary import sweep_tables
 
-    tried = runs = read_runs(run_folders(args.runs))
+    runs = read_runs(run_folders(args.runs), with_current_results)
+    tried = [run for run in runs if not run.is_reference]
+    references = [run for run in runs if run.is_reference]
     tables = sweep_tables(args.runs, judged=not args.best)
     if args.best:
-        runs, table = _best(tried)
+        chosen, table = _best(tried)
+        runs = [*chosen, *references]
         tables.append(table)
     tables += build_tables(runs, args.target_loss)
+    trained = [run for run in runs if not run.is_reference]
     folder = Path(args.output)
     with storage_errors(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
     _write_tables(tables, folder)
-    report = write_report(runs, tables, folder / "report.html", args.x_axis, tried)
+    report = write_report(trained or runs, tables, folder / "report.html", args.x_axis, tried)
     figures: list[Path] = []
     if not args.no_figures:
         from megatron_lion.compare.png_figures import write_figures
 
-        figures = write_figures(runs, folder, args.x_axis, tried)
+        figures = write_figures(trained, folder, args.x_axis, tried)
     print_tables(tables, args.format)
     say(
         f"report:  {report}\ntables:  {folder}/tables.md, tables.tex, one CSV a table"

@@ -12,7 +12,7 @@ from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.selection import evaluation_key, evaluation_keys
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.runs.folder import flatten
-from megatron_lion.runs.record import LAST_LINES, RunRecord
+from megatron_lion.runs.record import LAST_LINES, REFERENCE, RunRecord
 from megatron_lion.runs.series import Series
 
 MOST_COLUMNS = 6
@@ -27,10 +27,11 @@ def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> lis
         target_loss: test loss (nats/token) for the table of steps to a target; by default the highest of the
             best test losses of a model's runs, so that every run reaches it.
     """
+    trained = [run for run in runs if not run.is_reference]
     tables = [
-        *perplexity_tables(runs), *word_tables(runs), seeds_table(runs), loss_table(runs), bert_table(runs), *loss_tables(runs),
-        equal_budget_table(runs), target_table(runs, target_loss), ratio_table(runs), cost_table(runs), settings_table(runs),
-        environment_table(runs),
+        *perplexity_tables(runs), *word_tables(runs), seeds_table(trained), loss_table(trained), bert_table(trained),
+        *loss_tables(trained), equal_budget_table(trained), target_table(trained, target_loss), ratio_table(trained),
+        cost_table(trained), settings_table(trained), environment_table(trained),
     ]  # fmt: skip
     return [table for table in tables if table is not None and table.rows]
 
@@ -55,11 +56,16 @@ def _perplexity_table(
     values = {
         id(run): {int(r["step"]): r.get(field) for r in run.evaluations if evaluation_key(r) == key} for run in runs
     }
-    steps = sorted({step for found in values.values() for step in found})
-    rows: list[list[Cell]] = [
-        [run.model, run.label, *(values[id(run)].get(step) for step in steps)] for run in runs if values[id(run)]
-    ]
-    columns = ["model", "optimizer", *(_short_step(step) for step in steps)]
+    steps = sorted({step for run in runs if not run.is_reference for step in values[id(run)]})
+    # The value of a reference belongs to no training step of these runs, so it gets a separate last column.
+    last = [REFERENCE] if any(run.is_reference and values[id(run)] for run in runs) else []
+    rows: list[list[Cell]] = []
+    for run in runs:
+        found = values[id(run)]
+        of_steps = [None if run.is_reference else found.get(step) for step in steps]
+        if found:
+            rows.append([run.model, run.label, *of_steps, *(found.get(0) if run.is_reference else None for _ in last)])
+    columns = ["model", "optimizer", *(_short_step(step) for step in steps), *last]
     level = "token" if field == "log_token_ppl" else "word (adjusted)"
     vocabularies = {r.get("tokenizer_sha256") for run in runs for r in run.evaluations if evaluation_key(r) == key}
     notes = [_convention(first)]
@@ -75,7 +81,7 @@ def _perplexity_table(
         rows=rows,
         formats=dict.fromkeys(columns[2:], ".3f"),
         notes=notes,
-        best=columns[2:],
+        best=columns[2 : len(columns) - len(last)],
     )
 
 
@@ -120,7 +126,10 @@ def word_tables(runs: list[RunRecord]) -> list[Table]:
             "WikiText page by page (as lm-evaluation-harness)",
             ["word_ppl", "byte_ppl", "bits_per_byte"],
         ),
-        "lambada": ("LAMBADA, last word", ["accuracy", "word_ppl", "log_word_ppl"]),
+        "lambada": (
+            "LAMBADA, last word, and its last token",
+            ["accuracy", "word_ppl", "log_word_ppl", "last_token_accuracy", "last_token_ppl"],
+        ),
     }
     tables = []
     for kind, (title, fields) in wanted.items():
@@ -135,6 +144,8 @@ def word_tables(runs: list[RunRecord]) -> list[Table]:
             ]
         formats = {
             "accuracy": ".2%",
+            "last_token_accuracy": ".2%",
+            "last_token_ppl": ",.2f",
             "bits_per_byte": ".4f",
             "byte_ppl": ".4f",
             "word_ppl": ",.2f",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,14 @@ from megatron_lion.errors import CheckpointError, ConfigError
 from megatron_lion.runs.record import RunRecord, read_run
 
 
-def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+def read_runs(
+    folders: Sequence[str | Path], checked: Callable[[RunRecord], RunRecord] = lambda run: run
+) -> list[RunRecord]:
     """Reads several run folders and gives each a unique label.
+
+    Args:
+        folders: run folders, and folders of references.
+        checked: returns a run with the evaluations that may be used; by default with all.
 
     Raises:
         ConfigError: no folder, or one folder twice.
@@ -24,7 +30,7 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise ConfigError(f"{twice}: the same run is given twice")
-    runs = [read_run(folder) for folder in folders]
+    runs = [checked(read_run(folder)) for folder in folders]
     _need_common_ground(runs)
     return with_labels(runs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.files import read_own
 from megatron_lion.plain_text import plain, plain_tree
 from megatron_lion.runs.folder import flatten
 from megatron_lion.runs.paths import config_file, environment_file, evaluations_folder, facts_file, metrics_file
@@ -22,6 +24,8 @@ from megatron_lion.runs.series import Series, read_metrics
 
 LAST_LINES = 10
 """Number of logged values in the mean that is a run's final training loss."""
+REFERENCE = "reference"
+"""Value of `RunRecord.optimizer` for a model that was evaluated but not trained here."""
 OPTIMIZER_NAMES = {"lion": "LION", "sgd": "SGD", "adamw": "AdamW"}
 
 Kind = tuple[type | UnionType, str]
@@ -42,9 +46,10 @@ SETTINGS = {
 RESULTS = {
     **dict.fromkeys(("kind", "text_path", "text_sha256", "text_version", "precision", "tokenizer_sha256", "state_sha256"), _TEXT),
     **dict.fromkeys(("format", "step", "stride", "seq_length", "max_tokens", "n_orig", "n_tok", "num_targets", "n_pages",
-                     "n_words", "n_bytes", "n_passages"), _WHOLE),
+                     "n_words", "n_bytes", "n_passages", "start_id", "documents"), _WHOLE),
     **dict.fromkeys(("loss", "token_ppl", "log_token_ppl", "adjusted_ppl", "log_adjusted_ppl", "word_ppl", "log_word_ppl",
-                     "byte_ppl", "bits_per_byte", "accuracy", "seconds"), _NUMBER),
+                     "byte_ppl", "bits_per_byte", "accuracy", "last_token_ppl", "log_last_token_ppl", "last_token_accuracy",
+                     "seconds"), _NUMBER),
 }  # fmt: skip
 
 
@@ -96,6 +101,11 @@ class RunRecord:
                 )
             )
         return self.metrics[key]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is a model that was evaluated but not trained here: an import, or a Hugging Face folder."""
+        return self.optimizer == REFERENCE
 
     @property
     def dimension(self) -> int:
@@ -219,7 +229,7 @@ class RunRecord:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Reads a run folder.
+    """Reads a run folder, or the evaluation results of a model that was not trained here.
 
     Raises:
         CheckpointError: the folder is not a run folder, or one of its files is damaged.
@@ -228,6 +238,8 @@ def read_run(folder: str | Path) -> RunRecord:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
+    if not metrics_file(folder).is_file() and (reference := _reference(folder)) is not None:
+        return reference
     if not any(path.is_file() for path in (config_file(folder), facts_file(folder), metrics_file(folder))):
         raise CheckpointError(
             f"{folder}: not a run folder (no config.yaml, run.json or metrics.jsonl); "
@@ -251,6 +263,45 @@ def read_run(folder: str | Path) -> RunRecord:
         evaluations=_evaluations(evaluations_folder(folder)),
         label=OPTIMIZER_NAMES.get(optimizer, optimizer),
     )
+
+
+def _reference(folder: Path) -> RunRecord | None:
+    """Returns the record of an imported run without training, or of a Hugging Face folder; None if it is neither.
+
+    Raises:
+        CheckpointError: a Hugging Face folder has no results, or its model is no GPT-2.
+    """
+    evaluations = _evaluations(evaluations_folder(folder))
+    if config_file(folder).is_file():
+        if not evaluations or any(result["step"] != 0 for result in evaluations):
+            return None  # a run that lost its metrics or never started
+    elif not (folder / "config.json").is_file() or facts_file(folder).is_file():
+        return None
+    elif (kind := _model_type(folder / "config.json")) not in (None, "gpt2"):
+        raise CheckpointError(
+            f"{folder}: a Hugging Face model of type {kind}; a reference needs results of `megatron-lion evaluate`, which measures gpt2 "
+            "folders only; remove it from the command"
+        )
+    elif not evaluations:
+        raise CheckpointError(
+            f"{folder}: a Hugging Face model without results; first measure it, for example: megatron-lion evaluate {folder} "
+            "--wikitext103 FILE"
+        )
+    name = plain(folder.resolve().name)
+    return RunRecord(
+        folder=folder, model=name, optimizer=REFERENCE, num_parameters=None, facts={}, settings={}, environment={}, metrics={},
+        evaluations=evaluations, label=REFERENCE,
+    )  # fmt: skip
+
+
+def _model_type(path: Path) -> str | None:
+    """Returns the model_type of a Hugging Face folder's config.json, or None; transformers loads a GPT-2 without it too."""
+    try:
+        content = json.loads(read_own(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {plain((str(error).splitlines() or [''])[0])}") from None
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    return plain(kind) if isinstance(kind, str) else None
 
 
 def _dimension(*stated: Any) -> int | None:
