@@ -31,6 +31,7 @@ from megatron_lion.data.tokenizer_settings import (
     CONFIG,
     GPT2_CLASSES,
     SIDE_FILES,
+    SideSettings,
     meaning,
     parse_json,
     side_settings,
@@ -113,10 +114,9 @@ def build_definition(files: dict[str, bytes], where: str, *, as_before: bool = F
         added = side.added_to(pieces, special_tokens(pieces), BERT_CLASSES[0])
         if unknown not in pieces:
             raise DataError(f"{path}: {unknown} is missing; a BERT vocabulary has {', '.join(SPECIAL_TOKENS)}")
-        config = parse_json(files[CONFIG], f"{where}: {CONFIG}") if CONFIG in files else {}
         return wordpiece_definition(
             pieces,
-            lowercase=bool(config.get("do_lower_case", not is_cased(pieces))),
+            lowercase=_lowercase(files, side, pieces, as_before),
             strip_accents=side.flag("strip_accents", None),
             chinese_characters=bool(side.flag("tokenize_chinese_chars", True)),
             unknown=unknown,
@@ -138,6 +138,15 @@ def build_definition(files: dict[str, bytes], where: str, *, as_before: bool = F
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
+
+
+def _lowercase(files: dict[str, bytes], side: SideSettings, vocab: dict[str, int], as_before: bool) -> bool:
+    """Returns whether words are lowercased: by do_lower_case, else if the vocabulary has no capital letters."""
+    if as_before:  # any value was taken for true or false
+        config = parse_json(files[CONFIG], CONFIG) if CONFIG in files else {}
+        return bool(config.get("do_lower_case", not is_cased(vocab)))
+    given = side.flag("do_lower_case", None)
+    return not is_cased(vocab) if given is None else given
 
 
 def saved_files(

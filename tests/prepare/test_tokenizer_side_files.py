@@ -162,6 +162,7 @@ def test_end_of_document_from_the_map_of_special_tokens(tmp_path: Path) -> None:
     ("kind", "files", "said"),
     [
         ("bert", {"tokenizer_config.json": {"strip_accents": "no"}}, "tokenizer_config.json: strip_accents must be true or false"),
+        ("bert", {"tokenizer_config.json": {"do_lower_case": "false"}}, "do_lower_case must be true or false, got 'false'"),
         ("bert", {"added_tokens.json": {"[URL]": len(WORDS) + 5}}, "would get 49"),
         ("bert", {"added_tokens.json": {"the": 3}}, "added_tokens.json gives 'the' the id 3, but the vocabulary gives it 6"),
         ("bert", {"added_tokens.json": {"[URL]": "x"}}, "added_tokens.json: token '[URL]' with id 'x'"),
