@@ -32,7 +32,7 @@ from megatron_lion.prepare.lines import BadLine
 from megatron_lion.prepare.long_texts import text_parts
 from megatron_lion.prepare.pieces import Piece, ReadCount, ReadOptions, read_piece
 from megatron_lion.prepare.sentences import SplitterName
-from megatron_lion.prepare.splits import document_digest, document_hash, hash_of
+from megatron_lion.prepare.splits import DocumentDigest, document_hash
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
@@ -184,7 +184,7 @@ class _Documents:
         Raises:
             DataError: the file is damaged, or has more tokens than an int32 length can hold.
         """
-        digest, length, size, blank = document_digest(self._seed), 0, 0, True
+        digest, length, size, blank = DocumentDigest(self._seed), 0, 0, True
         count.lines = 1
         try:
             with reading(piece.file.path), opened(piece.file) as (stream, _):
@@ -206,7 +206,7 @@ class _Documents:
                 f"{piece.file.path}: has {length:,} tokens, more than a document can have; divide it with --txt-documents blank-line"
             )
         self._text_bytes += size
-        self._hashes.append(hash_of(digest))
+        self._hashes.append(digest.value())
         self._lengths.append(length + self._end.size)
         yield self._end.tobytes()
 

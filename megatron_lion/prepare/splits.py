@@ -41,19 +41,25 @@ def parse_split(text: str | Sequence[float]) -> tuple[float, float, float]:
 
 def document_hash(utf8: bytes, seed: int) -> int:
     """Returns the 64-bit hash that determines a document's split: the first 8 bytes of SHA-256 over seed and text."""
-    digest = document_digest(seed)
+    digest = DocumentDigest(seed)
     digest.update(utf8)
-    return hash_of(digest)
+    return digest.value()
 
 
-def document_digest(seed: int) -> hashlib._Hash:
-    """Returns a new digest of a document, to which its UTF-8 bytes are added in any number of parts."""
-    return hashlib.sha256(b"%d\0" % seed)
+class DocumentDigest:
+    """`document_hash` of a text that arrives in parts."""
 
+    def __init__(self, seed: int) -> None:
+        """Starts with no text."""
+        self._digest = hashlib.sha256(b"%d\0" % seed)
 
-def hash_of(digest: hashlib._Hash) -> int:
-    """Returns a document's 64-bit hash from its complete digest."""
-    return int.from_bytes(digest.digest()[:8], "little")
+    def update(self, utf8: bytes) -> None:
+        """Adds the next UTF-8 bytes of the text."""
+        self._digest.update(utf8)
+
+    def value(self) -> int:
+        """Returns the 64-bit hash of the text so far."""
+        return int.from_bytes(self._digest.digest()[:8], "little")
 
 
 def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, float]) -> npt.NDArray[np.uint8]:
