@@ -25,14 +25,18 @@ def two_nodes(work: Any, *numbers: str) -> list[Any]:
     """Runs `work(nodes)` on two nodes in threads; returns what each gave or raised. A number is the node's NODE_RANK."""
     base = {"JOB_ID": "x" * 32, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "INTERFACE": "lo"}
     found: list[Any] = [None, None]
+    met = threading.Barrier(2)  # the node with the store must not end before the other has met it
 
     def node(place: int) -> None:
         number = {"NODE_RANK": numbers[place]} if numbers else {}
         try:
             with Nodes(2, 1, {**base, **number}, lambda: None) as nodes:
+                with suppress(threading.BrokenBarrierError):  # the other one was refused
+                    met.wait(100)
                 found[place] = work(nodes)
         except (MegatronLionError, RuntimeError) as error:
             found[place] = error
+            met.abort()
 
     threads = [threading.Thread(target=node, args=(place,)) for place in range(2)]
     for thread in threads:
