@@ -160,7 +160,7 @@ def start_stage(
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command, env=environment(args.rehearse, name), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=end_with_parent(),  # a killed driver must not leave a stage on the GPU
         )  # fmt: skip
         processes.append(process)
         try:
@@ -186,7 +186,6 @@ def start_stage(
 
 def run_stage(child: dict[str, Any]) -> int:
     """Runs a stage in this process; returns the exit code."""
-    end_with_parent()  # a killed driver must not leave a stage on the GPU
     paths = {key: child[key] and Path(child[key]) for key in ("data", "text")}
     stage = Stage(**{**child, **paths, "output": Path(child["output"])})
     try:
@@ -259,7 +258,9 @@ def data_for(args: argparse.Namespace, *, needed: bool) -> Iterator[Path | None]
     data = (args.output / "gpu_data").resolve()
     command = [sys.executable, str(BENCHMARKS / "gpu_data.py"), str(data), *(["--small"] if args.rehearse else [])]
     with open(args.output / "data.log", "wb") as log:
-        maker = subprocess.Popen(command, env=environment(True), stdout=log, stderr=subprocess.STDOUT)
+        maker = subprocess.Popen(
+            command, env=environment(True), stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent()
+        )
         try:
             yield data
         finally:

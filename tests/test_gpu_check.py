@@ -157,6 +157,28 @@ def test_a_killed_driver_leaves_no_process_of_stage_run(tmp_path: Path) -> None:
     kill_and_see_all_end(driver, tmp_path)
 
 
+def test_a_child_whose_parent_ended_before_it_asked_the_kernel_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that was killed just after a fork left a process that used the GPU to its end."""
+    monkeypatch.setattr(sys, "path", [str(REPO / "benchmarks"), *sys.path])
+    from gpu_stages.stage import end_with_parent
+
+    heard, said = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        prepare = end_with_parent()
+        own = os.getpid()
+        if os.fork() == 0:
+            while os.getppid() == own:
+                time.sleep(0.01)
+            prepare()
+            os.write(said, b"alive")
+        os._exit(0)
+    os.close(said)
+    os.waitpid(parent, 0)
+    with open(heard, "rb") as pipe:
+        assert pipe.read() == b""
+
+
 def package(folder: Path, name: str, source: str) -> None:
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(source)

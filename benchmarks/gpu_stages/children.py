@@ -26,7 +26,7 @@ class Child:
         with open(self.log, "wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *words], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True, preexec_fn=end_with_parent,
+                start_new_session=True, preexec_fn=end_with_parent(),
             )  # fmt: skip
 
     def wait(self, seconds: float) -> int:

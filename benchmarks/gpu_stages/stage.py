@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import json
@@ -151,7 +150,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def end_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent ends, even by SIGKILL (Linux only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_with_parent() -> Callable[[], None]:
+    """Returns a function for `Popen(preexec_fn=...)`: if this process ends, even by SIGKILL, the child is killed (Linux only)."""
+    parent = os.getpid()
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return lambda: None
+
+    def ask_the_kernel() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the kernel was asked
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return ask_the_kernel
