@@ -18,6 +18,8 @@ QUICK = {
     "dataset-flips": 5, "hostile-run": 4, "hostile-hub": 3,
 }  # fmt: skip
 """Cases, and how many of their faults are injected here, evenly spaced."""
+# Others of their family are not slow: save-kill, power-strict.
+SLOW = ("save-half", "retention-kill", "power-histories")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def lab(server: Warm, tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 @pytest.mark.timeout(1800)  # each fault is two runs, and a loaded machine is ten times slower
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in QUICK])
 def test_some_faults_of_a_case(lab: Lab, name: str) -> None:
     lab.limit = QUICK[name]
     row = rows.run_case(rows.all_cases()[name], lab)

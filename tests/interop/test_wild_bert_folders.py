@@ -60,7 +60,9 @@ EXACT: dict[str, Callable[[Tensors], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "as saved" else pytest.mark.slow) for name in EXACT]
+)
 def test_the_imported_run_is_the_model(base: Path, tmp_path: Path, name: str) -> None:
     """The import compares its logits with those of transformers; the export returns each tensor bit for bit."""
     folder = changed(base, tmp_path / "hf", EXACT[name])
