@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_lion.config import ModelConfig
 from megatron_lion.errors import CheckpointError
 from megatron_lion.interop.weight_names import Shape
 
-GELU_NAMES = {"gelu_new": "tanh", "gelu_fast": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
+GELU_NAMES: dict[str, Literal["tanh", "erf"]] = {
+    "gelu_new": "tanh",
+    "gelu_fast": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu": "erf",
+}
 WRITTEN_GELU = {"tanh": "gelu_new", "erf": "gelu"}
 _KINDS = {"gpt2": "gpt2", "megatron-bert": "bert"}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "bert": "MegatronBertForPreTraining"}
@@ -113,7 +118,7 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, str, str | None]:
             f"note: {path}: embd_pdrop is {config.embd_pdrop:g} and resid_pdrop {config.resid_pdrop:g}; a run has one dropout for both: "
             f"model.hidden_dropout {config.resid_pdrop:g}"
         )
-    return ModelConfig(**model, gelu=GELU_NAMES[gelu]), class_name, note  # type: ignore[arg-type]
+    return ModelConfig(**model, gelu=GELU_NAMES[gelu]), class_name, note
 
 
 def _check_numbers(path: Path, kind: str, config: Any) -> None:

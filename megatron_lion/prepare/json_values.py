@@ -101,7 +101,9 @@ class _Text:
     def next(self) -> str:
         """Returns the next character that is not blank, without consuming it, or "" at the end."""
         while True:
-            self.at = _BLANK.match(self.held, self.at).end()  # type: ignore[union-attr]
+            blank = _BLANK.match(self.held, self.at)
+            assert blank is not None, "the pattern matches an empty text too"
+            self.at = blank.end()
             if self.at < len(self.held):
                 return self.held[self.at]
             if not self.more():
