@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpt2_folders import write_gpt2
 
 from megatron_lion.cli import main
 from megatron_lion.data.tokenizers import load_tokenizer
@@ -27,20 +28,8 @@ WIKI = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 that transformers wrote, with a byte-level tokenizer trained on a few sentences."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder = tmp_path_factory.mktemp("gpt2")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([WIKI] * 3, vocab_size=300, special_tokens=["<|endoftext|>"])
-    bpe.save_model(str(folder))
-    torch.manual_seed(3)
-    config = GPT2Config(vocab_size=bpe.get_vocab_size(), n_positions=SEQ_LENGTH, n_embd=16, n_layer=2, n_head=2)
-    model = GPT2LMHeadModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return folder
+    return write_gpt2(folder, [WIKI] * 3, tokens=300, std=0.3, n_positions=SEQ_LENGTH, n_layer=2)
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from tokenizers import ByteLevelBPETokenizer
+from gpt2_folders import write_gpt2
 
 from megatron_lion.cli import main
 from megatron_lion.errors import DataError
@@ -24,16 +23,7 @@ PASSAGES = ["the cat and the dog", "and the other the"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random GPT-2 of transformers."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("gpt2")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(PASSAGES, vocab_size=270, special_tokens=["<|endoftext|>"])
-    bpe.save_model(str(folder))
-    torch.manual_seed(3)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2))
-    model.save_pretrained(folder)
-    return folder
+    return write_gpt2(tmp_path_factory.mktemp("gpt2"), PASSAGES, tokens=270, vocab_size=300, n_positions=64, n_layer=1)
 
 
 def as_lines(texts: list[Any], key: str = "text") -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from gpt2_folders import write_gpt2
 from tokenizers import ByteLevelBPETokenizer
 
 from megatron_lion.cli import main
@@ -27,19 +28,8 @@ BOM = "\ufeff".encode()
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes a GPT-2 with transformers; its output layer has more rows than the tokenizer has ids."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     folder = tmp_path_factory.mktemp("gpt2")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(TEXTS, vocab_size=290, special_tokens=["<|endoftext|>"])
-    bpe.save_model(str(folder))
-    torch.manual_seed(3)
-    config = GPT2Config(vocab_size=340, n_positions=SEQ_LENGTH, n_embd=16, n_layer=1, n_head=2)
-    model = GPT2LMHeadModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(folder)
-    return folder
+    return write_gpt2(folder, TEXTS, tokens=290, std=0.3, vocab_size=340, n_positions=SEQ_LENGTH, n_layer=1)
 
 
 @pytest.fixture
