@@ -1,0 +1,164 @@
+"""Confidence intervals over independent values: Student's t, Welch's t for a gap, and the delete-a-group jackknife."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEVEL = 0.95
+"""Coverage of every interval that the product prints, if nothing else is stated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An estimate with a two-sided confidence interval.
+
+    Attributes:
+        estimate: the value, such as a mean or the difference of two means.
+        low, high: ends of the interval; None if the values do not determine one (fewer than two on a side).
+        confidence: nominal coverage, in (0, 1).
+        count: number of independent values; for a gap, of the smaller side.
+        p_value: for a gap, two-sided p of equal means; None without an interval.
+    """
+
+    estimate: float
+    low: float | None
+    high: float | None
+    confidence: float
+    count: int
+    p_value: float | None = None
+
+
+def t_quantile(freedom: float, confidence: float = LEVEL) -> float:
+    """Returns t such that a share `confidence` of Student's distribution lies between −t and t.
+
+    Args:
+        freedom: degrees of freedom, > 0, not necessarily an integer.
+        confidence: in (0, 1).
+
+    Raises:
+        ValueError: a number outside its range.
+
+    Example:
+        >>> round(t_quantile(4), 4)
+        2.7764
+    """
+    from scipy.stats import t  # imported here: scipy.stats takes half a second, and most verbs do not need it
+
+    if not 0 < confidence < 1 or not freedom > 0:
+        raise ValueError(
+            f"confidence = {confidence:g}, freedom = {freedom:g}: expected a confidence in (0, 1) and freedom > 0"
+        )
+    return float(t.ppf((1 + confidence) / 2, freedom))
+
+
+def mean_interval(values: Sequence[float], confidence: float = LEVEL) -> Interval:
+    """Student's t interval of the mean of independent, roughly normal values.
+
+    Raises:
+        ValueError: no values, or `confidence` outside (0, 1).
+
+    Example:
+        >>> found = mean_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+        >>> round(found.low, 3), found.estimate, round(found.high, 3)
+        (1.037, 3.0, 4.963)
+        >>> mean_interval([1.0]).low is None
+        True
+    """
+    count = len(values)
+    if count == 0:
+        raise ValueError("values is empty: expected at least one value")
+    mean = math.fsum(values) / count
+    if count < 2:
+        return Interval(estimate=mean, low=None, high=None, confidence=confidence, count=count)
+    error = math.sqrt(_variance(values) / count)
+    return around(mean, error, count - 1, confidence=confidence)
+
+
+def around(estimate: float, standard_error: float, freedom: float, *, confidence: float = LEVEL) -> Interval:
+    """The interval of an estimate whose standard error has a number of degrees of freedom.
+
+    Example:
+        >>> found = around(0.0, 1.0, 4)
+        >>> round(found.high, 4), found.count
+        (2.7764, 5)
+    """
+    half = t_quantile(freedom, confidence) * standard_error
+    return Interval(
+        estimate=estimate, low=estimate - half, high=estimate + half, confidence=confidence, count=int(freedom) + 1
+    )
+
+
+def gap_interval(a: Sequence[float], b: Sequence[float], confidence: float = LEVEL) -> Interval:
+    """Welch's interval of mean(a) − mean(b) and the p of its test; the two sides may scatter differently.
+
+    Raises:
+        ValueError: no values on a side, or `confidence` outside (0, 1).
+
+    Source: Welch (1947), "The generalization of Student's problem when several different population variances are
+    involved"; degrees of freedom after Satterthwaite.
+
+    Example:
+        >>> found = gap_interval([1.0, 1.1, 1.2], [2.0, 2.1, 2.2])
+        >>> round(found.low, 3), round(found.high, 3), round(found.p_value, 5)
+        (-1.227, -0.773, 0.00026)
+    """
+    from scipy.stats import t
+
+    if not a or not b:
+        raise ValueError("a side has no values: expected at least one on each")
+    gap, count = math.fsum(a) / len(a) - math.fsum(b) / len(b), min(len(a), len(b))
+    if count < 2:
+        return Interval(estimate=gap, low=None, high=None, confidence=confidence, count=count)
+    parts = [_variance(side) / len(side) for side in (a, b)]
+    error = math.sqrt(sum(parts))
+    if error == 0:  # all values of each side are equal: the gap is exact as far as the values can show
+        p_value = 1.0 if gap == 0 else 0.0
+        return Interval(estimate=gap, low=gap, high=gap, confidence=confidence, count=count, p_value=p_value)
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(side) - 1) for part, side in zip(parts, (a, b), strict=True)
+    )
+    half = t_quantile(freedom, confidence) * error
+    p_value = float(2 * t.sf(abs(gap) / error, freedom))
+    return Interval(
+        estimate=gap, low=gap - half, high=gap + half, confidence=confidence, count=count, p_value=p_value
+    )
+
+
+def jackknife_error(estimate: float, left_out: Sequence[float], sizes: Sequence[float]) -> float:
+    """Standard error of an estimate from its values without each of several groups of observations.
+
+    Args:
+        estimate: the value from all observations.
+        left_out: the value without each group.
+        sizes: number of observations in each group; they may differ.
+
+    Raises:
+        ValueError: fewer than two groups, or different lengths.
+
+    Source: Busing, Meijer and van der Leeden (1999), "Delete-m jackknife for unequal m", Statistics and Computing 9.
+
+    Example:
+        >>> values = [1.0, 2.0, 3.0, 4.0]
+        >>> without = [(sum(values) - value) / 3 for value in values]
+        >>> jackknife_error(2.5, without, [1] * 4) == math.sqrt(5 / 3 / 4)
+        True
+    """
+    count = len(left_out)
+    if count < 2 or count != len(sizes):
+        raise ValueError(f"{count} values without a group for {len(sizes)} groups: expected the same number, at least 2")
+    total = math.fsum(sizes)
+    center = count * estimate - math.fsum(
+        (1 - size / total) * value for size, value in zip(sizes, left_out, strict=True)
+    )
+    variance = 0.0
+    for size, value in zip(sizes, left_out, strict=True):
+        weight = total / size
+        variance += (weight * estimate - (weight - 1) * value - center) ** 2 / (weight - 1)
+    return math.sqrt(variance / count)
+
+
+def _variance(values: Sequence[float]) -> float:
+    mean = math.fsum(values) / len(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
