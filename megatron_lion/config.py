@@ -193,8 +193,9 @@ class ProbeConfig:
 
     every: int = 0
     """Interval in steps between probes, with one before the first step; 0 disables them."""
-    num_batches: int = 100
-    """Number of global batches over which the gradient is averaged (100 x 640 = 64,000 samples in the paper)."""
+    num_batches: int | Literal["all"] = 100
+    """Number of global batches over which the gradient is averaged (100 x 640 = 64,000 samples in the paper); all: every
+    sample of the data set once, the exact full gradient."""
     mode: Literal["frozen", "moving"] = "frozen"
     """frozen: extra forward/backward passes at fixed parameters; no extra memory. moving: the mean gradient of the last
     num_batches training steps; no extra passes, but 4 bytes per parameter of each process's shard while a window is open."""

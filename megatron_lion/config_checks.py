@@ -44,7 +44,6 @@ def _check_numbers(config: RunConfig) -> list[str]:
         "model": ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "make_vocab_size_divisible_by"),
         "train": ("steps", "global_batch_size", "micro_batch_size", "log_every", "test_batches"),
         "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size"),
-        "probe": ("num_batches",),
         "optimizer": ("max_skipped_steps",),
     }.items():
         for key in keys:
@@ -88,11 +87,14 @@ def _check_numbers(config: RunConfig) -> list[str]:
             f"optimizer.betas: beta2 must be at most {MAX_PACKED_BETA2} with optimizer.momentum_dtype {optimizer.momentum_dtype} "
             f"(rounding keeps a slower momentum from shrinking), got {optimizer.resolved_betas()[1]}; or use fp32"
         )
+    batches = probe.num_batches
+    need(batches == "all" or batches >= 1, "probe.num_batches", batches, "an integer of at least 1, or all")
+    need(batches != "all" or probe.mode == "frozen", "probe.num_batches", batches, "a number with probe.mode moving")
     need(
-        probe.mode == "frozen" or not 0 < probe.every < probe.num_batches,
+        probe.mode == "frozen" or batches == "all" or not 0 < probe.every < batches,
         "probe.every",
         probe.every,
-        f"at least probe.num_batches {probe.num_batches} with probe.mode moving (windows must not overlap)",
+        f"at least probe.num_batches {batches} with probe.mode moving (windows must not overlap)",
     )
     for beta in optimizer.resolved_betas():
         need(0 <= beta < 1, "optimizer.betas", beta, "two numbers in [0, 1)")

@@ -21,9 +21,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--steps", type=str, default="all", help="all, latest, or a list such as 10000,20000")
     add(
         "--num-batches",
-        type=int,
+        type=int | Literal["all"] | None,
         default=None,
-        help="global batches to average over; default: the run's probe.num_batches",
+        metavar="N",
+        help="global batches to average over, or all: every sample once; default: the run's probe.num_batches",
     )
     add(
         "--data",
@@ -94,7 +95,7 @@ def run(args: Any) -> None:
     )
     steps = choose_steps(args.steps, list_steps(run_dir))
     stopped = "stopped; finished steps are kept; the same command probes the others"
-    with stop_raises(stopped), _Progress(config.probe.num_batches, shown=is_main) as progress:
+    with stop_raises(stopped), _Progress(shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
     if is_main:
         sys.stdout.write(table(probed))
@@ -107,21 +108,38 @@ def run(args: Any) -> None:
 
 def table(probed: list[Any]) -> str:
     """Returns the results of probed steps as a table in plain text."""
-    head = f"{'step':>9}  {'loss':>8}  {'grad_l1':>10}  {'grad_l2':>10}  {'r':>9}  {'r/sqrt(d)':>9}  {'KKT':>10}  {'noise':>6}  file"
+    head = (
+        f"{'step':>9}  {'loss':>8}  {'grad_l1':>10}  {'grad_l2':>10}  {'r':>9}  {'± (se)':>8}  {'r/sqrt(d)':>9}  "
+        f"{'without noise':>15}  {'KKT':>10}  {'noise':>6}  file"
+    )
     lines = [head]
     for item in probed:
         content, norms = item.content, item.content["all"]
         noise = content["noise"]["noise_share"] if content["noise"] else None
+        error = content["ladder"][-1].get("norm_ratio_standard_error") if content["ladder"] else None
         cells = [
             f"{item.step:>9}", f"{_number(content['loss'], 4):>8}", f"{_number(norms['grad_l1'], 5):>10}",
             f"{_number(norms['grad_l2'], 5):>10}", f"{_number(norms['norm_ratio'], 2):>9}",
-            f"{_number(norms['norm_ratio_over_sqrt_d'], 4):>9}", f"{_number(norms['kkt_residual'], 5):>10}",
+            f"{'?' if error is None else f'{error:.2f}':>8}", f"{_number(norms['norm_ratio_over_sqrt_d'], 4):>9}",
+            f"{_bounds(content):>15}", f"{_number(norms['kkt_residual'], 5):>10}",
             f"{_percent(noise):>6}", f"{item.path}{'' if item.is_new else '  (found)'}",
         ]  # fmt: skip
         lines.append("  ".join(cells))
     if any(item.content["all"]["kkt_residual"] is None for item in probed):
         lines.append("λ is 0 (weight_decay 0): there is no box constraint, and the KKT residual is undefined")
+    if any(item.content["ladder"] for item in probed):
+        lines.append(
+            "±: standard error of r, ? if there are too few groups of batches; without noise: bounds on r/sqrt(d) of the "
+            "noise-free gradient, up to their standard errors in the file, ? if the signal is not resolved"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _bounds(content: dict[str, Any]) -> str:
+    """Bounds on r/√d of the noise-free gradient."""
+    noise, d = content["noise"] or {}, content["all"]["num_parameters"]
+    low, high = noise.get("norm_ratio_low"), noise.get("norm_ratio_high")
+    return "?" if low is None or high is None else f"{low / d**0.5:.4f}–{high / d**0.5:.4f}"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -135,7 +153,7 @@ def _percent(value: float | None) -> str:
 class _Progress:
     """A progress bar on stderr, if that is a terminal."""
 
-    def __init__(self, num_batches: int, *, shown: bool) -> None:
+    def __init__(self, *, shown: bool) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -151,7 +169,6 @@ class _Progress:
             TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
             disable=not shown or not sys.stderr.isatty(),
         )  # fmt: skip
-        self._total = num_batches
         self._tasks: dict[int, Any] = {}
 
     def __enter__(self) -> _Progress:
@@ -161,7 +178,7 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def update(self, step: int, done: int) -> None:
+    def update(self, step: int, done: int, total: int) -> None:
         if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(f"step {step}", total=self._total)
+            self._tasks[step] = self._progress.add_task(f"step {step}", total=total)
         self._progress.update(self._tasks[step], completed=done)

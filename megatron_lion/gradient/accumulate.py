@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import param_is_not_shared
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_lion.gradient.coordinate_sample import CoordinateSample
+from megatron_lion.gradient.batch_groups import GroupedBatches
 from megatron_lion.gradient.norms import NormTable, norm_table, parameter_rows
 from megatron_lion.optim.parameter_shards import Shard, local_shards
 from megatron_lion.optim.train_optimizer import TrainOptimizer
@@ -47,7 +47,7 @@ class FullGradient:
         vocab_size: number of ids before padding.
         dropout_seed: seed of the dropout masks, or None for no dropout.
         master_weights: whether θ is the optimizer's fp32 master weights; otherwise the model's own weights.
-        sample: coordinate sample that also follows sums over disjoint groups of batches, or None.
+        groups: follows sketches of the sums over disjoint groups of batches, or None.
         count_names: further scalars of the loss function's dictionary to sum into `counts`.
 
     Attributes:
@@ -75,13 +75,13 @@ class FullGradient:
         seq_length: int,
         vocab_size: int,
         dropout_seed: int | None = None,
-        sample: CoordinateSample | None = None,
+        groups: GroupedBatches | None = None,
         master_weights: bool = True,
         count_names: Sequence[str] = (),
     ) -> None:
         self.model, self.optimizer, self.forward_step, self.ranks = model, optimizer, forward_step, ranks
         self.num_microbatches, self.micro_batch_size, self.seq_length = num_microbatches, micro_batch_size, seq_length
-        self.vocab_size, self.dropout_seed, self.sample = vocab_size, dropout_seed, sample
+        self.vocab_size, self.dropout_seed, self.groups = vocab_size, dropout_seed, groups
         self.master_weights = master_weights
         self.device = next(model[0].parameters()).device
         self.rows = parameter_rows(model)
@@ -122,8 +122,8 @@ class FullGradient:
             seed = self.dropout_seed + 1_000_003 * self.ranks.dp_rank + 101 * self.ranks.pp_rank
             torch.manual_seed(seed)
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
-        if self.sample is not None:
-            self.sample.rebase()
+        if self.groups is not None:
+            self.groups.rebase()
         return self
 
     def __exit__(
@@ -172,8 +172,8 @@ class FullGradient:
             self.counts[name] += value
         self.losses.append((loss_sum, int(count)))
         self.num_batches += 1
-        if self.sample is not None:
-            self.sample.add_batch(int(count), self._loss_scale)
+        if self.groups is not None:
+            self.groups.add_batch(int(count), self._loss_scale)
         return asked > 0
 
     @torch.no_grad()
@@ -186,8 +186,8 @@ class FullGradient:
         )
         for chunk in self.model:
             keep_own_shard(chunk)
-        if self.sample is not None:
-            self.sample.rebase()
+        if self.groups is not None:
+            self.groups.rebase()
         return table
 
     def shards(self) -> Iterator[Shard]:

@@ -13,10 +13,11 @@ import torch
 from megatron_lion.config import RunConfig
 from megatron_lion.errors import DataError
 from megatron_lion.gradient.accumulate import FullGradient
-from megatron_lion.gradient.coordinate_sample import CoordinateSample
-from megatron_lion.gradient.noise import NoiseEstimate, Rung, estimate_noise, make_rung, rungs_of
+from megatron_lion.gradient.batch_groups import GroupedBatches
+from megatron_lion.gradient.noise import NoiseEstimate, Rung, estimate_noise, make_rung, rungs_of, unseen
 from megatron_lion.gradient.norms import GradientNorms
 from megatron_lion.gradient.probe_result import ProbeResult
+from megatron_lion.gradient.sketch import GradientSketch
 from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import Ranks, derive_seed
 
@@ -32,6 +33,7 @@ class ProbedRun(Protocol):
     optimizer: TrainOptimizer
     corpora: Any
     objective: Any
+    probe_samples: Any
     step: int
 
     @property
@@ -47,7 +49,7 @@ def probe_run(
     should_stop: Callable[[], bool] = lambda: False,
     master_weights: bool = True,
 ) -> ProbeResult | None:
-    """Averages loss and gradient over `probe.num_batches` global batches and measures the mean gradient.
+    """Averages loss and gradient over the global batches of `run.probe_samples` and measures the mean gradient.
 
     Parameters, optimizer state and the data position of training do not change. With `probe.dropout` the caller
     restores the random states. A collective call.
@@ -66,19 +68,20 @@ def probe_run(
     """
     config = run.config
     started = time.perf_counter()
-    rungs = rungs_of(config.probe.num_batches) if config.probe.ladder else [config.probe.num_batches]
+    samples = run.probe_samples
+    rungs = rungs_of(samples.num_batches) if config.probe.ladder else [samples.num_batches]
     dropout_seed = derive_seed(config.seed, f"probe dropout at {run.step}") if config.probe.dropout else None
-    sample = CoordinateSample(run.model) if config.probe.ladder else None
+    groups = GroupedBatches(GradientSketch(run.model), samples.num_batches) if config.probe.ladder else None
     batches = run.probe_batches()
     read: list[tuple[int, GradientNorms]] = []
     with FullGradient(
         run.model, run.optimizer, run.forward_step, run.ranks,
         num_microbatches=config.num_microbatches(run.ranks.world_size),
         micro_batch_size=config.train.micro_batch_size, seq_length=config.model.seq_length,
-        vocab_size=run.corpora.vocab_size, dropout_seed=dropout_seed, sample=sample,
+        vocab_size=run.corpora.vocab_size, dropout_seed=dropout_seed, groups=groups,
         master_weights=master_weights, count_names=run.objective.count_names,
     ) as full:  # fmt: skip
-        while full.num_batches < config.probe.num_batches:
+        while full.num_batches < samples.num_batches:
             if full.add(batches, stop=should_stop()):
                 return None
             if not full.losses[-1][1]:
@@ -89,15 +92,19 @@ def probe_run(
             on_batch(full.num_batches)
         if (name := run.objective.uncounted(full.counts)) is not None:
             raise _nothing_counted(config, f"all {full.num_batches} batches", name)
-        ladder, noise = _ladder(read, sample, config.train.global_batch_size)
-        num_samples = full.num_batches * config.train.global_batch_size
+        population = samples.population / config.train.global_batch_size if samples.population is not None else None
+        ladder, noise = _ladder(read, groups, config.train.global_batch_size, population)
+        loss_error = standard_error(full.losses)
+        if loss_error is not None:
+            loss_error *= math.sqrt(unseen(full.num_batches, population))
         result = ProbeResult(
             step=run.step, mode="frozen", data=config.probe.data, dropout=config.probe.dropout,
-            num_batches=full.num_batches, num_samples=num_samples, num_tokens=num_samples * config.model.seq_length,
-            loss=full.loss, loss_standard_error=standard_error(full.losses),
+            num_batches=full.num_batches, num_samples=samples.num_samples,
+            num_tokens=samples.num_samples * config.model.seq_length, loss=full.loss, loss_standard_error=loss_error,
             table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise,
             facts={
                 "theta": "master weights" if master_weights else "the model's own weights",
+                "population_samples": samples.population,
                 **probe_facts(config, run.ranks),
             },
         )  # fmt: skip
@@ -116,14 +123,16 @@ def _nothing_counted(config: RunConfig, which: str, name: str) -> DataError:
 
 
 def _ladder(
-    read: list[tuple[int, GradientNorms]], sample: CoordinateSample | None, batch_samples: int
+    read: list[tuple[int, GradientNorms]],
+    grouped: GroupedBatches | None,
+    batch_samples: int,
+    population: float | None,
 ) -> tuple[tuple[Rung, ...], NoiseEstimate | None]:
-    if sample is None:
+    if grouped is None:
         return (), None
-    groups, whole = sample.groups()
-    ladder = tuple(make_rung(count, norms, groups) for count, norms in read)
-    noise = estimate_noise(groups, whole, read[-1][1], batch_samples=batch_samples, sampled_fraction=sample.fraction)
-    return ladder, noise
+    groups = grouped.finish([count for count, _ in read])
+    ladder = tuple(make_rung(count, norms, groups, population) for count, norms in read)
+    return ladder, estimate_noise(groups, read[-1][1], batch_samples=batch_samples, population=population)
 
 
 def standard_error(losses: list[tuple[float, int]]) -> float | None:

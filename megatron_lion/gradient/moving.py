@@ -55,7 +55,7 @@ class MovingWindow:
     def wants(self, step: int) -> bool:
         """Whether the gradient of this step (counted from 1) belongs to the next probe's window."""
         every = self.config.probe.every
-        return every > 0 and -step % every < self.config.probe.num_batches
+        return every > 0 and -step % every < _length(self.config)
 
     @torch.no_grad()
     def add(self) -> None:
@@ -113,9 +113,15 @@ def window_cost(config: RunConfig, num_parameters: int, ranks: Ranks) -> str:
     shards = ranks.tp_size * ranks.pp_size * (ranks.dp_size if config.parallel.use_distributed_optimizer else 1)
     mebibytes = 4 * num_parameters / shards / 2**20
     return (
-        f"probe.mode moving: the last {config.probe.num_batches:,} steps before every {config.probe.every:,}th use "
+        f"probe.mode moving: the last {_length(config):,} steps before every {config.probe.every:,}th use "
         f"{mebibytes:,.1f} MiB more per process (4 bytes per parameter of its shard) and read its gradient once more; no extra passes"
     )
+
+
+def _length(config: RunConfig) -> int:
+    """Steps of a window."""
+    assert config.probe.num_batches != "all", "config_checks refuses it with probe.mode moving"
+    return config.probe.num_batches
 
 
 def _grad(shard: Shard) -> torch.Tensor:

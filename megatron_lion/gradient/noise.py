@@ -1,52 +1,70 @@
-"""Unbiased estimates of the noise in an averaged gradient, from norms of small and large batches.
+"""Unbiased estimates of the noise in an averaged gradient, with standard errors, and bounds on the noise-free norm ratio.
 
-For independent batches, the mean ḡ_k of k of them has E‖ḡ_k‖² = ‖∇f‖² + σ²/k, where σ² = E‖g − ∇f‖² of one batch. Two
-sizes give both unknowns. The norm of the mean alone determines neither. Its ratio ‖·‖₁/‖·‖₂ tends to 0.798 √d if noise
-dominates, for any ∇f.
+f is the mean loss over the data set (the split, cut into samples), and a probe averages n of its N batches without
+repeats. For batch gradients g_i with mean ∇f and E‖g_i − ∇f‖² = σ², the mean ḡ of n of them has
+E‖ḡ‖² = ‖∇f‖² + σ² (1/n − 1/N). The norm of the mean alone determines neither term. Its ratio ‖·‖₁/‖·‖₂ tends to
+0.798 √d if noise dominates, for any ∇f. The scatter of the batches about their mean gives σ².
 
-Source: McCandlish et al., "An Empirical Model of Large-Batch Training" (arXiv 1812.06162), appendix A.1.
+Source: McCandlish et al., "An Empirical Model of Large-Batch Training" (arXiv 1812.06162), appendix A.1; the
+finite-population factor: Cochran, "Sampling Techniques", chapter 2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_lion.gradient.coordinate_sample import Group
+from megatron_lion.gradient.batch_groups import BatchGroups, Prefix, Sums
 from megatron_lion.gradient.norms import GradientNorms
+from megatron_lion.intervals import jackknife_error, t_quantile
 
-_ENOUGH_PAIRS = 4  # fewest pairs of groups that a standard deviation is computed from; 8 batches have so many
+FEWEST_GROUPS = 4
+"""Fewest groups from which a standard error is computed."""
 
 
 @dataclass(frozen=True)
 class NoiseEstimate:
     """Signal and noise in the mean of `num_batches` global batches.
 
+    A standard error is None below `FEWEST_GROUPS` groups and includes the error of the sketch. It has `num_groups` − 1
+    degrees of freedom: use Student's quantile, not 2, if there are few groups.
+
     Attributes:
-        noise_variance: σ² of one global batch, E‖g − ∇f‖₂².
-        noise_variance_standard_error: from the spread of ‖g‖² between batches.
-        signal_l2_squared: ‖∇f‖₂² without the noise; unbiased, hence sometimes negative if noise dominates.
-        signal_standard_error: from the spread of ⟨ḡ_a, ḡ_b⟩ between disjoint groups; an overestimate. None below 8
-            batches.
-        noise_share: σ²/n divided by ‖ḡ‖₂²: 0 for a gradient without noise, about 1 for pure noise.
+        noise_variance, noise_variance_standard_error: σ² of one global batch, E‖g − ∇f‖₂²; the batches' mean count is
+            the size of the batch if counts differ.
+        signal_l2_squared, signal_standard_error: ‖∇f‖₂² without the noise; unbiased, hence sometimes negative if noise
+            dominates.
+        noise_share, noise_share_standard_error: the noise's part of ‖ḡ‖₂², σ² (1/n − 1/N)/‖ḡ‖₂²: 0 for a gradient
+            without noise, about 1 for pure noise.
         grad_l2_corrected: √signal_l2_squared, or 0 if that is negative.
-        noise_scale_samples: σ²/‖∇f‖² times the batch size, McCandlish's B_simple; None if the signal is not positive.
-        is_resolved: whether the signal is larger than twice its standard error; None if that error is not known.
-        sampled_fraction: share of the coordinates that the estimates of single batches use (norms of the whole mean are
-            exact).
+        noise_scale_samples, noise_scale_standard_error: σ²/‖∇f‖² times the batch size, McCandlish's B_simple; None if
+            the signal is not positive.
+        is_resolved: whether the signal's 95 % interval is above 0; None if its standard error is not known.
+        norm_ratio_low, norm_ratio_high: bounds on r = ‖∇f‖₁/‖∇f‖₂ of the noise-free gradient; None if the signal is not
+            resolved. See `ratio_bounds`.
+        norm_ratio_low_standard_error, norm_ratio_high_standard_error: of each bound.
+        num_groups: disjoint groups of batches that the standard errors rest on.
+        sketch_error: relative standard deviation that the sketch adds to a squared norm; 0 if it is exact.
     """
 
     noise_variance: float
-    noise_variance_standard_error: float
     signal_l2_squared: float
-    signal_standard_error: float | None
     noise_share: float
     grad_l2_corrected: float
     noise_scale_samples: float | None
-    is_resolved: bool | None
-    sampled_fraction: float
+    num_groups: int
+    sketch_error: float
+    noise_variance_standard_error: float | None = None
+    signal_standard_error: float | None = None
+    noise_share_standard_error: float | None = None
+    noise_scale_standard_error: float | None = None
+    is_resolved: bool | None = None
+    norm_ratio_low: float | None = None
+    norm_ratio_low_standard_error: float | None = None
+    norm_ratio_high: float | None = None
+    norm_ratio_high_standard_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +74,10 @@ class Rung:
     Attributes:
         num_batches: number of batches k.
         grad_l1, grad_l2, norm_ratio, norm_ratio_over_sqrt_d: over all coordinates, exact.
-        num_groups: disjoint groups of k batches in the probe.
-        norm_ratio_std: standard deviation of the ratio between these groups, from the sampled coordinates, scaled to
-            the exact ratio; None for a single group.
+        norm_ratio_standard_error: how much r(k) would scatter if other batches were drawn; None below `FEWEST_GROUPS`
+            groups. From the spread between disjoint groups of k batches if there are enough of them, otherwise from
+            leaving out groups of the k batches.
+        num_groups: number of groups that the standard error rests on.
     """
 
     num_batches: int
@@ -66,8 +85,8 @@ class Rung:
     grad_l2: float
     norm_ratio: float
     norm_ratio_over_sqrt_d: float
+    norm_ratio_standard_error: float | None
     num_groups: int
-    norm_ratio_std: float | None
 
 
 def rungs_of(num_batches: int) -> list[int]:
@@ -81,64 +100,152 @@ def rungs_of(num_batches: int) -> list[int]:
     return [*(k for k in powers if k < num_batches), num_batches]
 
 
-def mccandlish(small_squares: float, small: float, big_squares: float, big: float) -> tuple[float, float]:
-    """Returns (‖∇f‖², σ² of a batch of size 1), from ‖ḡ‖² at two batch sizes.
-
-    Example:
-        >>> mccandlish(small_squares=5.0, small=1, big_squares=1.4, big=10)  # 1 + 4/1 and 1 + 4/10
-        (1.0, 4.0)
-    """
-    signal = (big * big_squares - small * small_squares) / (big - small)
-    variance = (small_squares - big_squares) / (1 / small - 1 / big)
-    return signal, variance
-
-
 def estimate_noise(
-    groups: Sequence[Group], whole: Group, norms: GradientNorms, *, batch_samples: int, sampled_fraction: float
+    groups: BatchGroups, norms: GradientNorms, *, batch_samples: int, population: float | None = None
 ) -> NoiseEstimate | None:
-    """Estimates signal and noise from all single batches of a probe.
+    """Estimates signal and noise from all batches of a probe.
 
     Returns None for a probe of one batch, a gradient of zero or a gradient that is not finite.
 
     Args:
-        groups, whole: from a `CoordinateSample`.
+        groups: from `GroupedBatches.finish`.
         norms: norms of the mean gradient, over all coordinates.
         batch_samples: number of samples of a global batch.
-        sampled_fraction: share of the coordinates in the sample.
+        population: number N of batches in the data set, not necessarily an integer; None for an unlimited one.
     """
-    singles = [group.squares for group in groups if group.level == 0]
-    n = len(singles)
+    whole = groups.prefixes[max(groups.prefixes)]
+    n = whole.num_batches
     if n < 2 or whole.squares <= 0 or not math.isfinite(norms.grad_l2):
         return None
-    to_whole = norms.grad_l2**2 / whole.squares  # 1 if every coordinate is in the sample
-    mean_single = math.fsum(singles) / n
-    signal, variance = mccandlish(mean_single * to_whole, 1, norms.grad_l2**2, n)
-    variance_error = _std(singles) / math.sqrt(n) * n / (n - 1) * to_whole
-    dots = _dots_of_best_level(groups)
-    signal_error = _std(dots) / math.sqrt(len(dots)) * to_whole if dots else None
-    return NoiseEstimate(
+    exact = norms.grad_l2**2
+    # The sketch gives σ², because the difference of an exact and a sketched norm would have the sketch's error of the
+    # whole norm, which may be many times σ². Elsewhere its squared norms are scaled to the exact one.
+    to_exact = exact / whole.squares
+
+    def left_over(part: Sums) -> float:
+        return variance_of(part) * _tau(part.num_batches, population) ** 2
+
+    def share(part: Sums) -> float:
+        return left_over(part) / (part.squares * to_exact)
+
+    def signal(part: Sums) -> float:
+        return part.squares * to_exact - left_over(part)
+
+    def scale(part: Sums) -> float:
+        return variance_of(part) / signal(part) * batch_samples
+
+    variance, noise_share, clean = variance_of(whole), share(whole), signal(whole)
+    found = NoiseEstimate(
         noise_variance=variance,
-        noise_variance_standard_error=variance_error,
-        signal_l2_squared=signal,
+        signal_l2_squared=clean,
+        noise_share=noise_share,
+        grad_l2_corrected=math.sqrt(max(0.0, clean)),
+        noise_scale_samples=scale(whole) if clean > 0 else None,
+        num_groups=len(whole.without),
+        sketch_error=groups.sketch_error,
+    )
+    if len(whole.without) < FEWEST_GROUPS:
+        return found
+    errors = _Errors(whole, groups.sketch_error, population)
+    signal_error = errors.of(signal, noise_share * exact)  # ‖ḡ‖² is exact: the sketch's error is that of σ²/n
+    found = replace(
+        found,
+        noise_variance_standard_error=errors.of(variance_of, variance),
         signal_standard_error=signal_error,
-        noise_share=variance / n / norms.grad_l2**2,
-        grad_l2_corrected=math.sqrt(max(0.0, signal)),
-        noise_scale_samples=variance / signal * batch_samples if signal > 0 else None,
-        is_resolved=signal > 2 * signal_error if signal_error is not None else None,
-        sampled_fraction=sampled_fraction,
+        noise_share_standard_error=errors.of(share, noise_share),
+        noise_scale_standard_error=errors.of(scale, scale(whole) / (1 - noise_share)) if clean > 0 else None,
+        is_resolved=clean > t_quantile(len(whole.without) - 1) * signal_error,
+    )
+    if not found.is_resolved:
+        return found
+    low, low_error, high, high_error = ratio_bounds(whole, norms, signal, errors, population)
+    return replace(
+        found,
+        norm_ratio_low=low,
+        norm_ratio_low_standard_error=low_error,
+        norm_ratio_high=high,
+        norm_ratio_high_standard_error=high_error,
     )
 
 
-def make_rung(num_batches: int, norms: GradientNorms, groups: Sequence[Group]) -> Rung:
-    """Combines the exact norms of the first `num_batches` batches with the spread between groups of that size."""
+def variance_of(part: Sums) -> float:
+    """Returns the unbiased σ² of one batch: (Σ ‖g_i‖²/c_i − ‖Σ g_i‖²/Σ c_i)/(k − 1), over the mean count.
+
+    It is exact for gradient sums g_i over c_i terms of equal variance, so batches may count differently. With equal
+    counts it is the sample variance of the batches' mean gradients, summed over coordinates.
+    """
+    scatter = part.scatter - part.count * part.squares
+    return scatter / (part.num_batches - 1) * part.num_batches / part.count
+
+
+def ratio_bounds(
+    whole: Prefix, norms: GradientNorms, signal: Callable[[Sums], float], errors: _Errors, population: float | None
+) -> tuple[float, float, float, float]:
+    """Returns bounds on the noise-free r = ‖∇f‖₁/‖∇f‖₂: (low, its standard error, high, its standard error).
+
+    E‖ḡ‖₁ of the mean of k batches is h(τ) = Σ_i E|∇f_i + τ ξ_i| with τ = √(1/k − 1/N). h is convex and grows with τ, so
+
+        h(τ) − τ h'(τ) ≤ h(0) = ‖∇f‖₁ ≤ h(τ)
+
+    h' is the change of ‖·‖₁ if groups of batches are left out, which makes τ larger. Here ξ is taken as equally
+    distributed at both sizes, as it is for Gaussian noise. The lower bound is near the truth if the coordinates of ∇f
+    are either zero or far above their noise, the upper bound if few are zero.
+
+    Args:
+        whole: sums over all batches, with groups.
+        norms: norms of the mean gradient, over all coordinates.
+        signal: ‖∇f‖₂² without the noise, from sums; > 0 for `whole`.
+        errors: standard errors over the groups.
+        population: as `estimate_noise`.
+    """
+    tau = _tau(whole.num_batches, population)
+    rise = run = 0.0
+    for part in whole.without:
+        # With these weights the terms that are linear in the groups cancel, also if groups have different sizes.
+        weight = part.count / whole.count
+        rise += weight * (part.l1 - whole.l1)
+        run += weight * (_tau(part.num_batches, population) - tau)
+    high = norms.grad_l1 / math.sqrt(signal(whole))
+    low = high * (1 - tau * rise / run / whole.l1)
+
+    def ratio(part: Sums) -> float:
+        return part.l1 / math.sqrt(max(signal(part), 0.0) or math.inf)
+
+    share = 1 - signal(whole) / norms.grad_l2**2
+    high_error = errors.of(ratio, 0.5 * ratio(whole) * share) / ratio(whole) * high
+    # `low` is a mean of pseudo-values, one for each group left out, which are extrapolated from a group's share of the
+    # batches to τ: this factor more than the jackknife extrapolates for the mean itself.
+    factor = tau * len(whole.without) / run / (len(whole.without) - 1)
+    most = math.sqrt(norms.num_parameters)
+    return max(1.0, min(low, most)), math.hypot(1.0, factor) * high_error, max(1.0, min(high, most)), high_error
+
+
+def make_rung(num_batches: int, norms: GradientNorms, groups: BatchGroups, population: float | None = None) -> Rung:
+    """Combines the exact norms of the first `num_batches` batches with the scatter of r between groups.
+
+    Args:
+        num_batches: k.
+        norms: norms of the mean over them.
+        groups: from `GroupedBatches.finish`.
+        population: as `estimate_noise`.
+    """
     level = num_batches.bit_length() - 1
-    ratios = [group.l1 / math.sqrt(group.squares) for group in groups if group.level == level and group.squares > 0]
-    is_power = num_batches == 1 << level
-    count = len(ratios) if is_power else 1
-    std = _std(ratios) / (math.fsum(ratios) / count) * norms.norm_ratio if is_power and count > 1 else None
-    return Rung(
-        num_batches, norms.grad_l1, norms.grad_l2, norms.norm_ratio, norms.norm_ratio_over_sqrt_d, max(1, count), std
-    )
+    ratios = groups.ratios.get(level, []) if num_batches == 1 << level else []
+    error, count = None, max(1, len(ratios))
+    if len(ratios) >= FEWEST_GROUPS:
+        mean = math.fsum(ratios) / count
+        error = math.sqrt(math.fsum((ratio - mean) ** 2 for ratio in ratios) / (count - 1)) / mean
+    elif (prefix := groups.prefixes.get(num_batches)) is not None and len(prefix.without) >= FEWEST_GROUPS:
+        count = len(prefix.without)
+        error = jackknife_error(_ratio(prefix), list(map(_ratio, prefix.without)), prefix.group_sizes) / _ratio(prefix)
+    if error is not None:  # relative so far, so that the sketch's own r cancels
+        error *= norms.norm_ratio * math.sqrt(unseen(num_batches, population))
+    return Rung(num_batches, norms.grad_l1, norms.grad_l2, norms.norm_ratio, norms.norm_ratio_over_sqrt_d, error, count)
+
+
+def unseen(num_batches: int, population: float | None) -> float:
+    """Finite-population factor 1 − n/N of the variance of a mean; 1 for an unlimited population."""
+    return max(0.0, 1 - num_batches * _inverse(population))
 
 
 def as_dict(item: NoiseEstimate | Rung) -> dict[str, Any]:
@@ -146,15 +253,32 @@ def as_dict(item: NoiseEstimate | Rung) -> dict[str, Any]:
     return asdict(item)
 
 
-def _dots_of_best_level(groups: Sequence[Group]) -> list[float]:
-    """Inner products of disjoint halves at the highest level that has enough; larger groups are less noisy."""
-    for level in range(max((group.level for group in groups), default=0), 0, -1):
-        dots = [group.dot for group in groups if group.level == level and group.dot is not None]
-        if len(dots) >= _ENOUGH_PAIRS:
-            return dots
-    return []
+class _Errors:
+    """Standard errors by the jackknife over the groups of a prefix, at least two."""
+
+    def __init__(self, whole: Prefix, sketch_error: float, population: float | None) -> None:
+        self.whole, self.sketch_error = whole, sketch_error
+        self.unseen = unseen(whole.num_batches, population)
+
+    def of(self, functional: Callable[[Sums], float], sketched: float) -> float:
+        """Returns the standard error of a functional of the sums.
+
+        Args:
+            functional: the estimate, from the sums over some batches.
+            sketched: derivative of the estimate by ln σ², which the sketch determines up to `sketch_error`.
+        """
+        left_out = [functional(part) for part in self.whole.without]
+        error = jackknife_error(functional(self.whole), left_out, self.whole.group_sizes)
+        return math.hypot(error * math.sqrt(self.unseen), self.sketch_error * sketched)
 
 
-def _std(values: Sequence[float]) -> float:
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+def _ratio(part: Sums) -> float:
+    return part.l1 / math.sqrt(part.squares) if part.squares > 0 else 0.0
+
+
+def _tau(num_batches: int, population: float | None) -> float:
+    return math.sqrt(max(0.0, 1 / num_batches - _inverse(population)))
+
+
+def _inverse(population: float | None) -> float:
+    return 0.0 if population is None else 1 / population

@@ -11,6 +11,7 @@ from megatron_lion.errors import DataError
 from megatron_lion.files import storage_errors
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO
 from megatron_lion.gradient.parameter_kinds import KINDS, kind_of, layer_of
+from megatron_lion.intervals import t_quantile
 from megatron_lion.runs.probes import longest_ladder, read_probes
 from megatron_lion.style import GREY, OPTIMIZER_COLOURS, new_figure, reference_line, save_figure, style_axes
 
@@ -63,7 +64,10 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
     for label, probes in runs.items():
         steps = [probe["step"] for probe in probes]
         color = _color(probes, label)
-        left.plot(steps, [_nan(probe["all"]["norm_ratio"]) for probe in probes], "o-", color=color, label=label)
+        ratios = [_nan(probe["all"]["norm_ratio"]) for probe in probes]
+        left.plot(steps, ratios, "o-", color=color, label=label)
+        _bars(left, steps, ratios, [_last_error(probe) for probe in probes], color)
+        _bounds(left, probes, color)
         singles = [
             (probe["step"], _nan(probe["ladder"][0]["norm_ratio"])) for probe in probes if len(probe["ladder"]) > 1
         ]
@@ -76,7 +80,11 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
     _reference_lines(left, d)
     batches = sorted({probe["num_batches"] for probes in runs.values() for probe in probes})
     left.set(xlabel="step", ylabel="r = ‖∇f‖₁ / ‖∇f‖₂", ylim=(0, 1.08 * math.sqrt(d)))
-    left.set_title(f"Norm ratio, mean of {' or '.join(map(str, batches))} batches, d = {d:,}", fontsize=10)
+    left.set_title(
+        f"Norm ratio, mean of {' or '.join(map(str, batches))} batches, d = {d:,}\n"
+        "bars: 95 % of r; shaded: bounds on r without noise",
+        fontsize=9,
+    )
     reference_line(right, GAUSSIAN_RATIO, "0.798: pure Gaussian noise", "-.")
     right.set(xlabel="step", ylabel="r / √d, each with its own d", ylim=(0, 1.08))
     right.set_title("The same as a share of its upper bound", fontsize=10)
@@ -86,24 +94,40 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
 
 
 def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """Plots r against the number of averaged batches for each run's first and last probe, with group spread."""
+    """Plots r against the number of averaged batches for each run's first and last probe, with 95 % intervals.
+
+    A value without a standard error is an open circle without a bar. The axis on top shows how many groups of batches
+    the bars of the longest ladder rest on.
+    """
     figure, (axes,) = _figure(1)
+    longest: list[Mapping[str, Any]] = []
     for label, probes in runs.items():
         color = _color(probes, label)
         shown = [probe for probe in (probes[0], probes[-1]) if probe["ladder"]]
         for probe, style in zip(shown, ("--", "-"), strict=False):
             rungs = probe["ladder"]
-            axes.errorbar(
-                [rung["num_batches"] for rung in rungs],
-                [rung["norm_ratio"] for rung in rungs],
-                yerr=[rung["norm_ratio_std"] or 0.0 for rung in rungs],
-                fmt="o" + style, color=color, capsize=3, markersize=4, label=f"{label}, step {probe['step']:,}",
-            )  # fmt: skip
+            longest = max(longest, rungs, key=len)
+            batches, ratios = [rung["num_batches"] for rung in rungs], [_nan(rung["norm_ratio"]) for rung in rungs]
+            errors = list(map(_interval_half, rungs))
+            axes.plot(batches, ratios, style, color=color, label=f"{label}, step {probe['step']:,}")
+            for k, ratio, error in zip(batches, ratios, errors, strict=True):
+                face = color if error is not None else "none"
+                axes.plot([k], [ratio], "o", markersize=4, color=color, markerfacecolor=face)
+            _bars(axes, batches, ratios, errors, color)
     _reference_lines(axes, _same_d(runs))
-    axes.set(xscale="log", xlabel="averaged global batches k", ylabel="r(k)", ylim=(0, 1.08 * math.sqrt(_same_d(runs))))
+    axes.set(
+        xlabel="averaged global batches k (open: no error known)",
+        ylabel="r(k)",
+        ylim=(0, 1.08 * math.sqrt(_same_d(runs))),
+    )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_title("Norm ratio of the mean of k batches; bars: spread between disjoint groups", fontsize=10)
+    top = axes.secondary_xaxis("top")
+    known = [rung for rung in longest if _error(rung) is not None]
+    top.set_xticks([rung["num_batches"] for rung in known], [str(rung["num_groups"]) for rung in known], fontsize=7)
+    top.minorticks_off()
+    top.set_xlabel("groups of batches behind the bar", fontsize=8)
+    axes.set_title("Norm ratio of the mean of k batches; bars: 95 % interval", fontsize=10)
     axes.legend(fontsize=8, loc="best")
     return save_figure(figure, path)
 
@@ -174,6 +198,40 @@ def _same_d(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> int:
     found = {int(probe["all"]["num_parameters"]) for probes in runs.values() for probe in probes}
     assert len(found) == 1, "one figure shows models of one size"
     return found.pop()
+
+
+def _error(rung: Mapping[str, Any]) -> float | None:
+    """Standard error of a rung's r; None if it is not known, as in results of versions that stored a spread of two groups."""
+    error = rung.get("norm_ratio_standard_error")
+    return None if error is None else float(error)
+
+
+def _interval_half(rung: Mapping[str, Any]) -> float | None:
+    """Half the 95 % interval of a rung's r, by Student's quantile for its number of groups."""
+    error = _error(rung)
+    return None if error is None else t_quantile(rung["num_groups"] - 1) * error
+
+
+def _last_error(probe: Mapping[str, Any]) -> float | None:
+    return _interval_half(probe["ladder"][-1]) if probe["ladder"] else None
+
+
+def _bars(
+    axes: Any, places: Sequence[float], values: Sequence[float], halves: Sequence[float | None], color: str
+) -> None:
+    """Draws the bars that are known; an unknown one is not drawn, rather than as zero."""
+    known = [(x, y, half) for x, y, half in zip(places, values, halves, strict=True) if half is not None]
+    if known:
+        x, y, half = zip(*known, strict=True)
+        axes.errorbar(x, y, yerr=half, fmt="none", ecolor=color, capsize=3)
+
+
+def _bounds(axes: Any, probes: Sequence[Mapping[str, Any]], color: str) -> None:
+    """Shades the bounds on the noise-free r between the probes at which they are known."""
+    noises = [probe.get("noise") or {} for probe in probes]
+    low = [_nan(noise.get("norm_ratio_low")) for noise in noises]
+    high = [_nan(noise.get("norm_ratio_high")) for noise in noises]
+    axes.fill_between([probe["step"] for probe in probes], low, high, color=color, alpha=0.12, linewidth=0)
 
 
 def _color(probes: Sequence[Mapping[str, Any]], label: str) -> str:

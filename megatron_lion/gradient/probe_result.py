@@ -22,7 +22,8 @@ class ProbeResult:
         data: "fixed", "fresh" or "test" samples; "training" for a moving window.
         dropout: whether dropout was on.
         num_batches, num_samples, num_tokens: size of the average.
-        loss, loss_standard_error: mean loss (nats per token) and its standard error from the spread between batches.
+        loss, loss_standard_error: mean loss (nats per token) and its standard error from the spread between batches; 0 if
+            every sample of the data set was read.
         table: sums and peaks of each parameter.
         seconds: wall time.
         rungs: the ladder, empty if it is switched off.
@@ -60,6 +61,11 @@ class ProbeResult:
             "probe/grad_dot_theta": norms.grad_dot_theta,
             "probe/norm_ratio": norms.norm_ratio,
             "probe/norm_ratio_over_sqrt_d": norms.norm_ratio_over_sqrt_d,
+            "probe/norm_ratio_standard_error": self.rungs[-1].norm_ratio_standard_error if self.rungs else None,
+            "probe/norm_ratio_low": noise.norm_ratio_low if noise else None,
+            "probe/norm_ratio_low_standard_error": noise.norm_ratio_low_standard_error if noise else None,
+            "probe/norm_ratio_high": noise.norm_ratio_high if noise else None,
+            "probe/norm_ratio_high_standard_error": noise.norm_ratio_high_standard_error if noise else None,
             "probe/norm_ratio_one_batch": self.rungs[0].norm_ratio if self.rungs else None,
             "probe/norm_ratio_gaussian": GAUSSIAN_RATIO * math.sqrt(norms.num_parameters),
             "probe/kkt_residual": norms.kkt_residual,
@@ -72,9 +78,14 @@ class ProbeResult:
             "probe/num_parameters_without_embeddings": inner.num_parameters,
             "probe/norm_ratio_without_embeddings_over_sqrt_d": inner.norm_ratio_over_sqrt_d,
             "probe/grad_l2_corrected": noise.grad_l2_corrected if noise else None,
+            "probe/signal_standard_error": noise.signal_standard_error if noise else None,
             "probe/noise_share": noise.noise_share if noise else None,
+            "probe/noise_share_standard_error": noise.noise_share_standard_error if noise else None,
             "probe/noise_variance": noise.noise_variance if noise else None,
+            "probe/noise_variance_standard_error": noise.noise_variance_standard_error if noise else None,
             "probe/noise_scale_samples": noise.noise_scale_samples if noise else None,
+            "probe/noise_scale_standard_error": noise.noise_scale_standard_error if noise else None,
+            "probe/noise_groups": noise.num_groups if noise else None,
             "probe/num_batches": self.num_batches,
             "probe/is_moving": int(self.mode == "moving"),
             "probe/seconds": round(self.seconds, 3),

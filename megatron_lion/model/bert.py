@@ -214,7 +214,7 @@ class MaskedAndOrder(Objective):
         totals: torch.Tensor | None = None
         for batch in batches:
             # Integers: their sum is exact and does not depend on the layout.
-            counts = torch.stack([batch["loss_mask"].sum(), batch["is_random"].new_tensor(batch["is_random"].numel())])
+            counts = torch.stack([batch["loss_mask"].sum(), (batch["is_random"] >= 0).sum()])
             totals = counts if totals is None else totals + counts
         if totals is None:
             return None
@@ -245,7 +245,9 @@ def loss_sums(
     mlm, mlm_correct = (losses_2BM * mask_BM).sum(dim=(1, 2))
     sop = F.cross_entropy(order_logits_B2.float(), order_B, reduction="sum")
     total = mlm * batch["mlm_weight"].float() + sop if "mlm_weight" in batch else mlm + sop
-    num_samples = torch.tensor(order_B.numel(), dtype=torch.int, device=total.device)
+    num_samples = (
+        (order_B >= 0).sum().to(torch.int)
+    )  # cross_entropy ignores -100, which marks samples that fill a batch
     sums = {
         "loss_sum": total,
         "num_tokens": num_samples,

@@ -269,7 +269,7 @@ def observe(
 
 
 def _probe(run: Run, progress: TrainProgress, stop: dict[str, bool]) -> ProbeResult | None:
-    total = run.config.probe.num_batches
+    total = run.num_probe_batches
     progress.note(f"probing the full gradient, {total:,} batches")
     return probe_run(
         run,

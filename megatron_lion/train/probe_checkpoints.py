@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from megatron_lion.train.run import Run, build_run
 from megatron_lion.train.session import session
 
 _log = logging.getLogger(__name__)
-_SETTINGS = ("num_batches", "data", "dropout")
+_SETTINGS = ("data", "dropout")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def probe_checkpoints(
     steps: list[int],
     *,
     again: bool = False,
-    on_batch: Callable[[int, int], None] = lambda step, done: None,
+    on_batch: Callable[[int, int, int], None] = lambda step, done, total: None,
 ) -> Iterator[ProbedStep]:
     """Probes checkpoints one after another; called on every process of the job.
 
@@ -99,7 +100,7 @@ def probe_checkpoints(
         config: from `probe_config`.
         steps: from `choose_steps`.
         again: compute results that already exist, too.
-        on_batch: called with (step, batches done) after each batch.
+        on_batch: called with (step, batches done, number of batches) after each batch.
 
     Yields:
         A `ProbedStep` for each step, in order.
@@ -125,7 +126,7 @@ def probe_checkpoints(
             masters = _restore(run, step)
             result = probe_run(
                 run,
-                on_batch=lambda done, step=step: on_batch(step, done),  # type: ignore[misc]
+                on_batch=functools.partial(_report, on_batch, step, run),
                 should_stop=lambda: stop["now"],
                 master_weights=masters,
             )
@@ -137,6 +138,10 @@ def probe_checkpoints(
                 if ranks.is_main:
                     _write(run_dir, path, result, config)
             yield ProbedStep(step, path, result.as_dict(), is_new=True)
+
+
+def _report(on_batch: Callable[[int, int, int], None], step: int, run: Run, done: int) -> None:
+    on_batch(step, done, run.num_probe_batches)
 
 
 def _restore(run: Run, step: int) -> bool:
@@ -166,7 +171,11 @@ def _usable(path: Path, probe: ProbeConfig) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content = read_probe(path)
-    same = content["mode"] == "frozen" and all(content[key] == getattr(probe, key) for key in _SETTINGS)
+    if probe.num_batches == "all":  # results of older versions do not state the size of the data set
+        enough = content["num_samples"] == content.get("population_samples")
+    else:
+        enough = content["num_batches"] == probe.num_batches
+    same = enough and content["mode"] == "frozen" and all(content[key] == getattr(probe, key) for key in _SETTINGS)
     return content if same and (content["ladder"] or not probe.ladder) else None
 
 

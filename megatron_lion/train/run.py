@@ -71,6 +71,12 @@ class Run:
     def run_dir(self) -> Path:
         return Path(self.config.run_dir)
 
+    @property
+    def num_probe_batches(self) -> int:
+        """Number of global batches of a probe; the run must have probe samples."""
+        assert self.probe_samples is not None
+        return self.probe_samples.num_batches
+
     def train_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields this rank's micro-batches from the next unread sample to the last sample of the run."""
         end = self.config.train.steps * self.config.train.global_batch_size
@@ -86,7 +92,7 @@ class Run:
     def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the micro-batches of a probe at this step, independent of the training data position; a collective call."""
         assert self.probe_samples is not None
-        end = self.config.probe.num_batches * self.config.train.global_batch_size
+        end = self.num_probe_batches * self.config.train.global_batch_size
         dataset = self.probe_samples.at(self.step)
         if self.probe_weight is None or self.config.probe.data == "fresh":
             self.probe_weight = self.objective.weight(self._batches(dataset, 0, end))

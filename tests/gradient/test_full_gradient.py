@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -214,6 +215,14 @@ def test_nothing_changes(results, device, case):
     assert found["training"]
 
 
+def jackknife(reference, batches):
+    """Standard error of r over `batches`, from r without each of them."""
+    n = len(batches)
+    without = [reference.norms(batches=[b for b in batches if b != out])["norm_ratio"] for out in batches]
+    center = statistics.fmean(without)
+    return math.sqrt((n - 1) / n * sum((value - center) ** 2 for value in without))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_ladder_and_noise_equal_definitions(results, reference, device, looser, case):
     found = case_of(results, case, device)
@@ -223,25 +232,30 @@ def test_ladder_and_noise_equal_definitions(results, reference, device, looser, 
         expected = reference.norms(batches=range(k))
         for key in ("grad_l1", "grad_l2", "norm_ratio", "norm_ratio_over_sqrt_d"):
             assert rung[key] == pytest.approx(expected[key], rel=looser * 1e-6), (case, k)
-        groups = [range(start, start + k) for start in range(0, BATCHES - k + 1, k)] if k < 5 else [range(5)]
-        assert rung["num_groups"] == len(groups)
-        if len(groups) == 1:
-            assert rung["norm_ratio_std"] is None
+        ratio = [reference.norms(batches=[batch])["norm_ratio"] for batch in range(BATCHES)]
+        if k == 1:  # five single batches
+            assert rung["num_groups"] == 5
+            expected_error = statistics.stdev(ratio) / statistics.fmean(ratio) * rung["norm_ratio"]
+        elif k == 4:  # leaving out one batch of the first four
+            assert rung["num_groups"] == 4
+            expected_error = jackknife(reference, range(4))
+        elif k == 5:
+            assert rung["num_groups"] == 5
+            expected_error = jackknife(reference, range(5))
+        else:  # two pairs are too few
+            assert rung["norm_ratio_standard_error"] is None
             continue
-        ratios = torch.tensor([reference.norms(batches=group)["norm_ratio"] for group in groups], dtype=torch.float64)
-        assert rung["norm_ratio_std"] == pytest.approx(
-            float(ratios.std() / ratios.mean()) * rung["norm_ratio"], rel=looser * 1e-4
-        )
+        unread = 1 - k * BATCH / found["population_samples"]
+        assert rung["norm_ratio_standard_error"] == pytest.approx(expected_error * math.sqrt(unread), rel=looser * 1e-3)
     flat = torch.stack([torch.cat([value.flatten() for value in grad.values()]) for grad in reference.grads])
     center = flat.mean(0)
     variance = float((flat - center).square().sum() / (BATCHES - 1))  # the unbiased sample variance, summed
     noise = found["noise"]
-    assert noise["sampled_fraction"] == 1.0
+    assert noise["sketch_error"] == 0.0
+    left = variance * (1 / BATCHES - BATCH / found["population_samples"])
     assert noise["noise_variance"] == pytest.approx(variance, rel=looser * 1e-4)
-    assert noise["signal_l2_squared"] == pytest.approx(
-        float(center.square().sum()) - variance / BATCHES, rel=looser * 1e-4
-    )
-    assert noise["noise_share"] == pytest.approx(variance / BATCHES / float(center.square().sum()), rel=looser * 1e-4)
+    assert noise["signal_l2_squared"] == pytest.approx(float(center.square().sum()) - left, rel=looser * 1e-4)
+    assert noise["noise_share"] == pytest.approx(left / float(center.square().sum()), rel=looser * 1e-4)
     assert noise["grad_l2_corrected"] == pytest.approx(math.sqrt(noise["signal_l2_squared"]))
     assert noise["noise_scale_samples"] == pytest.approx(
         variance / noise["signal_l2_squared"] * BATCH, rel=looser * 1e-4

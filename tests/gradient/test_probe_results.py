@@ -15,14 +15,15 @@ from probe_cases import probe_config
 from tiny import opened_run, tiny_config
 
 from megatron_lion.errors import DataError
-from megatron_lion.gradient.coordinate_sample import CoordinateSample
+from megatron_lion.gradient.batch_groups import GroupedBatches
 from megatron_lion.gradient.moving import window_cost
+from megatron_lion.gradient.sketch import GradientSketch
 from megatron_lion.parallel import Ranks
 from megatron_lion.runs.probes import longest_ladder, read_probe, read_probes
 
 
 def huge_counts_and_memory(rank, config):
-    """Work of one process: counts 2^30 per micro-batch; measures live bytes after 3 and after 40 batches."""
+    """Work of one process: counts 2^30 per micro-batch; measures live bytes after 20 and after 40 batches."""
     from megatron_lion.gradient.accumulate import FullGradient
 
     def forward_step(batches, model):
@@ -37,21 +38,21 @@ def huge_counts_and_memory(rank, config):
 
     with opened_run(config) as run:
         batches = run.probe_batches()
-        sample = CoordinateSample(run.model, 500)
+        groups = GroupedBatches(GradientSketch(run.model, 128, 128), 40)
         before = live_bytes()
         alive = {}
         with FullGradient(
             run.model, run.optimizer, forward_step, run.ranks, num_microbatches=8, micro_batch_size=1, seq_length=16,
-            vocab_size=120, sample=sample,
+            vocab_size=120, groups=groups,
         ) as full:  # fmt: skip
             for number in range(1, 41):
                 full.add(batches)
                 if number in (3, 10, 20):
                     full.read()
-                if number in (3, 40):
+                if number in (20, 40):
                     alive[number] = live_bytes() - before
             scale = full.read().scale
-        return full.count, scale, alive, run.model[0].buffers[0].numel
+        return full.count, scale, alive, run.model[0].buffers[0].numel, 4 * groups.sketch.size
 
 
 def live_bytes():
@@ -66,13 +67,15 @@ def live_bytes():
 
 def test_counts_beyond_int32_and_flat_memory(tmp_path, corpus):
     config = probe_config(tmp_path / "run", corpus, probe__num_batches=40)
-    count, scale, alive, numel = run_distributed(huge_counts_and_memory, 1, config)[0]
+    count, scale, alive, numel, vector = run_distributed(huge_counts_and_memory, 1, config)[0]
     assert count == 40 * 8 * 2**30
     assert scale == pytest.approx(1 / count)
-    per_parameter = 4 * numel
-    assert alive[40] < 0.75 * per_parameter, "a copy of the gradient would be more"
-    # one vector of about 7,000 sampled values for every doubling, and a few scalars a batch
-    assert alive[40] - alive[3] < 5 * 4 * 7500 + 40 * 200
+    # Batches are kept in pairs. Besides them: one unpaired batch, the buffers' sketch before the next batch, weights and
+    # places of the sketch, and a few scalars a batch.
+    for batches in (20, 40):
+        beyond = alive[batches] - vector * (batches // 2)
+        assert beyond < 0.75 * 4 * numel, "a copy of the gradient would be more"
+    assert alive[40] - alive[20] < 10.5 * vector + 40 * 300
 
 
 def results_of(rank, configs):
@@ -195,3 +198,73 @@ def test_cost_of_a_moving_window_is_four_bytes_per_parameter_of_the_shard(tmp_pa
     config = tiny_config(tmp_path, "data", parallel__use_distributed_optimizer=sharded, probe__num_batches=7)
     ranks = Ranks(rank=0, world_size=8, dp_rank=0, dp_size=2, tp_rank=0, tp_size=2, pp_rank=0, pp_size=2)
     assert f"use {mebibytes} MiB more per process" in window_cost(config, 3 * 2**20, ranks)
+
+
+def probe_of(rungs, step=0):
+    """Content of a probe file, as far as the figures read it."""
+    ladder = [
+        {"num_batches": k, "norm_ratio": 90.0, "norm_ratio_standard_error": error, "num_groups": groups}
+        for k, error, groups in rungs
+    ]
+    part = {
+        "norm_ratio": 90.0,
+        "norm_ratio_over_sqrt_d": 0.9,
+        "num_parameters": 10_000,
+        "grad_l1": 90.0,
+        "grad_l2": 1.0,
+    }
+    return {
+        "step": step, "optimizer": "lion", "num_batches": rungs[-1][0], "ladder": ladder, "all": part,
+        "without_embeddings": part, "layers": {"layer 0": part}, "parameters": {"layers.0.bias": part},
+        "noise": {"norm_ratio_low": 80.0, "norm_ratio_high": 95.0},
+    }  # fmt: skip
+
+
+def drawn_bars(monkeypatch, tmp_path, plot, probes):
+    """Half lengths of the error bars of a figure, and the texts on the axis on top."""
+    from matplotlib.container import ErrorbarContainer
+
+    from megatron_lion.gradient import probe_figures
+
+    kept = []
+    monkeypatch.setattr(probe_figures, "save_figure", lambda figure, path: kept.append(figure))
+    plot({"LION": probes}, tmp_path / "figure.png")
+    axes = kept[0].axes[0]
+    bars = [item for item in axes.containers if isinstance(item, ErrorbarContainer)]
+    halves = [
+        (segment[1][1] - segment[0][1]) / 2
+        for bar in bars
+        for lines in bar.lines[2]
+        for segment in lines.get_segments()
+    ]
+    top = [label.get_text() for child in axes.child_axes for label in child.get_xticklabels()]
+    open_circles = sum(line.get_marker() == "o" and line.get_markerfacecolor() == "none" for line in axes.lines)
+    return halves, top, open_circles
+
+
+def test_the_ladder_has_95_percent_bars_with_their_groups_and_none_that_is_zero(monkeypatch, tmp_path):
+    """Student's quantiles: 2.1314 for 16 groups, 3.1824 for 4. The value without an error is an open circle."""
+    from megatron_lion.gradient.probe_figures import plot_ladder
+
+    probe = probe_of([(1, 2.0, 16), (2, None, 2), (4, 1.0, 4)])
+    halves, top, open_circles = drawn_bars(monkeypatch, tmp_path, plot_ladder, [probe])
+    assert sorted(set(halves)) == pytest.approx([3.1824, 4.2629], abs=1e-3)
+    assert top == ["16", "4"]
+    assert open_circles == 2  # the run's first and last probe, here the same
+
+
+def test_the_ratio_over_training_has_the_bar_of_the_reported_value(monkeypatch, tmp_path):
+    from megatron_lion.gradient.probe_figures import plot_ratio
+
+    probes = [probe_of([(1, 2.0, 8), (8, 0.5, 8)]), probe_of([(1, 2.0, 2), (2, None, 2)], step=100)]
+    halves, _, _ = drawn_bars(monkeypatch, tmp_path, plot_ratio, probes)
+    assert halves == pytest.approx([0.5 * 2.3646], abs=1e-3)
+
+
+def test_results_of_earlier_versions_are_drawn_without_their_spread_of_two_groups(monkeypatch, tmp_path):
+    from megatron_lion.gradient.probe_figures import plot_ladder
+
+    probe = probe_of([(1, None, 4)])
+    del probe["ladder"][0]["norm_ratio_standard_error"]
+    probe["ladder"][0]["norm_ratio_std"] = 0.001
+    assert drawn_bars(monkeypatch, tmp_path, plot_ladder, [probe])[0] == []

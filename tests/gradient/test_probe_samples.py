@@ -88,7 +88,7 @@ def test_one_batch_less_than_refused_is_accepted(tmp_path, corpus, samples):
 
 def test_fresh_samples_are_one_pass_that_begins_elsewhere():
     """Sample k of the probe is sample start + k of the shuffled data, and the pass continues at the first sample after the last."""
-    samples = ProbeSamples(list("abcdefg"), 7, seed=5)
+    samples = ProbeSamples(list("abcdefg"), 7, seed=5, num_batches=1, num_samples=3, population=7)
     starts = set()
     for step in range(30):
         view = samples.at(step)

@@ -1,0 +1,189 @@
+"""Sums of gradient sketches over disjoint groups of batches, and the scalars from which noise is estimated.
+
+One vector per level is merged like the digits of a binary counter, so every batch, every pair, every group of four, …
+occurs once, in memory that grows with the logarithm of the number of batches. From a level on at which no more than 32
+groups remain, the groups are kept: leaving out one of them at a time gives standard errors (the jackknife).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_lion.gradient.sketch import GradientSketch
+
+MOST_GROUPS = 32
+"""Most groups that are kept; a standard error from 32 groups has itself an error of 1/√(2·31) = 13 %."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The gradient sum over some batches.
+
+    Attributes:
+        num_batches, count: number of batches, and the loss's count over them.
+        l1, squares: ‖·‖₁ and ‖·‖₂² of the mean gradient (the sum divided by `count`).
+        scatter: Σ ‖g_i‖₂²/c_i over the batches, for gradient sums g_i with counts c_i.
+    """
+
+    num_batches: int
+    count: int
+    l1: float
+    squares: float
+    scatter: float
+
+
+@dataclass(frozen=True)
+class Prefix(Sums):
+    """The sum over the first batches.
+
+    Attributes:
+        without: the same without each of the disjoint groups that make up these batches; empty for a single group.
+    """
+
+    without: tuple[Sums, ...]
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Number of batches of each group."""
+        return [self.num_batches - part.num_batches for part in self.without]
+
+
+@dataclass(frozen=True)
+class BatchGroups:
+    """What a probe keeps of its batches.
+
+    Attributes:
+        prefixes: by number of batches k: those rungs of the ladder that consist of whole kept groups, and all batches.
+        ratios: by level: ‖·‖₁/‖·‖₂ of each disjoint group of 2^level batches.
+        sketch_error: relative standard deviation that the sketch adds to a squared norm; 0 if it is exact.
+    """
+
+    prefixes: dict[int, Prefix]
+    ratios: dict[int, list[float]]
+    sketch_error: float
+
+
+class GroupedBatches:
+    """Follows an accumulation batch by batch.
+
+    Args:
+        sketch: sketch of the model's buffers.
+        num_batches: number n of batches that will be added.
+    """
+
+    def __init__(self, sketch: GradientSketch, num_batches: int) -> None:
+        self.sketch = sketch
+        self.keep_level = max(0, math.ceil(math.log2(num_batches / MOST_GROUPS)))
+        self._before: torch.Tensor | None = None
+        self._levels: list[_Sum | None] = [None] * self.keep_level
+        self._kept: list[_Sum] = []
+        self._ratios: dict[int, list[torch.Tensor]] = {}
+
+    def rebase(self) -> None:
+        """Records the current buffers as the state before the next batch. Call it after every reduction."""
+        self._before = self.sketch.local()
+
+    @torch.no_grad()
+    def add_batch(self, count: int, loss_scale: float = 1.0) -> None:
+        """Records the change of the buffers since the last call as the gradient of one global batch; a collective call.
+
+        Args:
+            count: what the loss function counted over the batch, on all ranks.
+            loss_scale: factor that the buffers carry (fp16 loss scale).
+        """
+        now = self.sketch.local()
+        gained = now.clone() if self._before is None else now - self._before
+        self._before = now
+        gained /= loss_scale
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # The same vector length on every rank, whatever tensors it holds: contributions only add up.
+            dist.all_reduce(gained)
+        self.add(gained, count)
+
+    def add(self, vector: torch.Tensor, count: int) -> None:
+        """Adds the sketch of one batch's gradient sum, which is overwritten."""
+        entry = _Sum(vector, 1, count, self.sketch.squares(vector) / max(1, count))
+        self._note_ratio(0, entry.vector)
+        for level in range(self.keep_level):
+            other = self._levels[level]
+            if other is None:
+                self._levels[level] = entry
+                return
+            self._levels[level] = None
+            entry = other.plus(entry)
+            self._note_ratio(level + 1, entry.vector)
+        self._kept.append(entry)
+
+    @torch.no_grad()
+    def finish(self, rungs: list[int]) -> BatchGroups:
+        """Computes all scalars; the batches so far must be all that were announced.
+
+        Args:
+            rungs: numbers of batches of the ladder, ascending; the last is the number of all batches.
+        """
+        rest = [entry for entry in reversed(self._levels) if entry is not None]
+        groups = list(self._kept)
+        if rest:  # the last group is smaller if n is no multiple of the group size
+            last = rest[0]
+            for entry in rest[1:]:
+                last = last.plus(entry)
+            groups.append(last)
+        self._merge_kept()
+        size = 1 << self.keep_level
+        prefixes = {}
+        for k in rungs:
+            if k == rungs[-1]:
+                prefixes[k] = self._prefix(groups)
+            elif k % size == 0 and k // size <= len(self._kept):
+                prefixes[k] = self._prefix(groups[: k // size])
+        ratios = {level: torch.stack(found).tolist() for level, found in self._ratios.items()}
+        return BatchGroups(prefixes, ratios, self.sketch.relative_error)
+
+    def _merge_kept(self) -> None:
+        """Records the ratios of groups above the level at which they are kept."""
+        groups, level = [entry.vector for entry in self._kept], self.keep_level
+        while len(groups) >= 2:
+            groups = [first + second for first, second in zip(groups[::2], groups[1::2], strict=False)]
+            level += 1
+            for vector in groups:
+                self._note_ratio(level, vector)
+
+    def _prefix(self, groups: list[_Sum]) -> Prefix:
+        total = groups[0].vector.clone()
+        for entry in groups[1:]:
+            total += entry.vector
+        batches, count = sum(entry.batches for entry in groups), sum(entry.count for entry in groups)
+        scatter = float(torch.stack([entry.scatter for entry in groups]).sum())
+        without = []
+        for entry in groups if len(groups) > 1 else ():
+            rest, left = total - entry.vector, count - entry.count
+            l1, squares = self._norms(rest, left)
+            without.append(Sums(batches - entry.batches, left, l1, squares, scatter - float(entry.scatter)))
+        return Prefix(batches, count, *self._norms(total, count), scatter, tuple(without))
+
+    def _norms(self, total: torch.Tensor, count: int) -> tuple[float, float]:
+        """‖·‖₁ and ‖·‖₂² of the mean."""
+        return float(self.sketch.l1(total)) / max(1, count), float(self.sketch.squares(total)) / max(1, count) ** 2
+
+    def _note_ratio(self, level: int, vector: torch.Tensor) -> None:
+        self._ratios.setdefault(level, []).append(self.sketch.l1(vector) / self.sketch.squares(vector).sqrt())
+
+
+class _Sum:
+    """A summed vector with its number of batches, its count and Σ ‖g_i‖²/c_i (float64 scalar)."""
+
+    def __init__(self, vector: torch.Tensor, batches: int, count: int, scatter: torch.Tensor) -> None:
+        self.vector, self.batches, self.count, self.scatter = vector, batches, count, scatter
+
+    def plus(self, other: _Sum) -> _Sum:
+        """The sum of both; this one's vector is overwritten, because the older half is not needed any more."""
+        return _Sum(
+            self.vector.add_(other.vector),
+            self.batches + other.batches,
+            self.count + other.count,
+            self.scatter + other.scatter,
+        )
