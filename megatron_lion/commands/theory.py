@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=["linear", "hold", "probes"],
         help="norms between probes: linear interpolation, hold the last probe's, or average over probes instead of steps",
     )
-    add("--confidence", type=float, default=0.95, help="confidence level of the intervals over seeds")
+    add("--confidence", type=float, default=0.95, help="confidence level of all intervals and bounds")
 
 
 def run(args: Any) -> None:
@@ -92,6 +92,7 @@ def _from_runs(args: Any) -> str:
                 smoothness=args.smoothness,
                 noise_variance=args.noise_variance,
                 gap=args.gap,
+                confidence=args.confidence,
             ),
         ]
     return "\n\n".join([*parts, "## Limits", *HONESTY])

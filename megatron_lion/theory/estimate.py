@@ -3,6 +3,9 @@
 Norms along one path determine none of the three: Assumptions 1 and 3 concern all θ, f* is unknown, and probes
 average a finite number of batches. Each number is therefore labelled as a lower bound, an upper bound or an
 estimate. `megatron_lion.theory.advice` shows how Corollary 3's choice changes if L exceeds its lower bound.
+
+σ² comes from the probes themselves if they are frozen (`megatron_lion.theory.probe_noise`). `estimate_variance` is the
+fallback for records without that estimate.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_lion.intervals import LEVEL, t_quantile
 from megatron_lion.runs.record import RunRecord
+from megatron_lion.theory.probe_noise import ProbeNoise
 from megatron_lion.theory.symbols import Array
 
 
 @dataclass(frozen=True)
 class VarianceEstimate:
-    """σ² of Assumption 3 at each probe with training steps nearby; arrays of shape (probes,).
+    """σ² at each probe with training steps nearby, from training norms and interpolated probes; arrays of shape (probes,).
+
+    No interval follows from `std`: the error of the interpolation is not in it and is usually larger.
 
     Attributes:
         steps: steps of the probes used.
@@ -58,31 +65,43 @@ class GapEstimate:
     Attributes:
         first_loss: loss of the first probe (nats per token), used as f(θ¹).
         first_step: step of the first probe; if it is not 0, the loss had already fallen.
-        low: lower bound: `first_loss` minus the smallest probed loss, up to the error of two probes.
-        high: upper bound: `first_loss`, since a cross-entropy is never negative.
+        low: `first_loss` minus the smallest probed loss; the smallest of several noisy losses makes it too large.
+        high: `first_loss`, since a cross-entropy is never negative.
+        low_bound, high_bound: ends that hold together with `confidence`, given the standard errors of the probes' losses;
+            None if a probe has no standard error.
+        confidence: nominal coverage of the two bounds, in (0, 1).
     """
 
     first_loss: float
     first_step: int
     low: float
     high: float
+    low_bound: float | None
+    high_bound: float | None
+    confidence: float
 
 
 @dataclass(frozen=True)
 class SmoothnessEstimate:
-    """A lower bound on L, up to the error of the probes.
+    """Lower bounds on L.
 
     Attributes:
-        low: max over pairs of probes of |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| over an upper bound on ‖θ_a − θ_b‖₂.
-        pair: steps of the two probes.
+        low: max over pairs of probes of |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| over an upper bound on ‖θ_a − θ_b‖₂, from the
+            estimated norms; the largest of several noisy ratios, hence not a bound if the noise is large.
+        pair: steps of the two probes of `low`.
+        bound: lower bound that holds with at least `confidence`, given the noise of the norms; 0 if the norms do not
+            differ by more than their noise, None if the records have no noise estimate.
+        confidence: nominal coverage of `bound`, in (0, 1).
     """
 
     low: float
     pair: tuple[int, int]
+    bound: float | None
+    confidence: float
 
 
 def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: int = 3) -> VarianceEstimate | None:
-    """Estimates σ² from the norms of single global batches and the norm of the probe's mean over B batches.
+    """Estimates σ² from the norms of training batches and the norm of the probe's mean over B batches; a fallback.
 
     E‖g‖² = ‖∇f‖² + σ² and E‖ḡ‖² = ‖∇f‖² + σ²/B give the unbiased pair
 
@@ -91,7 +110,8 @@ def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: in
 
     where ‖ḡ‖² is interpolated between probes, since ‖∇f‖ changes along the run. This assumes that the probe's batches
     are as large as the run's global batches, that ‖∇f‖² is about linear between probes, and that the batches are
-    independent. Training gradients include the noise of dropout, as LION's g does.
+    independent. A convex ‖∇f‖² lies below its interpolation, which makes σ² too low. With dropout in training only, E g is
+    not the probe's ∇f either.
 
     Args:
         run: records with 'optim/grad_l2' (before clipping), 'probe/grad_l2' and 'probe/num_batches'.
@@ -136,16 +156,34 @@ def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: in
     return replace(estimate, signal_l2_squared=np.maximum(mean_squared - left_over, 0.0))
 
 
-def estimate_gap(run: RunRecord) -> GapEstimate | None:
-    """Lower and upper bound on Δ from the probes' losses, or None if no probe has a loss."""
+def estimate_gap(run: RunRecord, confidence: float = LEVEL) -> GapEstimate | None:
+    """Lower and upper bound on Δ from the probes' losses, or None if no probe has a loss.
+
+    For every probe i, f(θ¹) − f(θ_i) ≤ Δ. With α = 1 − confidence and k later probes, `low_bound` is the largest lower end
+    of these differences at level α/(2k) each (Bonferroni), and at least 0. `high_bound` is the upper end of f(θ¹) at level
+    α/2. The error of a difference is √(e₁² + e_i²); probes of the same samples have a smaller one.
+    """
     if "probe/loss" not in run.metrics:
         return None
     steps, losses = run.need("probe/loss").arrays()
-    first = float(losses[0])
-    return GapEstimate(first, int(steps[0]), first - float(losses.min()), first)
+    first, low_bound, high_bound = float(losses[0]), None, None
+    errors, freedom = _at(run, "probe/loss_standard_error", steps), _at(run, "probe/num_batches", steps) - 1
+    if np.all(errors >= 0) and np.all(freedom >= 1):  # False for NaN
+        later = len(steps) - 1
+        ends = [
+            first
+            - loss
+            - t_quantile(min(freedom[0], number), 1 - (1 - confidence) / later) * math.hypot(errors[0], error)
+            for loss, error, number in zip(losses[1:], errors[1:], freedom[1:], strict=True)
+        ]
+        low_bound = float(max(0.0, *ends)) if ends else 0.0
+        high_bound = float(first + t_quantile(freedom[0], confidence) * errors[0])
+    return GapEstimate(first, int(steps[0]), first - float(losses.min()), first, low_bound, high_bound, confidence)
 
 
-def estimate_smoothness(run: RunRecord, noise: VarianceEstimate | None = None) -> SmoothnessEstimate | None:
+def estimate_smoothness(
+    run: RunRecord, noise: ProbeNoise | VarianceEstimate | None = None, confidence: float = LEVEL
+) -> SmoothnessEstimate | None:
     """A lower bound on L from the change of the gradient norm and an upper bound on LION's path length.
 
     |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| ≤ ‖∇f(θ_a) − ∇f(θ_b)‖₂ ≤ L ‖θ_a − θ_b‖₂ and
@@ -158,18 +196,33 @@ def estimate_smoothness(run: RunRecord, noise: VarianceEstimate | None = None) -
         run: a LION run with 'optim/lr' and 'probe/grad_l2'. max‖θ‖∞ is that of 'probe/theta_linf'; without it, or
             without λ in config.yaml, λ‖θ‖∞ = 1 is assumed.
         noise: noise estimate that is subtracted from the squared norms; without it they are too large for a small ∇f.
+            `SmoothnessEstimate.bound` needs a `ProbeNoise`: it is the largest ratio of the gap between two ranges of
+            `ProbeNoise.norm_ranges`, which hold for all probes at once, so that it holds for the largest ratio, too.
+        confidence: coverage of the bound.
 
     Returns:
-        The bound, or None for another optimizer or too few probes.
+        The bounds, or None for another optimizer, fewer than two probes, or probes with equal norms.
     """
     if run.optimizer != "lion" or not {"optim/lr", "probe/grad_l2"} <= run.metrics.keys():
         return None
     steps, norms = run.need("probe/grad_l2").arrays()
     if noise is not None:
-        kept = np.isin(steps, noise.steps)
-        steps, norms = steps[kept], np.sqrt(noise.signal_l2_squared)
+        steps, norms = noise.steps, np.sqrt(noise.signal_l2_squared)
     if len(steps) < 2:
         return None
+    distance = _longest_way(run, steps)
+    low, pair = _largest_ratio(np.abs(norms[:, None] - norms[None, :]), distance)
+    if low <= 0:
+        return None
+    bound = None
+    if isinstance(noise, ProbeNoise):
+        lower, upper = noise.norm_ranges(confidence)
+        bound, _ = _largest_ratio(lower[:, None] - upper[None, :], distance)
+    return SmoothnessEstimate(low, (int(steps[pair[0]]), int(steps[pair[1]])), bound, confidence)
+
+
+def _longest_way(run: RunRecord, steps: Array) -> Array:
+    """Upper bounds on the distance of θ between every two of `steps` of a LION run, shape (steps, steps)."""
     lr_steps, lr = run.need("optim/lr").arrays()
     # Learning rates are interpolated between logged steps; travelled[t] is the sum of the rates of steps 1 … t.
     travelled = np.concatenate([[0.0], np.cumsum(np.interp(np.arange(1, int(steps[-1]) + 1), lr_steps, lr))])
@@ -177,9 +230,18 @@ def estimate_smoothness(run: RunRecord, noise: VarianceEstimate | None = None) -
     if isinstance(weight_decay, int | float) and "probe/theta_linf" in run.metrics:
         reach = float(weight_decay) * max(run.need("probe/theta_linf").values)
     way = (1 + reach) * math.sqrt(run.dimension) * travelled[steps.astype(int)]
-    distance = np.abs(way[:, None] - way[None, :])
-    change = np.abs(norms[:, None] - norms[None, :])
+    return np.asarray(np.abs(way[:, None] - way[None, :]))
+
+
+def _largest_ratio(change: Array, distance: Array) -> tuple[float, tuple[int, int]]:
+    """The largest change/distance of a pair of probes, at least 0, and the ascending indices of the pair."""
     ratio = np.divide(change, distance, out=np.zeros_like(change), where=distance > 0)
     first, second = sorted(int(i) for i in np.unravel_index(ratio.argmax(), ratio.shape))
-    low = float(ratio.max())
-    return SmoothnessEstimate(low, (int(steps[first]), int(steps[second]))) if low > 0 else None
+    return max(0.0, float(ratio.max())), (first, second)
+
+
+def _at(run: RunRecord, key: str, steps: Array) -> Array:
+    """The values of a metric at `steps`; NaN at a step without one."""
+    series = run.series(key)
+    values = dict(zip(series.steps, series.values, strict=True))
+    return np.array([values.get(int(step), math.nan) for step in steps])

@@ -13,7 +13,6 @@ Source: journal edition of "Convergence Rate Analysis of LION", Appendix A.1.2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -21,6 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
+from megatron_lion.intervals import LEVEL, Interval, around, jackknife_error, mean_interval
 from megatron_lion.theory.symbols import Array, require_positive
 
 type Weighting = Literal["linear", "hold", "probes"]
@@ -45,39 +45,20 @@ class RateConstant:
 
 
 @dataclass(frozen=True)
-class ConfidenceInterval:
-    """Estimate with a two-sided confidence interval.
-
-    Attributes:
-        mean: the estimate.
-        low: lower end; NaN for a single run.
-        high: upper end; NaN for a single run.
-        confidence: nominal coverage, in (0, 1).
-        runs: number of seeds.
-    """
-
-    mean: float
-    low: float
-    high: float
-    confidence: float
-    runs: int
-
-
-@dataclass(frozen=True)
 class SeedRates:
     """A rate constant over runs that differ in their seed.
 
     Attributes:
         of_mean: constant of the norms averaged over the runs, which estimate the expectation in the theorems.
-        of_mean_interval: percentile bootstrap over runs for `of_mean`; too narrow with fewer than about 10 runs.
+        of_mean_interval: delete-one-run jackknife for `of_mean`, with Student's quantile of n − 1 for n runs.
         per_run: constant of each run.
         per_run_interval: Student's t interval for the mean of `per_run`.
     """
 
     of_mean: RateConstant
-    of_mean_interval: ConfidenceInterval
+    of_mean_interval: Interval
     per_run: tuple[RateConstant, ...]
-    per_run_interval: ConfidenceInterval
+    per_run_interval: Interval
 
 
 def spread_over_steps(steps: ArrayLike, values: ArrayLike, weighting: Weighting = "linear") -> Array:
@@ -156,8 +137,7 @@ def rates_over_seeds(
     *,
     scale: float = 1.0,
     weighting: Weighting = "linear",
-    confidence: float = 0.95,
-    resamples: int = 1000,
+    confidence: float = LEVEL,
 ) -> SeedRates:
     """Rate constant over seeds, in both senses of 'averaged over runs': of the mean norm, and mean of the constants.
 
@@ -166,7 +146,6 @@ def rates_over_seeds(
         scale: as `rate_constant`.
         weighting: as `rate_constant`.
         confidence: nominal coverage of both intervals, in (0, 1).
-        resamples: number of bootstrap draws; their random seed is fixed.
 
     Raises:
         ValueError: no runs, no common step, or a number outside its range.
@@ -186,67 +165,12 @@ def rates_over_seeds(
     )
     per_run = tuple(rate_constant(common, row, scale=scale, weighting=weighting) for row in values)
     of_mean = rate_constant(common, values.mean(axis=0), scale=scale, weighting=weighting)
-    low = high = math.nan
-    if len(runs) > 1:
-        draws = np.random.default_rng(0).integers(0, len(runs), (resamples, len(runs)))
-        # Draws of the same runs give equal constants: 3 seeds have 10 different draws, so 1000 need 10 evaluations.
-        unique, counts = np.unique(np.sort(draws, axis=1), axis=0, return_counts=True)
-        constants = [
-            rate_constant(common, values[draw].mean(axis=0), scale=scale, weighting=weighting).value for draw in unique
+    interval = Interval(estimate=of_mean.value, low=None, high=None, confidence=confidence, count=1)
+    if (count := len(runs)) > 1:
+        left_out = [
+            rate_constant(common, np.delete(values, row, axis=0).mean(axis=0), scale=scale, weighting=weighting).value
+            for row in range(count)
         ]
-        tail = (1 - confidence) / 2
-        low, high = (float(x) for x in np.quantile(np.repeat(constants, counts), [tail, 1 - tail]))
-    return SeedRates(
-        of_mean,
-        ConfidenceInterval(of_mean.value, low, high, confidence, len(runs)),
-        per_run,
-        t_interval([rate.value for rate in per_run], confidence),
-    )
-
-
-def t_interval(values: Sequence[float], confidence: float = 0.95) -> ConfidenceInterval:
-    """Student's t interval for the mean of independent, roughly normal values.
-
-    Example:
-        >>> interval = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
-        >>> round(interval.low, 3), interval.mean, round(interval.high, 3)
-        (1.037, 3.0, 4.963)
-    """
-    mean, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return ConfidenceInterval(mean, math.nan, math.nan, confidence, n)
-    half = t_quantile(1 - (1 - confidence) / 2, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return ConfidenceInterval(mean, mean - half, mean + half, confidence, n)
-
-
-def t_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t distribution with integer degrees of freedom, by bisection.
-
-    Example:
-        >>> round(t_quantile(0.975, 4), 4)
-        2.7764
-    """
-    if not 0.5 <= probability < 1 or freedom < 1:
-        raise ValueError(
-            f"probability = {probability:g}, freedom = {freedom}: expected a probability in [0.5, 1) and freedom >= 1"
-        )
-    low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def _t_cdf(t: float, freedom: int) -> float:
-    """P(T ≤ t) for t ≥ 0, by the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan2(t, math.sqrt(freedom))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    total, term = 0.0, cosine if freedom % 2 else 1.0
-    for power in range(3 if freedom % 2 else 2, freedom + 1, 2):
-        total += term
-        term *= cosine * cosine * (power - 1) / power
-    if freedom % 2:
-        return 0.5 + (angle + sine * total) / math.pi
-    return 0.5 + sine * total / 2
+        error = jackknife_error(of_mean.value, left_out, [1] * count)
+        interval = around(of_mean.value, error, count - 1, confidence=confidence)
+    return SeedRates(of_mean, interval, per_run, mean_interval([rate.value for rate in per_run], confidence))

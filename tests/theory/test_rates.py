@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
+from scipy import stats
 
 from megatron_lion.theory.rates import (
     c_lion,
@@ -14,8 +17,6 @@ from megatron_lion.theory.rates import (
     rate_constant,
     rates_over_seeds,
     spread_over_steps,
-    t_interval,
-    t_quantile,
 )
 
 few = examples(30)
@@ -88,24 +89,6 @@ def test_bad_records_are_refused(steps, values, weighting, message):
         spread_over_steps(steps, values, weighting)
 
 
-def test_t_quantiles_are_those_of_the_tables():
-    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 10: 2.2281, 30: 2.0423, 99: 1.9842}
-    for freedom, expected in table.items():
-        assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=5e-5)
-    assert t_quantile(0.95, 4) == pytest.approx(2.1318, abs=5e-5)
-    with pytest.raises(ValueError, match="freedom = 0"):
-        t_quantile(0.9, 0)
-
-
-def test_t_interval_covers_as_often_as_it_says():
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(1000):
-        interval = t_interval(generator.normal(3.0, 1.0, 5).tolist(), 0.9)
-        covered += interval.low <= 3.0 <= interval.high
-    assert 870 <= covered <= 930
-
-
 def test_seeds_average_before_the_maximum_and_after():
     steps = np.arange(0, 500, 50)
     generator = np.random.default_rng(1)
@@ -115,15 +98,33 @@ def test_seeds_average_before_the_maximum_and_after():
     assert rates.of_mean == rate_constant(steps, average, scale=0.5)
     assert [r.value for r in rates.per_run] == [rate_constant(s, v, scale=0.5).value for s, v in runs]
     for interval in (rates.of_mean_interval, rates.per_run_interval):
-        assert interval.low < interval.mean < interval.high
-        assert interval.runs == 6
+        assert interval.low < interval.estimate < interval.high
+        assert (interval.count, interval.confidence) == (6, 0.95)
+    assert rates.of_mean_interval.estimate == rates.of_mean.value
+    assert rates.per_run_interval.estimate == pytest.approx(np.mean([r.value for r in rates.per_run]))
     assert rates_over_seeds(runs, scale=0.5) == rates
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_interval_of_the_mean_curve_is_the_jackknife_over_runs(count):
+    steps = np.arange(0, 100, 10)
+    generator = np.random.default_rng(count)
+    curves = 3 * (steps + 1.0) ** -0.25 * np.exp(0.2 * generator.normal(size=(count, len(steps))))
+    found = rates_over_seeds([(steps, curve) for curve in curves], confidence=0.9).of_mean_interval
+    without = [rate_constant(steps, np.delete(curves, run, axis=0).mean(axis=0)).value for run in range(count)]
+    error = math.sqrt((count - 1) / count * sum((value - np.mean(without)) ** 2 for value in without))
+    half = stats.t.ppf(0.95, count - 1) * error
+    assert found.estimate == rate_constant(steps, curves.mean(axis=0)).value
+    assert (found.high - found.estimate, found.estimate - found.low) == pytest.approx((half, half))
+    # At the rate of one K the constant is linear in the curves, so that the jackknife is Student's interval.
+    flat = rates_over_seeds([([0, 9], [c[0], c[0]]) for c in curves], confidence=0.9)
+    assert flat.of_mean_interval.low == pytest.approx(flat.per_run_interval.low)
 
 
 def test_one_run_has_no_interval_and_runs_share_their_steps():
     single = rates_over_seeds([([0, 10], [1.0, 2.0])])
-    assert np.isnan(single.of_mean_interval.low)
-    assert np.isnan(single.per_run_interval.high)
+    for interval in (single.of_mean_interval, single.per_run_interval):
+        assert (interval.low, interval.high, interval.count) == (None, None, 1)
     shared = rates_over_seeds([([0, 10, 20], [1.0, 2.0, 3.0]), ([0, 20], [1.0, 3.0])])
     assert shared.of_mean == rate_constant([0, 20], [1.0, 3.0])
     with pytest.raises(ValueError, match="no probe step in common"):

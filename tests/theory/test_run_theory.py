@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from megatron_lion.commands import theory as theory_verb
 from megatron_lion.commands import toy as toy_verb
 from megatron_lion.errors import CheckpointError, ConfigError, StorageError
+from megatron_lion.intervals import jackknife_error
 from megatron_lion.runs.record import read_run
 from megatron_lion.theory.advice import advise, implied_smoothness
 from megatron_lion.theory.estimate import estimate_gap, estimate_smoothness, estimate_variance
@@ -20,8 +21,12 @@ from megatron_lion.theory.estimate import estimate_gap, estimate_smoothness, est
 D, L, SIGMA2, STEPS, BATCHES = 400, 3.0, 0.5, 400, 20
 
 
-def write_run(folder, seed=0, optimizer="lion"):
-    """A LION run on ½ θᵀHθ + 1 with curvature up to L and gradient noise of variance SIGMA2, logged like training."""
+def write_run(folder, seed=0, optimizer="lion", noise=False, model=None, probes=None):
+    """A LION run on ½ θᵀHθ + 1 with curvature up to L and gradient noise of variance SIGMA2, logged like training.
+
+    The probes write an estimate of their noise only with `noise`, as frozen probes do. `model` and `probes` are these
+    sections of config.yaml.
+    """
     generator = np.random.default_rng(seed)
     curvature = np.linspace(0.01, L, D)
     theta, exp_avg, lr = generator.standard_normal(D), np.zeros(D), 0.01
@@ -29,7 +34,11 @@ def write_run(folder, seed=0, optimizer="lion"):
     lines = []
 
     def probe(step):
-        grad = curvature * theta + generator.standard_normal(D) * noise_std / math.sqrt(BATCHES)
+        singles = generator.standard_normal((BATCHES, D)) * noise_std if noise else None
+        rest = (
+            generator.standard_normal(D) * noise_std / math.sqrt(BATCHES) if singles is None else singles.mean(axis=0)
+        )
+        grad = curvature * theta + rest
         lines.append(
             {
                 "step": step,
@@ -40,6 +49,7 @@ def write_run(folder, seed=0, optimizer="lion"):
                 "probe/theta_linf": float(np.abs(theta).max()),
                 "probe/num_batches": BATCHES,
                 "probe/num_parameters": D,
+                **(noise_of(singles, float(np.linalg.norm(grad))) if singles is not None else {}),
             }
         )
 
@@ -57,9 +67,28 @@ def write_run(folder, seed=0, optimizer="lion"):
     settings = {
         "optimizer": {"name": optimizer, "lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.01},
         "train": {"steps": STEPS},
+        "model": model or {},
+        "probe": probes or {},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return folder
+
+
+def noise_of(singles, norm):
+    """What a frozen probe writes about the noise of its batches."""
+    parts = ((singles - singles.mean(axis=0)) ** 2).sum(axis=1)
+    variance = float(parts.sum() / (BATCHES - 1))
+    left_out = [float((parts.sum() - part * BATCHES / (BATCHES - 1)) / (BATCHES - 2)) for part in parts]
+    rest = variance / BATCHES
+    return {
+        "probe/noise_variance": variance,
+        "probe/noise_variance_standard_error": jackknife_error(variance, left_out, [1] * BATCHES),
+        "probe/noise_groups": BATCHES,
+        "probe/grad_l2_corrected": math.sqrt(max(0.0, norm**2 - rest)),
+        "probe/noise_share": rest / norm**2,
+        "probe/loss_standard_error": 0.01,
+        "probe/is_moving": 0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +117,7 @@ def test_run_without_dimension_or_probes_says_so(tmp_path):
         call(theory_verb, tmp_path / "nowhere")
 
 
-def test_estimates_know_the_truth(run_folders):
+def test_estimates_without_the_probes_noise_are_near_the_truth(run_folders):
     for folder in run_folders:
         run = read_run(folder)
         noise = estimate_variance(run)
@@ -109,6 +138,8 @@ def test_estimates_know_the_truth(run_folders):
         bound = estimate_smoothness(run, noise)
         assert bound is not None
         assert 0.1 < bound.low <= L
+        assert bound.bound is None
+        assert (gap.low_bound, gap.high_bound) == (None, None)
 
 
 def test_smoothness_is_left_alone_where_the_way_is_unknown(tmp_path):
@@ -142,6 +173,13 @@ def test_theory_verb_over_seeds(run_folders, capsys):
     assert "| L × 100, Δ high |" in text
     assert "beta1 = beta2 (Signum)" in text
     assert "The run used β = (0.9, 0.95) and a peak η of 0.01." in text
+    assert text.count("because the records have no probe/noise_variance; no interval, because") == 3
+    assert text.count("no bounds with the errors of the losses") == text.count("no confidence bound") == 3
+    assert (
+        "because the records have no probe/grad_l2_corrected; the noise that remains in it makes c_SGD too large."
+        in text
+    )
+    assert "The records have no noise share." in text
 
 
 def test_theory_verb_says_that_a_constant_still_grows(tmp_path, capsys):
@@ -164,10 +202,7 @@ def test_theory_verb_says_what_it_cannot_estimate(tmp_path, capsys):
     folder = write_run(tmp_path / "run", optimizer="sgd")
     call(theory_verb, folder)
     text = capsys.readouterr().out
-    assert (
-        "not estimated: L (needs a LION run, and two probes with three logged training norms near each): give --smoothness"
-        in text
-    )
+    assert "not estimated: L (needs a LION run with two probes whose norms differ): give --smoothness" in text
     assert "| scenario |" not in text
     assert text.count("beta1 = beta2 (Signum)") == 1
     call(theory_verb, folder, "--smoothness", 3, "--noise-variance", 0.5, "--gap", 200)
