@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megatron_lion.compare.axis_ticks import short, ticks
 from megatron_lion.compare.labels import by_model, loss_unit
+from megatron_lion.compare.seeds import group_label, seed_groups
 from megatron_lion.compare.table import Cell, Table
+from megatron_lion.intervals import LEVEL, Interval, mean_interval
 from megatron_lion.runs.record import RunRecord
+from megatron_lion.runs.series import Series
 
 MOST_AMOUNTS = 6
 ROUNDING = 1e-9
+ROOM = 0.9
+"""Share of a run's steps within which its smoothed test loss reaches the default target."""
+MOST_LOG = 700.0
+"""Largest logarithm whose exponential is a finite float; two seeds far apart have an interval beyond it."""
 _UNITS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
@@ -159,31 +167,152 @@ def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
     )
 
 
+def falling(losses: Sequence[float]) -> list[float]:
+    """The curve that never rises and is closest to the losses in squares: isotonic regression with equal weights.
+
+    A low measurement is averaged with the higher ones after it, so a single one hardly moves the curve. A loss that
+    rises for good at the end is flattened to the mean of that end.
+
+    Args:
+        losses: in order of the steps, at least one.
+
+    Example:
+        >>> falling([5.0, 3.0, 4.0, 2.0])
+        [5.0, 3.5, 3.5, 2.0]
+    """
+    from scipy.optimize import isotonic_regression  # imported here: it takes half a second
+
+    return [float(loss) for loss in isotonic_regression(list(losses), increasing=False).x]
+
+
+def crossing(steps: Sequence[int], losses: Sequence[float], target: float) -> float | None:
+    """The step at which the smoothed losses reach a target, linear between measurements; None if they do not.
+
+    Args:
+        steps: steps of the measurements, ascending.
+        losses: test loss at each (nats per token), not smoothed.
+        target: nats per token. If the first smoothed loss is at most the target, the first step is returned.
+
+    Example:
+        >>> crossing([0, 10, 20], [6.0, 4.0, 2.0], 3.0), crossing([0, 10], [6.0, 4.0], 3.0)
+        (15.0, None)
+    """
+    smooth = falling(losses)
+    place = next((place for place, loss in enumerate(smooth) if loss <= target), None)
+    if not place:
+        return None if place is None else float(steps[0])
+    (low, high), (before, after) = steps[place - 1 : place + 1], smooth[place - 1 : place + 1]
+    return low + (high - low) * (before - target) / (before - after)
+
+
+def default_target(curves: Sequence[Series]) -> float:
+    """The test loss that every curve reached within `ROOM` of its steps, rounded up to 0.01 nats.
+
+    The room after it is needed because the end of a smoothed curve may be a single low measurement.
+    """
+    levels = [_between(curve.steps, falling(curve.values), ROOM * curve.steps[-1]) for curve in curves]
+    return math.ceil(max(levels) * 100 - ROUNDING) / 100
+
+
+def _between(steps: Sequence[int], values: Sequence[float], step: float) -> float:
+    """A value at a step, linear between the steps of the measurements."""
+    import numpy as np
+
+    return float(np.interp(step, steps, values))
+
+
+def geometric_mean(values: Sequence[float]) -> Interval:
+    """Student's t interval of logarithms, as values again; without ends if a value is 0, whose logarithm is infinite.
+
+    Steps to a target scatter by a factor: benchmarks/results/seed_intervals.md compares the coverage with plain steps.
+
+    >>> found = geometric_mean([100.0, 400.0])
+    >>> round(found.estimate), found.low < 100, geometric_mean([0.0, 10.0]).low is None
+    (200, True, True)
+    """
+    if min(values) <= 0:
+        mean = math.fsum(values) / len(values)
+        return Interval(estimate=mean, low=None, high=None, confidence=LEVEL, count=len(values))
+    found = mean_interval([math.log(value) for value in values])
+    low, high = (None if end is None else _exp(end) for end in (found.low, found.high))
+    return replace(found, estimate=math.exp(found.estimate), low=low, high=high)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < MOST_LOG else math.inf
+
+
 def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) -> Table:
-    """Steps, tokens and training time until the test loss was first measured at or below a target.
+    """Steps, tokens and training time until the smoothed test loss reaches a target, by setting, over its seeds.
 
     Args:
         runs: from `read_runs`.
-        target_loss: nats per token; by default, for each model, the highest of its runs' best test losses, so that
-            every run reaches it.
+        target_loss: nats per token; by default, for each model, the `default_target` of its runs.
     """
+    columns = ["model", "optimizer", "target (nats)", "reached by", "steps", "steps low", "steps high", "tokens",
+               "training minutes"]  # fmt: skip
     rows: list[list[Cell]] = []
-    for model, group in by_model(list(runs)).items():
-        reached = [best[1] for run in group if (best := run.series("test/loss").best())]
-        if not reached or (len(reached) < 2 and target_loss is None):
+    notes: list[str] = []
+    groups = seed_groups([run for run in runs if run.series("test/loss")])
+    for model, family in by_model([run for group in groups.values() for run in group]).items():
+        if len(family) < 2 and target_loss is None:
             continue
-        target = max(reached) if target_loss is None else target_loss
-        for run in group:
-            step = run.series("test/loss").first_at_most(target)
-            seconds = run.training_seconds(step) if step is not None else None
-            tokens = run.tokens_per_step * step if step is not None and run.tokens_per_step else None
-            rows.append([model, run.label, float(target), step, tokens, seconds / 60 if seconds is not None else None])
+        target = default_target([run.series("test/loss") for run in family]) if target_loss is None else target_loss
+        for key, group in groups.items():
+            if group[0].model == model:
+                cells, note = _to_target(group, target)
+                name = group_label(groups, key)
+                rows.append([model, name, float(target), *cells])
+                notes += [f"{model}, {name}: {note}"] if note else []
+    if target_loss is None:
+        notes.append(
+            f"target: the loss that the smoothed curve of every run of the model reached within {ROOM:.0%} of its steps, "
+            "rounded up to 0.01"
+        )
+    notes += [
+        "each run's test loss is smoothed to the closest curve that never rises (isotonic regression, equal weights), and its "
+        "step is read linearly between measurements",
+        f"several seeds: geometric mean, with the {LEVEL:.0%} Student's t interval of the logarithm of the steps; one seed: the "
+        "noise of its steps is not known",
+    ]
     return Table(
         slug="to-target",
         title="To a target test loss",
-        columns=["model", "optimizer", "target (nats)", "steps", "tokens", "training minutes"],
+        columns=columns,
         rows=rows,
-        formats={"target (nats)": ".4f", "training minutes": ",.1f"},
-        notes=["the first measurement at or below the target; a dash if it was not reached"],
+        formats={"target (nats)": ".4f", "training minutes": ",.1f"}
+        | dict.fromkeys(("steps", "steps low", "steps high", "tokens"), ",.0f"),
+        notes=notes,
         best=["steps", "tokens", "training minutes"],
     )
+
+
+def _to_target(group: Sequence[RunRecord], target: float) -> tuple[list[Cell], str | None]:
+    """The cells from "reached by" on for the seeds of a setting, and a note if some of them did not reach the target."""
+    curves = [run.series("test/loss") for run in group]
+    reached = [crossing(curve.steps, curve.values, target) for curve in curves]
+    steps = [step for step in reached if step is not None]
+    count = f"{len(steps)} of {len(group)}"
+    if len(steps) < len(group):
+        low = sum(step is None and min(curve.values) <= target for step, curve in zip(reached, curves, strict=True))
+        note = f"reached by {count} seeds, so there is no mean" if len(group) > 1 else None
+        if low:
+            single = (
+                "single measurements, but not the smoothed curve, are at or below the target: chance, or a loss that "
+                "rises again"
+            )
+            note = "; ".join(filter(None, [note, single]))
+        return [count, None, None, None, None, None], note
+    spent: list[Cell] = []
+    for budget in BUDGETS[1:]:
+        known = [measured(run, budget) for run in group]
+        amounts = [
+            _between(losses.steps, found.costs, step)
+            for losses, found, step in zip(curves, known, steps, strict=True)
+            if found
+        ]
+        spent.append(geometric_mean(amounts).estimate if len(amounts) == len(group) else None)
+    tokens, seconds = spent
+    mean = geometric_mean(steps)
+    minutes = seconds / 60 if isinstance(seconds, float) else None
+    return [count, mean.estimate, mean.low, mean.high, tokens, minutes], None

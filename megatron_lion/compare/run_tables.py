@@ -24,8 +24,8 @@ def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> lis
 
     Args:
         runs: from `read_runs`.
-        target_loss: test loss (nats/token) for the table of steps to a target; by default the highest of the
-            best test losses of a model's runs, so that every run reaches it.
+        target_loss: test loss (nats/token) for the table of steps to a target; by default one that every run of a
+            model reaches, see `budgets.default_target`.
     """
     trained = [run for run in runs if not run.is_reference]
     tables = [
@@ -199,29 +199,50 @@ def bert_table(runs: list[RunRecord]) -> Table:
 
 
 def ratio_table(runs: list[RunRecord]) -> Table:
-    """r = ‖∇f‖₁/‖∇f‖₂ against √d, and the KKT residual, over a run's probes."""
-    columns = ["model", "optimizer", "d", "√d", "probes", "batches", "r first", "r last", "min r/√d", "max r/√d",
-               "KKT first", "KKT last"]  # fmt: skip
+    """r = ‖∇f‖₁/‖∇f‖₂ against √d with its noise and error, and the KKT residual, at a run's first and last probe.
+
+    The smallest and largest r of a run are not shown: as extremes of noisy numbers they grow apart with the number of
+    probes.
+    """
+    columns = ["model", "optimizer", "√d", "probes", "batches", "noise first", "noise last", "noise largest", "r first",
+               "± first", "r last", "± last", "r/√d first", "r/√d last", "r/√d ≥", "r/√d ≤", "KKT first",
+               "KKT last"]  # fmt: skip
     rows: list[list[Cell]] = []
     for run in runs:
         ratio, kkt = run.series("probe/norm_ratio"), run.series("probe/kkt_residual")
         if not ratio or run.num_parameters is None:
             continue
-        root = math.sqrt(run.num_parameters)
+        root, ends = math.sqrt(run.num_parameters), (ratio.steps[0], ratio.steps[-1])
         batches = sorted({int(count) for count in run.series("probe/num_batches").values})
+        noise = run.series("probe/noise_share")
+        errors = [_at(run.series("probe/norm_ratio_standard_error"), step) for step in ends]
+        bracket = [_at(run.series(f"probe/norm_ratio_{end}"), ends[1]) for end in ("low", "high")]
         rows.append([
-            run.model, run.label, run.num_parameters, root, len(ratio.steps), " or ".join(map(str, batches)) or None,
-            ratio.values[0], ratio.values[-1], min(ratio.values) / root, max(ratio.values) / root,
-            kkt.values[0] if kkt else None, kkt.last,
+            run.model, run.label, root, len(ratio.steps), " or ".join(map(str, batches)) or None,
+            *(_at(noise, step) for step in ends), max(noise.values, default=None),
+            ratio.values[0], errors[0], ratio.values[-1], errors[1], ratio.values[0] / root, ratio.values[-1] / root,
+            *(end / root if end is not None else None for end in bracket), kkt.values[0] if kkt else None, kkt.last,
         ])  # fmt: skip
     return Table(
         slug="norm-ratio",
         title="Norm ratio r = ‖∇f‖₁/‖∇f‖₂ and KKT residual",
         columns=columns,
         rows=rows,
-        formats={"√d": ",.1f", "r first": ",.1f", "r last": ",.1f", "min r/√d": ".3f", "max r/√d": ".3f"},
-        notes=["a gradient of pure Gaussian noise has r = 0.798 √d: judge r by the number of batches averaged"],
+        formats=dict.fromkeys(("√d", "r first", "r last", "± first", "± last"), ",.1f")
+        | dict.fromkeys((name for name in columns if name.startswith("r/√d")), ".3f")
+        | dict.fromkeys((name for name in columns if name.startswith("noise")), ".1%"),
+        notes=[
+            "batches: number of batches over which each probe averages its gradient; noise: share of the noise that remains in "
+            "‖ḡ‖₂²; ±: standard error of r",
+            "noise makes r too large; r/√d ≥ and ≤: bounds of the noise-free r/√d at the last probe. A gradient of pure "
+            "Gaussian noise has r = 0.798 √d",
+        ],
     )
+
+
+def _at(series: Series, step: int) -> float | None:
+    """The value measured at a step, or None."""
+    return dict(zip(series.steps, series.values, strict=True)).get(step)
 
 
 def cost_table(runs: list[RunRecord]) -> Table:

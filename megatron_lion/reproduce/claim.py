@@ -19,7 +19,8 @@ class Claim:
         paper: the paper's value, as text.
         ours: our value, as text.
         tolerance: criterion of agreement; "" if nothing is judged.
-        holds: whether the values agree; None if they are not comparable.
+        holds: whether the values agree; None if they are not comparable or the measurement does not decide.
+        is_resolved: whether the measurement decides; False if its error is too large, or not known.
         convention: how our value was measured.
         source: source of the paper's value.
     """
@@ -29,11 +30,14 @@ class Claim:
     ours: str
     tolerance: str = ""
     holds: bool | None = None
+    is_resolved: bool = True
     convention: str = ""
     source: str = ARXIV
 
     @property
     def verdict(self) -> str:
+        if not self.is_resolved:
+            return "not resolved"
         return {True: "holds", False: "does not hold here", None: "not comparable"}[self.holds]
 
 

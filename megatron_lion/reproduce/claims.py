@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron_lion.compare.table import markdown_grid
 from megatron_lion.reproduce.artefacts import Plan
 from megatron_lion.reproduce.claim import Claim
+
+_COUNTED = (
+    ("holds", "hold here"),
+    ("does not hold here", "do not hold here"),
+    ("not resolved", "are not resolved by these measurements"),
+    ("not comparable", "are not comparable"),
+)
 
 
 def claims_of(plan: Plan) -> list[Claim]:
@@ -35,6 +43,6 @@ def as_markdown(key: str, claims: Sequence[Claim]) -> str:
     head = f"## {artefact}, {name} scale{', quick: a few steps show that the path works, not how it ends' if quick else ''}"
     cells = [[c.what, c.paper, c.ours, c.tolerance or "–", c.verdict, c.convention or "–", c.source] for c in claims]
     table = markdown_grid(["what", "paper", "ours", "tolerance", "verdict", "convention", "source"], cells)
-    judged = [claim for claim in claims if claim.holds is not None]
-    held, rest = sum(bool(claim.holds) for claim in judged), len(claims) - len(judged)
-    return f"{head}\n\n{table}\n\n{held} of {len(judged)} statements hold here; {rest} are not comparable.\n"
+    verdicts = Counter(claim.verdict for claim in claims)
+    counts = ", ".join(f"{verdicts[verdict]} {text}" for verdict, text in _COUNTED if verdicts[verdict])
+    return f"{head}\n\n{table}\n\nOf {len(claims)} statements: {counts}.\n"

@@ -7,6 +7,7 @@ import math
 from megatron_lion.reproduce.artefacts import Plan
 from megatron_lion.reproduce.claim import JOURNAL, Claim
 from megatron_lion.runs.record import RunRecord, read_run
+from megatron_lion.theory.probe_noise import l2_norms
 from megatron_lion.theory.rates import SeedRates, rates_over_seeds
 
 SOURCE = f"{JOURNAL}, A.1.2"
@@ -27,19 +28,24 @@ def rate_claims(plan: Plan) -> list[Claim]:
             run = read_run(folder)
             by_d.setdefault(run.dimension, []).append(run)
         for d, runs in by_d.items():
-            rates = rates_over_seeds(
-                [run.need(key).arrays() for run in runs], scale=1 / math.sqrt(d) if optimizer == "lion" else 1.0
-            )
-            found += _constant(name, paper, d, len(runs), rates)
+            if optimizer == "lion":
+                curves = [run.need(key).arrays() for run in runs]
+                norm = "‖ḡ‖₁, an upper value"
+            else:
+                corrected = [l2_norms(run) for run in runs]
+                curves = [(steps, norms) for steps, norms, _ in corrected]
+                probes = sum(len(steps) for steps, _ in curves)
+                norm = f"‖∇f‖₂ without noise at {sum(count for *_, count in corrected)} of {probes} probes"
+            rates = rates_over_seeds(curves, scale=1 / math.sqrt(d) if optimizer == "lion" else 1.0)
+            found += _constant(name, paper, d, norm, rates, len(runs))
     return found
 
 
-def _constant(name: str, paper: float, d: int, runs: int, rates: SeedRates) -> list[Claim]:
+def _constant(name: str, paper: float, d: int, norm: str, rates: SeedRates, runs: int) -> list[Claim]:
     interval, best = rates.of_mean_interval, rates.of_mean
-    ends = "" if math.isnan(interval.low) else f" [{interval.low:.3g}, {interval.high:.3g}]"
-    convention = (
-        f"d = {d:,}; largest over K ≤ {best.steps:,} steps, norms linear between probes; "
-        f"{runs} seed{'s' * (runs > 1)}, bootstrap 95 %"
+    ends = "" if interval.low is None else f" [{interval.low:.3g}, {interval.high:.3g}]"
+    convention = f"d = {d:,}; {norm}; largest over K ≤ {best.steps:,} steps, norms linear between probes; " + (
+        "one seed, no interval" if runs == 1 else f"{runs} seeds, jackknife {interval.confidence:.0%} interval"
     )
     return [
         Claim(

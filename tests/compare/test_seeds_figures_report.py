@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-import random
 import re
 import subprocess
 import sys
@@ -26,9 +25,10 @@ from megatron_lion.compare.html_report import render_report
 from megatron_lion.compare.panels import NOISE_RATIO, lines_of, panels
 from megatron_lion.compare.png_figures import write_figures
 from megatron_lion.compare.run_tables import build_tables
-from megatron_lion.compare.seeds import bootstrap, bootstrap_gap, seed_groups, seeds_table, sentence, verdicts
+from megatron_lion.compare.seeds import corrected_gap, seed_groups, seeds_table, sentence, verdicts
 from megatron_lion.compare.selection import read_runs
 from megatron_lion.compare.svg_charts import HEIGHT, WIDTH, chart
+from megatron_lion.intervals import gap_interval, mean_interval
 from megatron_lion.runs.record import RunRecord
 
 
@@ -46,33 +46,45 @@ def runs(folders: list[Path]) -> list[RunRecord]:
 # --- seeds ---
 
 
-def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says() -> None:
-    rng = random.Random(3)
-    hits = 0
-    for _ in range(200):
-        interval = bootstrap([rng.gauss(1.0, 0.2) for _ in range(12)], resamples=400)
-        assert interval.low is not None
-        assert interval.high is not None
-        hits += interval.low <= 1.0 <= interval.high
-    # 95 % nominal; the percentile bootstrap of 12 values covers about 91 %. 3.5 standard errors of 200 trials.
-    assert 0.84 <= hits / 200 <= 0.99
-
-
-def test_a_gap_is_called_noise_only_where_it_is() -> None:
-    near = bootstrap_gap([1.00, 1.05, 0.95], [1.01, 0.97, 1.03])
-    far = bootstrap_gap([1.00, 1.05, 0.95], [2.01, 1.97, 2.03])
+def test_a_gap_is_called_noise_only_if_its_interval_contains_zero() -> None:
+    near = corrected_gap([1.00, 1.05, 0.95], [1.01, 0.97, 1.03])
+    far = corrected_gap([1.00, 1.05, 0.95], [2.01, 1.97, 2.03])
     assert near.low < 0 < near.high
     assert far.high < 0
-    assert far.p_value == 0.1  # 2 of the 20 assignments of six values to two sides
-    assert "so few seeds" in sentence("A", "B", far)
     assert "no winner" in sentence("A", "B", near)
-    enough = bootstrap_gap([1.0, 1.1, 0.9, 1.05], [2.0, 2.1, 1.9, 2.05])
-    assert enough.p_value == pytest.approx(2 / 70)
-    assert "outside the noise" in sentence("A", "B", enough)
-    many = bootstrap_gap([i / 10 for i in range(10)], [5 + i / 10 for i in range(10)], resamples=200)
-    assert many.p_value == pytest.approx(1e-4, rel=0.01)  # sampled: 1 in 10,001
-    assert bootstrap_gap([1.0], [2.0, 2.1]).low is None
-    assert bootstrap([1.0, 2.0]) == bootstrap([1.0, 2.0])
+    assert sentence("A", "B", far).startswith("A is 1.003 below B, outside the noise of the seeds (interval -1.1")
+    assert sentence("B", "A", corrected_gap([2.01, 1.97, 2.03], [1.00, 1.05, 0.95])).startswith("B is 1.003 above A")
+    assert sentence("A", "B", far).endswith("p < 0.001).")
+    assert "single seed on one side" in sentence("A", "B", corrected_gap([1.0], [2.0, 2.1]))
+
+
+values = st.lists(st.floats(0, 10), min_size=2, max_size=6)
+
+
+@examples(100)
+@given(values, values, st.integers(1, 45))
+def test_a_corrected_interval_and_its_p_never_contradict_each_other(a: list[float], b: list[float], pairs: int) -> None:
+    gap, alone = corrected_gap(a, b, pairs), gap_interval(a, b)
+    assert gap.confidence == pytest.approx(1 - 0.05 / pairs)
+    assert gap.p_value == min(1.0, pairs * alone.p_value)
+    assert gap.low <= alone.low <= alone.high <= gap.high
+    if abs(gap.p_value - 0.05) > 1e-9:
+        assert (gap.p_value < 0.05) == ("outside the noise" in sentence("A", "B", gap))
+
+
+def test_several_pairs_are_corrected_and_the_note_states_how() -> None:
+    values = {"a": [1.0, 1.1, 1.2], "b": [1.3, 1.4, 1.5], "c": [1.29, 1.4, 1.51], "one": [3.0]}
+    two = verdicts({name: values[name] for name in ("a", "b")})
+    assert len(two) == 1
+    assert "outside the noise" in two[0]
+    four = verdicts(values)
+    assert len(four) == 7
+    assert "a and b is inside the noise" in four[0], "three pairs: 2 p of one"
+    assert [text for text in four if "single seed" in text] == [four[2], four[4], four[5]]
+    assert (
+        four[-1]
+        == "these intervals and p are corrected for 3 pairs (Bonferroni): they hold together with 95% confidence."
+    )
 
 
 def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
@@ -86,7 +98,8 @@ def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
     row = next(r for r in table.rows if r[1] == "AdamW" and r[2] == "final test loss")
     values = [run.series("test/loss").last for run in runs if run.optimizer == "adamw"]
     assert row[3:5] == [4, pytest.approx(sum(values) / 4)]
-    assert min(values) <= row[5] <= row[4] <= row[6] <= max(values)
+    expected = mean_interval(values)
+    assert row[5:] == [expected.low, expected.high]
     assert any("below AdamW, outside the noise of the seeds" in note for note in table.notes)
     assert any("single seed on one side" in note for note in table.notes)
     assert seeds_table(runs[:1]) is None
@@ -96,9 +109,13 @@ def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
 def test_many_settings_are_judged_against_the_best_alone() -> None:
     values = {f"s{n}": [n + seed / 100 for seed in range(4)] for n in range(6)} | {f"one{n}": [9.0] for n in range(5)}
     found = verdicts(values)
-    assert len(found) == 6
+    assert len(found) == 7
     assert all(text.startswith("s0 is ") for text in found[:5])
     assert found[5] == "5 settings have a single seed: the noise of their gaps to the others is not known."
+    assert "corrected for 15 pairs" in found[6], "the lowest is chosen from the same values, so all pairs count"
+    assert corrected_gap(values["s0"], values["s1"], 15).high == pytest.approx(
+        float(re.search(r"to (-[\d.]+)", found[0])[1]), abs=5e-4
+    )
     assert len(verdicts({name: values[name] for name in ("s0", "s1", "one0")})) == 3
 
 

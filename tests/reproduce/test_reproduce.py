@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shlex
 import threading
 from pathlib import Path
@@ -16,6 +18,7 @@ from megatron_lion.errors import MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.reproduce import artefacts as plans
 from megatron_lion.reproduce import node_marks
 from megatron_lion.reproduce.artefacts import ARTEFACTS, Plan, build_plan
+from megatron_lion.reproduce.claim import Claim
 from megatron_lion.reproduce.claims import as_markdown, claims_of
 from megatron_lion.reproduce.recipes import Recipe
 from megatron_lion.reproduce.run_verbs import launch_words, run_plan
@@ -201,22 +204,50 @@ def test_table_b1_at_full_scale_is_judged_by_its_tolerance(tmp_path: Path) -> No
     assert "does not hold here" in as_markdown("toy/tiny", above)
 
 
+def add_bounds(folder: Path, low: float, high: float, error: float = 0.001, at: dict[int, float] | None = None) -> None:
+    """Adds to each probe of a run the bounds on the noise-free r/√d; `at` moves both bounds of single steps."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "probe/norm_ratio" in line:
+            root, factor = math.sqrt(line["probe/num_parameters"]), (at or {}).get(line["step"], 1.0)
+            line |= {"probe/norm_ratio_low": low * root * factor, "probe/norm_ratio_low_standard_error": error * root,
+                     "probe/norm_ratio_high": high * root * factor, "probe/norm_ratio_high_standard_error": error * root,
+                     "probe/noise_groups": 8, "probe/sqrt_d": root, "probe/noise_share": 0.1}  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def ratio_claim(tmp_path: Path, name: str, **bounds: Any) -> Claim:
+    """The statement on r/√d of one run of six probes, whose measured r/√d is 0.62 to 0.72 throughout."""
+    plan = build_plan("figure-3", "tiny", Sources(**NOTHING, output=tmp_path / name))
+    for run, run_dir in [*plan.paper_runs.items(), *plan.tuned_runs.items()]:
+        write_run(run_dir, optimizer=run.split("/")[1], model="gpt2-demo", d=10_000)
+        if bounds:
+            add_bounds(run_dir, **bounds)
+    claims = [claim for claim in claims_of(plan) if claim.what.startswith("r/√d")]
+    assert len({claim.verdict for claim in claims}) == 1
+    return claims[0]
+
+
 def test_curves_are_judged(tmp_path: Path) -> None:
     plan = build_plan("figure-3", "tiny", Sources(**NOTHING, output=tmp_path))
     for name, run_dir in [*plan.paper_runs.items(), *plan.tuned_runs.items()]:
         write_run(run_dir, optimizer=name.split("/")[1], model="gpt2-demo", d=10_000)
     claims = {claim.what: claim for claim in claims_of(plan)}
     assert claims["training loss of LION below SGD's, both at the paper's rates"].holds
-    assert all(claim.holds for what, claim in claims.items() if what.startswith("r/√d"))
-    path = plan.tuned_runs["gpt2/lion"] / "metrics.jsonl"
-    with open(path, "a") as stream:
-        stream.write(json.dumps({"step": 2000, "probe/norm_ratio_over_sqrt_d": 0.1}) + "\n")
-    again = [
-        claim
-        for claim in claims_of(plan)
-        if claim.what.startswith("r/√d") and "tuned" in claim.what and "LION" in claim.what
-    ]
-    assert [claim.holds for claim in again] == [False]
+    assert claims["tuned LION below tuned SGD: test loss"].verdict == "not resolved", "one seed each"
+    assert "are not resolved by these measurements" in as_markdown("figure-3/tiny", list(claims.values()))
+
+
+def test_the_verdict_on_the_ratio_reads_what_noise_leaves_of_it(tmp_path: Path) -> None:
+    """The measured r/√d is the same in all cases; the bounds on the noise-free one decide, with their errors."""
+    assert ratio_claim(tmp_path, "narrow", low=0.40, high=0.60).verdict == "holds"
+    assert ratio_claim(tmp_path, "no bounds").verdict == "not resolved"
+    assert ratio_claim(tmp_path, "wide", low=0.10, high=0.60).verdict == "not resolved"
+    moved = ratio_claim(tmp_path, "moved", low=0.30, high=0.35, at={200: 2.5})
+    assert moved.verdict == "does not hold here"
+    assert moved.holds is False
+    # 8 groups and 6 probes: Student's quantile for 1 - 0.05/6 is 3.6, so an error of 0.02 widens 0.40 … 0.60 to 0.33 … 0.67
+    assert ratio_claim(tmp_path, "uncertain", low=0.40, high=0.60, error=0.02).verdict == "not resolved"
 
 
 def test_rates_are_judged(tmp_path: Path) -> None:
@@ -227,6 +258,28 @@ def test_rates_are_judged(tmp_path: Path) -> None:
     claims = claims_of(plan)
     assert [claim.paper for claim in claims] == ["0.701", "yes", "1.365", "yes"]
     assert [claim.holds for claim in claims] == [None, True, None, True]
+    assert "‖∇f‖₂ without noise at 0 of 18 probes; " in claims[2].convention
+
+
+def test_the_rate_of_sgd_uses_the_norm_without_noise_and_the_interval_of_student(tmp_path: Path) -> None:
+    """Three seeds whose corrected norms are a third of the measured ones, 2/(1 + step)."""
+    plan = build_plan("rates", "tiny", Sources(**NOTHING, output=tmp_path))
+    for optimizer, folders in plan.seeds.items():
+        for seed, folder in enumerate(folders):
+            write_run(folder, optimizer=optimizer, seed=seed, d=10_000)
+    raw = claims_of(plan)[2].ours
+    for number, folder in enumerate(plan.seeds["sgd"]):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if "probe/grad_l2" in line:
+                line["probe/grad_l2_corrected"] = line["probe/grad_l2"] / 3 * (1 + 0.1 * number)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    claim = claims_of(plan)[2]
+    assert "without noise at 18 of 18 probes" in claim.convention
+    value, low, high = (float(text) for text in re.findall(r"[\d.]+", claim.ours))
+    assert value == pytest.approx(float(raw.split()[0]) / 3 * 1.1, rel=0.01)
+    # The constant is proportional to the norms: Student's interval of factors 1.0, 1.1, 1.2 is 1.1 ± 4.303 · 0.1/√3.
+    assert (low, high) == pytest.approx((value * (1 - 0.2484 / 1.1), value * (1 + 0.2484 / 1.1)), rel=0.01)
 
 
 def test_toy_claims_hold() -> None:
