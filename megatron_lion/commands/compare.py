@@ -11,6 +11,7 @@ from megatron_lion.streams import say
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from megatron_lion.compare.best import Choice, Confirmations
     from megatron_lion.compare.table import Table
     from megatron_lion.runs.record import RunRecord
 
@@ -41,7 +42,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--best",
         action="store_true",
-        help="compare only the best setting of each optimizer: the one with the lowest final validation loss, with all its seeds",
+        help="compare only the best setting of each optimizer: the one with the lowest final validation loss, with all its seeds, or "
+        "with its confirmation runs only if `sweep --confirm` made them",
     )
     add(
         "--x-axis",
@@ -54,31 +56,39 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--target-loss",
         type=float,
         default=None,
-        help="adds a table of the steps that each run needs to reach this test loss (nats per token)",
+        help="target of the table of steps to a test loss (nats per token); default: a loss that every run of a model reaches",
     )
     add("--no-figures", action="store_true", help="write no PNG figures; the report still has its charts")
 
 
 def run(args: Any) -> None:
     """Writes the output folder and prints the tables to stdout."""
-    from megatron_lion.compare.best import run_folders
+    from megatron_lion.compare.best import best_table, run_folders, without_verdicts
     from megatron_lion.compare.html_report import write_report
     from megatron_lion.compare.run_tables import build_tables
     from megatron_lion.compare.selection import read_runs
     from megatron_lion.evaluate.stored_results import with_current_results
     from megatron_lion.files import storage_errors
-    from megatron_lion.sweep.summary import sweep_tables
+    from megatron_lion.sweep.summary import confirmations, sweep_tables
 
-    runs = read_runs(run_folders(args.runs), with_current_results)
+    folders = run_folders(args.runs)
+    runs = read_runs(folders, with_current_results)
+    known = confirmations(folders)
     tried = [run for run in runs if not run.is_reference]
     references = [run for run in runs if run.is_reference]
     tables = sweep_tables(args.runs, judged=not args.best)
     if args.best:
-        chosen, table = _best(tried)
-        runs = [*chosen, *references]
-        tables.append(table)
-    tables += build_tables(runs, args.target_loss)
+        choices = _best(tried, known)
+        runs = [*read_runs([run.folder for choice in choices for run in choice.compared]), *references]
+        tables.append(best_table(choices))
+        tables += [
+            without_verdicts(table, choices) if table.slug == "seeds" else table
+            for table in build_tables(runs, args.target_loss)
+        ]
+    else:
+        tables += build_tables(runs, args.target_loss)
     trained = [run for run in runs if not run.is_reference]
+    tried = [run for run in tried if run.folder not in known]  # for the curve over the learning rates
     folder = Path(args.output)
     with storage_errors(folder, "made"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,23 +106,25 @@ def run(args: Any) -> None:
     )
 
 
-def _best(tried: list[RunRecord]) -> tuple[list[RunRecord], Table]:
-    """Returns the runs of each optimizer's best setting, with new labels, and the table of the choice.
+def _best(tried: list[RunRecord], known: Confirmations) -> list[Choice]:
+    """Returns the choice of each optimizer.
 
     Raises:
         CheckpointError: no run is finished and has a validation loss.
     """
-    from megatron_lion.compare.best import best_table, choose_best
-    from megatron_lion.compare.selection import read_runs
+    from megatron_lion.compare.best import choose_best
     from megatron_lion.errors import CheckpointError
 
-    choices = choose_best(tried)
-    folders = [run.folder for choice in choices for run in choice.runs]
-    if not folders:
+    choices = choose_best(tried, known)
+    if tried and not choices:
+        raise CheckpointError(
+            "--best: all runs are confirmation runs, which take no part in a choice; give the sweep's folder"
+        )
+    if not any(choice.runs for choice in choices):
         raise CheckpointError(
             f"--best: none of the {len(tried)} runs is finished and has a validation loss; finish their training"
         )
-    return read_runs(folders), best_table(choices)
+    return choices
 
 
 def print_tables(tables: list[Table], form: str) -> None:

@@ -57,6 +57,14 @@ def add_arguments(parser: Any) -> None:
         help="write a SLURM array job of the unfinished runs to DIR/sweep.sbatch; start none",
     )
     add(
+        "--confirm",
+        type=int,
+        default=0,
+        metavar="N",
+        help="once the grid is finished, train each optimizer's best setting on N fresh seeds (at least 2), which took no part in the "
+        "choice; comparisons of the best then use these runs only",
+    )
+    add(
         "--retry-diverged",
         action="store_true",
         help="start diverged runs again, which ended with NaN or infinite gradients",
@@ -94,9 +102,9 @@ def run(args: Any) -> None:
         sweep.save()
         left = missing(sweep, runs, again=args.retry_diverged)
         if args.print or args.slurm:
-            _write_script(sweep, left, args)
+            _write_script(sweep, runs, left, args)
         else:
-            _run_and_tell(sweep, left, args)
+            _run_and_tell(sweep, runs, left, args)
 
 
 def _check_flags(args: Any) -> None:
@@ -106,6 +114,10 @@ def _check_flags(args: Any) -> None:
         raise ConfigError("no config file given; run: megatron-lion sweep CONFIG --grid optimizer.lr=1e-3,3e-4")
     if any(word == "--run_dir" or word.startswith("--run_dir=") for word in args.parser.words):
         raise ConfigError("--run_dir: a sweep chooses the folders of its runs; give --output DIR")
+    if args.confirm < 0 or args.confirm == 1:
+        raise ConfigError(
+            f"--confirm {args.confirm}: must be at least 2, because one seed does not show the scatter of the seeds"
+        )
     if args.processes < 1:
         raise ConfigError(f"--processes {args.processes}: must be at least 1")
     if args.dry_run + args.print + args.slurm > 1:
@@ -114,25 +126,60 @@ def _check_flags(args: Any) -> None:
 
 def _describe(sweep: Sweep, runs: Sequence[PlannedRun], args: Any) -> str:
     """Returns the text of --dry-run: the first run as `pretrain --dry-run` shows it, all runs with their state, and sums."""
+    from megatron_lion.sweep.confirm import plan_confirmation, unfinished_grid, waiting_text
     from megatron_lion.sweep.execute import missing
     from megatron_lion.train.dryrun import dry_run
 
+    later = ""
+    planned = list(runs)
+    if args.confirm and unfinished_grid(sweep):
+        optimizers = len({entry.settings["optimizer.name"] for entry in sweep.grid_runs})
+        tokens = args.confirm * optimizers * runs[0].tokens
+        later = (
+            f"{waiting_text(sweep, runs)}\n"
+            f"then at most {args.confirm} seeds × {optimizers} optimizer{'s' if optimizers != 1 else ''}: {tokens:,} tokens\n"
+        )
+    elif args.confirm:
+        planned += plan_confirmation(sweep, args.confirm, args.processes)[0]
     status = {entry.name: entry.status for entry in sweep.runs}
-    left = missing(sweep, runs, again=args.retry_diverged)
-    lines = [f"  {run.name:40} {status[run.name]}" for run in runs]
+    left = missing(sweep, planned, again=args.retry_diverged)
+    lines = [f"  {run.name:40} {status[run.name]}" for run in planned]
     tokens = sum(run.tokens for run in left)
     return (
         f"{dry_run(runs[0].config, args.processes)}\n\n"
-        f"Above: the first run. The sweep has {len(runs)} runs in {sweep.folder}, all with valid settings:\n"
+        f"Above: the first run. The sweep has {len(planned)} runs in {sweep.folder}, all with valid settings:\n"
         + "\n".join(lines)
-        + f"\n{len(left)} to run, one after another: {tokens:,} tokens at most\n"
+        + f"\n{len(left)} to run, one after another: {tokens:,} tokens at most\n{later}"
     )
 
 
-def _write_script(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
+def _confirmation_left(sweep: Sweep, args: Any) -> list[PlannedRun]:
+    """Plans and saves the confirmation of a sweep whose grid is finished; returns its unfinished runs."""
+    from megatron_lion.sweep.confirm import plan_confirmation
+    from megatron_lion.sweep.execute import missing
+
+    runs, choices = plan_confirmation(sweep, args.confirm, args.processes)
+    sweep.save()
+    left = missing(sweep, runs, again=args.retry_diverged)
+    if left:
+        seeds = ", ".join(map(str, sweep.confirm_seeds))
+        names = " and ".join(choice.name for choice in choices)
+        say(f"\nconfirmation: the best setting of {names} on the seeds {seeds}, {len(left)} to run")
+    return left
+
+
+def _write_script(sweep: Sweep, runs: Sequence[PlannedRun], left: Sequence[PlannedRun], args: Any) -> None:
     from megatron_lion.files import write_whole
+    from megatron_lion.sweep.confirm import unfinished_grid, waiting_text
     from megatron_lion.sweep.scripts import shell_script, slurm_script
 
+    waiting = args.confirm and unfinished_grid(sweep)
+    if waiting:
+        say(waiting_text(sweep, runs))
+    elif args.confirm:
+        left = [*left, *_confirmation_left(sweep, args)]
+    if not left and waiting:
+        return
     if not left:
         say("nothing to do: every run is finished")
     elif args.print:
@@ -144,20 +191,29 @@ def _write_script(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
         say("after the job, the same command without --slurm runs what failed and prints the table")
 
 
-def _run_and_tell(sweep: Sweep, left: Sequence[PlannedRun], args: Any) -> None:
-    """Runs unfinished runs, then prints the table, the command that compares the best, and the failures."""
+def _run_and_tell(sweep: Sweep, runs: Sequence[PlannedRun], left: Sequence[PlannedRun], args: Any) -> None:
+    """Runs unfinished runs and the confirmation, then prints the table, the line that compares the best, and the failures."""
     from megatron_lion.commands.compare import print_tables
     from megatron_lion.errors import NumericsError
     from megatron_lion.jobs import child_end, child_failure
-    from megatron_lion.sweep.execute import failed, run_missing
+    from megatron_lion.sweep.confirm import unfinished_grid, waiting_text
+    from megatron_lion.sweep.execute import failed, run_missing, stopped
     from megatron_lion.sweep.summary import summarise
 
-    run_missing(sweep, left, args.processes)
+    asked = run_missing(sweep, left, args.processes)
+    unfinished = unfinished_grid(sweep)
+    if args.confirm and not unfinished:
+        more = _confirmation_left(sweep, args)
+        if asked and more:
+            raise stopped(sweep, "before the confirmation")
+        run_missing(sweep, more, args.processes)
     table, command = summarise(sweep)
     say("")
     print_tables([table], args.format)
+    if args.confirm and unfinished:
+        say(waiting_text(sweep, runs))
     if command:
-        say(f"compare the best: {command}")
+        say(command)
     broken = failed(sweep)
     if broken:
         names = ", ".join(f"{entry.name} ({child_end(entry.exit_code or 1)})" for entry in broken)

@@ -24,13 +24,16 @@ def missing(sweep: Sweep, planned: Sequence[PlannedRun], *, again: bool) -> list
     return [run for run in planned if status[run.name] not in done]
 
 
-def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> None:
+def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> bool:
     """Runs each run to its end; records the exit code of a failed run and starts the next.
 
     Args:
         sweep: the sweep; its sweep.json is written after each run.
         runs: the runs to start or resume.
         processes: processes that train a run together.
+
+    Returns:
+        Whether a stop signal arrived during the last run, which finished nevertheless.
 
     Raises:
         StoppedOnRequest: a signal arrived; the run in progress saved a checkpoint.
@@ -47,10 +50,7 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> Non
             sweep.save()
             # If a signal arrives but the last run still finishes, the sweep is finished.
             if code == STOPPED or (jobs.asked and place + 1 < len(runs)):
-                finished = sum(entry.status == "finished" for entry in sweep.runs)
-                raise StoppedOnRequest(
-                    f"stopped in {run.name}, {finished} of {len(sweep.runs)} runs are finished; the same command continues"
-                )
+                raise stopped(sweep, f"in {run.name}")
             if code in ENDS_ALL:
                 raise child_failure(
                     f"the sweep stopped at {run.name}: it ended with code {code}, whose cause affects all runs; see above",
@@ -58,6 +58,15 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> Non
                 )
             if code == 0:
                 spent.append(time.monotonic() - started)
+        return bool(jobs.asked)
+
+
+def stopped(sweep: Sweep, where: str) -> StoppedOnRequest:
+    """The error that ends a sweep after a stop signal."""
+    finished = sum(entry.status == "finished" for entry in sweep.runs)
+    return StoppedOnRequest(
+        f"stopped {where}, {finished} of {len(sweep.runs)} runs are finished; the same command continues"
+    )
 
 
 def job_arguments(sweep: Sweep, run: PlannedRun) -> list[str]:

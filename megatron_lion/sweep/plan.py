@@ -98,7 +98,7 @@ def plan_runs(base: RunConfig, axes: Sequence[Axis], folder: Path, processes: in
         name = run_name(settings)
         config = dataclasses.replace(config, run_dir=str(folder / name))
         planned.append(PlannedRun(name=name, settings=settings, config=config))
-    _check_all(planned, processes)
+    check_all(planned, processes)
     return planned
 
 
@@ -114,7 +114,7 @@ def _need_data(paths: Sequence[str]) -> None:
             )
 
 
-def _check_all(planned: Sequence[PlannedRun], processes: int) -> None:
+def check_all(planned: Sequence[PlannedRun], processes: int) -> None:
     """Raises one ConfigError that lists the problems of all runs; a problem shared by every run is listed once."""
     problems: Counter[str] = Counter()
     first: dict[str, str] = {}

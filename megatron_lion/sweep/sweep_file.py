@@ -1,6 +1,6 @@
 """Reads and writes a sweep's folder: sweep.json, its base config, and the exit codes of its runs.
 
-SWEEP/sweep.json        grids as given, digest of base.yaml, and name, settings and status of each run
+SWEEP/sweep.json        grids as given, digest of base.yaml, and name, settings and status of each run; the confirmation's seeds
 SWEEP/base.yaml         the resolved settings that all runs share; later edits of the config file have no effect
 SWEEP/exits/NAME        exit code of a run's last job, written by the process that started it
 SWEEP/NAME/             a run folder
@@ -30,6 +30,8 @@ from megatron_lion.sweep.grid import get_setting, with_setting
 from megatron_lion.sweep.plan import PlannedRun, base_differences, settings_digest
 
 FORMAT = 1
+CONFIRMED = 2
+"""Format of a file with confirmation runs: an earlier version would choose among them, so it must reject the file."""
 NAME = "sweep.json"
 BASE = "base.yaml"
 DIVERGED = NumericsError.exit_code
@@ -49,6 +51,7 @@ class Entry:
         settings_sha256: digest of its decisive settings; equal digests are one run, even from different grids.
         status: status at the last refresh.
         exit_code: exit code of its last job, or None if no job has ended.
+        confirms: for a confirmation run, the name of a grid run with the setting that it retrains; None for a grid run.
     """
 
     name: str
@@ -57,17 +60,33 @@ class Entry:
     settings_sha256: str
     status: Status = "waiting"
     exit_code: int | None = None
+    confirms: str | None = None
 
 
 @dataclass(kw_only=True)
 class Sweep:
-    """A sweep's folder and the content of its sweep.json."""
+    """A sweep's folder and the content of its sweep.json.
+
+    Attributes:
+        folder: the sweep's folder.
+        config: the config file as given.
+        base_sha256: digest of base.yaml.
+        grids: the --grid texts of each command.
+        runs: the runs of all grids and the confirmation runs.
+        confirm_seeds: seeds of the confirmation that was planned last; empty if none was.
+    """
 
     folder: Path
     config: str
     base_sha256: str
     grids: list[list[str]] = field(default_factory=list)
     runs: list[Entry] = field(default_factory=list)
+    confirm_seeds: list[int] = field(default_factory=list)
+
+    @property
+    def grid_runs(self) -> list[Entry]:
+        """The runs that take part in the choice: all but the confirmation runs."""
+        return [entry for entry in self.runs if entry.confirms is None]
 
     @property
     def base(self) -> Path:
@@ -96,7 +115,33 @@ class Sweep:
         self.refresh()
         content = dataclasses.asdict(self)
         del content["folder"]
-        write_json(self.folder / NAME, {"format": FORMAT, **content})
+        confirmed = any(entry.confirms is not None for entry in self.runs)
+        if not confirmed:  # earlier versions read such a file
+            del content["confirm_seeds"]
+            for entry in content["runs"]:
+                del entry["confirms"]
+        write_json(self.folder / NAME, {"format": CONFIRMED if confirmed else FORMAT, **content})
+
+    def add(self, run: PlannedRun, confirms: str | None = None) -> PlannedRun:
+        """Adds a run if the sweep does not have it yet; a run that the sweep already has keeps its name.
+
+        Args:
+            run: the run.
+            confirms: for a confirmation run, the name of a grid run with its setting.
+        """
+        # By digest, not by name: the same settings from another grid have another name, and must not be trained twice.
+        digest = settings_digest(run.config)
+        entry = next((entry for entry in self.runs if entry.settings_sha256 == digest), None)
+        if entry is None:
+            entry = Entry(
+                name=run.name, settings=run.settings, last_step=run.last_step, settings_sha256=digest, confirms=confirms
+            )
+            self.runs.append(entry)
+        elif confirms is None:
+            # If a grid contains a run that confirmed a choice, the run takes part in choosing from now on.
+            entry.confirms = None
+        config = dataclasses.replace(run.config, run_dir=str(self.folder / entry.name))
+        return dataclasses.replace(run, name=entry.name, config=config)
 
 
 def read_sweep(folder: Path) -> Sweep | None:
@@ -111,13 +156,16 @@ def read_sweep(folder: Path) -> Sweep | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found = content.pop("format")
-        if found != FORMAT:
-            raise CheckpointError(f"{path}: format {found}, this version reads format {FORMAT}")
+        if found not in (FORMAT, CONFIRMED):
+            raise CheckpointError(f"{path}: format {found}, this version reads formats {FORMAT} and {CONFIRMED}")
         runs = [Entry(**entry) for entry in content.pop("runs")]
         for entry in runs:  # sweep.json may come from elsewhere: a path in it must not lead out of the folder
-            if not is_file_name(entry.name):
-                raise ValueError(f"{entry.name!r} is no folder in it")
+            for name in (entry.name, entry.confirms):
+                if name is not None and not is_file_name(name):
+                    raise ValueError(f"{name!r} is no folder in it")
         sweep = Sweep(folder=folder, runs=runs, **content)
+        if not all(isinstance(seed, int) for seed in sweep.confirm_seeds):
+            raise ValueError(f"confirm_seeds {sweep.confirm_seeds!r} are not whole numbers")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged ({error}); move it away and give the sweep's command again: its run folders are kept"
@@ -155,17 +203,7 @@ def open_sweep(
         _need_same_base(sweep, base, planned)
     if list(grids) not in sweep.grids:
         sweep.grids.append(list(grids))
-    # By digest, not by name: the same settings from another grid have another name, and must not be trained twice.
-    by_digest = {entry.settings_sha256: entry for entry in sweep.runs}
-    taken = []
-    for run in planned:
-        digest = settings_digest(run.config)
-        entry = by_digest.get(digest)
-        if entry is None:
-            entry = Entry(name=run.name, settings=run.settings, last_step=run.last_step, settings_sha256=digest)
-            sweep.runs.append(entry)
-        config = dataclasses.replace(run.config, run_dir=str(folder / entry.name))
-        taken.append(dataclasses.replace(run, name=entry.name, config=config))
+    taken = [sweep.add(run) for run in planned]
     sweep.refresh()
     return sweep, taken
 

@@ -10,37 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import outcome, tiny_config, write_corpus, write_manifest
+from sweep_folders import config_file, statuses
+from tiny import outcome
 
 from megatron_lion.cli import main
-from megatron_lion.configfile import dump_config, load_config
+from megatron_lion.configfile import load_config
 from megatron_lion.jobs import Jobs
 from megatron_lion.sweep.sweep_file import read_sweep
 
 REPO = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_corpus(tmp_path_factory.mktemp("data") / "c_text_document")
-
-
-def config_file(folder: Path, corpus: str, **changes: Any) -> Path:
-    path = folder / "tiny.yaml"
-    settings = {"train__test_every": 2, "train__test_batches": 1, "train__steps": 4, **changes}
-    path.write_text(dump_config(tiny_config("unused", corpus, **settings)))
-    return path
-
-
-def statuses(folder: Path) -> dict[str, str]:
-    sweep = read_sweep(folder)
-    assert sweep is not None
-    return {entry.name: entry.status for entry in sweep.runs}
 
 
 # --- real runs ---
@@ -91,9 +73,9 @@ def test_a_real_sweep_goes_on_after_a_run_that_diverged(swept: tuple[list[str], 
     assert "0.3 is the largest tried" in done.stdout
     assert "LION: its best optimizer.lr 0.01 is the smallest tried" in done.stdout
     compare = next(
-        line for line in done.stderr.splitlines() if line.startswith("compare the best: megatron-lion compare ")
+        line for line in done.stderr.splitlines() if line.startswith("compare the best (not confirmed; --confirm 5 ")
     )
-    assert f"{folder}/lion-lr0.01 {folder}/sgd-lr0.3 --output {folder}/comparison" in compare
+    assert f"{folder} --best --output {folder}/comparison" in compare
     assert load_config(folder / "sgd-lr0.3" / "config.yaml").optimizer.lr == 0.3
     assert {path.name for path in folder.glob("cache/*")}, "the runs share their index files"
 
@@ -174,37 +156,6 @@ def test_a_job_of_several_processes_tells_why_it_failed(tmp_path: Path, corpus: 
 
 
 # --- fake runs ---
-
-Pretend = Callable[[str], int]
-
-
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Runs that write their folder at once and end with the exit code of `codes` for their name."""
-    found: dict[str, Any] = {"codes": {}, "ran": []}
-
-    def run(self: Jobs, verb: str, words: list[str], processes: int = 1, stdout: Any = None) -> int:
-        config = load_config(words[1], words[2:])
-        folder = Path(config.run_dir)
-        found["ran"].append(folder.name)
-        found["config"] = config
-        code = int(found["codes"].get(folder.name, 0))
-        if folder.name == found.get("interrupted"):
-            signal.raise_signal(signal.SIGINT)
-        folder.mkdir(exist_ok=True)
-        (folder / "config.yaml").write_text(dump_config(config))
-        steps = config.train.steps if code == 0 else 1
-        lines: list[dict[str, float]] = [{"step": steps, "train/loss": 1.0, "progress/consumed_tokens": steps}]
-        if code == 0:
-            lines.append({"step": steps, "valid/loss": config.optimizer.lr})
-            write_manifest(folder / "checkpoints" / f"step_{steps:07d}", steps)
-        if code == 6:
-            lines.append({"step": 3, "optim/skipped_steps": 3})
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return code
-
-    monkeypatch.setattr(Jobs, "run", run)
-    return found
 
 
 def test_failed_runs_are_told_tried_again_and_diverged_ones_only_when_asked(
