@@ -212,12 +212,12 @@ def test_neither_a_save_nor_a_resume_accepts_a_state_that_is_not_finite(folder: 
         assert "move this step's folder away" in message
 
 
-# lr by setting; the steps that are saved with it.
-DIVERGENCE: dict[str, tuple[str, float, dict[str, Any], list[int]]] = {
-    "lion 1e3": ("lion", 1e3, {}, [1]),
+# lr by setting; the steps that are saved with it, or None if they depend on how the CPU's matrix products round.
+DIVERGENCE: dict[str, tuple[str, float, dict[str, Any], list[int] | None]] = {
+    "lion 1e3": ("lion", 1e3, {}, None),
     "lion 3e38": ("lion", 3e38, {}, []),
     "lion split24 int8 1e30": ("lion", 1e30, {**FUSED, "optimizer__master_weights": "split24"}, []),
-    "sgd 10, no clipping": ("sgd", 10.0, {"optimizer__clip_grad": 0.0}, [3]),
+    "sgd 10, no clipping": ("sgd", 10.0, {"optimizer__clip_grad": 0.0}, None),
     "sgd 1e30": ("sgd", 1e30, {}, []),
     "adamw 1e30": ("adamw", 1e30, BF16, []),
 }
@@ -266,10 +266,10 @@ def diverged(folder: Path, corpus: str) -> Callable[[str], tuple[str, str, Any]]
 def test_divergence_ends_with_a_newest_checkpoint_that_can_be_trained_from(
     folder: Path, corpus: str, diverged: Callable[[str], tuple[str, str, Any]], name: str
 ) -> None:
-    steps = DIVERGENCE[name][3]
     kind, message, usable = diverged(name)
     assert kind == "NumericsError", message
-    assert saved(tiny.tiny_config(folder / name, corpus)) == steps
+    steps, expected = saved(tiny.tiny_config(folder / name, corpus)), DIVERGENCE[name][3]
+    assert steps == expected or (expected is None and len(steps) <= 1), "checkpoint.keep is 1"
     assert "lower optimizer.lr" in message
     last = steps[-1] if steps else 0
     assert f"step {last + 1} was too large: after it, even the gradient of its own samples was not finite" in message
