@@ -46,7 +46,9 @@ def test_estimates_are_unbiased(n, share, seed):
         assert abs(float(values.mean()) - truth) < 5 * float(values.std()) / math.sqrt(30) + 1e-5
 
 
-@pytest.mark.parametrize(("n", "share"), [(4, 0.3), (8, 0.1), (32, 0.5), (100, 0.2)])
+@pytest.mark.parametrize(
+    ("n", "share"), [(4, 0.3), (8, 0.1), (32, 0.5), pytest.param(100, 0.2, marks=pytest.mark.slow)]
+)
 def test_intervals_of_noise_and_signal_hold_the_truth(n, share):
     """95 % intervals of 200 probes: at least 90 % hold the truth, and at most 99.5 %, so errors are not overstated."""
     _, variance, found = draws("sparse", n, share, repeats=200, d=600, seed=n)
@@ -60,14 +62,14 @@ def test_intervals_of_noise_and_signal_hold_the_truth(n, share):
 
 
 def test_twice_the_standard_error_is_about_95_percent_with_many_groups():
-    _, variance, found = draws("heavy", 32, 0.3, repeats=300, d=1000)
+    _, variance, found = draws("heavy", 32, 0.3, repeats=200, d=600)
     for name, value, truth in (
         ("noise_variance", "noise_variance", variance),
         ("signal", "signal_l2_squared", 1.0),
     ):
         held = [abs(getattr(e, value) - truth) <= 2 * getattr(e, f"{name}_standard_error") for e in found]
-        assert 0.91 <= sum(held) / 300 <= 0.985, name
-        stated = sum(getattr(e, f"{name}_standard_error") for e in found) / 300
+        assert 0.90 <= sum(held) / 200 <= 0.99, name
+        stated = sum(getattr(e, f"{name}_standard_error") for e in found) / 200
         spread = float(torch.tensor([getattr(e, value) for e in found], dtype=torch.float64).std())
         assert 0.85 * spread < stated < 1.2 * spread
 
@@ -128,7 +130,10 @@ def test_the_ladder_states_an_error_and_its_groups_on_every_rung_that_has_enough
     assert ladder[0].norm_ratio_standard_error == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("shape", "share", "n"), [("dense", 0.03, 8), ("heavy", 0.03, 40), ("sparse", 0.3, 100)])
+@pytest.mark.parametrize(
+    ("shape", "share", "n"),
+    [("dense", 0.03, 8), ("heavy", 0.03, 40), pytest.param("sparse", 0.3, 100, marks=pytest.mark.slow)],
+)
 def test_the_error_of_the_reported_ratio_is_the_scatter_of_new_batches(shape, share, n):
     """The mean stated error of r(n) over 100 probes is 1 to 1.7 times the scatter of r(n) between them.
 

@@ -102,6 +102,7 @@ def test_confirmation_runs_never_take_part_in_choosing(
     assert (tmp_path / "s" / "table.csv").read_text().count('"confirmation, not used"') == 2
 
 
+@pytest.mark.slow
 def test_the_confirmation_waits_for_every_grid_run(
     tmp_path: Path, corpus: str, pretended: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +122,7 @@ def test_the_confirmation_waits_for_every_grid_run(
     assert pretended["ran"][3:] == CONFIRMED
 
 
+@pytest.mark.slow
 def test_failed_and_diverged_confirmation_runs(
     tmp_path: Path, corpus: str, pretended: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +167,7 @@ def test_a_grid_that_takes_a_seed_of_the_confirmation_makes_it_stale(
     assert names(lion(tmp_path / "s")) == [CONFIRMED[1], "lion-lr1-confirm-seed1237"]
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_confirmation_stops_the_sweep(
     tmp_path: Path, corpus: str, pretended: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +186,7 @@ def test_a_signal_before_the_confirmation_stops_the_sweep(
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_how_runs_are_made_may_differ_between_grid_and_confirmation(
     tmp_path: Path, corpus: str, pretended: dict[str, Any]
 ) -> None:
@@ -193,7 +197,7 @@ def test_how_runs_are_made_may_differ_between_grid_and_confirmation(
 
 
 @pytest.mark.parametrize(
-    "form", ["--print", *(pytest.param(form, marks=pytest.mark.slow) for form in ("--slurm", "--dry-run"))]
+    "form", [pytest.param(form, marks=pytest.mark.slow) for form in ("--print", "--slurm", "--dry-run")]
 )
 def test_scripts_and_the_dry_run_plan_the_confirmation_once_the_choice_is_known(
     tmp_path: Path, corpus: str, pretended: dict[str, Any], capsys: pytest.CaptureFixture[str], form: str
