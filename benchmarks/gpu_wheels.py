@@ -3,7 +3,7 @@
     python benchmarks/gpu_wheels.py --output wheels
     PYTHONPATH=.:wheels python benchmarks/gpu.py --output gpu-results          # on the machine, from the checkout's root
 
-The machine must have Python 3.12 on Linux x86-64 with torch ≥ 2.11, triton, numpy, transformers, tokenizers, rich,
+The machine must have Python 3.12 on Linux x86-64 with torch ≥ 2.11, triton, numpy, scipy, transformers, tokenizers, rich,
 PyYAML, psutil and pytest. Unless `--required-only` is given, the pure-Python optimizers that stage `peers` compares are
 included. The folder also contains the dataset of stage `run` and the commit of this checkout.
 """
