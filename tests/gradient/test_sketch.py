@@ -64,6 +64,17 @@ def test_squares_and_products_are_unbiased_with_the_stated_error(monkeypatch, ki
         assert float(values.std()) < 1.15 * sketch.relative_error * norms
 
 
+def test_blocks_that_share_an_offset_have_signs_of_their_own(monkeypatch):
+    """With 16 buckets, 1,800 blocks share 16 offsets: without a sign for each, equal rows would add up."""
+    gradient = gradients("coherent")
+    truth = float(gradient.double().square().sum())
+    found = []
+    for draw in range(30):
+        sketch, vector = sketched(monkeypatch, gradient, draw, buckets=16)
+        found.append(float(sketch.squares(vector)) / truth)
+    assert sum(found) / 30 == pytest.approx(1.0, abs=0.4)
+
+
 def test_sampled_l1_is_near_for_every_shape(monkeypatch):
     for kind in ("dense", "rows", "column"):
         gradient = gradients(kind)
