@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import heading, surroundings, write_results
+from measuring import heading, shown, surroundings, write_results
 
 from megatron_lion.compare.table import markdown_grid
 from megatron_lion.config import (
@@ -276,7 +276,7 @@ def described(sketch: dict[str, Any], batches: dict[str, Any], facts: dict[str, 
         [
             row["what"],
             *(f"{row[key]:.4f}" for key in ("mean", "sd", "lowest", "highest")),
-            percent(row.get("within_2_errors")),
+            shown(row.get("within_2_errors"), ".1%"),
         ]
         for row in sketch["rows"]
     ]
@@ -286,8 +286,8 @@ def described(sketch: dict[str, Any], batches: dict[str, Any], facts: dict[str, 
         held, twice = row["coverage"], row["within_2_errors"]
         second.append([
             str(row["batches"]), str(row["groups"]), f"{row['noise_share']:.0%}",
-            *(f"{percent(held.get(name))} ({percent(twice.get(name))})" for name in names),
-            f"{percent(held.get('bounds on r'))} ({row['resolved']:.0%})", f"{row['r_stated_over_scatter']:.2f}",
+            *(f"{shown(held.get(name), '.1%')} ({shown(twice.get(name), '.1%')})" for name in names),
+            f"{shown(held.get('bounds on r'), '.1%')} ({row['resolved']:.0%})", f"{row['r_stated_over_scatter']:.2f}",
         ])  # fmt: skip
     return "\n\n".join([
         heading(facts),
@@ -301,10 +301,6 @@ def described(sketch: dict[str, Any], batches: dict[str, Any], facts: dict[str, 
             ["n", "groups", "noise share", *names, "bounds on r (resolved)", "error of r: stated / scatter"], second
         ),
     ]) + "\n"  # fmt: skip
-
-
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
 
 
 def main() -> None:

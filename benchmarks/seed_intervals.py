@@ -119,16 +119,13 @@ def rate_coverage(
 FLOOR, FALL, SCALE, POWER = 3.2, 7.6, 20.0, -0.6
 
 
-def test_loss(step: Array) -> Array:
+def loss_at(step: Array) -> Array:
     """A test loss that falls by a power of the step: 10.8 at step 0, 3.9 at step 1,000."""
     return FLOOR + FALL * (1 + step / SCALE) ** POWER
 
 
-test_loss.__test__ = False  # type: ignore[attr-defined]  # not a test, although pytest would take its name for one
-
-
 def step_of(loss: Array) -> Array:
-    """The inverse of `test_loss`."""
+    """The inverse of `loss_at`."""
     return SCALE * (((loss - FLOOR) / FALL) ** (1 / POWER) - 1)
 
 
@@ -146,9 +143,9 @@ def target_coverage(
     Returns:
         Shares of the intervals that contain the (geometric, plain) mean over all seeds of the noise-free step.
     """
-    target = float(test_loss(np.array(at)))
+    target = float(loss_at(np.array(at)))
     steps = np.arange(0, 15_001, 100)
-    expected = test_loss(steps.astype(float))
+    expected = loss_at(steps.astype(float))
     all_seeds = step_of(target - _offsets(np.random.default_rng(0), 400_000, between, target))
     truths = float(np.exp(np.log(all_seeds).mean())), float(all_seeds.mean())
     hits = [0, 0]

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from measuring import heading, surroundings, write_results
+from measuring import heading, shown, surroundings, write_results
 from numpy.typing import NDArray
 
 from megatron_lion.compare.best import Choice, Confirms, choose_best, without_verdicts
@@ -200,13 +200,13 @@ def report(found: Mapping[str, list[tuple[Case, Outcome]]], trials: int) -> str:
         columns,
         [
             [f"best of {c.tries[0]}", f"best of {c.tries[1]}", c.seeds, c.confirm or "–", f"{o.optimism:+.2f} ± {o.error:.2f}",
-             f"{o.wins:.0%}", _share(o.outside), _share(o.unguarded)]
+             f"{o.wins:.0%}", shown(o.outside, ".1%"), shown(o.unguarded, ".1%")]
             for c, o in found["unequal"]
         ],
     )  # fmt: skip
     scatter = markdown_grid(
         ["SGD's scatter / LION's", "confirmed on", "LION below SGD", '"outside" stated'],
-        [[f"{c.scatter:g}", c.confirm or "–", f"{o.wins:.0%}", _share(o.outside)] for c, o in found["scatter"]],
+        [[f"{c.scatter:g}", c.confirm or "–", f"{o.wins:.0%}", shown(o.outside, ".1%")] for c, o in found["scatter"]],
     )
     return (
         f"All settings are equally good; {trials:,} trials a row. Losses are in standard deviations of a run's luck.\n\n"
@@ -219,10 +219,6 @@ def report(found: Mapping[str, list[tuple[Case, Outcome]]], trials: int) -> str:
 
 def markdown_grid(columns: list[str], rows: list[list[Any]]) -> str:
     return text_grid(columns, [[str(cell) for cell in row] for row in rows]) + "\n"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}"
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import heading, shown, surroundings, write_results
 from numpy.typing import NDArray
 
 from megatron_lion.compare.table import markdown_grid
@@ -234,21 +235,22 @@ def measure(scenario: Scenario, runs: int, seed: int = 0) -> dict[str, Any]:
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """The results as two Markdown tables."""
-    percent = lambda row, key: f"{row[key]:.0%}" if key in row else "–"  # noqa: E731
-    times = lambda row, key: f"{row[key]:.3g}" if key in row else "–"  # noqa: E731
     first = [
         [
-            row["scenario"], f"{row['variance_holds']:.1%}", f"{times(row, 'variance_low')}–{times(row, 'variance_high')}",
-            times(row, "variance_largest"), times(row, "variance_median"), percent(row, "training_trusted"),
-            times(row, "training_mean"), percent(row, "training_2se"),
+            row["scenario"], f"{row['variance_holds']:.1%}",
+            f"{shown(row.get('variance_low'), '.3g')}–{shown(row.get('variance_high'), '.3g')}",
+            *(shown(row.get(key), ".3g") for key in ("variance_largest", "variance_median")),
+            shown(row.get("training_trusted"), ".0%"), shown(row.get("training_mean"), ".3g"),
+            shown(row.get("training_2se"), ".0%"),
         ]
         for row in rows
     ]  # fmt: skip
     second = [
         [
-            row["scenario"], f"{row['smoothness_holds']:.1%}", times(row, "smoothness_bound"), times(row, "smoothness_point"),
-            percent(row, "smoothness_point_holds"), f"{row['gap_holds']:.1%}", percent(row, "gap_low_holds"),
-            f"{row['noise_share']:.2g}", times(row, "sgd_raw"), times(row, "sgd_corrected"), times(row, "lion"),
+            row["scenario"], f"{row['smoothness_holds']:.1%}",
+            *(shown(row.get(key), ".3g") for key in ("smoothness_bound", "smoothness_point")),
+            shown(row.get("smoothness_point_holds"), ".0%"), f"{row['gap_holds']:.1%}", shown(row.get("gap_low_holds"), ".0%"),
+            f"{row['noise_share']:.2g}", *(shown(row.get(key), ".3g") for key in ("sgd_raw", "sgd_corrected", "lion")),
         ]
         for row in rows
     ]  # fmt: skip
@@ -263,8 +265,6 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures all scenarios and writes the tables."""
-    from measuring import heading, surroundings, write_results  # imports torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=400, help="simulated runs of each scenario")
     parser.add_argument("--output", help="writes OUTPUT.md and OUTPUT.json")

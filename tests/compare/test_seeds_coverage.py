@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import seed_intervals as simulation  # noqa: E402
+import seed_intervals as simulation
 
 NORMAL = simulation.SEEDS["normal"]
 
@@ -29,7 +28,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    return json.loads((REPO / "benchmarks" / "results" / "seed_intervals.json").read_text())
+    return json.loads((Path(simulation.__file__).parent / "results" / "seed_intervals.json").read_text())
 
 
 def tolerance(share: float, draws: int) -> float:
