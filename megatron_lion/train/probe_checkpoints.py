@@ -161,22 +161,31 @@ def _restore(run: Run, step: int) -> bool:
 def _result_path(run_dir: Path, step: int, probe: ProbeConfig) -> Path:
     """The step's own file, or one named after the settings if that file has a result of other settings."""
     own = probe_file(run_dir, step)
-    if not own.exists() or _usable(own, probe) is not None:
+    if not own.exists() or _has_settings(read_probe(own), probe):
         return own
     return own.with_name(f"{own.stem}-{probe.num_batches}-{probe.data}{'-dropout' if probe.dropout else ''}.json")
 
 
 def _usable(path: Path, probe: ProbeConfig) -> dict[str, Any] | None:
-    """Returns the content of a result that was computed with these settings, or None."""
+    """Returns the content of a result that need not be computed again, or None.
+
+    Earlier versions estimated noise from a sample of coordinates, without an error; their results do not state the size of
+    the data set.
+    """
     if not path.exists():
         return None
     content = read_probe(path)
-    if probe.num_batches == "all":  # results of older versions do not state the size of the data set
+    return content if _has_settings(content, probe) and "population_samples" in content else None
+
+
+def _has_settings(content: dict[str, Any], probe: ProbeConfig) -> bool:
+    """Whether a result was computed with these settings."""
+    if probe.num_batches == "all":
         enough = content["num_samples"] == content.get("population_samples")
     else:
         enough = content["num_batches"] == probe.num_batches
     same = enough and content["mode"] == "frozen" and all(content[key] == getattr(probe, key) for key in _SETTINGS)
-    return content if same and (content["ladder"] or not probe.ladder) else None
+    return same and bool(content["ladder"] or not probe.ladder)
 
 
 def _write(run_dir: Path, path: Path, result: ProbeResult, config: RunConfig) -> None:

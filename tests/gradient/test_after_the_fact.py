@@ -110,7 +110,11 @@ def test_what_is_there_is_not_computed_again_and_other_settings_get_their_own_fi
     run = copy_of(trained, tmp_path / "run")
     before = (run / "metrics.jsonl").read_bytes()
     stamp = (run / "probe" / "step_0000002.json").stat().st_mtime_ns
+    older = copy_of(trained, tmp_path / "older")
+    content = {k: v for k, v in result(older, "step_0000002.json").items() if k not in ("sha256", "population_samples")}
+    (older / "probe" / "step_0000002.json").write_text(json.dumps(content))
     jobs = {
+        "of an earlier version": [older, "--steps", "2"],
         "there": [run, "--figures"],
         "more": [run, "--steps", "2", "--num-batches", 8],
         "more again": [run, "--steps", "2", "--num-batches", 8],
@@ -121,6 +125,8 @@ def test_what_is_there_is_not_computed_again_and_other_settings_get_their_own_fi
     found = run_distributed(commands, 1, jobs)[0]
     assert not any(error[0] for _, error in found.values()), found
     assert found["there"][0].count("(found)") == 2
+    assert "(found)" not in found["of an earlier version"][0], "its noise figures had no errors"
+    assert result(older, "step_0000002.json")["population_samples"] > 0, "the step's own file is written again"
     assert (run / "probe" / "step_0000002.json").stat().st_mtime_ns == stamp
     more = result(run, "step_0000002-8-fixed.json")
     assert more["num_batches"] == 8
