@@ -16,6 +16,7 @@ from megatron_lion.errors import CheckpointError
 from megatron_lion.files import write_whole
 from megatron_lion.runs.paths import has_begun
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord, read_run
+from megatron_lion.streams import say
 from megatron_lion.sweep.grid import get_setting
 from megatron_lion.sweep.plan import short_key
 from megatron_lion.sweep.sweep_file import Entry, Sweep, read_sweep
@@ -41,13 +42,14 @@ def confirmations_of(sweep: Sweep) -> Confirmations:
 def confirmations(run_folders: Sequence[Path]) -> Confirmations:
     """The confirmation runs among run folders and beside them, from the sweep.json in the folder above each.
 
-    A sweep.json that cannot be read is skipped, so that the run folders of a damaged sweep can be compared one by one.
+    A damaged sweep.json is reported and skipped, so that its run folders can still be compared one by one.
     """
     found: dict[Path, Confirms] = {}
     for folder in dict.fromkeys(path.parent for path in run_folders):
         try:
             sweep = read_sweep(folder)
-        except CheckpointError:
+        except CheckpointError as error:
+            say(f"warning: which runs confirm a choice is not known, so all may be chosen: {error}")
             continue
         if sweep is not None:
             found |= confirmations_of(sweep)

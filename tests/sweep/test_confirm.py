@@ -249,6 +249,9 @@ def test_files_of_earlier_versions_and_damaged_ones(
     path.write_text(json.dumps(content))
     assert main(words) == 4
     assert capsys.readouterr().err.count("sweep.json: damaged") == 3
+    folders = [str(tmp_path / "s" / name) for name in pretended["ran"]]
+    assert main(["compare", *folders, "--best", "--no-figures", "--output", str(tmp_path / "comparison")]) == 0
+    assert "which runs confirm a choice is not known" in capsys.readouterr().err
     for number in ("1", "-2"):
         assert main([*words, "--confirm", number]) == 2
 
