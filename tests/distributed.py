@@ -66,7 +66,7 @@ def skip_unless_fits(device: str, world_size: int) -> None:
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu", timeout_s: float = 240
+    fn: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu", timeout_s: float = 900
 ) -> list[Any]:
     """Runs `fn(rank, *args)` in `world_size` new processes and returns their results in rank order, tensors on the CPU.
 
