@@ -1,8 +1,8 @@
 """Measures the time of a full-gradient probe relative to the forward and backward passes it needs.
 
 Two things run in turn in one process on the same batches. The first is the passes alone: megatron-core's schedule,
-gradients accumulated in DDP's buffers, no reduction or readout. The second is the whole probe: ladder, sampled
-coordinates, norms by parameter, reductions, result. The figure is the ratio of their times, which does not depend on
+gradients accumulated in DDP's buffers, no reduction or readout. The second is the whole probe: ladder, sketch of
+each batch, norms by parameter, reductions, result. The figure is the ratio of their times, which does not depend on
 the machine's speed; the ratio of CPU seconds does not depend on other processes either. The probe's extra work per batch
 does not depend on the batch size, so the ratio falls with --global-batch-size.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def run(args: Any) -> None:
             for table in build_tables(runs, args.target_loss)
         ]
     else:
-        tables += build_tables(runs, args.target_loss)
+        tables += [_with_selected_seeds(table, known) for table in build_tables(runs, args.target_loss)]
     trained = [run for run in runs if not run.is_reference]
     tried = [run for run in tried if run.folder not in known]  # for the curve over the learning rates
     folder = Path(args.output)
@@ -125,6 +126,17 @@ def _best(tried: list[RunRecord], known: Confirmations) -> list[Choice]:
             f"--best: none of the {len(tried)} runs is finished and has a validation loss; finish their training"
         )
     return choices
+
+
+def _with_selected_seeds(table: Table, known: Confirmations) -> Table:
+    """The table; that of seeds with a note if a setting's mean holds both the seeds of its selection and fresh ones."""
+    if table.slug != "seeds" or not known:
+        return table
+    note = (
+        "a setting's seeds include those that it was chosen by and its confirmation runs; the first make its mean too low "
+        "by luck: compare the choices with --best, which uses their confirmation runs only"
+    )
+    return replace(table, notes=[*table.notes, note])
 
 
 def print_tables(tables: list[Table], form: str) -> None:

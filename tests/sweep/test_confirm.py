@@ -258,7 +258,9 @@ def test_files_of_earlier_versions_and_damaged_ones(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # processes that import torch, on whatever else the machine does
-def test_a_real_sweep_is_confirmed_and_compared(tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_sweep_is_confirmed_and_compared(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     grid = [
         "--grid",
         "optimizer.name=lion,sgd",
@@ -287,4 +289,8 @@ def test_a_real_sweep_is_confirmed_and_compared(tmp_path: Path, corpus: str, mon
     assert main([*compare, "--no-figures"]) == 0
     rows = (folder / "comparison" / "losses.csv").read_text().splitlines()[1:]
     assert [row.split(",")[1] for row in rows] == ["LION seed=1235", "LION seed=1236", "SGD seed=1235", "SGD seed=1236"]
+    capsys.readouterr()
+    for best in ([], ["--best"]):
+        assert main(["compare", str(folder), *best, "--no-figures", "--output", str(tmp_path / "all")]) == 0
+        assert ("a setting's seeds include those that it was chosen by" in capsys.readouterr().out) == (not best)
     assert read_sweep(folder) is not None
