@@ -234,8 +234,8 @@ def ratio_table(runs: list[RunRecord]) -> Table:
         notes=[
             "batches: number of batches over which each probe averages its gradient; noise: share of the noise that remains in "
             "‖ḡ‖₂²; ±: standard error of r",
-            "noise makes r too large; r/√d ≥ and ≤: bounds of the noise-free r/√d at the last probe. A gradient of pure "
-            "Gaussian noise has r = 0.798 √d",
+            "noise moves r towards the r of noise alone, which is 0.798 √d if it is Gaussian and equally large in all "
+            "coordinates; r/√d ≥ and ≤: bounds of the noise-free r/√d at the last probe",
         ],
     )
 
