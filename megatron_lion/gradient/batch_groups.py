@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from megatron_lion.gradient.sketch import GradientSketch
 
 MOST_GROUPS = 32
 """Most groups that are kept; a standard error from 32 groups has itself an error of 1/√(2·31) = 13 %."""
+MOST_FOLDS = 8
+"""Most groups of `BatchGroups.folds`: with more, the products of the signs and the groups scatter more."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,9 @@ class Sums:
         num_batches, count: number of batches, and the loss's count over them.
         l1, squares: ‖·‖₁ and ‖·‖₂² of the mean gradient (the sum divided by `count`).
         scatter: Σ ‖g_i‖₂²/c_i over the batches, for gradient sums g_i with counts c_i.
+        aligned: mean over the groups j of ⟨sign(G − G_j), ḡ_j⟩, with the sum G of all groups and the mean gradient ḡ_j
+            of one. Its expectation is at most ‖∇f‖₁ for noise of any distribution, because the signs do not depend on
+            ḡ_j. Only in `BatchGroups.folds`; else NaN.
     """
 
     num_batches: int
@@ -34,6 +40,7 @@ class Sums:
     l1: float
     squares: float
     scatter: float
+    aligned: float
 
 
 @dataclass(frozen=True)
@@ -42,9 +49,11 @@ class Prefix(Sums):
 
     Attributes:
         without: the same without each of the disjoint groups that make up these batches; empty for a single group.
+        aligned_by_group: ⟨sign(G − G_j), ḡ_j⟩ of each group j, or empty.
     """
 
     without: tuple[Sums, ...]
+    aligned_by_group: tuple[float, ...]
 
     @property
     def group_sizes(self) -> list[int]:
@@ -60,11 +69,13 @@ class BatchGroups:
         prefixes: by number of batches k: those rungs of the ladder that consist of whole kept groups, and all batches.
         ratios: by level: ‖·‖₁/‖·‖₂ of each disjoint group of 2^level batches.
         sketch_error: relative standard deviation that the sketch adds to a squared norm; 0 if it is exact.
+        folds: all batches, in at most `MOST_FOLDS` groups.
     """
 
     prefixes: dict[int, Prefix]
     ratios: dict[int, list[float]]
     sketch_error: float
+    folds: Prefix
 
 
 class GroupedBatches:
@@ -141,7 +152,7 @@ class GroupedBatches:
             elif k % size == 0 and k // size <= len(self._kept):
                 prefixes[k] = self._prefix(groups[: k // size])
         ratios = {level: torch.stack(found).tolist() for level, found in self._ratios.items()}
-        return BatchGroups(prefixes, ratios, self.sketch.relative_error)
+        return BatchGroups(prefixes, ratios, self.sketch.relative_error, self._prefix(_folds(groups), is_folded=True))
 
     def _merge_kept(self) -> None:
         """Records the ratios of groups above the level at which they are kept."""
@@ -152,18 +163,38 @@ class GroupedBatches:
             for vector in groups:
                 self._note_ratio(level, vector)
 
-    def _prefix(self, groups: list[_Sum]) -> Prefix:
+    def _prefix(self, groups: list[_Sum], is_folded: bool = False) -> Prefix:
         total = groups[0].vector.clone()
         for entry in groups[1:]:
             total += entry.vector
         batches, count = sum(entry.batches for entry in groups), sum(entry.count for entry in groups)
         scatter = float(torch.stack([entry.scatter for entry in groups]).sum())
+        by_group, left_out = self._aligned(groups) if is_folded else ([], [])
         without = []
-        for entry in groups if len(groups) > 1 else ():
-            rest, left = total - entry.vector, count - entry.count
-            l1, squares = self._norms(rest, left)
-            without.append(Sums(batches - entry.batches, left, l1, squares, scatter - float(entry.scatter)))
-        return Prefix(batches, count, *self._norms(total, count), scatter, tuple(without))
+        for number, entry in enumerate(groups if len(groups) > 1 else ()):
+            left = count - entry.count
+            l1, squares = self._norms(total - entry.vector, left)
+            aligned = left_out[number] / max(1, left) if is_folded else math.nan
+            without.append(Sums(batches - entry.batches, left, l1, squares, scatter - float(entry.scatter), aligned))
+        aligned = sum(by_group) / max(1, count) if is_folded else math.nan
+        means = tuple(value / max(1, entry.count) for value, entry in zip(by_group, groups, strict=False))
+        return Prefix(batches, count, *self._norms(total, count), scatter, aligned, tuple(without), means)
+
+    def _aligned(self, groups: list[_Sum]) -> tuple[list[float], list[float]]:
+        """⟨sign(G − G_j), G_j⟩ of each group j, and the sum of these over the other groups if G is without group k."""
+        # float64: a row of an embedding that only groups j and k have must be 0 without both, not a rounding error.
+        vectors_GC = torch.stack([self.sketch.sampled(entry.vector) for entry in groups]).double()
+        total_C, weights_C = vectors_GC.sum(0), self.sketch.weights_C.double()
+
+        def products(sum_C: torch.Tensor) -> torch.Tensor:
+            return ((sum_C - vectors_GC).sign_() * vectors_GC).matmul(weights_C)
+
+        left_out = []
+        for number, vector_C in enumerate(vectors_GC):
+            found = products(total_C - vector_C)
+            found[number] = 0.0
+            left_out.append(float(found.sum()))
+        return products(total_C).tolist(), left_out
 
     def _norms(self, total: torch.Tensor, count: int) -> tuple[float, float]:
         """‖·‖₁ and ‖·‖₂² of the mean."""
@@ -187,3 +218,18 @@ class _Sum:
             self.count + other.count,
             self.scatter + other.scatter,
         )
+
+
+def _folds(groups: list[_Sum]) -> list[_Sum]:
+    """Merges neighbouring groups into at most `MOST_FOLDS` of nearly equal size."""
+    number = min(MOST_FOLDS, len(groups))
+    bounds = [round(fold * len(groups) / number) for fold in range(number + 1)]
+    folds = []
+    for first, end in pairwise(bounds):
+        entry = groups[first]
+        if end > first + 1:  # `plus` overwrites the vector of its left side, which is still needed
+            entry = _Sum(entry.vector.clone(), entry.batches, entry.count, entry.scatter)
+        for other in groups[first + 1 : end]:
+            entry = entry.plus(other)
+        folds.append(entry)
+    return folds

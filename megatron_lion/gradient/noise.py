@@ -22,14 +22,17 @@ from megatron_lion.intervals import jackknife_error, t_quantile
 
 FEWEST_GROUPS = 4
 """Fewest groups from which a standard error is computed."""
+ROUNDING = 1e-6
+"""σ²/‖ḡ‖² below which the scatter of batches is rounding of their fp32 sums and counts as 0."""
 
 
 @dataclass(frozen=True)
 class NoiseEstimate:
     """Signal and noise in the mean of `num_batches` global batches.
 
-    A standard error is None below `FEWEST_GROUPS` groups and includes the error of the sketch. It has `num_groups` − 1
-    degrees of freedom: use Student's quantile, not 2, if there are few groups.
+    A standard error is None below `FEWEST_GROUPS` groups, and if an estimate is not finite without one of them. It
+    includes the error of the sketch and has `num_groups` − 1 degrees of freedom: use Student's quantile, not 2, if there
+    are few groups.
 
     Attributes:
         noise_variance, noise_variance_standard_error: σ² of one global batch, E‖g − ∇f‖₂²; the batches' mean count is
@@ -75,8 +78,8 @@ class Rung:
         num_batches: number of batches k.
         grad_l1, grad_l2, norm_ratio, norm_ratio_over_sqrt_d: over all coordinates, exact.
         norm_ratio_standard_error: how much r(k) would scatter if other batches were drawn; None below `FEWEST_GROUPS`
-            groups. From the spread between disjoint groups of k batches if there are enough of them, otherwise from
-            leaving out groups of the k batches.
+            groups, and if the gradient of a group is zero or not finite. From the spread between disjoint groups of k
+            batches if there are enough of them, otherwise from leaving out groups of the k batches.
         num_groups: number of groups that the standard error rests on.
     """
 
@@ -115,9 +118,9 @@ def estimate_noise(
     """
     whole = groups.prefixes[max(groups.prefixes)]
     n = whole.num_batches
-    if n < 2 or whole.squares <= 0 or not math.isfinite(norms.grad_l2):
-        return None
     exact = norms.grad_l2**2
+    if n < 2 or not all(0 < value < math.inf for value in (exact, norms.grad_l1, whole.squares)):
+        return None
     # The sketch gives σ², because the difference of an exact and a sketched norm would have the sketch's error of the
     # whole norm, which may be many times σ². Elsewhere its squared norms are scaled to the exact one.
     to_exact = exact / whole.squares
@@ -126,13 +129,13 @@ def estimate_noise(
         return variance_of(part) * _tau(part.num_batches, population) ** 2
 
     def share(part: Sums) -> float:
-        return left_over(part) / (part.squares * to_exact)
+        return _divide(left_over(part), part.squares * to_exact)
 
     def signal(part: Sums) -> float:
         return part.squares * to_exact - left_over(part)
 
     def scale(part: Sums) -> float:
-        return variance_of(part) / signal(part) * batch_samples
+        return _divide(variance_of(part), signal(part)) * batch_samples
 
     variance, noise_share, clean = variance_of(whole), share(whole), signal(whole)
     found = NoiseEstimate(
@@ -154,11 +157,12 @@ def estimate_noise(
         signal_standard_error=signal_error,
         noise_share_standard_error=errors.of(share, noise_share),
         noise_scale_standard_error=errors.of(scale, scale(whole) / (1 - noise_share)) if clean > 0 else None,
-        is_resolved=clean > t_quantile(len(whole.without) - 1) * signal_error,
+        is_resolved=None if signal_error is None else clean > t_quantile(len(whole.without) - 1) * signal_error,
     )
-    if not found.is_resolved:
+    if not found.is_resolved or whole.l1 <= 0:  # a model's only gradient may be beside the sampled coordinates
         return found
-    low, low_error, high, high_error = ratio_bounds(whole, norms, signal, errors, population)
+    folded = _Errors(groups.folds, groups.sketch_error, population)
+    low, low_error, high, high_error = ratio_bounds(errors, folded, norms, signal, population)
     return replace(
         found,
         norm_ratio_low=low,
@@ -174,50 +178,61 @@ def variance_of(part: Sums) -> float:
     It is exact for gradient sums g_i over c_i terms of equal variance, so batches may count differently. With equal
     counts it is the sample variance of the batches' mean gradients, summed over coordinates.
     """
-    scatter = part.scatter - part.count * part.squares
+    of_mean = part.count * part.squares
+    scatter = part.scatter - of_mean
+    if abs(scatter) <= ROUNDING * of_mean:
+        return 0.0
     return scatter / (part.num_batches - 1) * part.num_batches / part.count
 
 
 def ratio_bounds(
-    whole: Prefix, norms: GradientNorms, signal: Callable[[Sums], float], errors: _Errors, population: float | None
-) -> tuple[float, float, float, float]:
+    errors: _Errors,
+    folded: _Errors,
+    norms: GradientNorms,
+    signal: Callable[[Sums], float],
+    population: float | None,
+) -> tuple[float, float | None, float, float | None]:
     """Returns bounds on the noise-free r = ‖∇f‖₁/‖∇f‖₂: (low, its standard error, high, its standard error).
 
-    E‖ḡ‖₁ of the mean of k batches is h(τ) = Σ_i E|∇f_i + τ ξ_i| with τ = √(1/k − 1/N). h is convex and grows with τ, so
+    Both bounds on ‖∇f‖₁ hold in expectation for noise of any distribution. Above, ‖∇f‖₁ = ‖E ḡ‖₁ ≤ E‖ḡ‖₁. Below, the mean
+    ḡ_j of one group is independent of the signs s_j of the sum of the other groups, so E⟨s_j, ḡ_j⟩ = ⟨E s_j, ∇f⟩ ≤
+    ‖∇f‖₁. A finite population of N batches is drawn without repeats, so ḡ_j is unbiased for the batches that the n_A
+    others ("A") leave, and ⟨s_j, ∇f⟩ is estimated by ((N − n_A) ⟨s_j, ḡ_j⟩ + n_A ‖ḡ_A‖₁)/N. The lower bound is the mean of
+    these over the groups.
 
-        h(τ) − τ h'(τ) ≤ h(0) = ‖∇f‖₁ ≤ h(τ)
-
-    h' is the change of ‖·‖₁ if groups of batches are left out, which makes τ larger. Here ξ is taken as equally
-    distributed at both sizes, as it is for Gaussian noise. The lower bound is near the truth if the coordinates of ∇f
-    are either zero or far above their noise, the upper bound if few are zero.
+    For Gaussian noise and many groups, the lower bound is h(τ) − τ h'(τ) with h(τ) = E‖∇f + τ ξ‖₁ and τ² = 1/n − 1/N. It is
+    near the truth if the coordinates of ∇f are either zero or far above their noise, the upper bound if few are zero.
 
     Args:
-        whole: sums over all batches, with groups.
+        errors: standard errors over the groups of all batches; l1 > 0.
+        folded: the same over the folds.
         norms: norms of the mean gradient, over all coordinates.
-        signal: ‖∇f‖₂² without the noise, from sums; > 0 for `whole`.
-        errors: standard errors over the groups.
+        signal: ‖∇f‖₂² without the noise, from sums; > 0 for all batches.
         population: as `estimate_noise`.
     """
-    tau = _tau(whole.num_batches, population)
-    rise = run = 0.0
-    for part in whole.without:
-        # With these weights the terms that are linear in the groups cancel, also if groups have different sizes.
-        weight = part.count / whole.count
-        rise += weight * (part.l1 - whole.l1)
-        run += weight * (_tau(part.num_batches, population) - tau)
-    high = norms.grad_l1 / math.sqrt(signal(whole))
-    low = high * (1 - tau * rise / run / whole.l1)
-
-    def ratio(part: Sums) -> float:
-        return part.l1 / math.sqrt(max(signal(part), 0.0) or math.inf)
-
+    whole, folds = errors.whole, folded.whole
+    root, most = math.sqrt(signal(whole)), math.sqrt(norms.num_parameters)
+    to_exact = norms.grad_l1 / whole.l1  # ‖·‖₁ of `whole` is from a sample of the coordinates
     share = 1 - signal(whole) / norms.grad_l2**2
-    high_error = errors.of(ratio, 0.5 * ratio(whole) * share) / ratio(whole) * high
-    # `low` is a mean of pseudo-values, one for each group left out, which are extrapolated from a group's share of the
-    # batches to τ: this factor more than the jackknife extrapolates for the mean itself.
-    factor = tau * len(whole.without) / run / (len(whole.without) - 1)
-    most = math.sqrt(norms.num_parameters)
-    return max(1.0, min(low, most)), math.hypot(1.0, factor) * high_error, max(1.0, min(high, most)), high_error
+
+    def high_ratio(part: Sums) -> float:
+        return _divide(part.l1 * to_exact, math.sqrt(max(signal(part), 0.0)))
+
+    high, high_error = norms.grad_l1 / root, errors.of(high_ratio, 0.5 * norms.grad_l1 / root * share)
+    if _tau(whole.num_batches, population) == 0:  # ḡ is ∇f
+        return high, high_error, high, high_error
+
+    def low_ratio(part: Sums) -> float:
+        return _divide(part.aligned * to_exact, math.sqrt(max(signal(part), 0.0)))
+
+    below = 0.0
+    for aligned, part in zip(folds.aligned_by_group, folds.without, strict=True):
+        known = min(1.0, part.num_batches * _inverse(population))
+        below += (folds.count - part.count) * ((1 - known) * aligned + known * part.l1)
+    low = below / folds.count * to_exact / root
+    low_error = folded.of(low_ratio, 0.5 * low * share)
+    high = max(1.0, min(high, most))
+    return max(1.0, min(low, high)), low_error, high, high_error
 
 
 def make_rung(num_batches: int, norms: GradientNorms, groups: BatchGroups, population: float | None = None) -> Rung:
@@ -234,12 +249,15 @@ def make_rung(num_batches: int, norms: GradientNorms, groups: BatchGroups, popul
     error, count = None, max(1, len(ratios))
     if len(ratios) >= FEWEST_GROUPS:
         mean = math.fsum(ratios) / count
-        error = math.sqrt(math.fsum((ratio - mean) ** 2 for ratio in ratios) / (count - 1)) / mean
+        spread = math.sqrt(math.fsum((ratio - mean) ** 2 for ratio in ratios) / (count - 1))
+        error = _divide(spread, mean)
     elif (prefix := groups.prefixes.get(num_batches)) is not None and len(prefix.without) >= FEWEST_GROUPS:
         count = len(prefix.without)
-        error = jackknife_error(_ratio(prefix), list(map(_ratio, prefix.without)), prefix.group_sizes) / _ratio(prefix)
+        spread = jackknife_error(_ratio(prefix), list(map(_ratio, prefix.without)), prefix.group_sizes)
+        error = _divide(spread, _ratio(prefix))
     if error is not None:  # relative so far, so that the sketch's own r cancels
         error *= norms.norm_ratio * math.sqrt(unseen(num_batches, population))
+        error = error if math.isfinite(error) else None
     return Rung(num_batches, norms.grad_l1, norms.grad_l2, norms.norm_ratio, norms.norm_ratio_over_sqrt_d, error, count)
 
 
@@ -260,8 +278,8 @@ class _Errors:
         self.whole, self.sketch_error = whole, sketch_error
         self.unseen = unseen(whole.num_batches, population)
 
-    def of(self, functional: Callable[[Sums], float], sketched: float) -> float:
-        """Returns the standard error of a functional of the sums.
+    def of(self, functional: Callable[[Sums], float], sketched: float) -> float | None:
+        """Returns the standard error of a functional of the sums, or None if it is not finite.
 
         Args:
             functional: the estimate, from the sums over some batches.
@@ -269,11 +287,17 @@ class _Errors:
         """
         left_out = [functional(part) for part in self.whole.without]
         error = jackknife_error(functional(self.whole), left_out, self.whole.group_sizes)
-        return math.hypot(error * math.sqrt(self.unseen), self.sketch_error * sketched)
+        error = math.hypot(error * math.sqrt(self.unseen), self.sketch_error * sketched)
+        return error if math.isfinite(error) else None
 
 
 def _ratio(part: Sums) -> float:
-    return part.l1 / math.sqrt(part.squares) if part.squares > 0 else 0.0
+    return _divide(part.l1, math.sqrt(part.squares))
+
+
+def _divide(a: float, b: float) -> float:
+    """The quotient; NaN if the divisor is 0 or NaN."""
+    return a / b if b else math.nan
 
 
 def _tau(num_batches: int, population: float | None) -> float:

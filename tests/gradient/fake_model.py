@@ -46,12 +46,16 @@ class Whole:
 
     def __init__(self, d: int) -> None:
         self.d = d
+        self.weights_C = torch.ones(d)
 
     def squares(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.double().square().sum()
 
     def l1(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.abs().sum(dtype=torch.float64)
+
+    def sampled(self, vector: torch.Tensor) -> torch.Tensor:
+        return vector
 
 
 def measured(

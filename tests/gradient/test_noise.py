@@ -7,12 +7,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from fake_model import measured, noise_sd, signal
+from fake_model import Whole, measured, noise_sd, norms_of, signal
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from megatron_lion.gradient.noise import rungs_of, unseen
+from megatron_lion.gradient.batch_groups import GroupedBatches
+from megatron_lion.gradient.noise import estimate_noise, make_rung, rungs_of, unseen
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO
 from megatron_lion.intervals import t_quantile
 
@@ -92,6 +93,94 @@ def test_bounds_hold_the_noise_free_ratio(shape, share):
     if shape == "sparse":
         mean_low = sum(e.norm_ratio_low for e in found) / 60
         assert mean_low == pytest.approx(true, rel=0.1), "for a sparse gradient the lower bound is the value"
+
+
+def test_the_lower_bound_holds_for_rows_that_are_rarely_touched():
+    """A few coordinates in every batch, the others in one batch of 200: their noise is not Gaussian at any n here."""
+    generator = torch.Generator().manual_seed(0)
+    d, n = 8000, 32
+    share = torch.full((d,), 0.005, dtype=torch.float64)
+    share[:40] = 1.0
+    mean = 0.02 * torch.randn(d, generator=generator, dtype=torch.float64)
+    mean[:40] = 1.0
+    true = float((share * mean).abs().sum() / (share * mean).norm())
+    for _ in range(10):
+        values = mean + torch.randn(n, d, generator=generator, dtype=torch.float64)
+        touched = torch.rand(n, d, generator=generator, dtype=torch.float64) < share
+        estimate, ladder = measured((touched * values).float())
+        assert ladder[-1].norm_ratio > 1.5 * true
+        assert estimate.norm_ratio_low - 3 * estimate.norm_ratio_low_standard_error < true < estimate.norm_ratio_high
+
+
+@pytest.mark.parametrize("n", [8, 24, 36])
+def test_the_bounds_of_a_part_of_a_data_set_hold_those_of_the_whole(n):
+    generator = torch.Generator().manual_seed(7)
+    data = signal("sparse", 1000, generator) + 0.15 * torch.randn(40, 1000, generator=generator, dtype=torch.float64)
+    exact = data.mean(0)
+    true = float(exact.abs().sum() / exact.norm())
+    found = [measured(data[torch.randperm(40, generator=generator)[:n]].float(), population=40)[0] for _ in range(40)]
+    low = torch.tensor([e.norm_ratio_low for e in found], dtype=torch.float64)
+    assert float(low.mean()) < true
+    assert float(low.mean()) > {8: 0.3, 24: 0.7, 36: 0.9}[n] * true
+    assert all(e.norm_ratio_low <= e.norm_ratio_high for e in found)
+    assert sum(e.norm_ratio_high for e in found) / 40 > true
+
+
+def test_the_error_of_the_lower_bound_is_not_too_small_and_at_most_twice_its_scatter():
+    for n, shape, share in ((8, "sparse", 0.3), (32, "heavy", 0.1)):
+        _, _, found = draws(shape, n, share, repeats=100, d=1000)
+        spread = float(torch.tensor([e.norm_ratio_low for e in found], dtype=torch.float64).std())
+        stated = sum(e.norm_ratio_low_standard_error for e in found) / 100
+        assert 0.9 * spread < stated < 2.3 * spread
+
+
+def odd_batches(n):
+    """By name: gradients of n batches for which some estimate divides by zero or is not finite."""
+    normal = torch.randn(n, 50, generator=torch.Generator().manual_seed(n))
+    one, nan = torch.zeros(n, 50), normal.clone()
+    one[0], nan[1, 3] = normal[0], math.nan
+    zero = normal.clone()
+    zero[n - 1] = 0.0
+    opposite = torch.cat([normal[: n // 2], -normal[: n // 2], torch.zeros(n % 2, 50)])
+    return {
+        "zero": torch.zeros(n, 50), "not a number": torch.full((n, 50), math.nan), "one value is not": nan,
+        "infinite": normal / 0, "all in one batch": one, "one batch of zero": zero, "a mean of zero": opposite,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 33])
+@pytest.mark.parametrize("name", list(odd_batches(2)))
+def test_zero_and_not_finite_gradients_give_finite_figures_or_none(name, n):
+    estimate, ladder = measured(odd_batches(n)[name])
+    assert estimate is not None or name not in ("all in one batch", "one batch of zero")
+    values = [rung.norm_ratio_standard_error for rung in ladder]
+    values += [] if estimate is None else vars(estimate).values()
+    assert all(value is None or math.isfinite(value) for value in values)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("n", [4, 7, 33])
+def test_equal_batches_have_no_noise(n, scale):
+    """Rounding of their fp32 sums is not noise, and above all not negative."""
+    batch = scale * torch.randn(1000, generator=torch.Generator().manual_seed(n))
+    estimate, _ = measured(batch.repeat(n, 1))
+    assert estimate.noise_variance == estimate.noise_variance_standard_error == estimate.noise_share == 0.0
+    assert estimate.is_resolved
+    assert estimate.norm_ratio_low == pytest.approx(estimate.norm_ratio_high, rel=1e-5)
+
+
+def test_a_gradient_beside_all_sampled_coordinates_has_no_bounds():
+    """‖·‖₁ of the sample is then 0."""
+    groups = GroupedBatches(Whole(50), 8)
+    groups.sketch.l1 = lambda vector: torch.zeros((), dtype=torch.float64)
+    batches = 1 + 0.1 * torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    for batch in batches:
+        groups.add(batch.clone(), 1)
+    norms, found = norms_of(batches.mean(0)), groups.finish(rungs_of(8))
+    estimate = estimate_noise(found, norms, batch_samples=1)
+    assert estimate.is_resolved
+    assert estimate.norm_ratio_low is None
+    assert make_rung(8, norms, found).norm_ratio_standard_error is None
 
 
 def test_pure_noise_is_called_noise_and_shows_the_gaussian_ratio():

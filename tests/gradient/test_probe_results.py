@@ -105,7 +105,7 @@ def results(tmp_path_factory, corpus):
         "decay all": {"optimizer__weight_decay": 0.5, "optimizer__decay_all": True},
         "no ladder": {"probe__ladder": False},
         "one batch": {"probe__num_batches": 1},
-        "not finite": {},
+        "not finite": {"probe__num_batches": 4},
         "bf16": {"train__precision": "bf16"},
     }
     return run_distributed(results_of, 1, {n: probe_config(folder / n, corpus, **c) for n, c in cases.items()})[0]

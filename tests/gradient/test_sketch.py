@@ -32,19 +32,21 @@ def sketched(monkeypatch, gradient, draw, buckets=512, coordinates=2000):
 
 
 def gradients(kind):
-    """Dense; three rows of the embedding have nearly all the energy; or one outlier column in every row."""
+    """Dense; three rows of the embedding have nearly all the energy; one outlier column in every row; or blocks alike."""
     generator = torch.Generator().manual_seed(4)
     gradient = torch.randn(SIZE, generator=generator)
     if kind == "rows":
         gradient[: 3 * 48] *= 300
     if kind == "column":
         gradient[: 400 * 48].view(400, 48)[:, 7] = 50.0
+    if kind == "ones":
+        gradient.fill_(1.0)
     if kind == "coherent":  # every row is the same
         gradient[: 400 * 48] = (10 * torch.randn(48, generator=generator)).repeat(400)
     return gradient
 
 
-@pytest.mark.parametrize("kind", ["dense", "rows", "column", "coherent"])
+@pytest.mark.parametrize("kind", ["dense", "rows", "column", "coherent", "ones"])
 def test_squares_and_products_are_unbiased_with_the_stated_error(monkeypatch, kind):
     first = gradients(kind)
     second = first + 0.5 * gradients("dense").roll(1)
@@ -54,7 +56,7 @@ def test_squares_and_products_are_unbiased_with_the_stated_error(monkeypatch, ki
         _, other = sketched(monkeypatch, second, draw)
         squares.append(float(sketch.squares(vector)))
         products.append(float(vector[: sketch.num_buckets].double() @ other[: sketch.num_buckets].double()))
-    assert sketch.relative_error == pytest.approx(math.sqrt(2 / 512))
+    assert sketch.relative_error == pytest.approx(2 / math.sqrt(512))
     for found, truth, norms in (
         (squares, float(first.double().square().sum()), float(first.double().square().sum())),
         (products, float(first.double() @ second.double()), float(first.double().norm() * second.double().norm())),
@@ -137,7 +139,7 @@ def test_groups_are_the_sums_of_their_batches(monkeypatch, n):
     from fake_model import Whole
 
     generator = torch.Generator().manual_seed(n)
-    batches = torch.randn(n, 30, generator=generator, dtype=torch.float64)
+    batches = torch.randn(n, 30, generator=generator).double()  # sums of two are exact
     grouped = GroupedBatches(Whole(30), n)
     for batch in batches:
         grouped.add(batch.clone(), 2)
@@ -152,6 +154,24 @@ def test_groups_are_the_sums_of_their_batches(monkeypatch, n):
         assert part.squares == pytest.approx(float(mean.square().sum()))
         assert part.l1 == pytest.approx(float(mean.abs().sum()))
         assert part.scatter == pytest.approx(float(rest.square().sum() / 2))
+    folds = found.folds
+    assert len(folds.without) == (min(n, 8) if n > 1 else 0)
+    assert max(folds.group_sizes, default=0) <= min(folds.group_sizes, default=0) + max(1, n // 8)
+    starts = [sum(folds.group_sizes[:number]) for number in range(len(folds.without))]
+    parts = [batches[start : start + size].sum(0) for start, size in zip(starts, folds.group_sizes, strict=True)]
+
+    def aligned(parts):  # ⟨sign of the other groups' sum, sum of this group⟩
+        whole = sum(parts)
+        return [float(((whole - part).sign() * part).sum()) for part in parts]
+
+    counts = [2 * size for size in folds.group_sizes]
+    expected = [value / count for value, count in zip(aligned(parts), counts, strict=True)]
+    if n > 1:
+        assert folds.aligned_by_group == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        assert folds.aligned == pytest.approx(sum(aligned(parts)) / (2 * n), rel=1e-4, abs=1e-5)
+    for number, part in enumerate(folds.without):
+        others = aligned(parts[:number] + parts[number + 1 :])
+        assert part.aligned == pytest.approx(sum(others) / part.count, rel=1e-4, abs=1e-5)
     for level, ratios in found.ratios.items():
         size = 1 << level
         sums = [batches[start : start + size].sum(0) for start in range(0, n - size + 1, size)]
