@@ -16,7 +16,8 @@ class Interval:
 
     Attributes:
         estimate: the value, such as a mean or the difference of two means.
-        low, high: ends of the interval; None if the values do not determine one (fewer than two on a side).
+        low, high: ends of the interval; None if the values do not determine one: fewer than two on a side, or, for a gap,
+            equal values on a side.
         confidence: nominal coverage, in (0, 1).
         count: number of independent values; for a gap, of the smaller side.
         p_value: for a gap, two-sided p of equal means; None without an interval.
@@ -96,6 +97,9 @@ def gap_interval(a: Sequence[float], b: Sequence[float], confidence: float = LEV
     changes nothing. With 2 values against 10, Welch's own interval covers 90 %, because the 2 are often close by chance
     and the degrees of freedom are then nearly those of the 10; the limit gives 95 % or more.
 
+    Equal values on a side give no interval: a scatter of exactly 0 is no estimate of a variance, and an error of 0 would
+    make any gap significant.
+
     Raises:
         ValueError: no values on a side, or `confidence` outside (0, 1).
 
@@ -115,10 +119,9 @@ def gap_interval(a: Sequence[float], b: Sequence[float], confidence: float = LEV
     if count < 2:
         return Interval(estimate=gap, low=None, high=None, confidence=confidence, count=count)
     errors = [_standard_error(side) for side in (a, b)]
+    if 0 in errors:
+        return Interval(estimate=gap, low=None, high=None, confidence=confidence, count=count)
     error = math.hypot(*errors)
-    if error == 0:  # all values of each side are equal: the gap is exact as far as the values can show
-        p_value = 1.0 if gap == 0 else 0.0
-        return Interval(estimate=gap, low=gap, high=gap, confidence=confidence, count=count, p_value=p_value)
     counts = [len(a), len(b)]
     freedom = min(_satterthwaite(errors, counts), _satterthwaite([count**-0.5 for count in counts], counts))
     half = t_quantile(freedom, confidence) * error

@@ -57,7 +57,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--target-loss",
         type=float,
         default=None,
-        help="target of the table of steps to a test loss (nats per token); default: a loss that every run of a model reaches",
+        help="target of the table of steps to a test loss (nats per token); default: a loss that every finished run of a model reaches",
     )
     add("--no-figures", action="store_true", help="write no PNG figures; the report still has its charts")
 

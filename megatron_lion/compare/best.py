@@ -11,9 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_lion.compare.labels import differing_settings, show
+from megatron_lion.compare.labels import differing_settings, seed_groups, show
 from megatron_lion.compare.optimism import UPPER, Optimism, count_of, pooled_deviation
-from megatron_lion.compare.seeds import seed_groups
 from megatron_lion.compare.table import Cell, Table, one_line
 from megatron_lion.errors import CheckpointError
 from megatron_lion.plain_text import is_file_name, plain
@@ -144,10 +143,8 @@ def _optimism(
     whole: list[tuple[RunRecord, ...]], best: tuple[RunRecord, ...], seeds: int, fresh: list[RunRecord]
 ) -> Optimism:
     """The optimism of a choice among the settings of `whole`, by `seeds` seeds each."""
-    groups = seed_groups([*(run for group in whole for run in group), *(run for run in fresh if run.finished)])
-    losses = [
-        [loss for run in group if (loss := run.series("test/loss").last) is not None] for group in groups.values()
-    ]
+    groups = seed_groups([*(run for group in whole for run in group), *fresh])
+    losses = [[final[1] for run in group if (final := run.final("test/loss"))] for group in groups.values()]
     return Optimism(
         tries=len(whole), seeds=seeds, reported=len(best), deviation=pooled_deviation(losses),
         measured_by=sum(len(values) > 1 for values in losses),
@@ -276,8 +273,9 @@ def _equal_chances(a: Choice, b: Choice) -> bool:
 def without_verdicts(table: Table, choices: Sequence[Choice]) -> Table:
     """The table of seeds, with one reservation for the verdicts on models whose optimizers had unequal chances."""
     reasons = unequal(choices)
-    verdicts = tuple(one_line(f"{model}, final ") for model in reasons)
-    kept = [note for note in table.notes if not (verdicts and note.startswith(verdicts))]
+    models, (model, measure) = set(map(one_line, reasons)), map(table.columns.index, ("model", "measure"))
+    verdicts = tuple({f"{row[model]}, {row[measure]}: " for row in table.rows if row[model] in models})
+    kept = [note for note in table.notes if not note.startswith(verdicts)]
     return replace(table, notes=[*reasons.values(), *kept])
 
 

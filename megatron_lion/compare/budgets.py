@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megatron_lion.compare.axis_ticks import short, ticks
-from megatron_lion.compare.labels import by_model, loss_unit
-from megatron_lion.compare.seeds import group_label, seed_groups
+from megatron_lion.compare.labels import by_model, loss_unit, seed_groups, setting_names
+from megatron_lion.compare.optimism import count_of
+from megatron_lion.compare.seeds import listed, stopped_at
 from megatron_lion.compare.table import Cell, Table
 from megatron_lion.intervals import LEVEL, Interval, mean_interval
 from megatron_lion.runs.record import RunRecord
@@ -86,7 +87,7 @@ def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
     groups = by_model(list(runs))
     for budget in BUDGETS:
         for number, (model, group) in enumerate(groups.items()):
-            found = {run.label: losses for run in group if (losses := measured(run, budget))}
+            found = [(run.label, losses) for run in group if (losses := measured(run, budget))]
             if found:
                 slug = f"loss-by-{budget.name}" + (f"-{number + 1}" if number else "")
                 title = f"{f'{model}: test' if len(groups) > 1 else 'Test'} loss by {budget.title} ({loss_unit(group)})"
@@ -95,21 +96,21 @@ def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
     return tables
 
 
-def _loss_table(slug: str, title: str, budget: Budget, model: str, found: dict[str, Measured]) -> Table | None:
+def _loss_table(slug: str, title: str, budget: Budget, model: str, found: list[tuple[str, Measured]]) -> Table | None:
     """Returns the table, or None if no amount has a measurement."""
-    size, unit, amounts = _columns(budget, list(found.values()))
+    size, unit, amounts = _columns(budget, [losses for _, losses in found])
     steps = list(pairwise([0.0, *amounts]))
-    cells = {
-        label: [losses.between(since, amount) if losses.reaches(amount) else None for since, amount in steps]
-        for label, losses in found.items()
-    }
-    kept = [place for place in range(len(amounts)) if any(row[place] is not None for row in cells.values())]
+    cells = [
+        [losses.between(since, amount) if losses.reaches(amount) else None for since, amount in steps]
+        for _, losses in found
+    ]
+    kept = [place for place in range(len(amounts)) if any(row[place] is not None for row in cells)]
     columns = ["model", "optimizer", *(f"{short(round(amounts[place] / size, 9))}{unit}" for place in kept)]
     table = Table(
         slug=slug,
         title=title,
         columns=columns,
-        rows=[[model, label, *(row[place] for place in kept)] for label, row in cells.items()],
+        rows=[[model, label, *(row[i] for i in kept)] for (label, _), row in zip(found, cells, strict=True)],
         formats=dict.fromkeys(columns[2:], ".4f"),
         notes=["the last measurement after the previous column; a dash if there is none or the run had ended"],
         best=columns[2:],
@@ -222,7 +223,9 @@ def _between(steps: Sequence[int], values: Sequence[float], step: float) -> floa
 
 
 def geometric_mean(values: Sequence[float]) -> Interval:
-    """Student's t interval of logarithms, as values again; without ends if a value is 0, whose logarithm is infinite.
+    """Student's t interval of logarithms, as values again; the plain mean without ends if a value is 0.
+
+    The logarithm of 0 is infinite, and the geometric mean would be 0 whatever the other values are.
 
     Steps to a target scatter by a factor: benchmarks/results/seed_intervals.md compares the coverage with plain steps.
 
@@ -247,27 +250,31 @@ def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) ->
 
     Args:
         runs: from `read_runs`.
-        target_loss: nats per token; by default, for each model, the `default_target` of its runs.
+        target_loss: nats per token; by default, for each model, the `default_target` of its finished runs.
     """
     columns = ["model", "optimizer", "target (nats)", "reached by", "steps", "steps low", "steps high", "tokens",
                "training minutes"]  # fmt: skip
     rows: list[list[Cell]] = []
     notes: list[str] = []
-    groups = seed_groups([run for run in runs if run.series("test/loss")])
+    groups = seed_groups(run for run in runs if run.series("test/loss"))
+    names = setting_names(groups)
     for model, family in by_model([run for group in groups.values() for run in group]).items():
         if len(family) < 2 and target_loss is None:
             continue
-        target = default_target([run.series("test/loss") for run in family]) if target_loss is None else target_loss
+        target = target_loss
+        if target is None:
+            used, reservation = _for_the_target(family)
+            target = default_target([run.series("test/loss") for run in used])
+            notes += [f"{model}: {reservation}"] if reservation else []
         for key, group in groups.items():
             if group[0].model == model:
-                cells, note = _to_target(group, target)
-                name = group_label(groups, key)
-                rows.append([model, name, float(target), *cells])
-                notes += [f"{model}, {name}: {note}"] if note else []
+                cells, found = _to_target(group, target)
+                rows.append([model, names[key], float(target), *cells])
+                notes += [f"{model}, {names[key]}: {note}" for note in found]
     if target_loss is None:
         notes.append(
-            f"target: the loss that the smoothed curve of every run of the model reached within {ROOM:.0%} of its steps, "
-            "rounded up to 0.01"
+            "target: the loss that the smoothed curve of every finished run of the model, if there is one, reached within "
+            f"{ROOM:.0%} of its steps, rounded up to 0.01"
         )
     notes += [
         "each run's test loss is smoothed to the closest curve that never rises (isotonic regression, equal weights), and its "
@@ -287,22 +294,49 @@ def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) ->
     )
 
 
-def _to_target(group: Sequence[RunRecord], target: float) -> tuple[list[Cell], str | None]:
-    """The cells from "reached by" on for the seeds of a setting, and a note if some of them did not reach the target."""
+def _for_the_target(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], str | None]:
+    """The runs that the default target is taken from, and a note if these are not all.
+
+    A run that stopped early has a high loss at its end, which the other runs reach at once.
+    """
+    late = [run for run in runs if not run.finished]
+    if not late:
+        return list(runs), None
+    ends = listed([f"{run.label} {stopped_at(run)}" for run in late])
+    if used := [run for run in runs if run.finished]:
+        return used, f"the target is taken from finished runs only; {ends}"
+    used = [run for run in runs if not run.diverged] or list(runs)
+    which = "unfinished runs that did not diverge" if len(used) < len(runs) else "unfinished runs"
+    return used, f"no run is finished, so the target is a loss that all {which} reached so far; {ends}"
+
+
+def _to_target(group: Sequence[RunRecord], target: float) -> tuple[list[Cell], list[str]]:
+    """The cells from "reached by" on for the seeds of a setting, and its notes."""
     curves = [run.series("test/loss") for run in group]
     reached = [crossing(curve.steps, curve.values, target) for curve in curves]
     steps = [step for step in reached if step is not None]
     count = f"{len(steps)} of {len(group)}"
+    notes = []
+    at_once = sum(step == curve.steps[0] for step, curve in zip(reached, curves, strict=True))
+    if at_once:
+        notes.append(
+            f"the first measurement of {count_of(at_once, 'run')} is at or below the target: no training step is needed "
+            "to reach it, so give a lower --target-loss"
+        )
     if len(steps) < len(group):
         low = sum(step is None and min(curve.values) <= target for step, curve in zip(reached, curves, strict=True))
-        note = f"reached by {count} seeds, so there is no mean" if len(group) > 1 else None
+        if len(group) > 1:
+            notes.append(f"reached by {count} seeds, so there is no mean")
         if low:
-            single = (
+            notes.append(
                 "single measurements, but not the smoothed curve, are at or below the target: chance, or a loss that "
                 "rises again"
             )
-            note = "; ".join(filter(None, [note, single]))
-        return [count, None, None, None, None, None], note
+        return [count, None, None, None, None, None], ["; ".join(notes)] if notes else []
+    if len(group) > 1 and min(steps) <= 0:
+        notes.append(
+            "a seed reached the target at step 0, which has no logarithm: arithmetic means without an interval"
+        )
     spent: list[Cell] = []
     for budget in BUDGETS[1:]:
         known = [measured(run, budget) for run in group]
@@ -315,4 +349,4 @@ def _to_target(group: Sequence[RunRecord], target: float) -> tuple[list[Cell], s
     tokens, seconds = spent
     mean = geometric_mean(steps)
     minutes = seconds / 60 if isinstance(seconds, float) else None
-    return [count, mean.estimate, mean.low, mean.high, tokens, minutes], None
+    return [count, mean.estimate, mean.low, mean.high, tokens, minutes], notes

@@ -10,8 +10,7 @@ from statistics import fmean
 
 from megatron_lion.compare.axis_ticks import spread
 from megatron_lion.compare.budgets import tokens_at
-from megatron_lion.compare.labels import loss_unit
-from megatron_lion.compare.seeds import group_label, seed_groups
+from megatron_lion.compare.labels import loss_unit, seed_groups, setting_names
 from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 from megatron_lion.runs.series import Series
@@ -137,12 +136,13 @@ def lines_of(runs: list[RunRecord]) -> list[Line]:
     spare = iter(SPARE_COLOURS * len(runs))
     colours = {o: OPTIMIZER_COLOURS.get(o) or next(spare) for o in dict.fromkeys(run.optimizer for run in runs)}
     groups = seed_groups(runs)
+    names = setting_names(groups)
     used = dict.fromkeys(colours, 0)
     named = set(_ranked(groups)[:MAX_NAMED])
     lines = []
     for key, group in groups.items():
         optimizer = group[0].optimizer
-        label = group[0].label if len(group) == 1 else f"{group_label(groups, key)}, n={len(group)}"
+        label = group[0].label if len(group) == 1 else f"{names[key]}, n={len(group)}"
         dash = DASHES[used[optimizer] % len(DASHES)]
         used[optimizer] += 1
         lines.append(Line(label=label if key in named else "", runs=tuple(group), colour=colours[optimizer], dash=dash))

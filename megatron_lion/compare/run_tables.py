@@ -24,7 +24,7 @@ def build_tables(runs: list[RunRecord], target_loss: float | None = None) -> lis
 
     Args:
         runs: from `read_runs`.
-        target_loss: test loss (nats/token) for the table of steps to a target; by default one that every run of a
+        target_loss: test loss (nats/token) for the table of steps to a target; by default one that every finished run of a
             model reaches, see `budgets.default_target`.
     """
     trained = [run for run in runs if not run.is_reference]

@@ -39,8 +39,8 @@ FACTS = {
 }
 SETTINGS = {
     **dict.fromkeys(("name", "model.kind", "optimizer.name"), _TEXT),
-    **dict.fromkeys(("seed", "train.steps", "train.stop_after", "train.global_batch_size", "model.seq_length",
-                     "optimizer.max_skipped_steps"), _WHOLE),
+    **dict.fromkeys(("seed", "train.steps", "train.stop_after", "train.test_every", "train.global_batch_size",
+                     "model.seq_length", "optimizer.max_skipped_steps"), _WHOLE),
     **dict.fromkeys(("optimizer.lr", "optimizer.weight_decay"), _NUMBER),
 }  # fmt: skip
 RESULTS = {
@@ -68,6 +68,7 @@ class RunRecord:
         metrics: the numbers of metrics.jsonl.
         evaluations: eval/*.json, ascending by step.
         label: the run's name in tables and figures; unique within a model after `compare.selection.read_runs`.
+        setting: the name of its setting, equal for runs that differ only in their seed; unique like `label`.
     """
 
     folder: Path
@@ -80,6 +81,7 @@ class RunRecord:
     metrics: dict[str, Series] = field(repr=False)
     evaluations: list[dict[str, Any]] = field(repr=False)
     label: str = ""
+    setting: str = ""
 
     def series(self, key: str) -> Series:
         """Returns a metric; empty if the run does not have it."""
@@ -193,15 +195,31 @@ class RunRecord:
         return bool(skipped) and skipped.values[-1] >= limit and skipped.steps[-1] > self.last_logged
 
     @property
+    def last_due(self) -> int:
+        """The step of the last held-out measurement that the settings ask for; 0 if they do not determine it."""
+        planned, every = self.planned_steps or 0, self.settings.get("train.test_every") or 0
+        if planned == self.scheduled_steps:
+            return planned
+        # The end of the schedule is always measured, the step of train.stop_after only if the interval divides it.
+        return planned - planned % every if every > 0 else 0
+
+    def final(self, key: str) -> tuple[int, float] | None:
+        """Returns step and value of a held-out loss at its last due measurement.
+
+        None if the run is unfinished or the loss was not finite there: an earlier value would compare other steps.
+        """
+        if not self.finished:
+            return None
+        series, end = self.series(key), self.last_step if self.planned_steps is None else self.planned_steps
+        due = max(self.last_due, 1)  # the loss before training is not a final one
+        found = [pair for pair in zip(series.steps, series.values, strict=True) if due <= pair[0] <= end]
+        return found[-1] if found else None
+
+    @property
     def valid_loss(self) -> float | None:
         """Validation loss at the end (nats per token); None if the run is unfinished or the loss was not finite."""
-        series = self.series("valid/loss")
-        due = self.planned_steps == self.settings.get(
-            "train.steps"
-        )  # a run stopped earlier has its last measurement earlier
-        if not self.finished or not series or (due and series.steps[-1] < (self.planned_steps or 0)):
-            return None
-        return series.last
+        final = self.final("valid/loss")
+        return final[1] if final else None
 
     def training_seconds(self, step: int) -> float | None:
         """Seconds spent in training steps up to `step`, excluding measurements, saves and pauses between jobs."""

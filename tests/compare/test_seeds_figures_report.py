@@ -22,10 +22,11 @@ from synthetic_runs import write_run
 from megatron_lion.cli import main
 from megatron_lion.compare.axis_ticks import spread, ticks
 from megatron_lion.compare.html_report import render_report
+from megatron_lion.compare.labels import seed_groups
 from megatron_lion.compare.panels import NOISE_RATIO, lines_of, panels
 from megatron_lion.compare.png_figures import write_figures
 from megatron_lion.compare.run_tables import build_tables
-from megatron_lion.compare.seeds import corrected_gap, seed_groups, seeds_table, sentence, verdicts
+from megatron_lion.compare.seeds import corrected_gap, seeds_table, sentence, verdicts
 from megatron_lion.compare.selection import read_runs
 from megatron_lion.compare.svg_charts import HEIGHT, WIDTH, chart
 from megatron_lion.intervals import gap_interval, mean_interval
@@ -58,7 +59,7 @@ def test_a_gap_is_called_noise_only_if_its_interval_contains_zero() -> None:
     assert "single seed on one side" in sentence("A", "B", corrected_gap([1.0], [2.0, 2.1]))
 
 
-values = st.lists(st.floats(0, 10), min_size=2, max_size=6)
+values = st.lists(st.floats(0, 10), min_size=2, max_size=6).filter(lambda side: max(side) - min(side) > 1e-9)
 
 
 @examples(100)
@@ -85,6 +86,27 @@ def test_several_pairs_are_corrected_and_the_note_states_how() -> None:
         four[-1]
         == "these intervals and p are corrected for 3 pairs (Bonferroni): they hold together with 95% confidence."
     )
+
+
+def test_equal_values_of_all_seeds_are_no_verdict_and_small_gaps_are_not_shown_as_zero() -> None:
+    (text,) = verdicts({"a": [3.0, 3.0], "b": [3.0001, 3.0001]})
+    assert (
+        text
+        == "the gap of 0.0001 between a and b: all seeds of a and b gave the same value, so their noise is not known."
+    )
+    found = verdicts({"a": [3.0, 3.1], "b": [4.0, 4.0], "c": [5.0, 5.1]})
+    assert ["all seeds of b gave the same value" in text for text in found] == [True, False, True]
+    assert "outside the noise" in found[1]
+    assert not any("corrected for" in text for text in found), "one pair with known noise"
+    (text,) = verdicts({"a": [3.0, 3.000001], "b": [3.0002, 3.000201]})
+    assert text.startswith("a is 0.0002 below b, outside the noise of the seeds (interval -0.0002 to -0.0002,")
+
+
+def test_settings_of_the_same_name_stay_two_settings() -> None:
+    sides = [("LION", [1.0, 1.1]), ("LION", [3.0, 3.1]), ("SGD", [2.0, 2.1])]
+    assert [text.split(",")[0] for text in verdicts(sides)[:3]] == [
+        "LION is 2.000 below LION", "LION is 1.000 below SGD", "LION is 1.000 above SGD",
+    ]  # fmt: skip
 
 
 def test_seeds_of_one_setting_are_grouped_and_judged(tmp_path: Path) -> None:
