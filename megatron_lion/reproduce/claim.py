@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -48,3 +49,16 @@ def joined(values: Iterable[float], form: str = ".3f") -> str:
     '1.000 2.500'
     """
     return " ".join(format(float(value), form) for value in values)
+
+
+def decimals_for(gaps: Iterable[float], least: int = 3) -> str:
+    """The format of numbers whose smallest non-zero gap must be visible, with `least` to 9 decimals.
+
+    >>> decimals_for([0.2, 0.00001]), decimals_for([0.0])
+    ('.5f', '.3f')
+    """
+    sizes = [abs(gap) for gap in gaps if gap]
+    needed = max(
+        [least, *(math.ceil(-math.log10(size) - 1e-9) for size in sizes)]
+    )  # 1e-9: 3.01 − 3 is slightly below 0.01
+    return f".{min(9, needed)}f"

@@ -63,13 +63,15 @@ class GapEstimate:
     """Δ = f(θ¹) − f*.
 
     Attributes:
-        first_loss: loss of the first probe (nats per token), used as f(θ¹).
-        first_step: step of the first probe; if it is not 0, the loss had already fallen.
+        first_loss: loss of the first probe that has one (nats per token), used as f(θ¹).
+        first_step: step of that probe.
         low: `first_loss` minus the smallest probed loss; the smallest of several noisy losses makes it too large.
-        high: `first_loss`, since a cross-entropy is never negative.
+        high: `first_loss`, since a cross-entropy is never negative; an upper value only if `not_start` is empty.
         low_bound, high_bound: ends that hold together with `confidence`, given the standard errors of the probes' losses;
-            None if a probe has no standard error.
+            None if a probe has no standard error. `high_bound` is also None if `not_start` is not empty; `low_bound` then
+            assumes that f(θ¹) was not below `first_loss`.
         confidence: nominal coverage of the two bounds, in (0, 1).
+        not_start: why `first_loss` does not measure f(θ¹); empty if it does.
     """
 
     first_loss: float
@@ -79,6 +81,7 @@ class GapEstimate:
     low_bound: float | None
     high_bound: float | None
     confidence: float
+    not_start: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,11 +165,14 @@ def estimate_gap(run: RunRecord, confidence: float = LEVEL) -> GapEstimate | Non
     For every probe i, f(θ¹) − f(θ_i) ≤ Δ. With α = 1 − confidence and k later probes, `low_bound` is the largest lower end
     of these differences at level α/(2k) each (Bonferroni), and at least 0. `high_bound` is the upper end of f(θ¹) at level
     α/2. The error of a difference is √(e₁² + e_i²); probes of the same samples have a smaller one.
+
+    Only a frozen probe at step 0 measures f(θ¹). A later one, or a window of training steps, measures a loss that has
+    already fallen, so its upper end is no bound on Δ.
     """
     if "probe/loss" not in run.metrics:
         return None
     steps, losses = run.need("probe/loss").arrays()
-    first, low_bound, high_bound = float(losses[0]), None, None
+    first, low_bound, high_bound, not_start = float(losses[0]), None, None, _why_not_start(run, int(steps[0]))
     errors, freedom = _at(run, "probe/loss_standard_error", steps), _at(run, "probe/num_batches", steps) - 1
     if np.all(errors >= 0) and np.all(freedom >= 1):  # False for NaN
         later = len(steps) - 1
@@ -177,8 +183,20 @@ def estimate_gap(run: RunRecord, confidence: float = LEVEL) -> GapEstimate | Non
             for loss, error, number in zip(losses[1:], errors[1:], freedom[1:], strict=True)
         ]
         low_bound = float(max(0.0, *ends)) if ends else 0.0
-        high_bound = float(first + t_quantile(freedom[0], confidence) * errors[0])
-    return GapEstimate(first, int(steps[0]), first - float(losses.min()), first, low_bound, high_bound, confidence)
+        high_bound = None if not_start else float(first + t_quantile(freedom[0], confidence) * errors[0])
+    low = first - float(losses.min())
+    return GapEstimate(first, int(steps[0]), low, first, low_bound, high_bound, confidence, not_start)
+
+
+def _why_not_start(run: RunRecord, step: int) -> str:
+    """Returns why the first probe with a loss, at `step`, does not measure f(θ¹), or an empty string."""
+    first = min(series.steps[0] for key, series in run.metrics.items() if key.startswith("probe/"))
+    if first < step:
+        return f"the first probe, at step {first}, has no loss"
+    if step > 0:
+        return f"the first probe is at step {step}, not 0"
+    moving = _at(run, "probe/is_moving", np.array([step]))[0] == 1
+    return "the first probe is a window of training steps, not frozen" if moving else ""
 
 
 def estimate_smoothness(

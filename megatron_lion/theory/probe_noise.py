@@ -59,8 +59,21 @@ class ProbeNoise:
         """Median of the values."""
         return float(np.median(self.values))
 
+    @property
+    def why_no_interval(self) -> str:
+        """Why `interval` returns None; empty if it returns an interval."""
+        if not np.isfinite(self.standard_errors).all():
+            return "a probe has no standard error (fewer than 4 batches, or an older record)"
+        rounding = np.flatnonzero(self.values <= 0)
+        if not len(rounding):
+            return ""
+        return (
+            f"the batches of the probe at step {int(self.steps[rounding[0]])} do not differ by more than rounding, as identical "
+            f"batches do (σ² {self.values[rounding[0]]:.3g})"
+        )
+
     def interval(self, confidence: float = LEVEL) -> Interval | None:
-        """A confidence interval of the largest σ² at the probed parameters; None if a probe has no standard error.
+        """A confidence interval of the largest σ² at the probed parameters; None for the reason `why_no_interval`.
 
         With α = 1 − confidence and k probes, the interval is
 
@@ -81,7 +94,7 @@ class ProbeNoise:
             >>> round(found.low, 3), found.estimate, round(found.high, 3)
             (0.454, 0.5, 0.544)
         """
-        if not (np.isfinite(self.standard_errors).all() and (self.values > 0).all()):
+        if self.why_no_interval:
             return None
         alpha = 1 - confidence
         relative = self.standard_errors / self.values

@@ -170,8 +170,8 @@ def advice_section(
     if gap is None and ends is not None:
         lines.append(_gap_line(ends))
         gaps = [(label, value) for label, value in (("Δ low", ends.low), ("Δ high", ends.high)) if value > 0]
-        if ends.low_bound is not None and ends.high_bound is not None:
-            ranges.append(_Range("Δ", "gap", (ends.low_bound, ends.high_bound)))
+        if bounds := tuple(end for end in (ends.low_bound, ends.high_bound) if end is not None):
+            ranges.append(_Range("Δ", "gap", bounds))
     if not gaps:
         missing.append("Δ (needs two probes with a loss): give --gap")
 
@@ -203,7 +203,7 @@ def _noise_line(noise: ProbeNoise, confidence: float) -> str:
         f"median {noise.median:.4g})"
     )
     if interval is None:
-        return f"{text}; no interval, because a probe has no standard error (fewer than 4 batches, or an older record)"
+        return f"{text}; no interval, because {noise.why_no_interval}"
     return (
         f"{text}; {confidence:.0%} interval of the largest σ² at the probes {_ends(interval)}, corrected for choosing the "
         "largest; the supremum over all θ may be larger"
@@ -246,13 +246,20 @@ def _conditions(run: RunRecord, *, frozen: bool) -> list[str]:
 
 
 def _gap_line(ends: GapEstimate) -> str:
-    if ends.low_bound is None or ends.high_bound is None:
+    if ends.low_bound is None:
         bounds = "no bounds with the errors of the losses, because a probe has no standard error of its loss"
+    elif ends.high_bound is None:
+        bounds = f"with the errors of the losses, {ends.confidence:.0%} lower bound {ends.low_bound:.4g}"
     else:
         bounds = f"with the errors of the losses, {ends.confidence:.0%} bounds {ends.low_bound:.4g} and {ends.high_bound:.4g}"
+    if ends.not_start:
+        return (
+            f"- Δ at least {ends.low:.4g} (f* = smallest loss probed), or {ends.high:.4g} with f* = 0; {bounds}; no upper bound, "
+            f"because {ends.not_start}. The loss at step {ends.first_step} replaces f(θ¹), which is assumed not to be lower"
+        )
     return (
         f"- Δ between {ends.low:.4g} (f* = smallest loss probed) and {ends.high:.4g} (f* = 0); {bounds}; f(θ¹) is the probe "
-        f"at step {ends.first_step}" + ("" if ends.first_step == 0 else ", where the loss had already fallen")
+        f"at step {ends.first_step}"
     )
 
 
@@ -275,6 +282,8 @@ def _effect(first: Advice, ranges: Sequence[_Range], confidence: float) -> list[
     for item in ranges:
         arguments = {"L": first.L, "noise_variance": first.noise_variance, "gap": first.gap}
         values = [value for value in item.values if value > 0]
+        if not values:
+            continue
         found = [advise(first.K, d=first.d, **{**arguments, item.argument: value}) for value in values]
         span = ("" if len(values) == len(item.values) else "up to ") + " to ".join(f"{value:.3g}" for value in values)
         betas = " to ".join("none" if advice.beta is None else f"{advice.beta:.5g}" for advice in found)

@@ -13,6 +13,7 @@ Source: journal edition of "Convergence Rate Analysis of LION", Appendix A.1.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -115,11 +116,15 @@ def rate_constant(
         True
     """
     require_positive("scale", scale)
-    dense = spread_over_steps(steps, values, weighting)
-    K = np.arange(1, len(dense) + 1)
-    curve = scale * K**-0.75 * np.cumsum(dense)
+    curve = scale * _curve(steps, values, weighting)
     best = int(curve.argmax())
-    return RateConstant(float(curve[best]), best + 1, float(curve[-1]), len(dense))
+    return RateConstant(float(curve[best]), best + 1, float(curve[-1]), len(curve))
+
+
+def _curve(steps: ArrayLike, values: ArrayLike, weighting: Weighting) -> Array:
+    """K^¼ mean_{k≤K} of a norm at K = 1, 2, … up to the last probe."""
+    dense = spread_over_steps(steps, values, weighting)
+    return np.asarray(np.arange(1, len(dense) + 1) ** -0.75 * np.cumsum(dense))
 
 
 def c_lion(steps: ArrayLike, grad_l1: ArrayLike, d: int, weighting: Weighting = "linear") -> RateConstant:
@@ -150,19 +155,7 @@ def rates_over_seeds(
     Raises:
         ValueError: no runs, no common step, or a number outside its range.
     """
-    if not runs:
-        raise ValueError("runs is empty: expected at least one run")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence:g}: expected a number in (0, 1)")
-    common = sorted(set.intersection(*(set(np.asarray(steps, dtype=np.float64).tolist()) for steps, _ in runs)))
-    if not common:
-        raise ValueError("the runs have no probe step in common: expected runs probed at the same steps")
-    values = np.stack(
-        [
-            np.asarray(norms, dtype=np.float64)[np.isin(np.asarray(steps, dtype=np.float64), common)]
-            for steps, norms in runs
-        ]
-    )
+    common, values = _common_norms(runs, confidence)
     per_run = tuple(rate_constant(common, row, scale=scale, weighting=weighting) for row in values)
     of_mean = rate_constant(common, values.mean(axis=0), scale=scale, weighting=weighting)
     interval = Interval(estimate=of_mean.value, low=None, high=None, confidence=confidence, count=1)
@@ -174,3 +167,59 @@ def rates_over_seeds(
         error = jackknife_error(of_mean.value, left_out, [1] * count)
         interval = around(of_mean.value, error, count - 1, confidence=confidence)
     return SeedRates(of_mean, interval, per_run, mean_interval([rate.value for rate in per_run], confidence))
+
+
+def late_growth(
+    runs: Sequence[tuple[ArrayLike, ArrayLike]], *, weighting: Weighting = "linear", confidence: float = LEVEL
+) -> Interval:
+    """ln(C(K)/C(K/2)) at the last K, with C(K) = K^¼ mean_{k≤K} of the norms averaged over runs, and its interval.
+
+    Below 0, C at half of the steps exceeds C at the last step, so the maximum of C is not at the last K. A norm ∝ k^{−p} gives
+    about (¼ − p) ln 2 for p < 1. The maximum itself is no such test: with noisy norms, it is often before the last K
+    although C grows.
+
+    The interval is the delete-one-run jackknife with Student's quantile. Its ends are None for one run, for probes at one
+    step, or if a norm is 0 up to K/2.
+
+    Args: as `rates_over_seeds`.
+
+    Raises:
+        ValueError: as `rates_over_seeds`.
+
+    Example:
+        >>> found = late_growth([([0, 99], [1.0, 1.0]), ([0, 99], [1.1, 1.1])])
+        >>> round(found.estimate, 4), round(found.low, 4)  # ¼ ln 2: a constant norm
+        (0.1733, 0.1733)
+    """
+    common, values = _common_norms(runs, confidence)
+    means = [
+        values.mean(axis=0),
+        *(np.delete(values, row, axis=0).mean(axis=0) for row in range(len(runs)) if len(runs) > 1),
+    ]
+    curves = [_curve(common, mean, weighting) for mean in means]
+    half = (len(curves[0]) + 1) // 2 - 1
+    if len(common) < 2 or len(runs) < 2 or min(curve[half] for curve in curves) <= 0:
+        return Interval(estimate=math.nan, low=None, high=None, confidence=confidence, count=len(runs))
+    growth, *left_out = (float(np.log(curve[-1] / curve[half])) for curve in curves)
+    error = jackknife_error(growth, left_out, [1] * len(runs))
+    return around(growth, error, len(runs) - 1, confidence=confidence)
+
+
+def _common_norms(runs: Sequence[tuple[ArrayLike, ArrayLike]], confidence: float) -> tuple[list[float], Array]:
+    """The probe steps that all runs have, and the norms there, shape (runs, steps).
+
+    Raises:
+        ValueError: no runs, no common step, or `confidence` outside (0, 1).
+    """
+    if not runs:
+        raise ValueError("runs is empty: expected at least one run")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence = {confidence:g}: expected a number in (0, 1)")
+    common = sorted(set.intersection(*(set(np.asarray(steps, dtype=np.float64).tolist()) for steps, _ in runs)))
+    if not common:
+        raise ValueError("the runs have no probe step in common: expected runs probed at the same steps")
+    values = [
+        np.asarray(norms, dtype=np.float64)[np.isin(np.asarray(steps, dtype=np.float64), common)]
+        for steps, norms in runs
+    ]
+    return common, np.stack(values)

@@ -43,7 +43,7 @@ def changed(run, settings=None, **metrics):
 
 @pytest.mark.parametrize(
     "name", ["moderate noise", "same samples in every probe", "4 batches a probe", "noise in 3 coordinates",
-             "heavy-tailed noise", "σ² falls with the loss"]
+             "heavy-tailed coordinates", "σ² falls with the loss"]
 )  # fmt: skip
 def test_intervals_hold_in_simulated_runs(name):
     row = measure(BY_NAME[name], RUNS, 0)
@@ -55,6 +55,7 @@ def test_intervals_hold_in_simulated_runs(name):
 
 def test_the_estimates_that_they_replace_fail_in_the_same_runs():
     row = measure(BY_NAME["moderate noise"], RUNS, 0)
+    assert row["variance_alone_holds"] >= 0.92
     assert row["training_2se"] < 0.93
     assert abs(row["training_mean"] - 1) > 0.2
     assert abs(row["variance_median"] - 1) < 0.02
@@ -63,6 +64,14 @@ def test_the_estimates_that_they_replace_fail_in_the_same_runs():
     close = measure(BY_NAME["probes every 2 steps, high noise"], RUNS, 0)
     assert close["smoothness_point_holds"] == 0
     assert close["smoothness_holds"] >= 0.95
+
+
+def test_intervals_are_too_short_if_whole_batches_scatter_in_size():
+    """docs/theory.md states this limit; the noise keeps its variance, and the interval of one probe misses it."""
+    row = measure(BY_NAME["the same, s = 1, same samples"], RUNS // 2, 0)
+    assert row["variance_median"] == pytest.approx(1, abs=0.2)
+    assert row["variance_holds"] < 0.85
+    assert row["variance_alone_holds"] < 0.85
 
 
 def test_corrected_norms_bring_c_sgd_near_the_truth():
