@@ -102,6 +102,18 @@ def test_equal_values_of_all_seeds_are_no_verdict_and_small_gaps_are_not_shown_a
     assert text.startswith("a is 0.0002 below b, outside the noise of the seeds (interval -0.0002 to -0.0002,")
 
 
+def test_seeds_with_equal_results_have_a_mean_without_an_interval(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"lion{s}", seed=s) for s in (1, 2)]
+    (folders[1] / "metrics.jsonl").write_text((folders[0] / "metrics.jsonl").read_text())
+    table = seeds_table(read_runs(folders))
+    assert table is not None
+    row = dict(zip(table.columns, table.rows[0], strict=True))
+    assert row["seeds"] == 2
+    assert row["mean"] is not None
+    assert row["low"] is None
+    assert row["high"] is None
+
+
 def test_settings_of_the_same_name_stay_two_settings() -> None:
     sides = [("LION", [1.0, 1.1]), ("LION", [3.0, 3.1]), ("SGD", [2.0, 2.1])]
     assert [text.split(",")[0] for text in verdicts(sides)[:3]] == [
