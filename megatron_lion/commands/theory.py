@@ -14,6 +14,10 @@ HELP = (
 )
 
 
+NUMBERS = ("steps", "smoothness", "noise_variance", "gap", "dimension")
+"""Flags, as attributes, that replace the values of a run."""
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
@@ -56,6 +60,7 @@ def run(args: Any) -> None:
     """Prints Markdown to stdout."""
     from megatron_lion.errors import ConfigError
 
+    _check_numbers(args)
     try:
         text = _from_numbers(args) if not args.runs else _from_runs(args)
     except ValueError as error:
@@ -63,12 +68,27 @@ def run(args: Any) -> None:
     sys.stdout.write(text + "\n")
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_numbers(args: Any) -> None:
+    """Raises ConfigError for a number outside its range; the parser rejects those that are not finite."""
+    from megatron_lion.errors import ConfigError
+
+    for name in NUMBERS:
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{_flag(name)} is {value:g}: give a number above 0")
+    if not 0 < args.confidence < 1:
+        raise ConfigError(f"--confidence is {args.confidence:g}: give a number between 0 and 1, such as 0.95")
+
+
 def _from_numbers(args: Any) -> str:
     from megatron_lion.errors import ConfigError
     from megatron_lion.theory.advice import HONESTY, advice_table, advise
 
-    needed = ("steps", "smoothness", "noise_variance", "gap", "dimension")
-    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(args, name) is None]
+    missing = [_flag(name) for name in NUMBERS if getattr(args, name) is None]
     if missing:
         raise ConfigError(f"without a RUN, these flags are needed: {' '.join(missing)}")
     advice = advise(args.steps, L=args.smoothness, noise_variance=args.noise_variance, gap=args.gap, d=args.dimension)

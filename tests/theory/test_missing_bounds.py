@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_lion.cli import main
 from megatron_lion.runs.series import Series
 from megatron_lion.theory.estimate import estimate_gap
 from megatron_lion.theory.probe_noise import read_probe_noise
@@ -114,3 +115,15 @@ def test_late_growth_is_the_jackknife_of_the_logarithm():
     assert found.high - found.estimate == pytest.approx(4.302653 * error)
     for few in ([(steps, curves[0])], [(steps[:1], row[:1]) for row in curves], [(steps, 0 * row) for row in curves]):
         assert late_growth(few).low is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--dimension", "0"), ("--gap", "-1"), ("--smoothness", "-7"), ("--noise-variance", "0"), ("--steps", "0"),
+     ("--confidence", "1")],
+)  # fmt: skip
+def test_a_number_outside_its_range_is_reported_by_its_flag(flag, value, capsys):
+    numbers = {"--steps": "9", "--smoothness": "1", "--noise-variance": "1", "--gap": "1", "--dimension": "4"}
+    words = [word for pair in {**numbers, flag: value}.items() for word in pair]
+    assert main(["theory", *words]) == 2
+    assert f"megatron-lion: {flag} is {value}: give a number " in capsys.readouterr().err

@@ -214,7 +214,7 @@ def test_theory_verb_from_numbers_alone(capsys):
     assert "| given | 7 | 2 | 120 | 0.54174 | 0.0443 | 420 | yes | 20.3 |" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"without a RUN, these flags are needed: --gap --dimension"):
         call(theory_verb, "--steps", 2000, "--smoothness", 7, "--noise-variance", 2)
-    with pytest.raises(ConfigError, match=r"L = -7"):
+    with pytest.raises(ConfigError, match=r"--smoothness is -7: give a number above 0"):
         call(theory_verb, "--steps", 2, "--smoothness", -7, "--noise-variance", 2, "--gap", 1, "--dimension", 2)
 
 
