@@ -39,7 +39,8 @@ svg .dotted { stroke-dasharray: 1.5 3; }
 svg .curve { --shown: var(--c); --said: color-mix(in srgb, var(--c) 80%, black); }
 svg .curve polyline, svg .curve line { fill: none; stroke: var(--shown); stroke-width: 2; stroke-linejoin: round; }
 svg .curve .faint { stroke-width: 0.8; opacity: 0.28; }
-svg .curve circle { fill: var(--shown); }
+svg .curve .bar { stroke-width: 1.4; } svg .curve circle { fill: var(--shown); }
+svg .curve .open { fill: var(--paper); stroke: var(--shown); stroke-width: 1.2; }
 svg .nameless polyline { stroke-width: 0.9; opacity: 0.4; }
 svg .label { font-size: 13px; font-weight: 600; fill: var(--said); }
 @media (prefers-color-scheme: dark) { svg .curve { --shown: color-mix(in srgb, var(--c) 62%, white);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -12,6 +12,7 @@ from megatron_lion.compare.axis_ticks import spread
 from megatron_lion.compare.budgets import tokens_at
 from megatron_lion.compare.labels import loss_unit, seed_groups, setting_names
 from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
+from megatron_lion.intervals import t_quantile
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 from megatron_lion.runs.series import Series
 from megatron_lion.style import OPTIMIZER_COLOURS, SPARE_COLOURS
@@ -41,6 +42,7 @@ class Curve:
         dash: on and off lengths; () for a solid line.
         markers: whether the points are marked (few measurements).
         behind: lines drawn faintly behind it, as (x, y): unsmoothed values or single seeds.
+        bars: half the 95 % interval of each y, None if it is not known; () for a quantity that is drawn without bars.
     """
 
     label: str
@@ -50,6 +52,20 @@ class Curve:
     dash: tuple[float, ...] = ()
     markers: bool = False
     behind: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
+    bars: Sequence[float | None] = ()
+
+    @property
+    def intervals(self) -> list[tuple[float, float, float]]:
+        """The known bars, as (x, low, high)."""
+        if not self.bars:
+            return []
+        points = zip(self.x, self.y, self.bars, strict=True)
+        return [(x, y - bar, y + bar) for x, y, bar in points if bar is not None]
+
+    @property
+    def open_marks(self) -> list[bool]:
+        """For each point, whether its mark is open: its bar belongs here and is not known."""
+        return [bar is None for bar in self.bars] or [False] * len(self.y)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +115,9 @@ class Panel:
         return math.log10(value) if self.log_y else value
 
     def y_limits(self) -> tuple[float, float]:
-        """Limits that include all curves and references, in the units of the axis."""
-        values = [self.height(v) for curve in self.curves for v in curve.y] + [
-            self.height(r.y) for r in self.references
-        ]
+        """Limits that include all curves, bars and references, in the units of the axis."""
+        drawn = [v for curve in self.curves for v in (*curve.y, *(end for _, *ends in curve.intervals for end in ends))]
+        values = [self.height(v) for v in (*drawn, *(line.y for line in self.references))]
         low, high = min(values), max(values)
         pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         return (0.0, high * 1.08) if self.from_zero and not self.log_y else (low - pad, high + pad)
@@ -189,9 +204,14 @@ def scale_of(axis: str, runs: Sequence[RunRecord]) -> Scale:
 
 
 def _curve(
-    line: Line, series: Callable[[RunRecord], Series], scale: Scale, *, window: int = 1, markers: bool = False
-) -> Curve | None:
-    """The mean over a line's runs at the steps that all of them have, or None if there are none."""
+    line: Line, series: Callable[[RunRecord], Series], scale: Scale, *, window: int = 1, markers: bool = False,
+    bars: Callable[[RunRecord], Mapping[int, float]] | None = None,
+) -> Curve | None:  # fmt: skip
+    """The mean over a line's runs at the steps that all of them have, or None if there are none.
+
+    `bars` gives half the interval of each value. The bar of a mean over seeds is the mean of their bars: seeds may be
+    probed with the same batches, so their errors can be equal and do not average out.
+    """
     found = [(run, values) for run in line.runs if (values := series(run))]
     if not found:
         return None
@@ -214,7 +234,32 @@ def _curve(
     return Curve(
         label=line.label, x=[fmean(x) for x in zip(*places, strict=True)], y=[fmean(y) for y in zip(*columns, strict=True)],
         colour=line.colour, dash=line.dash, markers=markers and len(common) <= 25, behind=behind if line.label else (),
+        bars=_mean_bars([bars(run) for run, _ in found], common) if bars else (),
     )  # fmt: skip
+
+
+def _mean_bars(found: Sequence[Mapping[int, float]], steps: Sequence[int]) -> list[float | None]:
+    """The mean of the runs' bars at each step; None if a run's bar is not known."""
+    columns = [[bars.get(step) for bars in found] for step in steps]
+    return [None if None in column else fmean(bar for bar in column if bar is not None) for column in columns]
+
+
+def _ratio_bars(run: RunRecord) -> dict[int, float]:
+    """Half the 95 % interval of r over draws of batches, by step, for the probes that stored a standard error."""
+    errors, groups = run.series("probe/norm_ratio_standard_error"), run.series("probe/noise_groups")
+    counts = dict(zip(groups.steps, groups.values, strict=True))
+    return {
+        step: t_quantile(counts[step] - 1) * error
+        for step, error in zip(errors.steps, errors.values, strict=True)
+        if counts.get(step, 0) > 1
+    }
+
+
+def _ratio_name(curves: Sequence[Curve]) -> str:
+    """The name of r's axis, with what its bars and open marks are, if there are any."""
+    barred = any(curve.intervals for curve in curves)
+    unknown = any(any(curve.open_marks) for curve in curves)
+    return "r = ‖∇f‖₁ / ‖∇f‖₂" + "; bars: 95 %" * barred + "; open: no error known" * unknown
 
 
 def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord] = ()) -> list[Panel]:
@@ -232,8 +277,11 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
     """
     scale, lines, unit = scale_of(axis, runs), lines_of(runs), loss_unit(runs)
 
-    def curves(series: Callable[[RunRecord], Series], *, window: int = 1, markers: bool = True) -> list[Curve]:
-        made = (_curve(line, series, scale, window=window, markers=markers) for line in lines)
+    def curves(
+        series: Callable[[RunRecord], Series], *, window: int = 1, markers: bool = True,
+        bars: Callable[[RunRecord], Mapping[int, float]] | None = None,
+    ) -> list[Curve]:  # fmt: skip
+        made = (_curve(line, series, scale, window=window, markers=markers, bars=bars) for line in lines)
         return [curve for curve in made if curve is not None]
 
     longest = max((len(run.series("train/loss").steps) for run in runs), default=0)
@@ -241,6 +289,7 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
     smoothing = f", mean of {window} logged values" if window > 1 else ""
     training = curves(lambda run: run.series("train/loss"), window=window, markers=False)
     residual = curves(lambda run: run.series("probe/kkt_residual"))
+    ratios = curves(lambda run: run.series("probe/norm_ratio"), bars=_ratio_bars)
     key = main_evaluation_key(runs)
     made = [
         Panel(slug="training-loss", title="Training loss", y_label=f"{unit}{smoothing}", curves=training,
@@ -248,8 +297,8 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
         Panel(slug="test-loss", title="Test loss", y_label=unit, x_label=scale.label,
               curves=curves(lambda run: run.series("test/loss"))),
         Panel(
-            slug="norm-ratio", title="Norm ratio of the full gradient", y_label="r = ‖∇f‖₁ / ‖∇f‖₂", x_label=scale.label,
-            curves=curves(lambda run: run.series("probe/norm_ratio")), references=_ratio_references(runs), from_zero=True,
+            slug="norm-ratio", title="Norm ratio of the full gradient", y_label=_ratio_name(ratios), x_label=scale.label,
+            curves=ratios, references=_ratio_references(runs), from_zero=True,
         ),
         Panel(slug="perplexity", title="Zero-shot log perplexity", y_label="ln perplexity per token", x_label=scale.label,
               curves=curves(lambda run: _perplexities(run, key))),

@@ -63,8 +63,11 @@ def _draw(axes: Any, panel: Panel) -> None:
             axes.plot(x, y, color=curve.colour, alpha=0.2, linewidth=0.7)
         axes.plot(
             curve.x, curve.y, color=curve.colour, linestyle=_style(curve), clip_on=False, markersize=3.5,
-            marker="o" if curve.markers and curve.label else None, **({"linewidth": 1.8} if curve.label else FAINT),
+            marker="o" if curve.markers and curve.label and not curve.bars else None,
+            **({"linewidth": 1.8} if curve.label else FAINT),
         )  # fmt: skip
+        if curve.label:
+            _mark_bars(axes, curve)
     if panel.log_y:
         axes.set_yscale("log")
         low, high = 10**low, 10**high
@@ -83,6 +86,26 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if 1000 <= right < 1e6 else short(value))
     if high >= 1000:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+
+
+def _mark_bars(axes: Any, curve: Curve) -> None:
+    """Draws the known bars, and the marks of a curve that has bars: open ones if the bar is not known."""
+    for x, low, high in curve.intervals:
+        axes.plot(
+            (x, x), (low, high), color=curve.colour, linewidth=1.2, marker="_", markersize=5, solid_capstyle="butt"
+        )
+    if curve.markers and curve.bars:
+        for x, y, unknown in zip(curve.x, curve.y, curve.open_marks, strict=True):
+            face = "white" if unknown else curve.colour
+            axes.plot(
+                x,
+                y,
+                marker="o",
+                color=curve.colour,
+                markerfacecolor=face,
+                markersize=4 if unknown else 3.5,
+                clip_on=False,
+            )
 
 
 def _name_curves(axes: Any, panel: Panel) -> None:

@@ -87,17 +87,24 @@ def _axes(panel: Panel, frame: Frame) -> list[str]:
 
 
 def _curve(curve: Curve, frame: Frame) -> str:
-    """The line, its marks with tooltips, and the single values behind a mean."""
+    """The line, its bars, its marks with tooltips, and the single values behind a mean."""
     dash = f' stroke-dasharray="{" ".join(map(str, curve.dash))}"' if curve.dash else ""
     kind = "curve" if curve.label else "curve nameless"
     parts = [f'<g class="{kind}" style="--c:{curve.colour}">']
     parts += [f'<polyline class="faint" points="{_points(x, y, frame)}"/>' for x, y in curve.behind]
     parts.append(f'<polyline{dash} points="{_points(curve.x, curve.y, frame)}"/>')
-    if curve.markers and curve.label:
+    if curve.label:
         parts += [
-            f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{MARKED_SIZE}">'
-            f"<title>{html.escape(curve.label)}, {html.escape(frame.panel.x_label)} {x:,.6g}: {y:,.5g}</title></circle>"
-            for x, y in zip(curve.x, curve.y, strict=True)
+            f'<line class="bar" x1="{frame.x(x):.1f}" x2="{frame.x(x):.1f}" y1="{frame.y(low):.1f}" y2="{frame.y(high):.1f}"/>'
+            for x, low, high in curve.intervals
+        ]
+    if curve.markers and curve.label:
+        bars = curve.bars or [None] * len(curve.y)
+        parts += [
+            f'<circle{' class="open"' if unknown else ""} cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{MARKED_SIZE}">'
+            f"<title>{html.escape(curve.label)}, {html.escape(frame.panel.x_label)} {x:,.6g}: {y:,.5g}"
+            f"{f' ± {bar:,.3g} (95 %)' if bar is not None else ''}</title></circle>"
+            for x, y, bar, unknown in zip(curve.x, curve.y, bars, curve.open_marks, strict=True)
         ]
     return "".join([*parts, "</g>"])
 
