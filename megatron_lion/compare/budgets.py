@@ -136,26 +136,37 @@ def _columns(budget: Budget, runs: list[Measured]) -> tuple[float, str, list[flo
 
 
 def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
-    """Test loss at the largest number of steps, tokens and training seconds that every run of a model reached."""
+    """Test loss at the largest number of steps, tokens and training seconds that every run of a model reached.
+
+    A run that diverged early does not make the budget smaller: it has no value at a budget that it did not reach.
+    """
     rows: list[list[Cell]] = []
     notes = []
     for model, group in by_model(list(runs)).items():
         group = [run for run in group if run.series("test/loss")]
         if len(group) < 2:
             continue
+        every = all(run.diverged for run in group)
+        limiting = [every or not run.diverged for run in group]
         columns: list[list[Cell]] = []
         limits = []
         for budget in BUDGETS:
             found = [measured(run, budget) for run in group]
-            known = [losses for losses in found if losses]
-            if len(known) < len(found):  # no comparison at equal cost if one run's cost is unknown
+            known = [losses for losses, counts in zip(found, limiting, strict=True) if losses and counts]
+            if len(known) < sum(limiting):  # no comparison at equal cost if one run's cost is unknown
                 columns.append([None] * len(group))
                 continue
             most = min(losses.costs[-1] for losses in known)
-            columns.append([losses.between(most / 2, most) for losses in known])
+            columns.append([
+                losses.between(most / 2, most) if losses and losses.reaches(most) else None for losses in found
+            ])  # fmt: skip
             limits.append(f"{most:,.0f} {budget.unit}")
         rows += [[model, run.label, *cells] for run, *cells in zip(group, *columns, strict=True)]
         notes.append(f"{model}: {', '.join(limits)}; the last measurement in its second half")
+        if left := [
+            f"{run.label} {stopped_at(run)}" for run, counts in zip(group, limiting, strict=True) if not counts
+        ]:
+            notes[-1] += f"; a run that diverged does not limit the budget: {listed(left)}"
     heads = ["model", "optimizer", "at equal steps", "at equal tokens", "at equal seconds"]
     return Table(
         slug="equal-budget",

@@ -169,7 +169,11 @@ def advice_section(
     gaps = [("Δ given", gap)] if gap is not None else []
     if gap is None and ends is not None:
         lines.append(_gap_line(ends))
-        gaps = [(label, value) for label, value in (("Δ low", ends.low), ("Δ high", ends.high)) if value > 0]
+        gaps = [
+            (label, value)
+            for label, value in (("Δ with f* = smallest loss", ends.low), ("Δ with f* = 0", ends.high))
+            if value > 0
+        ]
         if bounds := tuple(end for end in (ends.low_bound, ends.high_bound) if end is not None):
             ranges.append(_Range("Δ", "gap", bounds))
     if not gaps:

@@ -11,7 +11,7 @@ import yaml
 from synthetic_runs import write_run
 
 from megatron_lion.compare.best import choose_best
-from megatron_lion.compare.budgets import geometric_mean, target_table
+from megatron_lion.compare.budgets import equal_budget_table, geometric_mean, target_table
 from megatron_lion.compare.run_tables import settings_table
 from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.selection import read_runs
@@ -209,3 +209,30 @@ def test_a_seed_at_the_target_from_the_start_has_an_arithmetic_mean_and_a_note(t
     assert "the first measurement of 1 run is at or below the target" in table.notes[0]
     assert "a seed reached the target at step 0, which has no logarithm: arithmetic means" in table.notes[1]
     assert geometric_mean([0.0, 1000.0, 2000.0]).estimate == 1000.0
+
+
+def test_a_run_that_diverged_does_not_limit_the_equal_budget(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, optimizer=name) for name in ("lion", "sgd", "adamw")]
+    edit(folders[1], until=400, add=(DIVERGED,))
+    edit(folders[2], until=700)
+    runs = read_runs(folders)
+    table = equal_budget_table(runs)
+    lion, sgd, adamw = (row[2:] for row in table.rows)
+    at = [dict(zip(run.series("test/loss").steps, run.series("test/loss").values, strict=True)) for run in runs]
+    assert lion[0] == at[0][700]
+    assert adamw[0] == at[2][700]
+    assert sgd == [None, None, None], "it did not reach the budget, and has a measurement in its second half"
+    assert table.notes[0].startswith("gpt2-small: 700 steps, 11,468,800 tokens, ")
+    assert table.notes[0].endswith("; a run that diverged does not limit the budget: SGD diverged at step 403")
+
+    late = equal_budget_table(read_runs([folders[1], edit(folders[2], until=300)]))
+    assert [row[2] for row in late.rows] == [at[1][300], at[2][300]], "a value at a budget that it reached is shown"
+
+
+def test_an_equal_budget_of_diverged_runs_only_is_the_shortest_of_them(tmp_path: Path) -> None:
+    folders = [edit(write_run(tmp_path / name, optimizer=name), until=400, add=(DIVERGED,)) for name in ("lion", "sgd")]
+    edit(folders[1], until=300, add=(DIVERGED,))
+    table = equal_budget_table(read_runs(folders))
+    assert all(row[2] is not None for row in table.rows)
+    assert table.notes[0].startswith("gpt2-small: 300 steps, ")
+    assert "diverged" not in table.notes[0]

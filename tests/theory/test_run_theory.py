@@ -170,7 +170,7 @@ def test_theory_verb_over_seeds(run_folders, capsys):
     assert "of the mean over 3 runs" in text
     assert "still grows" not in text
     assert text.count("## Corollary 3 for") == 3
-    assert "| L × 100, Δ high |" in text
+    assert "| L × 100, Δ with f* = 0 |" in text
     assert "beta1 = beta2 (Signum)" in text
     assert "The run used β = (0.9, 0.95) and a peak η of 0.01." in text
     assert text.count("because the records have no probe/noise_variance; no interval, because") == 3
