@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _draw(axes: Any, panel: Panel) -> None:
             **({"linewidth": 1.8} if curve.label else FAINT),
         )  # fmt: skip
         if curve.label:
-            _mark_bars(axes, curve)
+            _mark_bars(axes, curve, floor=0.0 if panel.from_zero else -math.inf)
     if panel.log_y:
         axes.set_yscale("log")
         low, high = 10**low, 10**high
@@ -88,12 +89,13 @@ def _draw(axes: Any, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
 
 
-def _mark_bars(axes: Any, curve: Curve) -> None:
+def _mark_bars(axes: Any, curve: Curve, floor: float) -> None:
     """Draws the known bars, and the marks of a curve that has bars: open ones if the bar is not known."""
     for x, low, high in curve.intervals:
         axes.plot(
-            (x, x), (low, high), color=curve.colour, linewidth=1.2, marker="_", markersize=5, solid_capstyle="butt"
-        )
+            (x, x), (max(low, floor), high), color=curve.colour, linewidth=1.2, marker="_", markersize=5,
+            solid_capstyle="butt", clip_on=False,
+        )  # fmt: skip
     if curve.markers and curve.bars:
         for x, y, unknown in zip(curve.x, curve.y, curve.open_marks, strict=True):
             face = "white" if unknown else curve.colour
