@@ -41,6 +41,7 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.device import select_device
 from megatron_lion.gradient.full_gradient import probe_run
+from megatron_lion.gradient.sketch import GradientSketch
 from megatron_lion.jobs import world_size_from_env
 from megatron_lion.parallel import broadcast_object, process_groups
 from megatron_lion.train.run import build_run
@@ -181,8 +182,15 @@ def measure(run: Any, repeats: int) -> dict[str, Any]:
         "repeats": repeats,
         **sizes,
         "tokens_per_batch": run.config.train.global_batch_size * run.config.model.seq_length,
+        "sketch_ms": sketch_ms(run),
         **report,
     }
+
+
+def sketch_ms(run: Any, repeats: int = 21) -> float:
+    """Median time of one sketch of the gradient buffers, which a probe makes once a batch, in ms of wall time."""
+    sketch = GradientSketch(run.model)
+    return 1e3 * statistics.median(timed(lambda _: sketch.local(), run)[0] for _ in range(repeats))
 
 
 def facts(device: str, world_size: int, args: argparse.Namespace) -> dict[str, Any]:
