@@ -7,16 +7,14 @@ messages about arguments therefore take about a second.
 from __future__ import annotations
 
 import errno
-import importlib
-import keyword
 import signal
 import sys
 from contextlib import nullcontext
 from traceback import print_exc
-from types import ModuleType
 from typing import Any
 
 from megatron_lion import __version__
+from megatron_lion.commands.verbs import VERBS, build_parser, verb_module
 from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnRequest, StorageError
 from megatron_lion.exit_report import UNTYPED, leave, record, report
 from megatron_lion.jobs import known_rank, place_from_env
@@ -24,24 +22,7 @@ from megatron_lion.logs import install_last_resort
 from megatron_lion.signals import IN_START, stop_raises
 from megatron_lion.streams import guard_streams, lost_output, say
 
-VERBS = {
-    "prepare": "convert text to a dataset folder of token files",
-    "pretrain": "train GPT-2 or BERT with LION, SGD or AdamW; the same command resumes",
-    "sweep": "run a grid of settings and pick the best of each optimizer by validation loss",
-    "evaluate": "measure the zero-shot perplexity of a run's checkpoints",
-    "probe": "measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise",
-    "compare": "write tables and figures over several runs",
-    "toy": "run the two-dimensional experiment of the convergence theory",
-    "theory": "compute rate constants of runs, and the settings that Corollary 3 gives",
-    "reproduce": "make the paper's tables and figures and compare them with the paper",
-    "export": "write a checkpoint as a Hugging Face folder",
-    "import": "make a run from a Hugging Face folder",
-    "generate": "print a few lines of text from a GPT-2 checkpoint",
-    "env": "print versions and hardware, for bug reports",
-    "demo": "run all steps on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
-}
-
-PRINTING_VERBS = {"compare", "theory", "generate", "env", "help"}
+PRINTING_VERBS = {"compare", "theory", "generate", "completion", "env", "help"}
 PRINTING_FLAGS = (
     "-h", "--help", "--version", "--dry-run", "--print", "--print_config", "--explain", "--fill-mask", "--sentence-order",
 )  # fmt: skip
@@ -113,20 +94,6 @@ def _run_verb(words: list[str]) -> int:
     place_from_env()  # a wrong variable is reported before anything is written
     outcome = module.run(arguments)
     return int(outcome or 0)
-
-
-def verb_module(verb: str) -> ModuleType:
-    """Imports and returns the module of a verb; `import` is a keyword of Python, so its module is import_.py."""
-    return importlib.import_module(f"megatron_lion.commands.{verb}{'_' * keyword.iskeyword(verb)}")
-
-
-def build_parser(verb: str, module: ModuleType) -> Any:
-    """Returns the parser of a verb, with its help line and options."""
-    from megatron_lion.configfile import UserParser
-
-    parser = UserParser(prog=f"megatron-lion {verb}", description=module.HELP, exit_on_error=True, print_config=None)
-    module.add_arguments(parser)
-    return parser
 
 
 def parse(parser: Any, words: list[str]) -> Any:

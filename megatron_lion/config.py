@@ -256,6 +256,15 @@ class RunConfig:
             else round(schedule.warmup_fraction * self.train.steps)
         )
 
+    def resolved(self) -> RunConfig:
+        """Returns the same settings with the values that null stands for, as far as they do not depend on data or device."""
+        model, optimizer = self.model, self.optimizer
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(model, ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size),
+            optimizer=dataclasses.replace(optimizer, betas=optimizer.resolved_betas()),
+        )
+
     def num_microbatches(self, world_size: int) -> int:
         """Returns the number of micro-batches that each process runs in a step."""
         return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))

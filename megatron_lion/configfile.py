@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
-import shlex
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from megatron_lion.config import RunConfig
+from megatron_lion.config_hints import hint
 from megatron_lion.errors import ConfigError
 from megatron_lion.files import write_whole
+from megatron_lion.jobs import rank_from_env
+from megatron_lion.optimizer_switch import switched
+from megatron_lion.shipped import config_file, shipped_configs
+from megatron_lion.streams import say
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -25,7 +30,38 @@ def _load_value(text: str) -> Any:
     """Parses YAML, but leaves a one-line value that begins with '#' or is '~' as text; YAML would read it as null."""
     if "\n" not in text and (text.lstrip().startswith("#") or text.strip() == "~"):
         return text
-    return get_loader("yaml")(text)
+    return _with_lists(get_loader("yaml")(text))
+
+
+@cache
+def list_keys() -> dict[str, type]:
+    """Returns the dotted keys of the settings that take a list, with the type of its items."""
+    found: dict[str, type] = {}
+    for section, kind in get_type_hints(RunConfig).items():
+        for name, hinted in get_type_hints(kind).items() if dataclasses.is_dataclass(kind) else ():
+            for member in get_args(hinted) if isinstance(hinted, UnionType) else (hinted,):
+                if get_origin(member) is list:
+                    found[f"{section}.{name}"] = get_args(member)[0]
+    return found
+
+
+def _with_lists(content: Any) -> Any:
+    """Returns the content of a config file with each single value of a list setting as a list of one."""
+    if isinstance(content, dict):
+        for key in list_keys():
+            section, _, name = key.partition(".")
+            group = content.get(section)
+            if isinstance(group, dict) and isinstance(group.get(name), str | int | float):
+                group[name] = [group[name]]
+    return content
+
+
+def _in_brackets(key: str, text: str) -> str:
+    """Returns a flag's value as YAML's list of one, or as a list of numbers if commas separate them; lists stay as they are."""
+    if text.lstrip().startswith("[") or text.strip() in ("", "null", "~"):
+        return text
+    # JSON's quotes keep a path that YAML would read as something else: `a, b`, `no`, `c: d`.
+    return f"[{json.dumps(text, ensure_ascii=False)}]" if list_keys()[key] is str else f"[{text}]"
 
 
 VALUES = "yaml with any text"
@@ -44,7 +80,7 @@ class UserParser(ArgumentParser):
     words: Sequence[str] = ()
 
     def __init__(self, *others: Any, **named: Any) -> None:
-        super().__init__(*others, parser_mode=VALUES, **named)
+        super().__init__(*others, parser_mode=VALUES, allow_abbrev=False, **named)
 
     def add_argument(self, *names: Any, **named: Any) -> Any:
         """Declares an argument as argparse does; choices of strings become a Literal, which --help and messages print."""
@@ -60,16 +96,32 @@ class UserParser(ArgumentParser):
         if self.takes_config_first and words and not words[0].startswith("-"):
             words[:1] = ["--config", words[0]]
         self.words = tuple(words)
-        for place, word in enumerate(words):
-            if word == "--config" and place + 1 < len(words):
-                check_config_file(Path(words[place + 1]))
-            elif word.startswith("--config="):
-                check_config_file(Path(word.removeprefix("--config=")))
+        self.with_lists(words)
+        for place in config_places(words):
+            path = config_file(words[place].removeprefix("--config="))
+            check_config_file(path)
+            words[place] = f"--config={path}" if words[place].startswith("--config=") else str(path)
         return super().parse_args(words, *others, **named)
+
+    def with_lists(self, words: list[str]) -> None:
+        """Puts one value of a setting that takes a list into brackets, in place: `--data.path data/owt`."""
+        for key in list_keys():
+            for place, word in enumerate(words):
+                if word == f"--{key}" and place + 1 < len(words):
+                    words[place + 1] = _in_brackets(key, words[place + 1])
+                elif word.startswith(f"--{key}="):
+                    words[place] = f"--{key}={_in_brackets(key, word.removeprefix(f'--{key}='))}"
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises the parser's message as a ConfigError of one line; argparse would print usage and exit."""
-        raise ConfigError(one_line(message)) from ex
+        flags = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+        raise ConfigError(one_line(message, flags)) from ex
+
+
+def config_places(words: Sequence[str]) -> list[int]:
+    """Returns the positions of the words that name a config file: after --config, or --config=FILE itself."""
+    after = [place + 1 for place, word in enumerate(words[:-1]) if word == "--config"]
+    return sorted(after + [place for place, word in enumerate(words) if word.startswith("--config=")])
 
 
 def add_run_config(parser: ArgumentParser) -> None:
@@ -79,7 +131,26 @@ def add_run_config(parser: ArgumentParser) -> None:
 
 
 def run_config_from_namespace(parser: ArgumentParser, namespace: Any) -> RunConfig:
-    """Returns the RunConfig of parsed flags."""
+    """Returns the RunConfig of parsed flags, with rate and decay converted if a flag changed the config's optimizer.
+
+    A conversion is reported on stderr by the first process; see `optimizer_switch.switched`.
+    """
+    config = flags_as_given(parser, namespace)
+    words = list(parser.words) if isinstance(parser, UserParser) else []
+    files = [words[place].removeprefix("--config=") for place in config_places(words)]
+    names = [re.match(r"--optimizer(?:\.(\w+))?(?:=|$)", word) for word in words]
+    given = {match[1] for match in names if match}
+    if "name" not in given or None in given:  # None: --optimizer with all of the group
+        return config
+    before, where = (load_config(config_file(files[-1])), files[-1]) if files else (RunConfig(), "the default config")
+    optimizer, note = switched(before.optimizer, config.optimizer, given, where)
+    if note and rank_from_env() == 0:
+        say(note)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def flags_as_given(parser: ArgumentParser, namespace: Any) -> RunConfig:
+    """Returns the RunConfig of parsed flags without any conversion."""
     built = parser.instantiate(namespace)
     names = {f.name for f in dataclasses.fields(RunConfig)}
     return RunConfig(**{name: built[name] for name in names})
@@ -103,7 +174,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise
     except Exception as error:
         raise ConfigError(one_line(f"{path}: {error}")) from error
-    return run_config_from_namespace(parser, namespace)
+    return flags_as_given(parser, namespace)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -153,7 +224,9 @@ def check_config_file(path: Path) -> None:
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
     except FileNotFoundError as error:
-        raise ConfigError(f"config file {path} does not exist") from error
+        raise ConfigError(
+            f"config file {path} does not exist; give a YAML file, or the name of a shipped config: {', '.join(shipped_configs())}"
+        ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -198,15 +271,17 @@ def known_keys() -> list[str]:
 
 
 def suggestion(key: str) -> str:
-    """Returns " (did you mean …?)" for an unknown key, or "" if no key is similar."""
-    close = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.6)
-    if not close:
-        close = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]][:1]
-    return f" (did you mean {close[0]}?)" if close and close[0] != key else ""
+    """Returns " (did you mean …?)" for an unknown key of a config, or "" if none is similar."""
+    return hint(key, known_keys())
 
 
-def one_line(message: str) -> str:
-    """Shortens a parser's message to one line in plain words; for an unknown key, suggests a similar one."""
+def one_line(message: str, known: Sequence[str] = ()) -> str:
+    """Shortens a parser's message to one line in plain words; for an unknown key or flag, suggests what was meant.
+
+    Args:
+        message: the text of a parser's exception.
+        known: the parser's flags without dashes.
+    """
     text = " ".join(part.strip() for part in message.splitlines() if part.strip())
     text = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", text)
     union = re.search(
@@ -218,22 +293,14 @@ def one_line(message: str) -> str:
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
     text = re.sub(r"Expected an? ", "expected ", text).replace("Expected ", "expected ").replace("NoneType", "null")
     text = re.sub(r"\. Got value: ", ", given ", text)
-    listed = re.search(r"expected list, given ([^\[{].*)$", text)
-    if listed:
-        text += f"; write a list in brackets: {_in_brackets(listed[1])}"
     if re.search(r"expected str, given \{", text):
         text += "; put text that contains ': ' in quotes"
-    unknown = re.search(r"(?:[Uu]nrecognized arguments?:|[Kk]ey|Option) ['\"]?(?:--)?([\w.]+)['\"]?", text)
-    return text + suggestion(unknown[1]) if unknown else text
-
-
-def _in_brackets(text: str) -> str:
-    """Returns how to write one value as a list on a shell's command line, in quotes if YAML reads it otherwise."""
-    plain, quoted = (shlex.quote(f"[{item}]") for item in (text, json.dumps(text, ensure_ascii=False)))
-    try:
-        read = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
-        return quoted
-    if read == [text] or not any(isinstance(item, str) for item in read):  # or numbers
-        return plain
-    return f"{quoted}, or {plain} for several values" if "," in text else quoted
+    flags = re.match(r"[Uu]nrecognized arguments?: (.*)$", text)
+    if flags:
+        words = flags[1].split()
+        named = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if not named:
+            return f"unexpected word{'s' * (len(words) > 1)}: {' '.join(words)}"
+        return f"unknown flag {', '.join(flag + hint(flag.lstrip('-'), known, '--') for flag in named)}"
+    unknown = re.search(r"(?:[Kk]ey|Option) ['\"]?(?:--)?([\w.]+)['\"]?", text)
+    return text + hint(unknown[1], known) if unknown else text

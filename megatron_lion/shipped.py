@@ -32,3 +32,31 @@ def shipped_folder(name: Literal["configs", "launch"], package: Path = PACKAGE) 
     raise EnvironmentFault(
         f"{package}: the package was installed without its {name}/ folder; install the package again"
     )
+
+
+def shipped_configs(package: Path = PACKAGE) -> dict[str, Path]:
+    """Returns the shipped configs by name: "gpt2-tiny" for configs/gpt2_tiny.yaml, in alphabetical order.
+
+    Args:
+        package: folder of the package.
+
+    Raises:
+        EnvironmentFault: the folder configs/ is missing.
+    """
+    folder = shipped_folder("configs", package)
+    return {path.stem.replace("_", "-"): path for path in sorted(folder.glob("*.yaml"))}
+
+
+def config_file(text: str) -> Path:
+    """Returns the path of a config: `text` itself if such a file exists, else the shipped config of that name.
+
+    Accepted names: gpt2-tiny, gpt2_tiny, gpt2_tiny.yaml. A path that does not exist and is no such name is returned as
+    it is, for the caller's message.
+
+    Args:
+        text: what was given as --config.
+    """
+    path = Path(text)
+    if path.exists() or path.parent != Path():
+        return path
+    return shipped_configs().get(text.removesuffix(".yaml").replace("_", "-"), path)

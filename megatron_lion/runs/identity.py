@@ -92,9 +92,13 @@ def settle_run_id(run_dir: Path, folders: Sequence[Path], *, fresh: bool, fall_b
     return next(iter(by_id), None) or new_run_id()
 
 
+_RESOLVED = ("optimizer.betas", "model.ffn_hidden_size")
+"""Settings that earlier manifests store as null; see RunConfig.resolved."""
+
+
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
-    """Returns the settings that may not change on resume, by dotted key, as a manifest stores them."""
-    return {key: value for key, value in flatten(asdict(config)).items() if not changeable(key)}
+    """Returns the settings that may not change on resume, resolved, by dotted key, as a manifest stores them."""
+    return {key: value for key, value in flatten(asdict(config.resolved())).items() if not changeable(key)}
 
 
 @cache
@@ -144,7 +148,15 @@ def _different(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     batch, steps = settings["train.global_batch_size"], settings["train.steps"]
     expected = {"seed": (manifest.get("seed", settings["seed"]), settings["seed"])}
     if manifest.get("settings") is not None:
-        before = {**deciding_settings(RunConfig()), **manifest["settings"]}  # a setting that is newer has its default
+        # A setting that is newer than the manifest has its default, and null the value that it stands for.
+        default = {
+            **deciding_settings(RunConfig()),
+            "model.ffn_hidden_size": 4 * manifest["settings"].get("model.hidden_size", 0),
+        }
+        before = {
+            **default,
+            **{key: value for key, value in manifest["settings"].items() if value is not None or key not in _RESOLVED},
+        }
         expected = {key: (before.get(key), value) for key, value in settings.items()}
     different = [
         f"{key}: {printable(theirs)}, now {ours}" for key, (theirs, ours) in expected.items() if theirs != ours

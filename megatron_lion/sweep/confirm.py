@@ -10,7 +10,7 @@ from megatron_lion.compare.best import Choice
 from megatron_lion.compare.optimism import count_of
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config
-from megatron_lion.sweep.grid import with_setting
+from megatron_lion.sweep.grid import with_settings
 from megatron_lion.sweep.plan import PlannedRun, check_all, run_name
 from megatron_lion.sweep.summary import choices_of, read_records
 from megatron_lion.sweep.sweep_file import Entry, Sweep
@@ -81,9 +81,5 @@ def _confirmation_run(sweep: Sweep, base: RunConfig, chosen: Entry, seed: int) -
     settings = {key: value for key, value in chosen.settings.items() if key != "seed"}
     name = f"{run_name(settings)}-confirm-seed{seed}"
     settings["seed"] = seed
-    config = base
-    for key, value in settings.items():
-        config = with_setting(config, key, value)
-    return PlannedRun(
-        name=name, settings=settings, config=dataclasses.replace(config, run_dir=str(sweep.folder / name))
-    )
+    config = dataclasses.replace(with_settings(base, settings)[0], run_dir=str(sweep.folder / name))
+    return PlannedRun(name=name, settings=settings, config=config)

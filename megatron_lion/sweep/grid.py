@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, get_args, get_type_hints
 
 from megatron_lion.config import OptimizerConfig, RunConfig
-from megatron_lion.configfile import UserParser, add_run_config, known_keys, run_config_from_namespace, suggestion
+from megatron_lion.configfile import UserParser, add_run_config, flags_as_given, known_keys, suggestion
 from megatron_lion.errors import ConfigError
+from megatron_lion.optimizer_switch import switched
 from megatron_lion.runs.folder import changeable
 
 PAPER_RATES = ("3e-3", "1e-3", "3e-4", "1e-4", "3e-5", "1e-5", "3e-6", "1e-6")
@@ -129,7 +130,7 @@ def split_values(text: str) -> list[str]:
 
 def _parse_value(parser: UserParser, key: str, word: str, text: str) -> Any:
     try:
-        config = run_config_from_namespace(parser, parser.parse_args([f"--{key}={word}"]))
+        config = flags_as_given(parser, parser.parse_args([f"--{key}={word}"]))
     except ConfigError as error:
         raise ConfigError(f"--grid {text}: {error}") from error
     return get_setting(config, key)
@@ -141,6 +142,19 @@ def get_setting(config: RunConfig, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def with_settings(base: RunConfig, settings: Mapping[str, Any]) -> tuple[RunConfig, str]:
+    """Returns a copy of a sweep's base config with the settings of one run, by dotted key, and a note for the user or "".
+
+    If they change the optimizer and give no rate, rate and decay are converted as in `pretrain`, and the note reports it.
+    """
+    config = base
+    for key, value in settings.items():
+        config = with_setting(config, key, value)
+    given = [key.removeprefix("optimizer.") for key in settings if key.startswith("optimizer.")]
+    optimizer, note = switched(base.optimizer, config.optimizer, given, "the sweep's config")
+    return dataclasses.replace(config, optimizer=optimizer), note
 
 
 def with_setting(config: RunConfig, key: str, value: Any) -> RunConfig:

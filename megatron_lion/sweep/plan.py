@@ -17,7 +17,8 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import known_keys
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.runs.folder import changeable, flatten
-from megatron_lion.sweep.grid import Axis, get_setting, settings_of_runs, with_setting
+from megatron_lion.streams import say
+from megatron_lion.sweep.grid import Axis, get_setting, settings_of_runs, with_settings
 
 # A single run can be resumed with other values of these; the runs of a sweep must agree in them to be comparable.
 FIXED = ("name", "data.path", "data.tokenizer", "train.stop_after")
@@ -55,7 +56,11 @@ class PlannedRun:
     def words(self, base: Path) -> list[str]:
         """The arguments of `megatron-lion pretrain` that start or resume the run."""
         words = ["--config", str(base), "--run_dir", str(self.folder)]
-        for key, value in self.settings.items():
+        settings = dict(self.settings)
+        if "optimizer.name" in settings:  # explicit, so that no conversion in `pretrain` can differ from the plan's
+            for key in ("optimizer.lr", "optimizer.weight_decay"):
+                settings.setdefault(key, get_setting(self.config, key))
+        for key, value in settings.items():
             words += [f"--{key}", as_typed(value)]
         return words
 
@@ -75,6 +80,8 @@ def settings_digest(config: RunConfig) -> str:
 def plan_runs(base: RunConfig, axes: Sequence[Axis], folder: Path, processes: int) -> list[PlannedRun]:
     """Plans the runs and checks the settings of each.
 
+    Rates that are converted for another optimizer are reported on stderr.
+
     Args:
         base: the settings that all runs share.
         axes: from `parse_grids`.
@@ -91,14 +98,16 @@ def plan_runs(base: RunConfig, axes: Sequence[Axis], folder: Path, processes: in
         )
     _need_data(base.data.path)
     planned = []
+    notes: dict[str, None] = {}  # each once, in order
     for settings in settings_of_runs(axes, base.optimizer.name):
-        config = base
-        for key, value in settings.items():
-            config = with_setting(config, key, value)
         name = run_name(settings)
+        config, note = with_settings(base, settings)
+        notes[note] = None
         config = dataclasses.replace(config, run_dir=str(folder / name))
         planned.append(PlannedRun(name=name, settings=settings, config=config))
     check_all(planned, processes)
+    for note in filter(None, notes):
+        say(note)
     return planned
 
 

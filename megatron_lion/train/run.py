@@ -163,7 +163,7 @@ def build_run(
 
 def config_digest(config: RunConfig) -> str:
     """SHA-256 of the settings as config.yaml stores them, in hexadecimal."""
-    return hashlib.sha256(dump_config(config).encode()).hexdigest()
+    return hashlib.sha256(dump_config(config.resolved()).encode()).hexdigest()
 
 
 def save_run(run: Run) -> Checkpoint:
