@@ -9,10 +9,12 @@ from typing import Any
 
 VERBS = {
     "prepare": "convert text to a dataset folder of token files",
+    "tokenizer": "train a tokenizer on text",
     "pretrain": "train GPT-2 or BERT with LION, SGD or AdamW; the same command resumes",
     "sweep": "run a grid of settings and pick the best of each optimizer by validation loss",
     "evaluate": "measure the zero-shot perplexity of a run's checkpoints",
     "probe": "measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise",
+    "watch": "show runs in a browser while they train",
     "compare": "write tables and figures over several runs",
     "toy": "run the two-dimensional experiment of the convergence theory",
     "theory": "compute rate constants of runs, and the settings that Corollary 3 gives",
@@ -20,6 +22,7 @@ VERBS = {
     "export": "write a checkpoint as a Hugging Face folder",
     "import": "make a run from a Hugging Face folder",
     "generate": "print a few lines of text from a GPT-2 checkpoint",
+    "configs": "list, print or copy the shipped configs",
     "completion": "print a script that completes verbs and flags in a shell",
     "env": "print versions and hardware, for bug reports",
     "demo": "run all steps on a small corpus: prepare, pretrain with three optimizers, evaluate, compare",
