@@ -211,8 +211,8 @@ class ProbeConfig:
 class LogConfig:
     """Outputs for metrics in addition to metrics.jsonl."""
 
-    tensorboard: bool = False
-    """Write TensorBoard events to RUN/tensorboard."""
+    tensorboard: bool | None = None
+    """Write TensorBoard events to RUN/tensorboard; null writes them if the package tensorboard is installed."""
     wandb_project: str | None = None
     """Send metrics to this Weights & Biases project."""
     progress: bool = True

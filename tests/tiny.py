@@ -61,7 +61,7 @@ def tiny_config(run_dir: Path | str, corpus: str, **changes: Any) -> RunConfig:
         train=TrainConfig(steps=5, global_batch_size=8, micro_batch_size=1, precision="fp32", test_every=0,
             test_batches=2, log_every=1),
         checkpoint=CheckpointConfig(every=0),
-        log=LogConfig(progress=False),
+        log=LogConfig(progress=False, tensorboard=False),
     )  # fmt: skip
     for key, value in changes.items():
         *sections, name = key.split("__")

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,12 @@ class MetricsWriter:
         if not is_main:
             return
         _end_last_line(self.path)
-        if config.log.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise EnvironmentFault(
-                    "log.tensorboard: install it with `pip install megatron-lion[tensorboard]`"
-                ) from error
+        if writer := _summary_writer(config.log.tensorboard):
             folder = run_dir / "tensorboard"
             # After a crash, the steps after the checkpoint are repeated. TensorBoard hides earlier events from purge_step on.
             # The held-out loss and the probe of step 0 are repeated too.
             with storage_errors(folder):
-                self._tensorboard = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
+                self._tensorboard = writer(str(folder), purge_step=start + 1 if start else 0)
         if config.log.wandb_project:
             try:
                 import wandb
@@ -186,6 +181,26 @@ def _wandb_id(run_dir: Path) -> str:
         found = uuid.uuid4().hex[:12]
         write_whole(path, f"{found}\n".encode())
     return found
+
+
+def _summary_writer(wanted: bool | None) -> Any:
+    """Returns torch's SummaryWriter, or None if no events are to be written.
+
+    Raises:
+        EnvironmentFault: events are asked for, and TensorBoard cannot be imported.
+    """
+    if wanted is False or (wanted is None and find_spec("tensorboard") is None):
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # a package of another version may raise anything when it is imported
+        if wanted:
+            raise EnvironmentFault(
+                f"log.tensorboard: cannot be imported ({error}); install it with `pip install megatron-lion[tensorboard]`"
+            ) from error
+        warn(logger, f"TensorBoard is installed but cannot be imported ({error}); no events are written")
+        return None
+    return SummaryWriter
 
 
 def _jsonable(value: Any) -> Any:

@@ -78,6 +78,35 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
 
 
+def test_tensorboard_is_written_by_default_if_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    assert RunConfig().log.tensorboard is None
+
+    def events_in(name: str, **log: Any) -> list[Path]:
+        folder = tmp_path / name
+        folder.mkdir()
+        writer = MetricsWriter(folder, config_with(folder, **log), is_main=True)
+        writer.write(1, {"train/loss": 2.5})
+        writer.close()
+        assert (folder / "metrics.jsonl").is_file()
+        return list(folder.glob("tensorboard/events*"))
+
+    assert events_in("installed")
+    assert not events_in("unwanted", tensorboard=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "find_spec", lambda name: None)
+        assert not events_in("not installed")
+    assert not caplog.records
+    # Installed, but of a version that cannot be imported: only who asked for it is stopped.
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert not events_in("broken")
+    assert "TensorBoard is installed but cannot be imported" in caplog.text
+    with pytest.raises(EnvironmentFault, match=r"log\.tensorboard: cannot be imported"):
+        events_in("asked for", tensorboard=True)
+
+
 @pytest.mark.parametrize("start", [0, 2])
 def test_tensorboard_hides_the_steps_that_a_run_repeats(start: int, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
