@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +35,37 @@ def job_words(verb: str, words: list[str], processes: int = 1) -> list[str]:
     if processes == 1:
         return ["-m", "megatron_lion", verb, *words]
     return ["-m", "megatron_lion.launcher", "--processes", str(processes), verb, *words]
+
+
+def shell_line(words: list[str]) -> str:
+    """Words as one command line that bash, zsh and sh split into the same words.
+
+    Example:
+        >>> shell_line(["megatron-lion", "pretrain", "--data.path", "[my data]"])
+        "megatron-lion pretrain --data.path '[my data]'"
+    """
+    # zsh replaces an unquoted =word by the path of that command.
+    return " ".join(
+        f"'{word}'" if word.startswith("=") and word == shlex.quote(word) else shlex.quote(word) for word in words
+    )
+
+
+def typed_path(path: str | Path) -> str:
+    """An absolute path as typed in the current folder: relative if it is inside of it, else unchanged."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def interpreter_word() -> str:
+    """This interpreter as a user can type it here: "python" if the PATH leads to it, else its path."""
+    # Links are not followed: those of every environment lead to the same file.
+    found = shutil.which("python")
+    return "python" if found == sys.executable else typed_path(sys.executable)
+
+
+def shown_job(verb: str, words: list[str], processes: int = 1) -> str:
+    """The command line of `Jobs.run` with these arguments, to be pasted in a shell."""
+    return shell_line([interpreter_word(), *job_words(verb, words, processes)])
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,13 @@ It takes the place of torchrun, whose agent opens ports on all interfaces and un
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which fail on an old Python and without the packages
+    import sys
+
+    from megatron_lion.installation import check
+
+    check(sys.argv[1:], "megatron_lion.launcher")
+
 import argparse
 import os
 import shutil

@@ -6,12 +6,16 @@ package.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Literal
 
-from megatron_lion.errors import EnvironmentFault
+from megatron_lion.errors import ConfigError, EnvironmentFault
 
 KNOWN_FILES = {"configs": "gpt2_small.yaml", "launch": "torchrun.sh"}
+SCHEMA = "schema.json"
+SCHEMA_LINE = "# yaml-language-server: $schema="
+"""The comment by which an editor finds the JSON schema of the settings."""
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -59,4 +63,40 @@ def config_file(text: str) -> Path:
     path = Path(text)
     if path.exists() or path.parent != Path():
         return path
-    return shipped_configs().get(text.removesuffix(".yaml").replace("_", "-"), path)
+    return shipped_configs().get(_plain_name(text), path)
+
+
+def shipped_config(name: str) -> Path:
+    """Returns the path of the shipped config of a name, in the spellings that `config_file` accepts.
+
+    Args:
+        name: such as gpt2-tiny.
+
+    Raises:
+        ConfigError: no config has this name; the message suggests a similar one and lists all.
+    """
+    found = shipped_configs()
+    plain = _plain_name(name)
+    if plain not in found:
+        close = difflib.get_close_matches(plain, found, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"no shipped config is named '{name}'{meant} (names: {', '.join(found)})")
+    return found[plain]
+
+
+def _plain_name(text: str) -> str:
+    return text.removesuffix(".yaml").replace("_", "-")
+
+
+def purpose(config: Path) -> str:
+    """Returns the first comment line of a config, which describes it, or "" if it begins with a setting."""
+    for line in config.read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith(SCHEMA_LINE):
+            return line.removeprefix("#").strip() if line.startswith("#") else ""
+    return ""
+
+
+def with_absolute_schema(config: Path) -> str:
+    """Returns a config's text; the line that names its JSON schema for editors gets the schema's absolute path."""
+    text = config.read_text(encoding="utf-8")
+    return text.replace(SCHEMA_LINE + SCHEMA, SCHEMA_LINE + str(config.with_name(SCHEMA)))

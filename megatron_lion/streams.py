@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import io
 import os
+import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TextIO
 
@@ -97,3 +99,21 @@ def say(text: str) -> None:
         with suppress(OSError, ValueError):  # ValueError: it is closed
             stream.write(f"{text}\n")
             stream.flush()
+
+
+def next_steps(*commands: Sequence[str] | str) -> None:
+    """Writes the commands that usually follow this one to stderr, one a line, ready to paste.
+
+    The rule for all verbs: stdout holds results alone, so that a script can read it, and the hint is for a person, so
+    it is written only if stderr is a terminal. Rank 0 calls it, after the verb's last line.
+
+    Args:
+        commands: the words of each command, which are quoted for a shell; or a finished line, such as a line of Python.
+    """
+    if sys.stderr is None or not sys.stderr.isatty():
+        return
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()  # both may be one terminal, and the hint comes last
+    for number, command in enumerate(commands):
+        line = command if isinstance(command, str) else shlex.join(command)
+        say(f"{'next:' if number == 0 else ' or: '} {line}")

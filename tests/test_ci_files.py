@@ -1,4 +1,7 @@
-"""The files of CI: workflows call .ci/run and existing make targets, and coverage is counted by folder."""
+"""The files of CI: workflows call .ci/run and existing make targets, and coverage is counted by folder.
+
+The versions that are tried come from pyproject.toml.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 REPO = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((REPO / ".github" / "workflows").glob("*.yml"))
@@ -72,7 +77,7 @@ def run_ci(tmp_path: Path, fails: str) -> subprocess.CompletedProcess[str]:
         tools / "make": f'[ "$1" = "{fails}" ] && exit 2\necho "made $* with $EXTRA"; echo "7 passed in 1.00s"',
         **{tools / name: "exit 0" for name in ("chromium", "g++", "git")},
         tools / "apt-get": "echo 'nothing is installed in a test'; exit 1",
-        python: "echo total 100.0%",
+        python: f'echo "total 100.0%"; case "$*" in *{fails or "nothing"}*) exit 2;; esac',
     }
     for path, text in scripts.items():
         path.write_text(f"#!/bin/sh\n{text}\n")
@@ -99,7 +104,7 @@ def test_ci_ends_with_the_counts_and_the_outcome(tmp_path: Path) -> None:
         ("setup", "environment"),
         ("lint", "lint"),
         ("types", "types"),
-        ("demo-quick", "demo, shortened"),
+        ("try_versions.py pinned", "demo from an installed wheel"),
         ("test", "tests"),
         ("test-ci", "slow tests"),
     ],
@@ -111,14 +116,113 @@ def test_ci_fails_if_a_step_fails(tmp_path: Path, target: str, step: str) -> Non
     assert "== CI passed" not in done.stdout
 
 
-def test_coverage_by_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    coverage = pytest.importorskip("coverage", reason="needs coverage (the ci extra has it)")
-    spec = importlib.util.spec_from_file_location("coverage_by_folder", REPO / ".ci" / "coverage_by_folder.py")
+def script(name: str) -> Any:
+    """A script of .ci as a module."""
+    spec = importlib.util.spec_from_file_location(name, REPO / ".ci" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.REPO = tmp_path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_versions_are_tried_on_each_python_that_the_package_names() -> None:
+    jobs = yaml.safe_load((REPO / ".github" / "workflows" / "versions.yml").read_text())["jobs"]
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    (job,) = jobs.values()
+    assert job["strategy"]["matrix"]["python"] == named
+    assert set(job["strategy"]["matrix"]["versions"]) == {"floors", "newest"}
+    assert any(".ci/try_versions.py ${{ matrix.versions }} --tests" in step.get("run", "") for step in job["steps"])
+    assert ".ci/try_versions.py pinned" in (REPO / ".ci" / "run").read_text()
+
+
+def test_floors_are_read_from_the_project() -> None:
+    module = script("try_versions")
+    found = module.floors((REPO / "pyproject.toml").read_text())
+    # The oracle is pip's own reading of the same lines: the floor fits, and nothing lower than it does.
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    extras = [line for name in module.EXTRAS for line in project["optional-dependencies"][name]]
+    requirements = [Requirement(line) for line in [*project["dependencies"], *extras]]
+    assert len(found) == len(requirements) >= 18
+    for line, requirement in zip(found, requirements, strict=True):
+        name, _, version = line.partition("==")
+        assert name == requirement.name
+        assert requirement.specifier.contains(version)
+        *rest, last = (int(part) for part in version.split("."))
+        below = [*rest, last - 1] if last else [rest[0] - 1, 99]
+        assert not requirement.specifier.contains(".".join(map(str, below))), f"{requirement} has a lower version"
+
+
+@pytest.mark.parametrize("line", ["numpy", "numpy<3", "numpy!=2.0"])
+def test_a_dependency_without_a_floor_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=f"{line}: give a lowest version"):
+        script("try_versions").lowest([line])
+
+
+def test_the_files_of_ci_name_no_registry() -> None:
+    """A mirror or a company's index is pip's configuration; a host in these files would override it."""
+    files = [
+        *WORKFLOWS,
+        *(path for path in (REPO / ".ci").iterdir() if path.is_file()),
+        REPO / "Makefile",
+        REPO / "pyproject.toml",
+    ]
+    for path in files:
+        assert not re.search(r"index-url|pypi\.|pythonhosted|download\.pytorch", path.read_text()), path
+
+
+def trial(tmp_path: Path, *words: str, fails: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs .ci/try_versions.py with a fake interpreter that writes its command lines to a file; `fails` is a part of one."""
+    fake = tmp_path / "python"
+    fake.write_text(FAKE.replace("FAILS", fails or "nothing").replace("LOG", str(tmp_path / "log")))
+    fake.chmod(0o755)
+    code = f"import runpy, sys; sys.argv = sys.argv[1:]; sys.executable = {str(fake)!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", code, str(REPO / ".ci" / "try_versions.py"), *words, "--folder", str(tmp_path / "new")],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+# `python -m build` makes a wheel, `-m venv` copies this script into the new environment, and `env` finds all packages.
+FAKE = """#!/bin/sh
+echo "$0 $*" >> LOG
+case "$0 $*" in *"FAILS"*) exit 3;; esac
+case "$*" in
+    "-m build"*) mkdir -p "$4"; : > "$4/megatron_lion-1-py3-none-any.whl";;
+    "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/megatron-lion";;
+    env) echo '{"missing": []}';;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("versions", "verbs"),
+    [("pinned", ["env", "demo"]), ("floors", ["env", "demo", "export", "evaluate"]), ("newest", ["env", "demo", "export", "evaluate"])],
+)  # fmt: skip
+def test_the_wheel_is_installed_and_tried_in_an_empty_folder(tmp_path: Path, versions: str, verbs: list[str]) -> None:
+    done = trial(tmp_path, versions)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "log").read_text().splitlines()
+    (install,) = (line for line in lines if "pip install" in line)
+    assert "megatron_lion-1-py3-none-any.whl" in install
+    assert ("constraints.txt" in install) == (versions == "pinned")
+    assert ("floors.txt" in install) == (versions == "floors")
+    tried = [line.split()[1] for line in lines if line.split()[0].endswith("bin/megatron-lion")]
+    assert tried == verbs
+
+
+@pytest.mark.parametrize("fails", ["-m build", "-m venv", "pip install", "megatron-lion env", "demo --quick"])
+def test_a_step_that_fails_ends_the_trial(tmp_path: Path, fails: str) -> None:
+    done = trial(tmp_path, "pinned", fails=fails)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert fails in (tmp_path / "log").read_text().splitlines()[-1]
+
+
+def test_coverage_by_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coverage = pytest.importorskip("coverage", reason="needs coverage (the ci extra has it)")
+    module = script("coverage_by_folder")
+    module.REPO = tmp_path
     shutil.copy(REPO / "pyproject.toml", tmp_path)
     for name in ("megatron_lion/one.py", "megatron_lion/sub/two.py", "benchmarks/three.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -127,11 +231,11 @@ def test_coverage_by_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     executed = {"megatron_lion/one.py": [1, 2, 4], "benchmarks/three.py": [1, 2, 4, 5]}
     data.add_lines({str(tmp_path / name): lines for name, lines in executed.items()})
     data.write()
-    assert script.main(str(tmp_path / "data")) == 0
+    assert module.main(str(tmp_path / "data")) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows == [
         ["megatron_lion", "4", "3", "75.0%"],
         ["megatron_lion/sub", "4", "0", "0.0%"],
         ["total", "8", "3", "37.5%"],
     ]
-    assert script.main(str(tmp_path / "absent")) == 1
+    assert module.main(str(tmp_path / "absent")) == 1

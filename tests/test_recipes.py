@@ -13,6 +13,7 @@ import pytest
 import tiny_bert
 from tiny_gpt2 import prose
 
+from megatron_lion.cli import build_parser, parse, verb_module
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.corpora import open_corpora
 from megatron_lion.prepare.vocabularies import train_bpe
@@ -38,6 +39,18 @@ def recipe(name: str, folder: Path, **variables: str | Path) -> subprocess.Compl
     )
 
 
+def next_data(stderr: str) -> list[str]:
+    """The data.path of the command that a recipe prints last, split by a shell and parsed as its verb does."""
+    line = stderr.splitlines()[-1].removeprefix("next: ")
+    split = subprocess.run(["sh", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
+    program, *words = split.stdout.split("\0")[:-1]
+    if program == "launch/torchrun.sh":
+        words = ["pretrain", "--config", *words]
+    words[2] = str(REPO / words[2])  # as typed in the repository
+    found: list[str] = parse(build_parser("pretrain", verb_module("pretrain")), words[1:]).data.path
+    return found
+
+
 def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
@@ -49,13 +62,14 @@ def test_gpt_recipe_makes_a_dataset_that_training_opens(tmp_path: Path, name: st
     texts = prose(120)
     files = [write_jsonl(tmp_path / "text" / f"part-{part}.jsonl", texts[part::2]) for part in (0, 1)]
     train_bpe(files, 300, tmp_path / "gpt2")
-    done = recipe(name, tmp_path, INPUT=" ".join(map(str, files)), OUTPUT="made", SPLIT="80,10,10", WORKERS="1")
+    inputs = " ".join(map(str, files))
+    done = recipe(name, tmp_path, INPUT=inputs, TOKENIZER="gpt2", OUTPUT="made", SPLIT="80,10,10", WORKERS="1")
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "made" / "manifest.json").read_text())
     assert sum(split["documents"] for split in manifest["splits"].values()) == 120
     corpora = open_corpora(DataConfig(path=[str(tmp_path / "made")]), ModelConfig(seq_length=64))
     assert (corpora.train_tokens or 0) > 1000
-    assert "--data.path '[made]'" in done.stderr  # the next command, ready to be copied
+    assert next_data(done.stderr) == ["made"]
 
 
 def test_bert_recipe_makes_sentences(tmp_path: Path) -> None:
@@ -64,6 +78,7 @@ def test_bert_recipe_makes_sentences(tmp_path: Path) -> None:
     vocab = tiny_bert.write_vocab(tmp_path)
     done = recipe("openwebtext_bert.sh", tmp_path, VOCAB=vocab, SPLIT="80,10,10", WORKERS="1")
     assert done.returncode == 0, done.stderr
+    assert next_data(done.stderr) == ["data/openwebtext-bert"]
     manifest = json.loads((tmp_path / "data" / "openwebtext-bert" / "manifest.json").read_text())
     assert manifest["sentences"]["sentences"] > 2 * manifest["documents"]
 
@@ -150,6 +165,19 @@ def test_patterns_reach_every_folder(tmp_path: Path) -> None:
     for number, folder in enumerate(("a", "a/b", "a/b/c")):
         write_jsonl(tmp_path / folder / "text.jsonl", texts[number::3])
     train_bpe([tmp_path / "a" / "text.jsonl"], 300, tmp_path / "gpt2")
-    done = recipe("own_text.sh", tmp_path, INPUT="a/**/*.jsonl", OUTPUT="made", SPLIT="80,10,10", WORKERS="1")
+    words = {"INPUT": "a/**/*.jsonl", "TOKENIZER": "gpt2", "OUTPUT": "made", "SPLIT": "80,10,10", "WORKERS": "1"}
+    done = recipe("own_text.sh", tmp_path, **words)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "made" / "manifest.json").read_text())["documents"] == 90
+
+
+def test_the_next_command_holds_a_folder_with_blanks(tmp_path: Path) -> None:
+    """Without TOKENIZER one is trained on the text; the same command finds both again."""
+    text = write_jsonl(tmp_path / "text.jsonl", prose(120))
+    for _ in range(2):
+        done = recipe("own_text.sh", tmp_path, INPUT=text, VOCAB_SIZE="300", OUTPUT="my data", WORKERS="1")
+        assert done.returncode == 0, done.stderr
+        assert next_data(done.stderr) == ["my data"]
+    manifest = json.loads((tmp_path / "my data" / "manifest.json").read_text())
+    assert manifest["tokenizer"]["vocab_size"] == 300
+    assert sorted(path.name for path in (tmp_path / "my data-tokenizer").iterdir()) == ["merges.txt", "vocab.json"]

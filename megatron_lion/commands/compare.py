@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lion.streams import say
+from megatron_lion.compare.print_tables import print_tables
+from megatron_lion.streams import next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -105,15 +105,17 @@ def run(args: Any) -> None:
         f"report:  {report}\ntables:  {folder}/tables.md, tables.tex, one CSV a table"
         + (f"\nfigures: {len(figures)} PNG files, {figures[0]} first" if figures else "")
     )
+    next_steps(f"open {report.resolve().as_uri()} in a browser")
 
 
 def _best(tried: list[RunRecord], known: Confirmations) -> list[Choice]:
     """Returns the choice of each optimizer.
 
     Raises:
-        CheckpointError: no run is finished and has a validation loss.
+        CheckpointError: no run is finished and has a validation loss, or the validation losses of an optimizer's settings are
+            not comparable.
     """
-    from megatron_lion.compare.best import choose_best
+    from megatron_lion.compare.best import NOT_COMPARABLE, choose_best
     from megatron_lion.errors import CheckpointError
 
     choices = choose_best(tried, known)
@@ -121,6 +123,11 @@ def _best(tried: list[RunRecord], known: Confirmations) -> list[Choice]:
         raise CheckpointError(
             "--best: all runs are confirmation runs, which take no part in a choice; give the sweep's folder"
         )
+    incomparable = [
+        f"{choice.name}: {note}" for choice in choices for note in choice.notes if note.startswith(NOT_COMPARABLE)
+    ]
+    if incomparable:
+        raise CheckpointError(f"--best: {incomparable[0]}; compare such runs without --best, or train them alike")
     if not any(choice.runs for choice in choices):
         raise CheckpointError(
             f"--best: none of the {len(tried)} runs is finished and has a validation loss; finish their training"
@@ -137,33 +144,6 @@ def _with_selected_seeds(table: Table, known: Confirmations) -> Table:
         "by luck: compare the choices with --best, which uses their confirmation runs only"
     )
     return replace(table, notes=[*table.notes, note])
-
-
-def print_tables(tables: list[Table], form: str) -> None:
-    """Prints tables to stdout.
-
-    Args:
-        tables: the tables.
-        form: "text", "markdown", "csv" or "latex".
-    """
-    from megatron_lion.compare.table import to_csv, to_latex, to_markdown, to_rich
-
-    if form != "text":
-        write = {"markdown": to_markdown, "csv": to_csv, "latex": to_latex}[form]
-        sys.stdout.write("\n".join(map(write, tables)))
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(file=sys.stdout)
-    if not sys.stdout.isatty():
-        console.width = 200  # a pipe has no width: rich would cut the tables at 80 columns
-    for table in tables:
-        console.print(Text(table.title, "bold"))
-        console.print(to_rich(table))
-        for note in table.notes:
-            console.print(Text(note, "italic"))
-        console.print()
 
 
 def _write_tables(tables: list[Table], folder: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.jobs import typed_path
 from megatron_lion.reproduce.recipes import (
     PAPER,
     QUICK_STEPS,
@@ -14,8 +15,10 @@ from megatron_lion.reproduce.recipes import (
     TUNED,
     VOCAB_SIZE,
     Recipe,
+    list_of_one,
     quick_words,
 )
+from megatron_lion.runs.record import OPTIMIZER_NAMES
 from megatron_lion.shipped import shipped_folder
 from megatron_lion.streams import say
 
@@ -35,7 +38,12 @@ QUICK_TOKENS = 5_000
 def add_arguments(parser: Any) -> None:
     """Declares the verb's flags."""
     parser.add_argument("--output", type=str, default="demo", help="folder for all files of the demo")
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of each training")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        help="data-parallel processes of each training; must suit the batch of the config",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -46,6 +54,11 @@ def add_arguments(parser: Any) -> None:
         action="store_true",
         help="train LION and SGD at the paper's rates (configs/demo_paper_rates.yaml) instead of three tuned optimizers",
     )
+    parser.add_argument(
+        "--only-corpus",
+        action="store_true",
+        help="write the demo's text to the output folder (train.jsonl, held_out.txt) and exit",
+    )
 
 
 def run(args: Any) -> None:
@@ -53,12 +66,13 @@ def run(args: Any) -> None:
     from megatron_lion.errors import ConfigError
     from megatron_lion.files import make_folder, write_whole
     from megatron_lion.jobs import Jobs
+    from megatron_lion.reproduce.recipes import check_processes
 
     output = Path(args.output)
-    if args.processes < 1 or 16 % args.processes:
-        raise ConfigError(
-            f"--processes {args.processes}: must divide the demo's batch of 16 samples; give 1, 2, 4, 8 or 16"
-        )
+    if args.only_corpus:
+        _write_corpus(output, args)
+        return
+    check_processes(args.processes, [_config(args.paper_rates)])
     found = {entry.name for entry in output.iterdir()} if output.is_dir() else set()
     if found - {"..demo.tmp"} and ".demo" not in found:  # the temporary file of a demo that was killed at once
         raise ConfigError(f"--output {output}: not empty and not made by a demo; choose another folder")
@@ -68,12 +82,33 @@ def run(args: Any) -> None:
         _Demo(output, args.processes, args.quick, args.paper_rates, jobs).run()
 
 
+def _config(paper_rates: bool) -> Path:
+    return shipped_folder("configs") / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
+
+
+def _write_corpus(output: Path, args: Any) -> None:
+    """Writes the text of --only-corpus.
+
+    Raises:
+        ConfigError: another flag was given, which would have no effect.
+    """
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.prepare.demo_corpus import build_demo_corpus
+
+    words = {word.partition("=")[0] for word in args.parser.words}
+    if others := [flag for flag in ("--processes", "--quick", "--paper-rates") if flag in words]:
+        raise ConfigError(f"--only-corpus writes the text and trains nothing; omit {' and '.join(others)}")
+    corpus = build_demo_corpus(output)
+    say(f"{corpus.train}: {corpus.documents:,} documents, {corpus.train_bytes:,} bytes of text for training")
+    say(f"{corpus.held_out}: {corpus.held_out_bytes:,} bytes of text for evaluation")
+
+
 class _Demo:
     """Runs the verbs that a user would run one by one; each command line is printed before it starts."""
 
     def __init__(self, output: Path, processes: int, quick: bool, paper_rates: bool, jobs: Jobs) -> None:
         self.output, self.processes, self.quick, self.jobs = output, processes, quick, jobs
-        self.config = shipped_folder("configs") / ("demo_paper_rates.yaml" if paper_rates else "demo.yaml")
+        self.config = typed_path(_config(paper_rates))
         self.paper_rates = paper_rates
         self.started = time.monotonic()
         self.step_number = 0
@@ -85,29 +120,35 @@ class _Demo:
             self.evaluate(folder, held_out)
         self.show_text(runs[0])
         self.compare(runs)
+        self.summarise(runs)
 
     def prepare(self) -> tuple[Path, Path]:
-        from megatron_lion.prepare.demo_corpus import build_demo_corpus
-        from megatron_lion.prepare.vocabularies import train_bpe
-
+        text, tokenizer, dataset = (self.output / name for name in ("text", "tokenizer", "data"))
+        train, held_out = text / "train.jsonl", text / "held_out.txt"
         self.say("building a corpus from this machine's Python documentation, and its tokenizer")
-        corpus = build_demo_corpus(self.output / "text")
-        train_bpe([corpus.train], VOCAB_SIZE, self.output / "tokenizer")
-        dataset = self.output / "data"
-        self.verb("prepare", "--input", str(corpus.train), "--tokenizer", str(self.output / "tokenizer"), "--output", str(dataset),
-                  "--split", SPLIT)  # fmt: skip
-        return dataset, corpus.held_out
+        # Each is complete when its last file exists.
+        if not held_out.is_file():
+            self.verb("demo", "--only-corpus", "--output", str(text))
+        if not (tokenizer / "merges.txt").is_file():
+            self.verb(
+                "tokenizer", "train", "--input", str(train), "--vocab-size", str(VOCAB_SIZE), "--output", str(tokenizer)
+            )
+        self.verb(
+            "prepare", "--input", str(train), "--tokenizer", str(tokenizer), "--output", str(dataset), "--split", SPLIT
+        )
+        return dataset, held_out
 
     def pretrain(self, recipe: Recipe, dataset: Path) -> Path:
-        self.say(f"pretraining with {recipe.optimizer.upper()} on {self.processes} processes")
+        processes = f"{self.processes} processes" if self.processes > 1 else "one process"
+        self.say(f"pretraining with {OPTIMIZER_NAMES[recipe.optimizer]} on {processes}")
         folder = self.output / "runs" / recipe.optimizer
-        options = ["--config", str(self.config), "--run_dir", str(folder), "--data.path", f"[{dataset}]",
+        options = ["--config", self.config, "--run_dir", str(folder), "--data.path", list_of_one(dataset),
                    "--data.cache", str(self.output / "cache"), *recipe.words()]  # fmt: skip
         self.verb("pretrain", *options, *(quick_words() if self.quick else []), distributed=True)
         return folder
 
     def evaluate(self, folder: Path, held_out: Path) -> None:
-        self.say(f"evaluating {folder.name.upper()}'s checkpoints zero-shot on prose of another kind")
+        self.say(f"evaluating {OPTIMIZER_NAMES[folder.name]}'s checkpoints zero-shot on prose of another kind")
         quick = ["--max-tokens", str(QUICK_TOKENS if self.quick else MAX_TOKENS)]
         self.verb(
             "evaluate",
@@ -125,21 +166,21 @@ class _Demo:
     def compare(self, runs: list[Path]) -> None:
         self.say("comparing the runs")
         self.verb("compare", *map(str, runs), "--output", str(self.output / "comparison"))
+
+    def summarise(self, folders: list[Path]) -> None:
+        """Prints the last screen, from the records on disk."""
+        from megatron_lion.compare.selection import read_runs
+        from megatron_lion.reproduce.headline import explanation, headline_table, next_steps
+
+        runs = read_runs(folders)
         minutes = (time.monotonic() - self.started) / 60
-        rates = (
-            "the paper's rate"
-            if self.paper_rates
-            else "the best rate of a small grid (benchmarks/results/rates_demo.md)"
-        )
-        sys.stdout.write(
-            f"\ndone in {minutes:.1f} minutes, each optimizer at {rates}\n"
-            f"  {self.output}/comparison   tables and figures\n"
-            f"  {self.output}/runs         one folder for each run: config.yaml, metrics.jsonl, checkpoints/, eval/\n"
-        )
+        text = explanation(runs, processes=self.processes, quick=self.quick, paper_rates=self.paper_rates)
+        following = next_steps(self.output, self.config, self.processes)
+        sys.stdout.write(f"\ndone in {minutes:.1f} minutes\n\n{headline_table(runs)}\n\n{text}\n\n{following}\n")
 
     def show_text(self, folder: Path) -> None:
         self.say(
-            f"generating three texts with {folder.name.upper()}'s last checkpoint, after about a minute of training"
+            f"generating three texts with {OPTIMIZER_NAMES[folder.name]}'s last checkpoint, after about a minute of training"
         )
         self.verb("generate", str(folder), "--prompt", "Return the", "--max-new-tokens", "24", "--temperature", "0.7")
 
@@ -150,10 +191,11 @@ class _Demo:
     def verb(self, verb: str, *words: str, distributed: bool = False) -> None:
         """Runs a verb in a child process; if it fails, ends the demo with the verb's exit code."""
         from megatron_lion.errors import StoppedOnRequest
-        from megatron_lion.jobs import child_end, child_failure
+        from megatron_lion.jobs import child_end, child_failure, shown_job
 
-        say(f"    megatron-lion {verb} {' '.join(words)}")
-        code = self.jobs.run(verb, list(words), self.processes if distributed else 1)
+        processes = self.processes if distributed else 1
+        say(f"    {shown_job(verb, list(words), processes)}")
+        code = self.jobs.run(verb, list(words), processes)
         if self.jobs.asked:
             raise StoppedOnRequest(f"stopped in `megatron-lion {verb}`; the same command continues there")
         if code:

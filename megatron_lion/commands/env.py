@@ -1,4 +1,4 @@
-"""`megatron-lion env`: versions and hardware as JSON, for bug reports."""
+"""`megatron-lion env`: versions, missing packages and hardware as JSON, for bug reports."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-HELP = "Print versions, hardware and available kernels as JSON, for bug reports"
+HELP = "Print versions, missing packages, hardware and available kernels as JSON, for bug reports"
 
 
 def add_arguments(parser: Any) -> None:
@@ -17,6 +17,7 @@ def add_arguments(parser: Any) -> None:
 def run(args: Any) -> None:
     """Prints the facts to stdout."""
     from megatron_lion.device import select_device
+    from megatron_lion.installation import unsuitable
     from megatron_lion.jobs import world_size_from_env
     from megatron_lion.model.mcore_settings import choose_attention
     from megatron_lion.optim.triton_check import triton_kernel
@@ -27,4 +28,22 @@ def run(args: Any) -> None:
     facts["attention"] = choose_attention("auto", device)
     facts["backend"] = device.backend
     facts["triton_kernel"] = triton_kernel()
+    _write({**facts, "interpreter": sys.executable, "missing": [], "unsuitable": unsuitable()})
+
+
+def print_without_packages() -> None:
+    """Prints the facts that need no packages, the missing packages, and the command that installs them.
+
+    __main__.py calls it in the place of `run` if a required package is missing: without jsonargparse there is no parser.
+    """
+    from megatron_lion.installation import install_command, missing, unsuitable
+    from megatron_lion.runs.environment import host_facts
+
+    names = missing()
+    unknown = dict.fromkeys(("device", "world_size", "attention", "backend", "triton_kernel"))
+    _write({**host_facts(), **unknown, "interpreter": sys.executable, "missing": names,
+            "unsuitable": unsuitable(), "install": install_command(names)})  # fmt: skip
+
+
+def _write(facts: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(facts, indent=2) + "\n")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.runs.paths import evaluations_folder
-from megatron_lion.streams import say
+from megatron_lion.streams import next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from megatron_lion.compare.table import Cell
     from megatron_lion.evaluate.evaluate_steps import Outcome
     from megatron_lion.evaluate.tasks import Task
 
@@ -125,6 +126,7 @@ def run(args: Any) -> None:
     """Measures, writes TARGET/eval/*.json and prints a table with one line for each result."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import open_model, split_target
+    from megatron_lion.runs.paths import has_config
     from megatron_lion.signals import stop_raises
 
     folder, steps = split_target(Path(args.target), args.steps)
@@ -148,6 +150,7 @@ def run(args: Any) -> None:
             _print_outcomes(outcomes, folder)
             if args.explain is not None:
                 sys.stdout.write("\n" + _explain(args.explain, folder) + "\n")
+            next_steps(["megatron-lion", "compare", str(folder), *([] if has_config(folder) else ["RUN"])])
 
 
 # Defaults of the flags that have no effect with --fill-mask and --sentence-order.
@@ -313,7 +316,7 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
             ):
                 outcomes.append(outcome)
                 if args.watch and model.rank == 0:
-                    bars.console.print("  ".join(_row(outcome)))
+                    bars.console.print(_line(outcome), soft_wrap=True)
     return outcomes
 
 
@@ -325,51 +328,56 @@ def _stderr_console() -> Any:
 
 def _print_outcomes(outcomes: list[Outcome], folder: Path) -> None:
     """Prints a table to stdout, with one line for each result."""
-    from rich.console import Console
-    from rich.table import Table
+    from megatron_lion.compare.print_tables import print_tables
+    from megatron_lion.compare.table import Table
 
-    table = Table(title=f"Zero-shot evaluation of {folder}", title_justify="left")
-    for name in ("step", "measured", "text", "stride", "loss (nats)", "perplexity", "ln ppl", "further", "was"):
-        table.add_column(
-            name, justify="left" if name in ("measured", "text", "further", "was") else "right", no_wrap=True
-        )
-    for outcome in outcomes:
-        table.add_row(*_row(outcome))
-    console = Console(file=sys.stdout)
-    if not sys.stdout.isatty():
-        console.width = 200
-    console.print(table)
+    table = Table(
+        slug="evaluation",
+        title=f"Zero-shot evaluation of {folder}",
+        columns=["step", "measured", "text", "stride", "loss (nats)", "perplexity", "ln ppl", "further", "was"],
+        rows=[_cells(outcome) for outcome in outcomes],
+        formats={"step": "d", "stride": "d", "loss (nats)": ".4f", "perplexity": _PERPLEXITY, "ln ppl": ".4f"},
+        num_keys=3,
+    )
+    print_tables([table])
     sys.stdout.write(f"results: {evaluations_folder(folder)}\n")
 
 
-def _row(outcome: Outcome) -> list[str]:
+_PERPLEXITY = ",.6g"
+
+
+def _cells(outcome: Outcome) -> list[Cell]:
+    """Returns the cells of a result: its step, what was measured, on which text, and the numbers."""
     record = outcome.record
     kind = record["kind"]
     text = record["text_version"] if record["text_version"] != "unknown" else Path(record["text_path"]).name
     if kind == "lambada":
-        shown = (
-            "word",
-            record["word_ppl"],
-            record["log_word_ppl"],
-            f"accuracy {record['accuracy']:.2%}, last token {record['last_token_accuracy']:.2%}",
-        )
+        level, ppl, log_ppl = "word", record["word_ppl"], record["log_word_ppl"]
+        further = f"accuracy {record['accuracy']:.2%}, last token {record['last_token_accuracy']:.2%}"
     elif kind.endswith("_pages"):
-        shown = ("word", record["word_ppl"], record["log_word_ppl"], f"{record['bits_per_byte']:.4f} bits/byte")
+        level, ppl, log_ppl = "word", record["word_ppl"], record["log_word_ppl"]
+        further = f"{record['bits_per_byte']:.4f} bits/byte"
     else:
-        shown = ("token", record["token_ppl"], record["log_token_ppl"], f"adjusted {_number(record['adjusted_ppl'])}")
-    level, ppl, log_ppl, further = shown
+        level, ppl, log_ppl = "token", record["token_ppl"], record["log_token_ppl"]
+        further = f"adjusted {_perplexity(record['adjusted_ppl']):{_PERPLEXITY}}"
     if record.get("max_tokens"):
         further += f", first {record['max_tokens']} tokens only"
-    stride = "" if record["stride"] is None else str(record["stride"])
-    return [str(record["step"]), f"{kind} ({level})", text, stride, f"{record['loss']:.4f}", _number(ppl),
-            f"{log_ppl:.4f}", further, "new" if outcome.is_new else "found"]  # fmt: skip
+    return [record["step"], f"{kind} ({level})", text, record["stride"], record["loss"], _perplexity(ppl), log_ppl, further,
+            "new" if outcome.is_new else "found"]  # fmt: skip
 
 
-def _number(value: float | None) -> str:
-    """Formats a perplexity; None, which means beyond float64, becomes inf."""
-    if value is None:
-        return "inf"
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.3e}"
+def _perplexity(value: float | None) -> float:
+    """Returns a perplexity; None, which means beyond float64, becomes infinity."""
+    return float("inf") if value is None else value
+
+
+def _line(outcome: Outcome) -> str:
+    """Returns a result as one line, for --watch."""
+    step, measured, text, stride, loss, ppl, log_ppl, further, was = _cells(outcome)
+    return (
+        f"{step}  {measured}  {text}  {'' if stride is None else stride}  {loss:.4f}  {ppl:{_PERPLEXITY}}  {log_ppl:.4f}  "
+        f"{further}  {was}"
+    )
 
 
 def _explain(value: float, folder: Path) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_lion.streams import next_steps
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -81,6 +84,9 @@ def run(args: Any) -> None:
         else "not compared with transformers"
     )
     sys.stdout.write(f"{done.folder}: step {done.step}, {done.num_parameters:,} parameters, {done.dtype}; {checked}\n")
+    loader = "AutoModelForCausalLM" if read_config(folder).model.kind == "gpt2" else "AutoModelForPreTraining"
+    code = f"from transformers import {loader}; model = {loader}.from_pretrained({json.dumps(str(done.folder))})"
+    next_steps(["python", "-c", code])
 
 
 def check_architecture(wanted: str, kind: str) -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lion.streams import say
+from megatron_lion.streams import next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -77,6 +77,7 @@ def run(args: Any) -> None:
             raise ConfigError(f"{flag} {given}: must be {expected}")
     folder, step = split_target(Path(args.target), args.step)
     from megatron_lion.evaluate.text_sampling import SamplingSettings, sample, token_ids
+    from megatron_lion.runs.paths import has_config
     from megatron_lion.runs.steps import choose_step
 
     with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
@@ -103,3 +104,6 @@ def run(args: Any) -> None:
         if model.rank == 0:
             for line in lines:
                 sys.stdout.write(f"{args.prompt or ''}{tokenizer.decode(line)}".rstrip() + "\n\n")
+            evaluation = ["megatron-lion", "evaluate", args.target, "--text", "FILE"]
+            export = ["megatron-lion", "export", args.target, "--output", "FOLDER"]
+            next_steps(evaluation, *([export] if has_config(folder) else []))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lion.streams import say
+from megatron_lion.streams import next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -37,14 +36,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=True,
         help="true or false: check that transformers computes the same logits before the run folder gets its name",
     )
+    parser.add_argument(
+        "--output", type=str, default=None, metavar="RUN", help="the same as --run_dir, named as in the other verbs"
+    )
     add_run_config(parser)
 
 
 def run(args: Any) -> None:
-    """Writes run_dir with a checkpoint of step 0, and prints the next commands."""
+    """Writes run_dir with a checkpoint of step 0."""
     from dataclasses import fields, replace
 
-    from megatron_lion.config import ModelConfig, ParallelConfig
+    from megatron_lion.config import ModelConfig, ParallelConfig, RunConfig
     from megatron_lion.config_checks import check_config
     from megatron_lion.configfile import run_config_from_namespace
     from megatron_lion.errors import CheckpointError, ConfigError
@@ -56,6 +58,12 @@ def run(args: Any) -> None:
     if not source.is_dir():
         raise CheckpointError(f"{source}: no such folder; give a Hugging Face model folder")
     config = run_config_from_namespace(args.parser, args)
+    if args.output is not None:
+        if config.run_dir not in (RunConfig().run_dir, args.output):
+            raise ConfigError(
+                f"--output {args.output} and --run_dir {config.run_dir} name two folders for one run; give one of them"
+            )
+        config = replace(config, run_dir=args.output)
     check_config(replace(config, parallel=ParallelConfig()), 1)  # the layout is chosen by the later training job
     from megatron_lion.interop.hf_import import import_folder
 
@@ -65,10 +73,13 @@ def run(args: Any) -> None:
         given, found = getattr(config.model, name), getattr(model, name)
         if given not in (getattr(ModelConfig(), name), found):
             say(f"note: model.{name} is {found} as in {source}, not {given}")
-    folder = shlex.quote(str(done.run_dir))
-    data = "" if config.data.path else " --data.path '[DATASET]'"
+    folder = str(done.run_dir)
     sys.stdout.write(
         f"{done.run_dir}: {model.kind}, {model.num_layers} layers, width {model.hidden_size}, {model.seq_length} positions\n"
-        f"  evaluate  megatron-lion evaluate {folder} {'--wikitext103 FILE' if model.kind == 'gpt2' else '--fill-mask TEXT'}\n"
-        f"  train     megatron-lion pretrain --config {folder}/config.yaml{data}\n"
+    )
+    evaluation = ["--text", "FILE"] if model.kind == "gpt2" else ["--fill-mask", "TEXT"]
+    data = [] if config.data.path else ["--data.path", "[DATASET]"]
+    next_steps(
+        ["megatron-lion", "evaluate", folder, *evaluation],
+        ["megatron-lion", "pretrain", "--config", f"{folder}/config.yaml", *data],
     )

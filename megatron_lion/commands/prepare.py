@@ -28,7 +28,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--output", type=str, default=None, metavar="DIR", help="dataset folder to make; required without --list")
     add("--list", action="store_true", help="only list the files that would be read, and count the others by kind")
-    add("--split", type=str, default="99.9,0.05,0.05", help="relative shares of documents: train,valid,test")
+    add(
+        "--split",
+        type=str,
+        default="auto",
+        help="relative shares of documents: train,valid,test; auto: 80,10,10 to 90,5,5 for a small corpus, 99.9,0.05,0.05 for one of "
+        "more than 0.8 GB of text",
+    )
     add("--seed", type=int, default=1234, help="seed of the hashes that determine a document's split")
     add("--workers", type=int, default=0, help="number of processes; 0 starts one for each core")
     add(
@@ -61,6 +67,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Literal["file", "blank-line"],
         default="file",
         help="file: a .txt file is one document; blank-line: blank lines divide it into documents",
+    )
+    add(
+        "--divide-documents",
+        type=Literal["auto", "always", "never"],
+        default="auto",
+        help="divide each document by position: its beginning to train, the next part to valid, its end to test; auto: if there are "
+        "fewer documents than splits",
     )
     add(
         "--format",
@@ -116,6 +129,7 @@ def run(args: Any) -> None:
         task=args.task,
         splitter=args.splitter,
         txt_documents=args.txt_documents,
+        divide_documents=args.divide_documents,
         format=args.format,
         eod_token=args.eod_token,
         encoder=args.encoder,

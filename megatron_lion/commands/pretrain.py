@@ -10,6 +10,8 @@ from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
 from megatron_lion.errors import ConfigError
+from megatron_lion.jobs import rank_from_env, world_size_from_env
+from megatron_lion.streams import say
 
 HELP = (
     "Pretrain GPT-2 or BERT. The same command resumes from the newest checkpoint. megatron-lion starts one process; for N processes "
@@ -19,7 +21,17 @@ HELP = (
 
 def add_arguments(parser: Any) -> None:
     """Declares the verb's flags."""
+    parser.takes_config_first = True
     add_run_config(parser)
+    parser.add_argument(
+        "--text",
+        type=str,
+        nargs="+",
+        default=None,
+        metavar="FILE",
+        help="train on this text (.txt, .jsonl, …; files or folders): make a tokenizer and a dataset in RUN.text first. "
+        "Without --config, the model is a tiny GPT-2 and run_dir is runs/NAME",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="check settings and data, print model size, memory and time, and exit"
     )
@@ -44,10 +56,42 @@ def add_arguments(parser: Any) -> None:
 
 def run(args: Any) -> None:
     """Trains or resumes the run, or prints its settings or size."""
-    from dataclasses import replace
+    if args.text is not None:
+        _run_on_text(args)
+        return
+    config = _config_of(args)
+    if not _shown(args, config):
+        _train(args, config)
 
-    from megatron_lion.jobs import rank_from_env, world_size_from_env
-    from megatron_lion.runs.steps import list_steps
+
+def _run_on_text(args: Any) -> None:
+    """Prepares the text of --text if it is not prepared, and trains on it."""
+    from megatron_lion.commands import own_text
+
+    text = own_text.open_text(args.text, world_size_from_env())
+    words = list(args.parser.words)
+    settings = own_text.settings_line(text, words)
+    parser = args.parser
+    args = parser.parse_args(own_text.default_words(text, words))
+    args.parser = parser
+    config = _config_of(args)
+    with_data = own_text.with_data(config)
+    prepared = own_text.is_prepared(config, text, fresh=args.fresh)
+    if args.dry_run and not args.print_config:
+        sys.stdout.write(own_text.preview(config, text, prepared=prepared))
+    if settings is not None and not args.print_config:
+        say(settings)
+    if _shown(args, with_data if prepared or args.print_config else own_text.without_data(config, text)):
+        return
+    if not prepared:
+        own_text.prepare_text(config, text)
+    _train(args, with_data)
+    sys.stdout.write(f"samples: {own_text.sample_command(config, text)}\n")
+
+
+def _config_of(args: Any) -> RunConfig:
+    """Returns the checked settings of the run."""
+    from dataclasses import replace
 
     config: RunConfig = run_config_from_namespace(args.parser, args)
     if args.fresh and args.fall_back:
@@ -55,15 +99,38 @@ def run(args: Any) -> None:
     if args.max_steps is not None:
         config = replace(config, train=replace(config.train, stop_after=args.max_steps))
     check_config(config, world_size_from_env())
+    return config
+
+
+def _shown(args: Any, config: RunConfig) -> bool:
+    """Prints the settings or the size of the run if a flag asks for it; returns whether one does."""
     if args.print_config:
-        sys.stdout.write(dump_config(config))
-        return
-    if args.dry_run:
+        from megatron_lion.settings import commented
+
+        sys.stdout.write(commented(dump_config(config)))
+    elif args.dry_run:
         from megatron_lion.train.dryrun import dry_run
 
         if rank_from_env() == 0:
+            _check_splits(config)
             sys.stdout.write(dry_run(config, world_size_from_env()) + "\n")
-        return
+    return bool(args.print_config or args.dry_run)
+
+
+def _check_splits(config: RunConfig) -> None:
+    """Rejects data that lack a split that the run will read; the run itself finds that when it builds its datasets."""
+    if config.data.path:
+        from megatron_lion.data.corpora import check_splits, open_corpora
+
+        probes_test = config.probe.data == "test" and bool(config.probe.every) and config.probe.mode == "frozen"
+        corpora = open_corpora(config.data, config.model)
+        held_out = int(config.train.test_every > 0)
+        check_splits(corpora, [1, held_out, held_out])
+        check_splits(corpora, [0, 0, int(probes_test)])
+
+
+def _train(args: Any, config: RunConfig) -> None:
+    from megatron_lion.runs.steps import list_steps
     from megatron_lion.train.loop import pretrain
 
     pretrain(config, fresh=args.fresh, fall_back=args.fall_back)

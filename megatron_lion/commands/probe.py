@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_lion.streams import next_steps
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+    from megatron_lion.compare.table import Cell, Table
 
 HELP = (
     "Measure the full gradient of a run's checkpoints: norms, KKT residual, signal and noise. megatron-lion starts one process; for N "
@@ -74,9 +78,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Any) -> None:
-    """Writes RUN/probe/step_*.json and prints one line for each step."""
+    """Writes RUN/probe/step_*.json and prints a table with one row for each step."""
     from pathlib import Path
 
+    from megatron_lion.compare.print_tables import print_tables
     from megatron_lion.config import ParallelConfig
     from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.steps import choose_steps, list_steps
@@ -98,56 +103,53 @@ def run(args: Any) -> None:
     with stop_raises(stopped), _Progress(shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
     if is_main:
-        sys.stdout.write(table(probed))
+        print_tables([probe_table(probed)])
+        sys.stdout.write("".join(f"{item.path}{'' if item.is_new else '  (found)'}\n" for item in probed))
         if args.figures:
             from megatron_lion.gradient.probe_figures import draw_runs
 
             for path in draw_runs([run_dir, *args.beside]):
                 sys.stdout.write(f"{path}\n")
+        next_steps(["megatron-lion", "theory", str(run_dir)], ["megatron-lion", "compare", str(run_dir)])
 
 
-def table(probed: list[Any]) -> str:
-    """Returns the results of probed steps as a table in plain text."""
-    head = (
-        f"{'step':>9}  {'loss':>8}  {'grad_l1':>10}  {'grad_l2':>10}  {'r':>9}  {'± (se)':>8}  {'r/sqrt(d)':>9}  "
-        f"{'without noise':>15}  {'KKT':>10}  {'noise':>6}  file"
-    )
-    lines = [head]
+def probe_table(probed: list[Any]) -> Table:
+    """Returns the results of probed steps as a table with one row a step."""
+    from megatron_lion.compare.table import Table
+
+    columns = ["step", "loss", "grad_l1", "grad_l2", "r", "± (se)", "r/√d", "r/√d ≥", "r/√d ≤", "KKT", "noise"]
+    rows: list[list[Cell]] = []
+    notes = []
     for item in probed:
         content, norms = item.content, item.content["all"]
-        noise = content["noise"]["noise_share"] if content["noise"] else None
+        noise, root = content["noise"] or {}, norms["num_parameters"] ** 0.5
         error = content["ladder"][-1].get("norm_ratio_standard_error") if content["ladder"] else None
-        cells = [
-            f"{item.step:>9}", f"{_number(content['loss'], 4):>8}", f"{_number(norms['grad_l1'], 5):>10}",
-            f"{_number(norms['grad_l2'], 5):>10}", f"{_number(norms['norm_ratio'], 2):>9}",
-            f"{'?' if error is None else f'{error:.2f}':>8}", f"{_number(norms['norm_ratio_over_sqrt_d'], 4):>9}",
-            f"{_bounds(content):>15}", f"{_number(norms['kkt_residual'], 5):>10}",
-            f"{_percent(noise):>6}", f"{item.path}{'' if item.is_new else '  (found)'}",
-        ]  # fmt: skip
-        lines.append("  ".join(cells))
+        bounds = [noise.get("norm_ratio_low"), noise.get("norm_ratio_high")]
+        rows.append([
+            item.step, content["loss"], norms["grad_l1"], norms["grad_l2"], norms["norm_ratio"], error,
+            norms["norm_ratio_over_sqrt_d"], *(None if None in bounds else bound / root for bound in bounds),
+            norms["kkt_residual"], noise.get("noise_share"),
+        ])  # fmt: skip
     if any(item.content["all"]["kkt_residual"] is None for item in probed):
-        lines.append("λ is 0 (weight_decay 0): there is no box constraint, and the KKT residual is undefined")
+        notes.append("λ is 0 (weight_decay 0): there is no box constraint, and the KKT residual is undefined")
     if any(item.content["ladder"] for item in probed):
-        lines.append(
-            "±: standard error of r, ? if there are too few groups of batches; without noise: bounds on r/sqrt(d) of the "
-            "noise-free gradient, up to their standard errors in the file, ? if the signal is not resolved"
+        notes.append(
+            "±: standard error of r, – if there are too few groups of batches; r/√d ≥ and ≤: bounds of the noise-free "
+            "gradient, up to their standard errors in the file, – if the signal is not resolved"
         )
-    return "\n".join(lines) + "\n"
-
-
-def _bounds(content: dict[str, Any]) -> str:
-    """Bounds on r/√d of the noise-free gradient."""
-    noise, d = content["noise"] or {}, content["all"]["num_parameters"]
-    low, high = noise.get("norm_ratio_low"), noise.get("norm_ratio_high")
-    return "?" if low is None or high is None else f"{low / d**0.5:.4f}–{high / d**0.5:.4f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "undefined" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "?" if value is None else f"{100 * value:.1f}%"
+    formats = {
+        "step": "d",
+        "loss": ".4f",
+        "grad_l1": ".5f",
+        "grad_l2": ".5f",
+        "r": ".2f",
+        "± (se)": ".2f",
+        "KKT": ".5f",
+    }
+    return Table(
+        slug="probe", title="Full gradient", columns=columns, rows=rows, notes=notes, num_keys=1,
+        formats=formats | dict.fromkeys(("r/√d", "r/√d ≥", "r/√d ≤"), ".4f") | {"noise": ".1%"},
+    )  # fmt: skip
 
 
 class _Progress:

@@ -11,17 +11,21 @@ from megatron_lion.streams import say
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from megatron_lion.reproduce.artefacts import Plan
+
 HELP = (
     "Make the paper's tables and figures and compare them with the paper; reproduction.md lists each value with ours, tolerance, "
-    "convention and source. The tiny scale runs on two CPU cores; the full scale needs 16 A100 GPUs"
+    "convention and source. The tiny scale runs on two CPU cores; the full scale needs 16 A100 GPUs. The paper's Figure 1 (image "
+    "classifiers) is missing, because this project trains no vision models"
 )
 
-
-NODES = """# On each of two nodes with eight A100s: export NNODES=2 NPROC_PER_NODE=8 MASTER_ADDR=10.0.0.1 NODE_RANK=0 (1 on the other)
-# JOB_ID=… (a random word, the same on both; docs/launching.md).
-# Then run `megatron-lion reproduce … --scale full`. It runs these commands; all but the trainings on NODE_RANK 0 alone.
-
+# Comments of printed commands have no quotes, brackets or backticks: an interactive zsh executes a pasted comment.
+NODES = """# On each of two nodes with eight A100s, export NNODES=2 NPROC_PER_NODE=8 MASTER_ADDR=10.0.0.1, NODE_RANK=0 on one
+# and NODE_RANK=1 on the other, and JOB_ID, a random word that is the same on both: see docs/launching.md.
+# Start the trainings on both nodes, the other commands on the first alone.
+export PYTHON={python}
 """
+AFTER = "# Without --print the same command runs what is missing, compares with the paper and writes reproduction.md.\n"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=names,
         nargs="+",
         metavar="ARTEFACT",
-        help="table-b1, figure-2, figure-3, toy or rates; several share their data and runs",
+        help="table-b1, figure-2, figure-3, toy or rates; several share their data and runs; the paper's figure-1 is not reproduced",
     )
     add(
         "--scale",
@@ -84,7 +88,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=2,
         help="processes of this machine that train together (tiny) or evaluate (full)",
     )
-    add("--print", action="store_true", help="print the commands and exit")
+    add(
+        "--print",
+        action="store_true",
+        help="print all commands, from the text to the comparison, and exit; each can be pasted",
+    )
     add(
         "--quick",
         action="store_true",
@@ -98,8 +106,7 @@ def run(args: Any) -> None:
     from megatron_lion.reproduce.artefacts import build_plan
     from megatron_lion.reproduce.sources import Sources, check_sources
 
-    if args.processes < 1 or 8 % args.processes:
-        raise ConfigError(f"--processes {args.processes}: must divide the batch of 8 samples; give 1, 2, 4 or 8")
+    _check_processes(args)
     if args.quick and args.scale == "full":
         raise ConfigError("--quick works with --scale tiny only; omit one of them")
     sources = Sources(
@@ -108,11 +115,7 @@ def run(args: Any) -> None:
     )  # fmt: skip
     plans = [build_plan(name, args.scale, sources) for name in dict.fromkeys(args.artefacts)]
     if args.print:
-        if args.scale == "full":
-            sys.stdout.write(NODES)
-        for plan in plans:
-            lines = [f"# {step.title}\n{step.shown(args.processes)}" for step in plan.steps]
-            sys.stdout.write(f"## {plan.artefact}, {plan.scale} scale\n" + "\n".join(lines) + "\n\n")
+        sys.stdout.write(_commands(plans, args))
         return
     check_sources(sources)
     _earlier(sources.output)  # raises if reproduction.json is damaged: now, not after hours of runs
@@ -120,19 +123,53 @@ def run(args: Any) -> None:
     _report(plans, sources)
 
 
-def _run_plans(plans: list[Any], sources: Any, processes: int) -> None:
+def _check_processes(args: Any) -> None:
+    """Checks --processes against the configs of the trainings; at the full scale, launch/torchrun.sh starts those."""
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.reproduce.artefacts import tiny_config
+    from megatron_lion.reproduce.recipes import check_processes
+
+    if args.scale == "tiny":
+        check_processes(
+            args.processes, list(dict.fromkeys(tiny_config(name) for name in args.artefacts if name != "toy"))
+        )
+    if args.processes < 1:
+        raise ConfigError(f"--processes {args.processes}: must be at least 1")
+
+
+def _commands(plans: list[Plan], args: Any) -> str:
+    """The text of --print: each command once, although several artefacts may need it."""
+    import shlex
+
+    text = NODES.format(python=shlex.quote(sys.executable)) if args.scale == "full" else ""
+    shown: set[str] = set()
+    for plan in plans:
+        text += f"## {plan.artefact}, {plan.scale} scale\n"
+        for step in plan.steps:
+            if (line := step.shown(args.processes)) not in shown:
+                shown.add(line)
+                text += f"# {step.title}\n{line}\n"
+        text += "\n"
+    return text + AFTER
+
+
+def _run_plans(plans: list[Plan], sources: Any, processes: int) -> None:
     from megatron_lion.jobs import Jobs
+    from megatron_lion.reproduce.artefacts import Step
     from megatron_lion.reproduce.run_verbs import need_gpus, run_plan
-    from megatron_lion.reproduce.sources import make_missing
+    from megatron_lion.reproduce.sources import note_text
 
     if any(plan.scale == "full" and plan.needs for plan in plans):
         need_gpus()
+
+    def check(step: Step) -> None:
+        if step.verb in ("tokenizer", "prepare") and plan.scale == "tiny":
+            note_text(sources)
+
     total, first = sum(len(plan.steps) for plan in plans), 1
     with Jobs() as jobs:
         for plan in plans:
-            if plan.needs and plan.scale == "tiny":
-                make_missing(sources, plan.needs, say)
-            run_plan(plan, processes, jobs, first=first, total=total)
+            run_plan(plan, processes, jobs, first=first, total=total, check=check)
             first += len(plan.steps)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,7 +56,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Any) -> None:
-    """Prints Markdown to stdout."""
+    """Prints Markdown to stdout; in a terminal, its tables are laid out for the terminal's width."""
+    from megatron_lion.compare.print_tables import print_markdown
     from megatron_lion.errors import ConfigError
 
     _check_numbers(args)
@@ -65,7 +65,7 @@ def run(args: Any) -> None:
         text = _from_numbers(args) if not args.runs else _from_runs(args)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    sys.stdout.write(text + "\n")
+    print_markdown(text + "\n")
 
 
 def _flag(name: str) -> str:

@@ -46,6 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Any) -> None:
     """Simulates, writes the folder, and prints the tables to stdout."""
+    from megatron_lion.compare.print_tables import print_markdown
     from megatron_lion.errors import ConfigError
     from megatron_lion.files import storage_errors, write_whole
     from megatron_lion.toy.experiment import EXPERIMENTS, ToySettings, run_toy
@@ -83,5 +84,5 @@ def run(args: Any) -> None:
         plot_paths(settings, folder / "toy_paths.png")
         if any(points.values()):
             plot_theorem({e: p for e, p in points.items() if p}, folder / "toy_theorem.png")
-    sys.stdout.write(text)
+    print_markdown(text)
     sys.stdout.write(f"\nWritten to {folder}\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron_lion.compare.held_out import differences
 from megatron_lion.compare.labels import differing_settings, seed_groups, show
 from megatron_lion.compare.optimism import UPPER, Optimism, count_of, pooled_deviation
 from megatron_lion.compare.table import Cell, Table, one_line
@@ -20,6 +21,8 @@ from megatron_lion.runs.paths import has_begun
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 
 SWEEP_FILE = "sweep.json"
+NOT_COMPARABLE = "no setting is chosen"
+"""The beginning of the note on settings that were validated on different samples."""
 EDGE_SECTIONS = ("optimizer.", "schedule.")
 """Settings whose best value should be inside the grid. Others are exempt: more steps or layers are usually better."""
 
@@ -91,7 +94,7 @@ def choose_best(runs: Sequence[RunRecord], confirmations: Confirmations | None =
     """Picks the setting with the lowest validation loss at the end for each model and optimizer.
 
     The test loss is not used, nor are confirmation runs. Runs that differ only in their seed are one setting. A setting
-    with an unfinished or diverged seed is not chosen.
+    with an unfinished or diverged seed is not chosen, and none is if the validation samples differ by more than the seed.
 
     Args:
         runs: the runs, in any order.
@@ -123,8 +126,13 @@ def _choose(model: str, optimizer: str, family: list[RunRecord], fresh: list[Run
     def loss(group: tuple[RunRecord, ...]) -> float:
         return fmean(run.valid_loss or 0.0 for run in group if not common or run.seed in common)
 
-    best = min(whole, key=loss, default=())
-    if not best:
+    different = differences(run for group in whole for run in group)
+    best = () if different else min(whole, key=loss, default=())
+    if different:
+        notes.append(
+            f"{NOT_COMPARABLE}, because their validation losses are of different samples ({'; '.join(different)})"
+        )
+    elif not best:
         notes.append("no run has a validation loss at its end")
     elif len(settings) > 1:
         if not common:
@@ -314,6 +322,9 @@ def best_table(choices: Sequence[Choice]) -> Table:
     several = len({choice.model for choice in choices}) > 1
     notes = ["chosen by the validation loss at the end of training, never by the test loss"]
     notes += [f"{f'{c.model}, ' if several else ''}{c.name}: {note}" for c in choices for note in c.notes]
+    for model in dict.fromkeys(choice.model for choice in choices):
+        if found := differences(run for choice in choices if choice.model == model for run in choice.runs):
+            notes.append(f"{model}: the validation losses are of different samples ({'; '.join(found)})")
     columns = ["model", "optimizer", "setting", "settings tried", "seeds", "valid loss"]
     return Table(
         slug="best",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megatron_lion.compare.axis_ticks import short, ticks
+from megatron_lion.compare.held_out import reason, withheld
 from megatron_lion.compare.labels import by_model, loss_unit, seed_groups, setting_names
 from megatron_lion.compare.optimism import count_of
 from megatron_lion.compare.seeds import listed, stopped_at
@@ -87,7 +88,7 @@ def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
     groups = by_model(list(runs))
     for budget in BUDGETS:
         for number, (model, group) in enumerate(groups.items()):
-            found = [(run.label, losses) for run in group if (losses := measured(run, budget))]
+            found = [(run, losses) for run in group if (losses := measured(run, budget))]
             if found:
                 slug = f"loss-by-{budget.name}" + (f"-{number + 1}" if number else "")
                 title = f"{f'{model}: test' if len(groups) > 1 else 'Test'} loss by {budget.title} ({loss_unit(group)})"
@@ -96,7 +97,9 @@ def loss_tables(runs: Sequence[RunRecord]) -> list[Table]:
     return tables
 
 
-def _loss_table(slug: str, title: str, budget: Budget, model: str, found: list[tuple[str, Measured]]) -> Table | None:
+def _loss_table(
+    slug: str, title: str, budget: Budget, model: str, found: list[tuple[RunRecord, Measured]]
+) -> Table | None:
     """Returns the table, or None if no amount has a measurement."""
     size, unit, amounts = _columns(budget, [losses for _, losses in found])
     steps = list(pairwise([0.0, *amounts]))
@@ -106,14 +109,16 @@ def _loss_table(slug: str, title: str, budget: Budget, model: str, found: list[t
     ]
     kept = [place for place in range(len(amounts)) if any(row[place] is not None for row in cells)]
     columns = ["model", "optimizer", *(f"{short(round(amounts[place] / size, 9))}{unit}" for place in kept)]
+    unmarked, notes = withheld([run for run, _ in found], columns[2:])
     table = Table(
         slug=slug,
         title=title,
         columns=columns,
-        rows=[[model, label, *(row[i] for i in kept)] for (label, _), row in zip(found, cells, strict=True)],
+        rows=[[model, run.label, *(row[i] for i in kept)] for (run, _), row in zip(found, cells, strict=True)],
         formats=dict.fromkeys(columns[2:], ".4f"),
-        notes=["the last measurement after the previous column; a dash if there is none or the run had ended"],
+        notes=["the last measurement after the previous column; a dash if there is none or the run had ended", *notes],
         best=columns[2:],
+        unmarked=unmarked,
     )
     return table if kept else None
 
@@ -168,14 +173,16 @@ def equal_budget_table(runs: Sequence[RunRecord]) -> Table:
         ]:
             notes[-1] += f"; a run that diverged does not limit the budget: {listed(left)}"
     heads = ["model", "optimizer", "at equal steps", "at equal tokens", "at equal seconds"]
+    unmarked, reasons = withheld([run for run in runs if run.series("test/loss")], heads[2:])
     return Table(
         slug="equal-budget",
         title=f"Test loss at an equal budget ({loss_unit(runs)})",
         columns=heads,
         rows=rows,
         formats=dict.fromkeys(heads[2:], ".4f"),
-        notes=notes,
+        notes=[*notes, *reasons],
         best=heads[2:],
+        unmarked=unmarked,
     )
 
 
@@ -265,8 +272,10 @@ def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) ->
     """
     columns = ["model", "optimizer", "target (nats)", "reached by", "steps", "steps low", "steps high", "tokens",
                "training minutes"]  # fmt: skip
+    marked = ["steps", "tokens", "training minutes"]
     rows: list[list[Cell]] = []
     notes: list[str] = []
+    unmarked: list[tuple[str, str]] = []
     groups = seed_groups(run for run in runs if run.series("test/loss"))
     names = setting_names(groups)
     for model, family in by_model([run for group in groups.values() for run in group]).items():
@@ -277,6 +286,9 @@ def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) ->
             used, reservation = _for_the_target(family)
             target = default_target([run.series("test/loss") for run in used])
             notes += [f"{model}: {reservation}"] if reservation else []
+        if why := reason([group for group in groups.values() if group[0].model == model]):
+            unmarked += [(model, heading) for heading in marked]
+            notes.append(f"{model}: no lowest value is marked, because {why}")
         for key, group in groups.items():
             if group[0].model == model:
                 cells, found = _to_target(group, target)
@@ -301,7 +313,8 @@ def target_table(runs: Sequence[RunRecord], target_loss: float | None = None) ->
         formats={"target (nats)": ".4f", "training minutes": ",.1f"}
         | dict.fromkeys(("steps", "steps low", "steps high", "tokens"), ",.0f"),
         notes=notes,
-        best=["steps", "tokens", "training minutes"],
+        best=marked,
+        unmarked=unmarked,
     )
 
 

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from megatron_lion.compare.axis_ticks import spread
 from megatron_lion.compare.budgets import tokens_at
+from megatron_lion.compare.held_out import differences, reason
 from megatron_lion.compare.labels import loss_unit, seed_groups, setting_names
 from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
 from megatron_lion.intervals import t_quantile
@@ -20,6 +21,8 @@ from megatron_lion.style import OPTIMIZER_COLOURS, SPARE_COLOURS
 NOISE_RATIO = math.sqrt(2 / math.pi)
 """r/√d of a gradient that is pure Gaussian noise: E|z| / √(E z²) = 0.798 for a standard normal z."""
 
+OTHER_SAMPLES = "; on different samples"
+"""Added to the name of an axis whose curves are not comparable."""
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 AXES = ("step", "tokens", "time")
 """The possible horizontal axes."""
@@ -291,10 +294,12 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
     residual = curves(lambda run: run.series("probe/kkt_residual"))
     ratios = curves(lambda run: run.series("probe/norm_ratio"), bars=_ratio_bars)
     key = main_evaluation_key(runs)
+    tuned = [run for run in tried or runs if run.model == runs[0].model]
+    tested = [line.runs for line in lines if any(run.series("test/loss") for run in line.runs)]
     made = [
         Panel(slug="training-loss", title="Training loss", y_label=f"{unit}{smoothing}", curves=training,
               x_label=scale.label),
-        Panel(slug="test-loss", title="Test loss", y_label=unit, x_label=scale.label,
+        Panel(slug="test-loss", title="Test loss", y_label=unit + OTHER_SAMPLES * bool(reason(tested)), x_label=scale.label,
               curves=curves(lambda run: run.series("test/loss"))),
         Panel(
             slug="norm-ratio", title="Norm ratio of the full gradient", y_label=_ratio_name(ratios), x_label=scale.label,
@@ -304,9 +309,9 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
               curves=curves(lambda run: _perplexities(run, key))),
         Panel(slug="kkt-residual", title="KKT residual", y_label="λ⟨∇f, θ⟩ + ‖∇f‖₁", x_label=scale.label, curves=residual,
               from_zero=True, log_y=_wants_log(residual)),
-        Panel(slug="learning-rate", title="Tuning: validation loss at the end", y_label=f"{unit}; the lowest of each rate",
-              x_label="learning rate", log_x=True,
-              curves=_rate_curves([run for run in tried or runs if run.model == runs[0].model], lines)),
+        Panel(slug="learning-rate", title="Tuning: validation loss at the end", x_label="learning rate", log_x=True,
+              y_label=f"{unit}; the lowest of each rate{OTHER_SAMPLES * bool(differences(tuned))}",
+              curves=_rate_curves(tuned, lines)),
     ]  # fmt: skip
     return [panel for panel in made if panel.curves]
 

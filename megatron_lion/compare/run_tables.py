@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from megatron_lion.compare.budgets import equal_budget_table, loss_tables, target_table
+from megatron_lion.compare.held_out import differences, seeds_differ, withheld
 from megatron_lion.compare.labels import by_model, differing_settings, loss_unit, show
 from megatron_lion.compare.seeds import seeds_table
 from megatron_lion.compare.selection import evaluation_key, evaluation_keys
@@ -67,13 +68,19 @@ def _perplexity_table(
             rows.append([run.model, run.label, *of_steps, *(found.get(0) if run.is_reference else None for _ in last)])
     columns = ["model", "optimizer", *(_short_step(step) for step in steps), *last]
     level = "token" if field == "log_token_ppl" else "word (adjusted)"
-    vocabularies = {r.get("tokenizer_sha256") for run in runs for r in run.evaluations if evaluation_key(r) == key}
+    vocabularies: dict[str, set[Any]] = {}
+    for run in runs:
+        vocabularies.setdefault(run.model, set()).update(
+            r.get("tokenizer_sha256") for r in run.evaluations if evaluation_key(r) == key
+        )
     notes = [_convention(first)]
-    if len(vocabularies) > 1 and field == "log_token_ppl":
+    by_token = field == "log_token_ppl"
+    mixed = [model for model, found in vocabularies.items() if len(found) > 1 and by_token]
+    if by_token and len(set().union(*vocabularies.values())) > 1:
         notes.append(
             "the runs have different vocabularies: their token perplexities are not comparable, see the adjusted ones"
         )
-    short = "log-perplexity" if field == "log_token_ppl" else "log-adjusted-perplexity"
+    short = "log-perplexity" if by_token else "log-adjusted-perplexity"
     return Table(
         slug=short if number == 0 else f"{short}-{number + 1}",
         title=f"Zero-shot {_text_name(first)}: natural log of the {level} perplexity by step",
@@ -82,6 +89,7 @@ def _perplexity_table(
         formats=dict.fromkeys(columns[2:], ".3f"),
         notes=notes,
         best=columns[2 : len(columns) - len(last)],
+        unmarked=[(model, heading) for model in mixed for heading in columns[2:]],
     )
 
 
@@ -127,7 +135,7 @@ def word_tables(runs: list[RunRecord]) -> list[Table]:
             ["word_ppl", "byte_ppl", "bits_per_byte"],
         ),
         "lambada": (
-            "LAMBADA, last word, and its last token",
+            "LAMBADA: the last word, and its last token alone",
             ["accuracy", "word_ppl", "log_word_ppl", "last_token_accuracy", "last_token_ppl"],
         ),
     }
@@ -152,7 +160,8 @@ def word_tables(runs: list[RunRecord]) -> list[Table]:
             "log_word_ppl": ".3f",
         }
         columns = ["model", "optimizer", "text", "step", *fields]
-        tables.append(Table(slug=kind.replace("_", "-"), title=title, columns=columns, rows=rows, formats=formats))
+        slug = kind.replace("_", "-")
+        tables.append(Table(slug=slug, title=title, columns=columns, rows=rows, formats=formats, num_keys=4))
     return tables
 
 
@@ -160,7 +169,10 @@ def loss_table(runs: list[RunRecord]) -> Table:
     """Final and best losses."""
     columns = ["model", "optimizer", "steps", "train loss", "valid loss", "test loss", "best test loss", "at step"]
     rows: list[list[Cell]] = []
-    notes = []
+    unmarked, notes = withheld(runs, columns[4:7])
+    for model, group in by_model(runs).items():
+        if differences(group, held_out=False) or seeds_differ([run] for run in group):
+            unmarked.append((model, columns[3]))
     for run in runs:
         test = run.series("test/loss")
         best = test.best()
@@ -181,6 +193,7 @@ def loss_table(runs: list[RunRecord]) -> Table:
             *notes,
         ],
         best=columns[3:7],
+        unmarked=unmarked,
     )
 
 
@@ -193,9 +206,12 @@ def bert_table(runs: list[RunRecord]) -> Table:
         if run.series("test/mlm_loss")
     ]
     columns = ["model", "optimizer", "masked-token loss", "sentence-order loss", "masked tokens", "sentence order"]
+    unmarked, notes = withheld([run for run in runs if run.series("test/mlm_loss")], columns[2:4])
     formats = dict.fromkeys(columns[2:4], ".4f") | dict.fromkeys(columns[4:], ".1%")
     title = "BERT on the test split: losses (nats) and share of right answers, last measurement"
-    return Table(slug="bert", title=title, columns=columns, rows=rows, formats=formats, best=columns[2:4])
+    return Table(
+        slug="bert", title=title, columns=columns, rows=rows, formats=formats, notes=notes, best=columns[2:4], unmarked=unmarked
+    )  # fmt: skip
 
 
 def ratio_table(runs: list[RunRecord]) -> Table:
@@ -272,6 +288,7 @@ def _median(series: Series) -> float | None:
 def settings_table(runs: list[RunRecord]) -> Table:
     """The settings in which the runs differ: one column per run, or one row per run if there are many."""
     keys = differing_settings(runs)
+    num_keys = 2 if len(runs) > MOST_COLUMNS else 1
     if len(runs) > MOST_COLUMNS:
         columns = ["model", "optimizer", *keys]
         rows: list[list[Cell]] = [
@@ -281,7 +298,7 @@ def settings_table(runs: list[RunRecord]) -> Table:
         names = [run.label if len(by_model(runs)) == 1 else f"{run.model} {run.label}" for run in runs]
         columns = ["setting", *names]
         rows = [[key, *(show(run.settings.get(key)) for run in runs)] for key in keys]
-    return Table(slug="settings", title="Settings that differ", columns=columns, rows=rows)
+    return Table(slug="settings", title="Settings that differ", columns=columns, rows=rows, num_keys=num_keys)
 
 
 # Entries of environment.json and run.json that may explain a difference between runs.

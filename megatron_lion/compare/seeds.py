@@ -9,6 +9,7 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
+from megatron_lion.compare.held_out import differences
 from megatron_lion.compare.labels import by_model, seed_groups, setting_names
 from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
 from megatron_lion.compare.table import Cell, Table
@@ -34,12 +35,14 @@ class _Measure:
         values: for each setting that has it, its value for each seed; None for a seed without it.
         withheld: settings without a mean although all seeds have a value, with the reason.
         notes: reservations about the measure.
+        incomparable: the reason why no gap is judged, or None.
     """
 
     name: str
     values: dict[_Key, list[float | None]]
     withheld: dict[_Key, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    incomparable: str | None = None
 
 
 def seeds_table(runs: list[RunRecord]) -> Table | None:
@@ -89,6 +92,8 @@ def _rows(model: str, measure: _Measure, names: Mapping[_Key, str]) -> list[list
 def _notes(model: str, measure: _Measure, groups: _Groups, names: Mapping[_Key, str]) -> list[str]:
     """The reservations about a measure, the reasons for which settings are not compared, and the verdicts on the others."""
     notes = [f"{model}: {note}" for note in measure.notes]
+    if measure.incomparable:
+        return [*notes, f"{model}, {measure.name}: no gap is judged, because {measure.incomparable}"]
     compared: list[tuple[str, list[float]]] = []
     for key, values in measure.values.items():
         lacking = [run for run, value in zip(groups[key], values, strict=True) if run.finished and value is None]
@@ -139,6 +144,8 @@ def _final_losses(groups: _Groups) -> _Measure:
     finals = {key: [run.final("test/loss") for run in group] for key, group in measured.items()}
     steps = {key: sorted({final[0] for final in found if final}) for key, found in finals.items()}
     every = sorted({step for found in steps.values() for step in found})
+    # A seed has its own samples, and its noise is part of the scatter over seeds; any other difference is not.
+    different = differences(run for group in measured.values() for run in group)
     return _Measure(
         name="final test loss",
         values={key: [final[1] if final else None for final in found] for key, found in finals.items()},
@@ -146,6 +153,7 @@ def _final_losses(groups: _Groups) -> _Measure:
         withheld={key: f"its seeds were last measured at different steps ({listed([f'{step:,}' for step in found])})"
                   for key, found in steps.items() if len(found) > 1},
         notes=(f"the final test losses are of different steps, {every[0]:,} to {every[-1]:,}",) if len(every) > 1 else (),
+        incomparable=f"the runs are tested on different samples ({'; '.join(different)})" if different else None,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tables of numbers and their output as terminal text, Markdown, CSV, LaTeX and HTML."""
+"""Tables of numbers and their output as Markdown, CSV, LaTeX and HTML; `print_tables` prints them to a terminal."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from megatron_lion.plain_text import plain
 
 Cell = str | int | float | None
 MISSING = "–"
+MARKDOWN_WIDTH = 120
+"""Longest line of a Markdown table, if its columns can be divided among several tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,10 @@ class Table:
         formats: format specification of numbers by heading; ",.4g" by default.
         notes: sentences below the table.
         best: headings whose smallest value is marked among the rows that agree in the first column.
+        unmarked: (first cell, heading) pairs of rows and a column in which no smallest value is marked, because the values
+            are not comparable.
+        num_keys: number of leading columns that name a row. They are repeated if the other columns are divided among several
+            tables. By default the leading columns of text, or one if all columns are text.
     """
 
     slug: str
@@ -40,6 +46,8 @@ class Table:
     formats: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     best: list[str] = field(default_factory=list)
+    unmarked: list[tuple[str, str]] = field(default_factory=list)
+    num_keys: int | None = None
 
     def __post_init__(self) -> None:
         tidy: dict[str, Any] = {
@@ -49,6 +57,7 @@ class Table:
             "formats": {one_line(name): form for name, form in self.formats.items()},
             "notes": [one_line(note) for note in self.notes],
             "best": [one_line(name) for name in self.best],
+            "unmarked": [(one_line(group), one_line(name)) for group, name in self.unmarked],
         }
         for name, value in tidy.items():
             object.__setattr__(self, name, value)  # frozen outside of this method
@@ -63,13 +72,22 @@ class Table:
             return str(cell)
         return format(cell, self.formats.get(self.columns[column], ",d" if isinstance(cell, int) else ",.4g"))
 
+    @property
+    def keys(self) -> int:
+        """Number of leading columns that name a row, at least 1."""
+        if self.num_keys is not None:
+            return self.num_keys
+        texts = [self.is_text(column) for column in range(len(self.columns))]
+        return 1 if all(texts) else max(1, texts.index(False))
+
     def is_text(self, column: int) -> bool:
         """Whether a column holds text."""
         return any(isinstance(row[column], str) for row in self.rows)
 
     def is_best(self, row: int, column: int) -> bool:
-        """Whether a cell is the smallest of its column in its group; False if the group's values are all equal."""
-        if self.columns[column] not in self.best:
+        """Whether a cell is the smallest of its column in its group; False if the values are equal or not comparable."""
+        heading = self.columns[column]
+        if heading not in self.best or (self.rows[row][0], heading) in self.unmarked:
             return False
         group = [r[column] for r in self.rows if r[0] == self.rows[row][0]]
         numbers = [cell for cell in group if isinstance(cell, int | float)]
@@ -103,16 +121,20 @@ def _markdown_cell(text: str) -> str:
     return re.sub(r"(\\*)\|", r"\1\1\\|", one_line)
 
 
-def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[str]], alignment: str = "") -> str:
+def markdown_grid(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], alignment: str = "", *, num_keys: int | None = None
+) -> str:
     r"""A GitHub Markdown table of text cells; bars and line breaks in cells are escaped.
 
     Args:
         columns: headings.
         rows: cells of each row, as many as there are headings.
         alignment: one letter per column, "l" or "r"; all left by default.
+        num_keys: number of leading columns that name a row. If it is given and a line would be longer than `MARKDOWN_WIDTH`,
+            the other columns are divided among several tables, each of which begins with these.
 
     Returns:
-        The lines, without a line break at the end.
+        The lines, without a line break at the end; a blank line between two tables.
 
     Raises:
         ValueError: a row or the alignment differs from the headings in length.
@@ -127,8 +149,49 @@ def markdown_grid(columns: Sequence[str], rows: Sequence[Sequence[str]], alignme
     lines = [list(columns), *map(list, rows)]
     if any(len(part) != len(columns) for part in (alignment, *lines)):
         raise ValueError(f"a table of {len(columns)} columns has a row or an alignment of another length")
-    head, *body = ("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
-    return "\n".join([head, "|" + "|".join("---:" if side == "r" else "---" for side in alignment) + "|", *body])
+    cells = [[_markdown_cell(text) for text in line] for line in lines]
+    return "\n\n".join(
+        "\n".join(
+            [
+                _markdown_line(cells[0], part),
+                "|" + "|".join("---:" if alignment[c] == "r" else "---" for c in part) + "|",
+                *(_markdown_line(line, part) for line in cells[1:]),
+            ]
+        )
+        for part in _markdown_parts(cells, num_keys)
+    )
+
+
+def _markdown_line(cells: Sequence[str], part: Sequence[int]) -> str:
+    return "| " + " | ".join(cells[column] for column in part) + " |"
+
+
+def _markdown_parts(cells: Sequence[Sequence[str]], num_keys: int | None) -> list[list[int]]:
+    """The columns of each table: as many after the keys as the longest line has room for, at least one."""
+    columns = list(range(len(cells[0])))
+    if num_keys is None or num_keys >= len(columns):
+        return [columns]
+    keys = columns[:num_keys]
+    parts: list[list[int]] = []
+    for column in columns[num_keys:]:
+        wider = [*parts[-1], column] if parts else []
+        if parts and max(len(_markdown_line(line, wider)) for line in cells) <= MARKDOWN_WIDTH:
+            parts[-1] = wider
+        else:
+            parts.append([*keys, column])
+    return parts
+
+
+def parse_markdown_grid(lines: Sequence[str]) -> tuple[list[str], list[list[str]], str]:
+    r"""The columns, rows and alignment of a table of `markdown_grid`.
+
+    >>> parse_markdown_grid(markdown_grid(["what", "value"], [["|z|", "1.5"]], "lr").splitlines())
+    (['what', 'value'], [['|z|', '1.5']], 'lr')
+    """
+    # A bar inside a cell has a backslash before it, so a bar between blanks is a border.
+    cells = [line.removeprefix("| ").removesuffix(" |").split(" | ") for line in (lines[0], *lines[2:])]
+    texts = [[re.sub(r"((?:\\\\)*)\\\|", lambda m: m[1][::2] + "|", cell) for cell in line] for line in cells]
+    return texts[0], texts[1:], "".join("r" if side.endswith(":") else "l" for side in lines[1].strip("|").split("|"))
 
 
 def to_markdown(table: Table) -> str:
@@ -142,7 +205,7 @@ def to_markdown(table: Table) -> str:
     rows = [[cell(r, c) for c in columns] for r in range(len(table.rows))]
     alignment = "".join("l" if table.is_text(c) else "r" for c in columns)
     heads = [_markdown_text(name) for name in table.columns]
-    lines = [f"### {_markdown_text(table.title)}", "", markdown_grid(heads, rows, alignment)]
+    lines = [f"### {_markdown_text(table.title)}", "", markdown_grid(heads, rows, alignment, num_keys=table.keys)]
     if table.notes:
         lines += ["", *(f"- {_markdown_text(note)}" for note in table.notes)]
     return "\n".join(lines) + "\n"
@@ -217,18 +280,3 @@ def to_html(table: Table) -> str:
         f'<section id="{table.slug}"><h2>{html.escape(table.title)}</h2>\n<div class="scroll" tabindex="0"><table>\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>{notes}</section>\n"
     )
-
-
-def to_rich(table: Table) -> Any:
-    """A rich table for the terminal, without title and notes, which may be wider than the table."""
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    shown = RichTable()
-    columns = range(len(table.columns))
-    for c in columns:
-        shown.add_column(Text(table.columns[c]), justify="left" if table.is_text(c) else "right", no_wrap=True)
-    for r in range(len(table.rows)):
-        cells = (table.shown(c, table.rows[r][c]) for c in columns)
-        shown.add_row(*(Text(text, "bold" if table.is_best(r, c) else "") for c, text in enumerate(cells)))
-    return shown

@@ -37,6 +37,8 @@ class Corpora:
         vocab_size: number of ids before padding.
         digest: SHA-256 over the data's content hashes, weights and split; equal digests mean the same data.
         settings: the config's data section, for settings that apply when samples are drawn (BERT's masking).
+        absent: for valid and test, if a dataset folder lacks the split: what is wrong and how to make it; see
+            `check_splits`.
     """
 
     prefixes: dict[str, list[Path]]
@@ -47,6 +49,7 @@ class Corpora:
     vocab_size: int
     digest: str
     settings: DataConfig = field(default_factory=DataConfig)
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def train_tokens(self) -> int:
@@ -59,7 +62,8 @@ def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
     """Opens and checks everything that `data.path` names.
 
     Of prepared folders it reads manifests and index files. Plain prefixes have no manifest, so their tokens are read
-    as well, for the content hash and the largest id.
+    as well, for the content hash and the largest id. A dataset folder may lack valid or test; `check_splits` refuses that
+    if they are read.
 
     Raises:
         ConfigError: no path is given, or folders are mixed with prefixes.
@@ -151,16 +155,13 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
             _check_inside(path, prefix)
             prefixes[split].append(prefix)
             infos[prefix] = check_indexed(prefix)
-    for split in SPLITS:
-        if len(prefixes[split]) != len(paths):
-            lacking = next(number for number, manifest in enumerate(manifests) if split not in manifest.splits)
-            count = sum(info.documents for info in manifests[lacking].splits.values())
-            raise DataError(
-                f"{paths[lacking]}: the {split} split is empty, because the dataset has {count} document{'s' if count > 1 else ''}; "
-                "prepare it again with --txt-documents blank-line, which divides text files at blank lines"
-                if count < len(SPLITS)
-                else f"{paths[lacking]}: the {split} split is empty; prepare it again with a larger share for it (--split)"
-            )
+    absent: dict[str, str] = {}
+    for path, manifest in zip(paths, manifests, strict=True):
+        for split in SPLITS:
+            if split not in manifest.splits:
+                absent.setdefault(split, _absent(path, manifest, split))
+    if "train" in absent:
+        raise DataError(absent["train"])
     vocab_size = _check_vocab_size(model, manifests[0].tokenizer.vocab_size, f"{paths[0]}/{MANIFEST_NAME}")
     tokenizer = load_tokenizer_of(manifests[0].tokenizer.sha256, data.tokenizer or paths[0] / "tokenizer")
     if tokenizer.sha256 != manifests[0].tokenizer.sha256:
@@ -175,7 +176,39 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
         )
     # From the manifests: hashing the tokens here would cost a second for every 1.9 GB.
     hashes = [[s.idx_sha256 + s.bin_sha256 for s in manifest.splits.values()] for manifest in manifests]
-    return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, _digest([hashes, data.weights]), data)
+    digest = _digest([hashes, data.weights])
+    return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, digest, data, absent)
+
+
+def _absent(path: Path, manifest: Manifest, split: str) -> str:
+    """Returns why a dataset folder lacks a split, and how to prepare it again with the split."""
+    if not manifest.split[SPLITS.index(split)]:
+        shares = ",".join(f"{share:g}" for share in manifest.split)
+        return (
+            f"{path}: has no {split} split, because it was prepared with --split {shares}; prepare it again with --overwrite and a "
+            "share for it, such as --split 90,5,5"
+        )
+    count = manifest.documents
+    return (
+        f"{path}: has no {split} split, because the dataset has {count} document{'s' * (count != 1)}; prepare it again with "
+        "--overwrite --divide-documents always, which divides each document by position"
+    )
+
+
+def check_splits(corpora: Corpora, num_samples: Sequence[int | None]) -> None:
+    """Rejects corpora that lack a split of which samples will be read.
+
+    Args:
+        corpora: from `open_corpora`.
+        num_samples: number of samples that will be read of train, valid and test; None counts as 0.
+
+    Raises:
+        DataError: the message names the dataset folder, and what works with and without preparing it again.
+    """
+    for split, count in zip(SPLITS, num_samples, strict=True):
+        if count and split in corpora.absent:
+            without = "--train.test_every 0" if num_samples[0] else "probe.data fixed"
+            raise DataError(f"{corpora.absent[split]}; or do without it: {without}")
 
 
 def _check_inside(folder: Path, prefix: Path) -> None:

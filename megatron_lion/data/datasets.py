@@ -21,7 +21,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_lion.config import ModelConfig
 from megatron_lion.data import loader_workers
 from megatron_lion.data.blends import index_contents, open_datasets
-from megatron_lion.data.corpora import Corpora, shares
+from megatron_lion.data.corpora import Corpora, check_splits, shares
 from megatron_lion.data.index_cache import Content, index_folder
 from megatron_lion.data.indexed_check import IndexedInfo, sequence_lengths
 from megatron_lion.data.manifest import SPLITS
@@ -65,10 +65,11 @@ def build_datasets(
         position_ids and float32 (S,) loss_mask. For BERT see `BertDataset`.
 
     Raises:
-        DataError: a split has too few documents or tokens for a sample, or fewer samples than will be read.
+        DataError: a split is absent, has too few documents or tokens for a sample, or fewer samples than will be read.
         StorageError: the index files cannot be written or read.
         BusyError: another job is building the same index files.
     """
+    check_splits(corpora, num_samples)
     dataset_class, config_class, special = _dataset_classes(corpora, model, num_samples)
     common: dict[str, Any] = {"random_seed": seed, "sequence_length": model.seq_length, **special}
     paths = {split: [str(prefix) for prefix in corpora.prefixes[split]] for split in SPLITS}

@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.data.bert_vocab import SPECIAL_TOKENS
+from megatron_lion.data.hub_files import hub_files
 from megatron_lion.data.tokenizer_files import (
-    PAIRS,
     SINGLE,
     WANTED,
-    WORDPIECES,
     build_definition,
     check_complete,
     definition_sha256,
-    read_bytes,
     read_files,
     saved_files,
 )
 from megatron_lion.data.tokenizer_settings import KNOWN_CLASSES, SIDE_FILES, side_settings
-from megatron_lion.errors import DataError, EnvironmentFault, MegatronLionError
+from megatron_lion.errors import DataError, MegatronLionError
 from megatron_lion.files import storage_errors, write_whole
 from megatron_lion.jobs import rank_from_env
 from megatron_lion.streams import say
@@ -283,7 +281,7 @@ def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Token
     """
     name = str(source)
     if name.startswith("hf:"):
-        return Tokenizer(_hub_files(name[3:], download=True), source=name, eod_token=eod_token)
+        return Tokenizer(hub_files(name[3:], download=True), source=name, eod_token=eod_token)
     path = Path(source).expanduser()
     if path.exists():
         files = read_files(path)
@@ -295,7 +293,7 @@ def load_tokenizer(source: str | Path, *, eod_token: str | None = None) -> Token
             )
         return loaded
     if looks_like_hub_name(name):
-        files = _hub_files(name, download=False)
+        files = hub_files(name, download=False)
         if files:
             return Tokenizer(files, source=name, eod_token=eod_token)
         raise DataError(
@@ -317,39 +315,3 @@ def looks_like_hub_name(name: str) -> bool:
         for part in parts
     )
     return plain and len(parts) <= 2 and not name.endswith((".json", ".txt", ".bpe", ".model"))
-
-
-def _hub_files(name: str, *, download: bool) -> dict[str, bytes]:
-    """Returns the tokenizer's files of a hub repository; {} if they are not downloaded and `download` is false."""
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetch(filename: str) -> bytes | None:
-        try:
-            return read_bytes(Path(huggingface_hub.hf_hub_download(name, filename, local_files_only=not download)))
-        except LocalEntryNotFoundError:
-            if not download:
-                return None
-            raise
-        except EntryNotFoundError:
-            return None
-
-    try:
-        single = fetch(SINGLE)
-        side = {part: fetch(part) for part in SIDE_FILES}
-        others = {} if single else {part: fetch(part) for part in (*PAIRS[0], WORDPIECES)}
-    except Exception as error:  # the client raises many unrelated classes; all mean that the hub is not usable
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EnvironmentFault(
-            f"hf:{name}: not downloaded, and the hub cannot be used ({reason}); "
-            "download it on a machine with network access and give its folder"
-        ) from None
-    found = {SINGLE: single, **others, **side}
-    files = {part: content for part, content in found.items() if content is not None}
-    if set(PAIRS[0]) <= files.keys():
-        files.pop(WORDPIECES, None)
-    elif not {SINGLE, WORDPIECES} & files.keys():
-        if download:
-            raise DataError(f"hf:{name}: the repository has no tokenizer.json, vocab.json + merges.txt or vocab.txt")
-        return {}
-    return files

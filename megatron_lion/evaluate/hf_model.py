@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import CheckpointError, MegatronLionError
+from megatron_lion.evaluate.hf_errors import cause, importing_transformers, refusal
 from megatron_lion.evaluate.hf_files import model_sha256, unread_weights, weight_files
 from megatron_lion.evaluate.token_scores import LogitsScorer
 from megatron_lion.streams import say
@@ -83,8 +84,9 @@ def open_huggingface(
         CheckpointError: the folder has no GPT-2 model in safetensors, or transformers cannot load all its weights.
         DataError: no tokenizer is found.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-    from transformers.utils import logging as transformers_logging
+    with importing_transformers():
+        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers.utils import logging as transformers_logging
 
     folder = Path(folder)
     weight_files(folder)  # raises if there are none
@@ -102,8 +104,7 @@ def open_huggingface(
     except MegatronLionError:  # a stop signal
         raise
     except Exception as error:  # transformers raises many unrelated classes for files that it rejects
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder}: not a GPT-2 model that transformers can load: {reason}") from None
+        raise refusal(error, f"{folder}: not a GPT-2 model that transformers can load: {cause(error)}") from None
     for name, stored, needed in sorted(notes["mismatched_keys"]):  # transformers' own error does not name them
         raise CheckpointError(
             f"{folder}: {name} has shape {tuple(stored)}, but config.json gives {tuple(needed)}; use the weights and the config.json "

@@ -6,6 +6,7 @@ same logits as this project's network. Only then is the folder renamed.
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ def _write(
         ) from error
     sync_file(path)  # before the rename: a crash must not leave a whole folder with an empty file
     write_json(folder / "config.json", dict(sorted(config.items())))
+    # safetensors 0.8 makes its file readable for the owner alone; the others have the mode that the umask leaves.
+    path.chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
     if run.config.model.kind == "gpt2":
         ids = {f"{name}_token_id": index for name, index in special.items() if index is not None}
         write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_lion.config import ModelConfig
 from megatron_lion.errors import CheckpointError
+from megatron_lion.evaluate.hf_errors import cause, importing_transformers, refusal
 from megatron_lion.interop.weight_names import Shape
 
 GELU_NAMES: dict[str, Literal["tanh", "erf"]] = {
@@ -71,7 +72,8 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, str, str | None]:
         CheckpointError: the file is missing or damaged, the model is of another kind, or a setting is unknown or not
             supported by this project's networks.
     """
-    import transformers
+    with importing_transformers():
+        import transformers
 
     path = folder / "config.json"
     try:
@@ -102,8 +104,7 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, str, str | None]:
     try:
         config = config_class(**found)
     except Exception as error:  # transformers raises classes of its own for values of a wrong type
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: transformers rejects it: {reason}") from None
+        raise refusal(error, f"{path}: transformers rejects it: {cause(error)}") from None
     gelu = config.activation_function if kind == "gpt2" else config.hidden_act
     if gelu not in GELU_NAMES:
         raise CheckpointError(f"{path}: activation must be one of {', '.join(GELU_NAMES)}, got {gelu!r}")

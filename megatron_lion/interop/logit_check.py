@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from megatron_lion.errors import CheckpointError, MegatronLionError
+from megatron_lion.evaluate.hf_errors import cause, importing_transformers, refusal
 from megatron_lion.evaluate.open_run import RestoredRun
 
 LOGIT_TOLERANCE = 1e-5
@@ -27,8 +28,9 @@ def compare_logits(run: RestoredRun, folder: Path, class_name: str, shown: Path)
         CheckpointError: transformers cannot load the folder, or the difference exceeds LOGIT_TOLERANCE, so it is not
             rounding.
     """
-    import transformers
-    from transformers.utils import logging as transformers_logging
+    with importing_transformers():
+        import transformers
+        from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -39,10 +41,10 @@ def compare_logits(run: RestoredRun, folder: Path, class_name: str, shown: Path)
     except MegatronLionError:  # a stop signal
         raise
     except Exception as error:  # transformers raises many unrelated classes for files that it rejects
-        reason = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{shown}: transformers cannot load it ({type(error).__name__}: {reason}), so the logits cannot be compared; save it again "
-            "with save_pretrained, or give --check false"
+        raise refusal(
+            error,
+            f"{shown}: transformers cannot load it ({cause(error)}), so the logits cannot be compared; save it again with "
+            "save_pretrained, or give --check false",
         ) from None
     other.eval()
     # A fixed seed on the CPU: every check of a checkpoint compares the same tokens and prints the same difference.

@@ -36,11 +36,11 @@ INIT_CHOICES = ("zeros", "first_gradient")
 IMPLEMENTATION_CHOICES = ("auto", "reference", "foreach", "cpp", "triton")
 MASTER_CHOICES = ("none", "fp32", "split32", "split24")
 MOMENTUM_CHOICES = ("fp32", "bf16", "int8")
-# Compiling the C++ loop takes one to two seconds, once a machine. It saves 5 ms (float32) to 45 ms (int8) a step for each
-# 2^20 elements. Smaller models, and tests, use foreach instead.
-CPP_PAYS = 2**20
 # Whether only lion.py and update.py were copied into another project.
 IS_ALONE = importlib.util.find_spec(".foreach", __package__) is None
+if not IS_ALONE:
+    from .arguments import check_flags, check_function, check_iterable, check_new_lion_group
+    from .implementations import check_implementation, choose_implementation, step_without_tables
 
 
 class Lion(torch.optim.Optimizer):
@@ -57,8 +57,10 @@ class Lion(torch.optim.Optimizer):
     step. β1 = β2 is Signum, the sign of the momentum itself.
 
     Coming from AdamW: take a learning rate 3-10 times smaller and a weight decay 3-10 times larger, so that
-    ηλ is unchanged (see `from_adamw`). For language models (0.9, 0.95) or (0.95, 0.98) are usual betas. LION needs
-    larger batches than AdamW: the sign of a noisy gradient is noisier than the gradient.
+    ηλ is unchanged (see `from_adamw`). LION needs larger batches than AdamW: the sign of a noisy gradient is noisier
+    than the gradient. The default betas, (0.9, 0.99), are those of the LION paper (Chen et al.), which takes (0.95, 0.98)
+    for language models. The run configs of this package have (0.9, 0.95), the setting of the runs by Dong, Li and Lin
+    that it reproduces.
 
     **Order of floating-point operations.** Every implementation computes, in float32 (float64 for float64
     parameters) with each operation rounded once, to nearest, and no fused multiply-add:
@@ -94,8 +96,9 @@ class Lion(torch.optim.Optimizer):
             CPU), "triton" (one launch for all tensors) or "auto": Triton on CUDA if it can compile there, C++ on a
             CPU with a compiler for parameters of 2^20 elements and more together, else foreach.
         master_weights: "none" (the parameter is its own master), "fp32", "split32" or "split24".
-        momentum: "fp32", "bf16" or "int8" (blocks of 32 elements with a bfloat16 scale). The last two need
+        momentum: "fp32" (the default), "bf16" or "int8" (blocks of 32 elements with a bfloat16 scale). The last two need
             β2 ≤ 0.996: a momentum that shrinks by less than 2^-8 a step would not shrink at all.
+        momentum_dtype: another name of `momentum`, the one that the configs use.
         cautious: move only elements where s(c) and the gradient have the same sign, by φη; φ is the inverse of their
             share in the parameter (Cautious LION; reads gradient and momentum twice).
         sum_agreement: needed if cautious parameters are shards; see `megatron_lion.optim.cautious.factors`.
@@ -104,6 +107,8 @@ class Lion(torch.optim.Optimizer):
 
     Raises:
         ValueError: a hyper-parameter, or a tensor given to `step`, is not one of those listed above.
+        TypeError: `params` is no iterable of tensors or groups.
+        RuntimeError: at the first step, the chosen implementation cannot be compiled on this machine.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5]))
@@ -131,23 +136,36 @@ class Lion(torch.optim.Optimizer):
         init_exp_avg: str = "zeros",
         implementation: str = "auto",
         master_weights: str = "none",
-        momentum: str = "fp32",
+        momentum: str | None = None,
+        momentum_dtype: str | None = None,
         cautious: bool = False,
         sum_agreement: Callable[[Sequence[torch.Tensor], torch.Tensor], None] | None = None,
         maximize: bool = False,
         count_steps: bool = False,
     ) -> None:
+        name, momentum = _one_momentum(momentum, momentum_dtype)
         check_choice("init_exp_avg", init_exp_avg, INIT_CHOICES)
         check_choice("implementation", implementation, IMPLEMENTATION_CHOICES)
         check_choice("master_weights", master_weights, MASTER_CHOICES)
-        check_choice("momentum", momentum, MOMENTUM_CHOICES)
+        check_choice(name, momentum, MOMENTUM_CHOICES)
+        is_packed = (master_weights, momentum) != ("none", "fp32")
+        if not IS_ALONE:
+            check_iterable(params)
+            check_flags(cautious=cautious, count_steps=count_steps)
+            check_function("sum_agreement", sum_agreement)
+            check_implementation(implementation)
+        elif cautious or is_packed or implementation not in ("auto", "reference"):
+            raise ValueError(
+                f"implementation = {implementation!r}, master_weights = {master_weights!r}, momentum = {momentum!r}, cautious = "
+                f"{cautious}: needs the other files of megatron_lion/optim beside lion.py; copy the whole folder"
+            )
         self.init_exp_avg = init_exp_avg
         self.implementation = implementation
         self.count_steps = count_steps
         self.cautious = cautious
         self.sum_agreement = sum_agreement
         self.layout = PlainLayout()
-        if (master_weights, momentum) != ("none", "fp32"):
+        if is_packed:
             from .layouts import PackedLayout
 
             self.layout = PackedLayout(master_weights, momentum)
@@ -167,6 +185,8 @@ class Lion(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group after checking its hyper-parameters and tensors."""
+        if not IS_ALONE:
+            check_new_lion_group(param_group)
         super().add_param_group(param_group)
         try:
             settle_groups(self.param_groups, self._saved_settings())
@@ -224,14 +244,19 @@ class Lion(torch.optim.Optimizer):
 
                 with_caution(slots, count_agreement(slots, self.layout, begin, None), self.sum_agreement)
             return loss
-        implementation = self._choose(slots)
+        implementation = "reference" if IS_ALONE else choose_implementation(self.implementation, slots)
         if implementation == "triton":
             from .kernel_launch import Fleet
 
             self._fleet = Fleet(self, slots, self._fleet)
             self._fleet.step(begin, grad_multiplier, found_inf)
         elif found_inf is None or not bool(found_inf):
-            self._step_without_tables(implementation, slots, begin, grad_multiplier)
+            if IS_ALONE:
+                reference_step(slots, self.layout, begin, grad_multiplier)
+            else:
+                step_without_tables(self, implementation, slots, begin, grad_multiplier)
+            if self.count_steps and slots:
+                torch._foreach_add_([slot.state["step"] for slot in slots], 1.0)
         return loss
 
     def get_unscaled_state(self, param: torch.Tensor, name: str) -> torch.Tensor:
@@ -349,51 +374,13 @@ class Lion(torch.optim.Optimizer):
                     slots.append(Slot(local, grad, {key: local_of(value) for key, value in own.items()}, group))
         return slots
 
-    def _choose(self, slots: Sequence[Slot]) -> str:
-        if self.implementation == "triton" and slots:
-            from .triton_check import why_no_triton
 
-            if (reason := why_no_triton()) is not None:
-                raise RuntimeError(f"implementation = 'triton': {reason}; or use implementation = 'foreach'")
-        if self.implementation not in ("auto", "cpp"):
-            return self.implementation
-        if self.implementation == "auto" and IS_ALONE:
-            return "reference"
-        on_cpu = all(slot.param.device.type == "cpu" for slot in slots)
-        if self.implementation == "cpp" and not on_cpu:
-            raise ValueError("implementation = 'cpp' with parameters that are not on the CPU: use 'auto'")
-        if on_cpu and (self.implementation == "cpp" or sum(slot.param.numel() for slot in slots) >= CPP_PAYS):
-            from .cpp import why_not
-
-            if why_not() is None:
-                return "cpp"
-            if self.implementation == "cpp":
-                raise RuntimeError(f"implementation = 'cpp': {why_not()}; or use implementation = 'foreach'")
-        fits = slots and all(slot.param.is_cuda and slot.param.dtype != torch.float64 for slot in slots)
-        if not fits:
-            return "foreach"
-        from .triton_check import warn_once, why_no_triton
-
-        if (reason := why_no_triton()) is not None:
-            warn_once(reason)
-            return "foreach"
-        return "triton"
-
-    def _step_without_tables(
-        self, implementation: str, slots: Sequence[Slot], begin: bool, multiplier: torch.Tensor | None
-    ) -> None:
-        """Takes a step with an implementation that keeps no tables between steps."""
-        take_step = reference_step
-        if implementation == "foreach":
-            from .foreach import foreach_step as take_step
-        elif implementation == "cpp":
-            from .cpp import cpp_step as take_step
-        if self.cautious:
-            from .cautious import count_agreement, with_caution
-
-            if implementation == "cpp":
-                from .cpp import count_agreement
-            slots = with_caution(slots, count_agreement(slots, self.layout, begin, multiplier), self.sum_agreement)
-        take_step(slots, self.layout, begin, multiplier)
-        if self.count_steps and slots:
-            torch._foreach_add_([slot.state["step"] for slot in slots], 1.0)
+def _one_momentum(momentum: Any, momentum_dtype: Any) -> tuple[str, Any]:
+    """Returns the name and value of the momentum's form; raises ValueError if both of its names are given and differ."""
+    if momentum is not None and momentum_dtype is not None and momentum != momentum_dtype:
+        raise ValueError(
+            f"momentum = {momentum!r}, momentum_dtype = {momentum_dtype!r}: two names of one setting; give one of them"
+        )
+    if momentum_dtype is not None:
+        return "momentum_dtype", momentum_dtype
+    return "momentum", "fp32" if momentum is None else momentum

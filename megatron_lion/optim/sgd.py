@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from .arguments import check_flags, check_iterable, check_new_group
 from .update import FOREIGN_OPTIONS as LION_OPTIONS
-from .update import HARMLESS_KEYS, check_rates, check_saved_keys
+from .update import HARMLESS_KEYS, check_params, check_rates, check_saved_keys, is_in_range
 
 # Options of torch.optim.SGD, with the values for which its step is this one's.
 FOREIGN_OPTIONS = {"nesterov": False, "maximize": False, "dampening": 0}
@@ -64,13 +65,16 @@ class Sgd(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "coupled_weight_decay": coupled_weight_decay,
         }
+        check_iterable(params)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group after checking its settings."""
+        """Adds a group after checking its settings and tensors."""
+        check_new_group(param_group)
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
+            check_params(self.param_groups[-1])
         except Exception:  # of any check: a refused group must not stay
             self.param_groups.pop()
             raise
@@ -143,8 +147,9 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(
                 f"{name} = {group[name]}, an option of torch.optim.SGD: needs {value}; Sgd has no other step"
             )
-    if not 0 <= group["momentum"] < 1:
-        raise ValueError(f"momentum = {group['momentum']}: needs a number, at least 0 and below 1")
+    if not is_in_range(group["momentum"], 1):
+        raise ValueError(f"momentum = {group['momentum']!r}: needs a number, at least 0 and below 1")
+    check_flags(coupled_weight_decay=group.get("coupled_weight_decay", False))
 
 
 def _fit_saved_group(own: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class AdamWPair(NamedTuple):
 def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair:
     """Suggests LION's learning rate and decay from a pair that was tuned for AdamW.
 
-    A signed step has norm η√d, several times an AdamW step of the same η, so the rate is divided by `ratio`.
-    The decay is multiplied by it, which keeps the product ηλ, the strength of the decay, unchanged.
+    A signed step has norm η√d, several times an AdamW step of the same η, so the rate is divided by `ratio`. The decay is
+    multiplied by it, which keeps ηλ, the strength of the decay, unchanged.
 
     Args:
         lr: AdamW's learning rate.
@@ -161,8 +161,6 @@ def lion_update(
         betas: (β1, β2).
         weight_decay: λ.
         caution: φ of Cautious LION, one element, or None.
-
-    Source: Chen et al. 2023; Dong, Li and Lin, arXiv 2411.07724, Algorithm 1.
     """
     beta1, beta2 = betas
     interpolation_N = exp_avg_N * beta1 + grad_N * (1 - beta1)
@@ -225,29 +223,43 @@ def check_choice(name: str, given: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} = {given!r}: needs one of {', '.join(allowed)}")
 
 
-def _is_in_range(value: Any, end: float) -> bool:
+def is_in_range(value: Any, end: float) -> bool:
+    """Returns whether a setting is a number, at least 0 and below `end`, by which a tensor can be multiplied."""
+    # float() also takes text, Decimal, Fraction and arrays. numpy's numbers have a dtype, but unlike arrays no items to set.
+    is_numpys = hasattr(value, "dtype") and not hasattr(value, "__setitem__")
+    is_number = (isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)) or is_numpys
     try:
-        return 0 <= float(value) < end and not isinstance(value, str)
-    except (TypeError, ValueError, RuntimeError):
+        return is_number and 0 <= float(value) < end
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
 
 
 def check_rates(group: dict[str, Any]) -> None:
     """Raises ValueError if a group's learning rate or weight decay is not a finite number, 0 or above."""
-    lr, weight_decay = group["lr"], group["weight_decay"]
+    lr = group["lr"]
     if isinstance(lr, torch.Tensor) and (lr.numel() != 1 or lr.dtype != torch.float32):
         raise ValueError(f"lr is a tensor of {lr.numel()} elements, {lr.dtype}: needs one element, torch.float32")
-    if not _is_in_range(lr, math.inf):  # waits for the device once, when a group is added
-        raise ValueError(f"lr = {lr}: needs a finite number, 0 or above")
-    if not _is_in_range(weight_decay, math.inf):
-        raise ValueError(f"weight_decay = {weight_decay}: needs a finite number, 0 or above")
+    for name in ("lr", "weight_decay"):
+        if not is_in_range(value := group[name], math.inf):  # waits for the device once, when a group is added
+            yaml = "; convert the text with float() (YAML reads 1e-4 as text)" if isinstance(value, str) else ""
+            raise ValueError(f"{name} = {value!r}: needs a finite number, 0 or above{yaml}")
+
+
+def check_params(group: dict[str, Any]) -> None:
+    """Raises ValueError if a parameter's dtype or layout is not supported."""
+    for param in group["params"]:
+        if param.dtype not in SUPPORTED_DTYPES or param.layout != torch.strided:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is {param.dtype}, {param.layout}: needs a dense "
+                "float32, bfloat16, float16 or float64 tensor"
+            )
 
 
 def check_group(group: dict[str, Any]) -> None:
     """Raises ValueError if a group's options or a parameter's dtype or layout are not supported."""
     check_rates(group)
     betas = group["betas"]
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_in_range(beta, 1) for beta in betas):
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(is_in_range(beta, 1) for beta in betas):
         raise ValueError(f"betas = {betas}: needs two numbers, each at least 0 and below 1")
     if not isinstance(group["maximize"], bool):
         raise ValueError(f"maximize = {group['maximize']!r}: needs True or False")
@@ -258,12 +270,7 @@ def check_group(group: dict[str, Any]) -> None:
             )
     if (caution := bool(group.get("caution", group["cautious"]))) != group["cautious"]:
         raise ValueError(f"caution = {caution}, timm's name for `cautious`: needs Lion(cautious={caution})")
-    for param in group["params"]:
-        if param.dtype not in SUPPORTED_DTYPES or param.layout != torch.strided:
-            raise ValueError(
-                f"a parameter of shape {tuple(param.shape)} is {param.dtype}, {param.layout}: needs a dense "
-                "float32, bfloat16, float16 or float64 tensor"
-            )
+    check_params(group)
 
 
 def check_saved_keys(group: dict[str, Any], needed: Sequence[str], known: set[str], owner: str) -> None:
@@ -346,10 +353,6 @@ def asks_for_state(groups: Sequence[dict[str, Any]], slots: Sequence[Slot]) -> b
     torch.distributed.checkpoint creates an optimizer's missing state by such a step. It must not count, and must not begin
     a momentum at g_1 = 0. Only rates in host memory are read: torch puts its zeros there, and a rate on a device must not
     make the host wait.
-
-    Args:
-        groups: the optimizer's groups.
-        slots: the parameters of the step.
     """
     rates = [group["lr"] for group in groups]
     if any(isinstance(rate, torch.Tensor) and rate.device.type != "cpu" for rate in rates) or any(map(float, rates)):
@@ -371,14 +374,10 @@ def is_dense(tensor: torch.Tensor) -> bool:
 
 
 def fit_gradient(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient in the memory order of its parameter: the gradient itself, or a copy.
+    """Returns a gradient in the memory order of its parameter, each this rank's part: the gradient itself, or a copy.
 
     Every implementation addresses parameter, gradient and state by one flat offset. autograd and DDP choose a gradient's
     strides themselves (expanded, or contiguous for a channels_last weight), so the user cannot be asked for other ones.
-
-    Args:
-        param: this rank's part of a parameter.
-        grad: this rank's part of its gradient.
 
     Raises:
         ValueError: the parameter has gaps or overlaps, or the gradient is sparse, complex or of another shape.

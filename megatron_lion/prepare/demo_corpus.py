@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_lion.errors import EnvironmentFault
+from megatron_lion.errors import ConfigError, EnvironmentFault
 from megatron_lion.files import storage_errors, write_whole
 
 PACKAGES = ("numpy", "networkx", "matplotlib")
@@ -59,8 +59,9 @@ def build_demo_corpus(folder: str | Path, max_train_bytes: int = MAX_TRAIN_BYTES
         max_train_bytes: size in bytes at which collecting training text stops.
 
     Raises:
+        ConfigError: the folder has one of the files with other content, which is not replaced.
         EnvironmentFault: this Python has no source files or no help topics.
-        StorageError: the folder cannot be written.
+        StorageError: the folder cannot be written or read.
     """
     folder = Path(folder)
     held_out = held_out_text()
@@ -81,8 +82,16 @@ def build_demo_corpus(folder: str | Path, max_train_bytes: int = MAX_TRAIN_BYTES
         train_bytes=size,
         held_out_bytes=len(held_out.encode("utf-8")),
     )
-    write_whole(corpus.train, "".join(json.dumps({"text": text}) + "\n" for text in documents).encode("ascii"))
-    write_whole(corpus.held_out, held_out.encode("utf-8"))
+    contents = {
+        corpus.train: "".join(json.dumps({"text": text}) + "\n" for text in documents).encode("ascii"),
+        corpus.held_out: held_out.encode("utf-8"),
+    }
+    for path, content in contents.items():
+        with storage_errors(path, "read"):
+            if path.exists() and path.read_bytes() != content:
+                raise ConfigError(f"{path}: exists with other content; choose another folder, or remove the file")
+    for path, content in contents.items():
+        write_whole(path, content)
     return corpus
 
 

@@ -4,7 +4,7 @@ A shard consists of three files in the work folder:
 
 - NAME.tokens: ids one after another;
 - NAME.documents: int32 lengths, then uint64 hashes; for BERT also the int32 number of sentences of each document and
-  the int32 lengths of the sentences;
+  the int32 lengths of the sentences; at the end, if documents are divided by position, the uint8 split of each part;
 - NAME.json, written last: counts and the SHA-256 of the other two.
 
 If NAME.json is readable and the two hashes match, the shard is complete and a later run reuses it.
@@ -15,10 +15,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from megatron_lion.prepare.inputs import opened, reading
 from megatron_lion.prepare.lines import BadLine
 from megatron_lion.prepare.long_texts import text_parts
 from megatron_lion.prepare.pieces import Piece, ReadCount, ReadOptions, read_piece
+from megatron_lion.prepare.positions import WHOLE, Part, PartStream, divide_text, parts_of_file
 from megatron_lion.prepare.sentences import SplitterName
 from megatron_lion.prepare.splits import DocumentDigest, document_hash
 
@@ -49,6 +50,7 @@ class EncodeSettings:
         vocab_size: number of token ids; determines the dtype of the tokens.
         splitter: sentence splitter if documents are stored as sentences (BERT), else None.
         in_parts: whether a text file that is one document is encoded in parts (`long_texts.divides_at_blanks`).
+        divide: shares of train, valid and test in percent by which each document is divided by position, or None.
     """
 
     read: ReadOptions
@@ -57,6 +59,7 @@ class EncodeSettings:
     vocab_size: int
     splitter: SplitterName | None = None
     in_parts: bool = False
+    divide: tuple[float, float, float] | None = None
 
     def reads_parts(self, piece: Piece) -> bool:
         """Whether a piece is one text that is encoded in parts."""
@@ -127,7 +130,7 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
         for content in contents:
             digest.update(content)
             stream.write(content)
-        if not documents:  # a text read in parts was blank or not UTF-8, so its tokens belong to no document
+        if not documents:  # a text read in parts was not UTF-8, so its tokens belong to no document
             digest = hashlib.sha256()
             stream.truncate(0)
     shard = documents.shard(name, digest.hexdigest(), count)
@@ -141,6 +144,15 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
     return shard
 
 
+class _Record(NamedTuple):
+    """Length in tokens, hash, bytes and split of a document, or of a part of it."""
+
+    length: int
+    hash: int
+    text_bytes: int
+    split: int
+
+
 class _Documents:
     """Collects lengths, hashes and sentence counts of a shard's documents, batch by batch."""
 
@@ -149,6 +161,8 @@ class _Documents:
         dtype = token_dtype(settings.vocab_size)
         self._end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype=dtype)
         self._by_sentences = settings.splitter is not None
+        self._divide = settings.divide
+        self._splits: list[int] = []
         self._lengths: list[int] = []
         self._hashes: list[int] = []
         self._sentences: list[int] = []
@@ -158,7 +172,9 @@ class _Documents:
     def add(self, texts: Sequence[str], encoder: Encoder, count: ReadCount) -> bytes:
         """Encodes and records documents; returns the bytes of their tokens for NAME.tokens."""
         parts: list[npt.NDArray[Any]] = []
-        for text, encoded in zip(texts, encoder.encode_documents(texts), strict=True):
+        divided = list(self._with_splits(texts, count))
+        texts = [text for text, _ in divided]
+        for (text, split), encoded in zip(divided, encoder.encode_documents(texts), strict=True):
             if self._by_sentences:
                 if not encoded.lengths.size:  # a text of control characters alone has no token, so it is no document
                     count.skip("document without a token")
@@ -167,11 +183,18 @@ class _Documents:
                 self._sentence_lengths.append(encoded.lengths)
                 self._divided += encoded.divided
             utf8 = text.encode("utf-8")
-            self._text_bytes += len(utf8)
-            self._hashes.append(document_hash(utf8, self._seed))
-            self._lengths.append(encoded.ids.size + self._end.size)
+            self._record(_Record(encoded.ids.size + self._end.size, document_hash(utf8, self._seed), len(utf8), split))
             parts += (encoded.ids, self._end)
         return np.concatenate(parts).tobytes() if parts else b""
+
+    def _with_splits(self, texts: Sequence[str], count: ReadCount) -> Iterator[tuple[str, int]]:
+        """Yields (text, split) of each document, or of each part of it if documents are divided by position."""
+        for text in texts:
+            for part, split in divide_text(text, self._divide) if self._divide else [(text, 0)]:
+                if part.isspace():
+                    count.skip("empty_document")
+                else:
+                    yield part, split
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -179,42 +202,72 @@ class _Documents:
     def add_parts(self, piece: Piece, encoder: Encoder, count: ReadCount) -> Iterator[bytes]:
         """Encodes and records a text file as one document, part by part; yields the bytes of its tokens.
 
-        Its length and hash are those of the whole document, of which only one part is in memory at a time.
+        Its length and hash are those of the whole document, of which only one part is in memory at a time. If documents
+        are divided by position, this holds for each of its parts.
 
         Raises:
             DataError: the file is damaged, or has more tokens than an int32 length can hold.
         """
-        digest, length, size, blank = DocumentDigest(self._seed), 0, 0, True
         count.lines = 1
+        found: list[_Record] = []
         try:
             with reading(piece.file.path), opened(piece.file) as (stream, _):
-                for text in text_parts(stream):
-                    utf8 = text.encode("utf-8")
-                    digest.update(utf8)
-                    size, blank = size + len(utf8), blank and text.isspace()
-                    (encoded,) = encoder.encode_documents([text])
-                    length += encoded.ids.size
-                    yield encoded.ids.tobytes()
+                for part in parts_of_file(piece.file, self._divide) if self._divide else [WHOLE]:
+                    record = yield from self._part_tokens(stream, part, encoder)
+                    if record is None:  # the rule of `checked_text`, which needs the whole text
+                        count.skip("empty_document")
+                        continue
+                    if record.length > np.iinfo(np.int32).max:
+                        raise DataError(
+                            f"{piece.file.path}: has {record.length:,} tokens, more than a document can have; divide it with "
+                            "--txt-documents blank-line"
+                        )
+                    found.append(record)
         except BadLine as bad:
             count.reject(1, bad)
             return
-        if blank:  # the rule of `checked_text`, which needs the whole text
-            count.skip("empty_document")
-            return
-        if length + self._end.size > np.iinfo(np.int32).max:
-            raise DataError(
-                f"{piece.file.path}: has {length:,} tokens, more than a document can have; divide it with --txt-documents blank-line"
-            )
-        self._text_bytes += size
-        self._hashes.append(digest.value())
-        self._lengths.append(length + self._end.size)
+        for record in found:
+            self._record(record)
+
+    def _part_tokens(self, stream: IO[bytes], part: Part, encoder: Encoder) -> Generator[bytes, None, _Record | None]:
+        """Encodes a part of a text file, and yields the bytes of its tokens.
+
+        Returns:
+            The part's record, or None, without a token, if the part is white space only.
+        """
+        digest, length, size = DocumentDigest(self._seed), self._end.size, 0
+        blank: list[bytes] | None = []  # tokens of the white space at the beginning; None after it
+        for text in text_parts(PartStream(stream, part.end - part.start), part.start):
+            utf8 = text.encode("utf-8")
+            digest.update(utf8)
+            size += len(utf8)
+            (encoded,) = encoder.encode_documents([text])
+            length += encoded.ids.size
+            if blank is None:
+                yield encoded.ids.tobytes()
+            elif text.isspace():
+                blank.append(encoded.ids.tobytes())
+            else:
+                yield from (*blank, encoded.ids.tobytes())
+                blank = None
+        if blank is not None:
+            return None
         yield self._end.tobytes()
+        return _Record(length, digest.value(), size, part.split)
+
+    def _record(self, record: _Record) -> None:
+        self._lengths.append(record.length)
+        self._hashes.append(record.hash)
+        self._text_bytes += record.text_bytes
+        self._splits.append(record.split)
 
     def to_bytes(self) -> bytes:
         """Returns the content of NAME.documents."""
         arrays = [np.array(self._lengths, dtype="<i4"), np.array(self._hashes, dtype="<u8")]
         if self._by_sentences:
             arrays += [np.array(self._sentences, dtype="<i4"), *(part.astype("<i4") for part in self._sentence_lengths)]
+        if self._divide:
+            arrays.append(np.array(self._splits, dtype=np.uint8))
         return b"".join(array.tobytes() for array in arrays)
 
     def shard(self, name: str, tokens_sha256: str, count: ReadCount) -> EncodedShard:
@@ -284,6 +337,17 @@ def shard_sentences(folder: Path, shard: EncodedShard) -> tuple[npt.NDArray[np.i
     start = 12 * shard.documents  # int32 lengths and uint64 hashes come first
     counts = np.frombuffer(data, "<i4", shard.documents, offset=start)
     return counts, np.frombuffer(data, "<i4", shard.sentences, offset=start + 4 * shard.documents)
+
+
+def shard_splits(folder: Path, shard: EncodedShard) -> npt.NDArray[np.uint8]:
+    """Returns the split of each part of a shard whose documents are divided by position, shape (D,).
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    with storage_errors(folder / shard.name, "read"):
+        data = (folder / f"{shard.name}.documents").read_bytes()
+    return np.frombuffer(data, np.uint8)[len(data) - shard.documents :]
 
 
 def shard_tokens(folder: Path, shard: EncodedShard, vocab_size: int) -> npt.NDArray[Any]:

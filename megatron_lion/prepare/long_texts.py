@@ -12,7 +12,7 @@ import functools
 import re
 import unicodedata
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import Any, Protocol
 
 from megatron_lion.prepare.lines import BOM, BadLine
 
@@ -24,6 +24,13 @@ _LETTER = re.compile("[A-Za-z\u3041-\u3094\u30a1-\u30fa\u30fc-\u30fe\u4e00-\u9fa
 # Marks and white space before which a word that ends in such a letter ends.
 _MARKS = ",.;:!?)，。、；：！？」』）》"
 _ENDS_A_WORD = frozenset(_MARKS + " \n\r\u3000")
+
+
+class Readable(Protocol):
+    """A stream of bytes."""
+
+    def read(self, size: int, /) -> bytes:
+        """Returns up to `size` bytes, or none at the end."""
 
 
 def divides_at_blanks(definition: dict[str, Any]) -> bool:
@@ -56,13 +63,14 @@ def _may_cross_a_cut(token: dict[str, Any]) -> bool:
     return not token.get("special") and bool(inside or outside)
 
 
-def text_parts(stream: IO[bytes]) -> Iterator[str]:
+def text_parts(stream: Readable, offset: int = 0) -> Iterator[str]:
     """Yields a text, without a byte-order mark, in parts of about 256 Ki characters.
 
     A text that cannot be cut anywhere is one part.
 
     Args:
-        stream: the decompressed bytes of the text, at their beginning.
+        stream: the decompressed bytes of the text, from `offset` on.
+        offset: position of the stream in its file, where a character begins; a byte-order mark is dropped only at 0.
 
     Raises:
         BadLine: the text is not UTF-8.
@@ -73,9 +81,10 @@ def text_parts(stream: IO[bytes]) -> Iterator[str]:
     wanted = _PART_CHARACTERS
     for block in iter(functools.partial(stream.read, _BLOCK_BYTES), b""):
         try:
-            text = decoder.decode(block.removeprefix(BOM) if not done else block)
+            text = decoder.decode(block.removeprefix(BOM) if offset + done == 0 else block)
         except UnicodeDecodeError:
-            raise BadLine("not_utf8", f"not UTF-8 between bytes {done + 1} and {done + len(block)}") from None
+            first = offset + done
+            raise BadLine("not_utf8", f"not UTF-8 between bytes {first + 1} and {first + len(block)}") from None
         done += len(block)
         held.append(text)
         characters += len(text)

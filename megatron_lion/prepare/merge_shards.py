@@ -12,7 +12,13 @@ import numpy.typing as npt
 
 from megatron_lion.data.indexed_writer import IndexedWriter, token_dtype
 from megatron_lion.data.manifest import SPLITS, SplitInfo
-from megatron_lion.prepare.encode_piece import EncodedShard, shard_documents, shard_sentences, shard_tokens
+from megatron_lion.prepare.encode_piece import (
+    EncodedShard,
+    shard_documents,
+    shard_sentences,
+    shard_splits,
+    shard_tokens,
+)
 from megatron_lion.prepare.progress import Progress
 from megatron_lion.prepare.splits import assign_splits, split_names
 
@@ -26,6 +32,7 @@ def write_splits(
     vocab_size: int,
     result: Path,
     progress: Progress,
+    divided: bool = False,
 ) -> tuple[dict[str, SplitInfo], int]:
     """Writes NAME_text_document.bin/.idx (BERT: NAME_text_sentence) for every split that has documents.
 
@@ -38,6 +45,7 @@ def write_splits(
         vocab_size: number of token ids; determines the dtype.
         result: folder to write into.
         progress: receives the number of bytes written.
+        divided: whether the shards hold parts of documents with their splits (`positions`), not whole documents.
 
     Returns:
         (splits by name, number of documents whose text equals an earlier one's).
@@ -48,7 +56,10 @@ def write_splits(
     # All hashes at once: an empty split takes the nearest document of the whole corpus, whatever its piece.
     hashes = np.concatenate([shard_documents(shards_folder, shard)[1] for shard in shards])
     distinct = np.unique(hashes).size
-    members = assign_splits(hashes, split)
+    if divided:
+        members = np.concatenate([shard_splits(shards_folder, shard) for shard in shards])
+    else:
+        members = assign_splits(hashes, split)
     progress.stage("writing the splits", sum(shard.tokens for shard in shards) * token_dtype(vocab_size).itemsize)
     splits = {}
     for index, name in enumerate(SPLITS):
@@ -56,8 +67,13 @@ def write_splits(
             prefix = result / f"{name}_text_{'sentence' if any(shard.sentences for shard in shards) else 'document'}"
             splits[name] = _write_split(shards, shards_folder, members == index, vocab_size, prefix, progress)
     for name in split_names(split):
-        if name not in splits:
-            logger.warning("only %d distinct documents: too few for a %s split, which is left out", distinct, name)
+        if name not in splits and divided:
+            logger.warning("no document is long enough for a %s split, which is left out", name)
+        elif name not in splits:
+            logger.warning(
+                "only %d distinct document%s: too few for a %s split, which is left out",
+                distinct, "s" * bool(distinct > 1), name,
+            )  # fmt: skip
     return splits, int(hashes.size - distinct)
 
 

@@ -15,7 +15,7 @@ from megatron_lion.errors import ConfigError
 from megatron_lion.prepare.encoders import EncoderName
 from megatron_lion.prepare.pieces import OnError, TxtDocuments
 from megatron_lion.prepare.sentences import SplitterName
-from megatron_lion.prepare.splits import parse_split
+from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, parse_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,16 @@ class PrepareOptions:
         inputs: files, folders and glob patterns; may be empty if `prepare` is called with documents.
         tokenizer: source for `load_tokenizer`, or a loaded tokenizer.
         output: dataset folder to make.
-        split: relative shares of train, valid, test, as "99.9,0.05,0.05" or numbers.
+        split: relative shares of train, valid, test, as "99.9,0.05,0.05" or numbers, or "auto" for shares that fit the
+            size of the text (`splits.auto_split`).
         seed: seed of the documents' hashes that determine the split.
         workers: number of processes; 0 starts one for each usable core.
         on_error: "stop" at the first bad line, or "skip" and count bad lines.
         append_eod: whether the end-of-document token follows every document.
         json_key: key (JSON) or column (Parquet, Arrow) of the text; `a.b` is the key b inside a.
         txt_documents: "file" makes a text file one document, "blank-line" divides it at blank lines.
+        divide_documents: "auto" divides documents by position (`positions`) if there are fewer distinct ones than
+            splits; "always" and "never" do not depend on their number.
         task: "gpt" (one sequence for each document) or "bert" (one for each sentence, WordPiece).
         splitter: sentence splitter for "bert": "rules" or "punkt".
         format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow".
@@ -47,13 +50,14 @@ class PrepareOptions:
     inputs: Sequence[str | Path] = ()
     tokenizer: str | Path | Tokenizer
     output: str | Path
-    split: str | Sequence[float] = "99.9,0.05,0.05"
+    split: str | Sequence[float] = AUTO
     seed: int = 1234
     workers: int = 0
     on_error: OnError = "stop"
     append_eod: bool = True
     json_key: str = "text"
     txt_documents: TxtDocuments = "file"
+    divide_documents: Literal["auto", "always", "never"] = "auto"
     task: Literal["gpt", "bert"] = "gpt"
     splitter: SplitterName = "rules"
     format: str = "auto"
@@ -67,6 +71,7 @@ class PrepareOptions:
         choices = {
             "on_error": ("stop", "skip"),
             "txt_documents": ("file", "blank-line"),
+            "divide_documents": ("auto", "always", "never"),
             "format": ("auto", "jsonl", "txt", "parquet", "arrow"),
             "encoder": ("auto", "tokenizers", "gigatoken"),
             "task": ("gpt", "bert"),
@@ -82,6 +87,11 @@ class PrepareOptions:
         return Path(self.output).expanduser()
 
     @property
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of train, valid and test in percent; with "auto", those of a large corpus."""
+        return LARGE_SPLIT if self.split == AUTO else parse_split(self.split)
+
+    @property
     def ends_documents(self) -> bool:
         """Whether the end-of-document token follows every document; never for BERT, whose samples have [SEP]."""
         return self.append_eod and self.task == "gpt"
@@ -89,6 +99,8 @@ class PrepareOptions:
 
 def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
     """Returns the manifest as far as it is known before reading documents; counts are 0 and `splits` is empty.
+
+    With the split "auto", its shares are those of a large corpus until the size of the text is known.
 
     Raises:
         ConfigError: the split is invalid.
@@ -109,7 +121,7 @@ def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
             eod_id=tokenizer.eod_id if has_eod else None,
         ),
         dtype=token_dtype(tokenizer.vocab_size).name,
-        split=parse_split(options.split),
+        split=options.shares,
         seed=options.seed,
         options={
             "append_eod": options.ends_documents,

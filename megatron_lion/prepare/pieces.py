@@ -6,7 +6,7 @@ end at LF only: a carriage return, U+2028 or U+0085 inside a text is no line end
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
@@ -319,12 +319,31 @@ def read_documents(
     Raises:
         DataError: a line is bad and `on_error` is "stop" (the message begins with FILE:LINE), or a file is damaged.
     """
-    options, count = options or ReadOptions(), count or ReadCount()
-    for file in find_inputs(inputs):
+    yield from read_files(find_inputs(inputs), options or ReadOptions(), count or ReadCount())
+
+
+def read_files(
+    files: Sequence[InputFile],
+    options: ReadOptions,
+    count: ReadCount,
+    on_piece: Callable[[Piece], None] | None = None,
+    piece_bytes: int = 1 << 24,
+) -> Iterator[str]:
+    """Yields all documents of some files in order, as `read_documents`.
+
+    Args:
+        files: input files.
+        options, count: as for `read_documents`.
+        on_piece: called for each piece after its last document, for progress.
+        piece_bytes: approximate size of a piece in bytes of text.
+    """
+    for file in files:
         lines_before = 0
-        for piece in cut_pieces(file, 1 << 24):
+        for piece in cut_pieces(file, piece_bytes):
             part = ReadCount()
             yield from read_piece(piece, options, part)
+            if on_piece is not None:
+                on_piece(piece)
             for line, kind, what in part.problems:
                 if options.on_error == "stop":
                     raise DataError(problem_message(file.path, lines_before + line, what, piece.unit))

@@ -30,6 +30,7 @@ from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import sha256_file, storage_errors
 from megatron_lion.prepare.encode_piece import EncodedShard, EncodeSettings
 from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
+from megatron_lion.prepare.few_documents import few_documents, total_text_bytes
 from megatron_lion.prepare.find_files import InputFile, Survey, input_file, survey
 from megatron_lion.prepare.inputs import reading
 from megatron_lion.prepare.long_texts import divides_at_blanks
@@ -37,9 +38,10 @@ from megatron_lion.prepare.merge_shards import write_splits
 from megatron_lion.prepare.options import PrepareOptions, plan_manifest
 from megatron_lion.prepare.pieces import Piece, ReadOptions, cut_pieces
 from megatron_lion.prepare.pool import Collector, encode_pieces, usable_cores
+from megatron_lion.prepare.positions import MIN_BYTES, shares_text
 from megatron_lion.prepare.progress import NoProgress, Progress
 from megatron_lion.prepare.size_estimate import USUAL_COMPRESSION, estimate_work
-from megatron_lion.prepare.splits import split_names
+from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, auto_split, small_split_warning, split_names
 from megatron_lion.prepare.workfolder import check_free_space, check_output, locked_work_folder, publish
 
 __all__ = ["Manifest", "PrepareOptions", "prepare", "read_manifest"]
@@ -49,6 +51,8 @@ logger = logging.getLogger(__name__)
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES, _PIECES = 1 << 18, 1 << 24, 64
 _SHARDS_FORMAT = 1
 _LONG_TEXT_BYTES = 1 << 25
+DIVIDED = "divided"
+"""Key of the manifest's options if documents are divided by position."""
 _MEMORY_PER_BYTE = {"gpt": 122, "bert": 42}
 """Bytes of memory for each byte of a document, by task. Measured on 3 and 12 MB of WikiText-103 with the vocabularies
 of GPT-2 (`tokenizers`, one call) and BERT (divided into sentences)."""
@@ -95,7 +99,8 @@ def prepare(
             logger.info("%s", note)
         sources = _hash_sources(files, work, progress)
         planned = dataclasses.replace(planned, sources=tuple(sources), unread_files=found.unread_counts())
-        existing = _existing(output, planned, options.overwrite)
+        planned = _divided(options, files, planned)
+        existing = _existing(output, planned, options)
         if existing is not None:
             shutil.rmtree(work, ignore_errors=True)
             return existing
@@ -122,17 +127,48 @@ def _hash_sources(files: Sequence[InputFile], work: Path, progress: Progress) ->
     return sources
 
 
-def _existing(output: Path, planned: Manifest, overwrite: bool) -> Manifest | None:
+def _divided(options: PrepareOptions, files: Sequence[InputFile], planned: Manifest) -> Manifest:
+    """Decides whether documents are divided by position; if they are, returns the manifest with that and the shares."""
+    names = split_names(options.shares)
+    read = _read_options(options)
+    if options.divide_documents == "never" or len(names) == 1:
+        return planned
+    if options.divide_documents == "always":
+        what = "each document"
+    else:
+        count = few_documents(files, planned.sources, read, len(names))
+        if count is None:
+            return planned
+        whose = str(files[0].path) if len(files) == 1 else f"{files[0].path} and {len(files) - 1} more"
+        what = f"{whose}: {count} document{'s' * (count > 1)} for {len(names)} splits, so each"
+    shares = auto_split(total_text_bytes(files, read)) if options.split == AUTO else options.shares
+    logger.info(
+        "%s is divided by position, at blank lines, else line breaks, sentence ends or blanks: in its order %s",
+        what, shares_text(shares),
+    )  # fmt: skip
+    return dataclasses.replace(planned, split=shares, options={**planned.options, DIVIDED: "by position"})
+
+
+def _read_options(options: PrepareOptions) -> ReadOptions:
+    return ReadOptions(options.json_key, options.txt_documents, options.on_error)
+
+
+def _existing(output: Path, planned: Manifest, options: PrepareOptions) -> Manifest | None:
     """Returns the manifest of the dataset at `output` if it is the requested one, or None if it must be made.
 
     Raises:
-        ConfigError: `output` is another dataset and `overwrite` is false.
-        DataError: the dataset is damaged and `overwrite` is false.
+        ConfigError: `output` is another dataset and `options.overwrite` is false.
+        DataError: the dataset is damaged and `options.overwrite` is false.
     """
+    overwrite = options.overwrite
     if not (output / NAME).exists():
         return None
     try:
         found = read_manifest(output)
+        if options.split == AUTO and DIVIDED not in planned.options:
+            # Earlier versions took the shares of a large corpus for every corpus.
+            shares = found.split if found.split == LARGE_SPLIT else auto_split(found.text_bytes)
+            planned = dataclasses.replace(planned, split=shares)
         different = found.differences(planned)
         if not different:
             for split in found.splits.values():
@@ -169,12 +205,13 @@ class _Preparation:
         self.work = work
         self.progress = progress
         self.settings = EncodeSettings(
-            read=ReadOptions(options.json_key, options.txt_documents, options.on_error),
+            read=_read_options(options),
             eod_id=tokenizer.eod_id if options.ends_documents else None,
             splitter=options.splitter if options.task == "bert" else None,
             seed=options.seed,
             vocab_size=tokenizer.vocab_size,
             in_parts=options.task == "gpt" and divides_at_blanks(tokenizer.definition),
+            divide=planned.split if DIVIDED in planned.options else None,
         )
         self.encoder: Encoder = build_encoder(options.encoder, tokenizer, self.settings.splitter)
         total = sum(file.bytes for file in files)
@@ -185,10 +222,13 @@ class _Preparation:
 
     def _shards_key(self) -> str:
         """Returns a hash of everything that the shards depend on; shards with another key are not reused."""
+        settings = dataclasses.asdict(self.settings)
+        if self.settings.divide is None:  # the key of earlier versions, whose shards are then reused
+            del settings["divide"]
         parts = (
             _SHARDS_FORMAT,
             self.planned.tokenizer.sha256,
-            dataclasses.asdict(self.settings),
+            settings,
             self.piece_bytes,
             self.encoder.name,
         )
@@ -214,6 +254,9 @@ class _Preparation:
             text_bytes / 1e6, seconds, text_bytes / 1e6 / max(seconds, 1e-9), self.encoder.name, reused,
         )  # fmt: skip
         self._check_unchanged()
+        if self.options.split == AUTO and not self.settings.divide:
+            self.planned = dataclasses.replace(self.planned, split=auto_split(text_bytes))
+            logger.info("split: %s", shares_text(self.planned.split))
         manifest = self._merge(collector, shards, self.work / "result")
         publish(self.work / "result", output, self.work)
         return manifest
@@ -284,11 +327,13 @@ class _Preparation:
         if not any(shard.documents for shard in shards):
             raise DataError(_no_documents(self.files, shards))
         splits, duplicates = write_splits(
-            shards, self.shards_folder, self.planned.split, self.tokenizer.vocab_size, result, self.progress
-        )
-        one_each = self.options.txt_documents == "file" and any(file.format == "txt" for file in self.files)
-        if one_each and any(name not in splits for name in split_names(self.planned.split)):
-            logger.warning("each .txt file is one document; with --txt-documents blank-line each paragraph is one")
+            shards, self.shards_folder, self.planned.split, self.tokenizer.vocab_size, result, self.progress,
+            self.settings.divide is not None,
+        )  # fmt: skip
+        if self.settings.divide is None and any(name not in splits for name in split_names(self.planned.split)):
+            logger.warning("--divide-documents always divides each document by position, if it has %d bytes", MIN_BYTES)
+        if warning := small_split_warning({name: split.tokens for name, split in splits.items()}):
+            logger.warning("%s", warning)
         self.tokenizer.save(result / "tokenizer")
         manifest = self._manifest(collector, shards, splits, duplicates)
         write_manifest(result, manifest)

@@ -7,7 +7,8 @@ the same split. So a test document stays a test document when the corpus grows.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,20 @@ import numpy.typing as npt
 from megatron_lion.data.manifest import SPLITS
 from megatron_lion.errors import ConfigError
 
+AUTO = "auto"
+"""Value of --split that takes the shares of `auto_split`."""
+
+LARGE_SPLIT = (99.9, 0.05, 0.05)
+"""Shares of a large corpus; also the default of earlier versions at every size."""
+
+SAMPLES = 64
+"""Fewest samples of a valid or test split whose loss is not mostly noise."""
+
 _END = 1 << 64
+_LONG, _SHORT = 1024, 128  # sequence lengths of GPT-2, and of a model for a laptop (configs/gpt2_tiny.yaml)
+_BYTES_PER_TOKEN = 6  # more than any usual vocabulary has, so that the share is large enough
+_MOST_SHARE = 15.0
+_STEPS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 def parse_split(text: str | Sequence[float]) -> tuple[float, float, float]:
@@ -37,6 +51,47 @@ def parse_split(text: str | Sequence[float]) -> tuple[float, float, float]:
         raise ConfigError(f"split {text!r}: one to three weights ≥ 0 are needed, for train,valid,test: 99.9,0.05,0.05")
     train, valid, test = (round(100 * weight / total, 9) for weight in (*weights, 0.0, 0.0)[:3])
     return train, valid, test
+
+
+def auto_split(text_bytes: int) -> tuple[float, float, float]:
+    """Returns the shares of train, valid and test in percent for a corpus of this size.
+
+    Valid and test get about 64 samples of 1,024 tokens each, but at most 5 %; of a text below 1 MB, 64 samples of 128
+    tokens, but at most 10 %. The shares are rounded up to few values, so that a growing corpus rarely changes them.
+
+    Args:
+        text_bytes: size of the text in bytes of UTF-8.
+
+    >>> auto_split(500_000), auto_split(9_000_000), auto_split(40_000_000_000)
+    ((80.0, 10.0, 10.0), (90.0, 5.0, 5.0), (99.9, 0.05, 0.05))
+    """
+    size = max(text_bytes, 1)
+    wanted = max(
+        min(100 * SAMPLES * _LONG * _BYTES_PER_TOKEN / size, 5.0),
+        min(100 * SAMPLES * _SHORT * _BYTES_PER_TOKEN / size, 10.0),
+    )
+    share = next(step for step in _STEPS if step >= wanted)
+    return round(100 - 2 * share, 9), share, share
+
+
+def small_split_warning(tokens: Mapping[str, int]) -> str | None:
+    """Returns a warning if valid or test has too few tokens for a loss that is not mostly noise, or None.
+
+    Args:
+        tokens: number of tokens of each split that exists, by name.
+    """
+    total = sum(tokens.values())
+    length = _LONG if total >= 40 * SAMPLES * _LONG else _SHORT
+    small = {name: count for name, count in tokens.items() if name != SPLITS[0] and count < SAMPLES * length}
+    if not small:
+        return None
+    share = math.ceil(20 * 1.2 * 100 * SAMPLES * length / total) / 20  # a fifth more, since documents differ in length
+    found = " and ".join(f"{count:,} tokens in the {name} split" for name, count in small.items())
+    enough = f"--split {100 - 2 * share:g},{share:g},{share:g}" if share <= _MOST_SHARE else "more text"
+    return (
+        f"{found}: fewer than {SAMPLES} samples of {length:,} tokens ({SAMPLES * length:,} tokens), so the loss measured on them is "
+        f"mostly noise; {enough} gives enough"
+    )
 
 
 def document_hash(utf8: bytes, seed: int) -> int:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from megatron_lion.data.bert_vocab import SPECIAL_TOKENS
 from megatron_lion.data.tokenizers import DEFAULT_EOD, Tokenizer, load_tokenizer
-from megatron_lion.errors import ConfigError
+from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import storage_errors, write_whole
 from megatron_lion.prepare.pieces import read_documents
 
+Kind = Literal["bpe", "wordpiece"]
+MIN_SIZE = {"bpe": 258, "wordpiece": 200}
 ALPHABET = 60
 """Number of single characters in a WordPiece vocabulary, the most common ones; training drops all others."""
 
+_NO_WORD = "holds no word of two letters, so no vocabulary can be trained; is this the right file, and --json-key the right key?"
 _CONTINUING = 0xF0000  # private-use plane: one code point for each "##c"
 
 
@@ -29,47 +33,23 @@ def train_bpe(files: Sequence[str | Path], vocab_size: int, folder: str | Path) 
 
     Args:
         files: inputs as for `find_inputs`.
-        vocab_size: number of ids, at least 257 (the bytes and the end marker). The vocabulary is smaller if the corpus
-            has too few pairs to merge.
+        vocab_size: number of ids, at least 258 (the bytes, the end marker and one merge). The vocabulary is smaller if the
+            corpus has too few pairs to merge.
         folder: output folder.
 
     Returns:
         The tokenizer, loaded from `folder`.
 
     Raises:
-        ConfigError: vocab_size is below 257.
-        DataError: an input has a bad line or is damaged.
+        ConfigError: vocab_size is below 258.
+        DataError: an input has a bad line, is damaged, or there is no text.
         StorageError: the folder cannot be written.
     """
-    if vocab_size < 257:
-        raise ConfigError(f"vocab_size {vocab_size}: at least 257 are needed, for the 256 bytes and {DEFAULT_EOD}")
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, trainers
-
-    backend = Backend(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = byte_level
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    backend.train_from_iterator(read_documents(files), trainer=trainer)
-    model = json.loads(backend.to_str())["model"]
-    vocab = {**model["vocab"], DEFAULT_EOD: len(model["vocab"])}
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    folder = Path(folder)
-    with storage_errors(folder, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False).encode("utf-8"))
-    write_whole(folder / "merges.txt", ("#version: 0.2\n" + "\n".join(merges) + "\n").encode("utf-8"))
-    return load_tokenizer(folder)
+    return write_vocabulary(bpe_files(read_documents(files), vocab_size), folder)
 
 
 def train_wordpiece(files: Sequence[str | Path], vocab_size: int, folder: str | Path) -> Tokenizer:
     """Trains an uncased WordPiece vocabulary with BERT's special tokens on a corpus and saves it as vocab.txt.
-
-    Special tokens come first, then the pieces in alphabetical order. As in `tokenizers`' WordPieceTrainer, each step
-    merges the most common pair. Among equally common pairs that trainer follows the order of a hash table; here the
-    first in alphabetical order is merged.
 
     Args:
         files: inputs as for `find_inputs`.
@@ -81,17 +61,82 @@ def train_wordpiece(files: Sequence[str | Path], vocab_size: int, folder: str | 
 
     Raises:
         ConfigError: vocab_size is below 200, which leaves no room for pieces of several characters.
-        DataError: an input has a bad line or is damaged.
+        DataError: an input has a bad line, is damaged, or there is no text.
         StorageError: the folder cannot be written.
     """
-    if vocab_size < 200:
-        raise ConfigError(
-            f"vocab_size {vocab_size}: at least 200 are needed, for special tokens and characters with and without ##"
-        )
+    return write_vocabulary(wordpiece_files(read_documents(files), vocab_size), folder)
+
+
+def write_vocabulary(files: Mapping[str, bytes], folder: str | Path) -> Tokenizer:
+    """Writes the files of `bpe_files` or `wordpiece_files` into a folder, in order, and loads the tokenizer.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    with storage_errors(folder, "made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return load_tokenizer(folder)
+
+
+def bpe_files(texts: Iterable[str], vocab_size: int, where: str = "the input") -> dict[str, bytes]:
+    """Trains a byte-level BPE vocabulary; returns the contents of vocab.json and merges.txt.
+
+    Args:
+        texts: documents, or parts of documents that end at the end of a word (`long_texts.cut_text`).
+        vocab_size: number of ids, at least 258; the result has fewer if the texts have too few pairs to merge.
+        where: name of the texts, for the message.
+
+    Raises:
+        ConfigError: vocab_size is below 258.
+        DataError: there is no pair to merge, so no text.
+    """
+    check_size("bpe", vocab_size)
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
-    words = _count_words(read_documents(files))
+    backend = Backend(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = byte_level
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    model = json.loads(backend.to_str())["model"]
+    vocab = {**model["vocab"], DEFAULT_EOD: len(model["vocab"])}
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    if not merges:
+        raise DataError(f"{where}: {_NO_WORD}")
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False).encode("utf-8"),
+        "merges.txt": ("#version: 0.2\n" + "\n".join(merges) + "\n").encode("utf-8"),
+    }
+
+
+def wordpiece_files(texts: Iterable[str], vocab_size: int, where: str = "the input") -> dict[str, bytes]:
+    """Trains an uncased WordPiece vocabulary with BERT's special tokens; returns the content of vocab.txt.
+
+    Special tokens come first, then the pieces in alphabetical order. As in `tokenizers`' WordPieceTrainer, each step
+    merges the most common pair. Among equally common pairs that trainer follows the order of a hash table; here the
+    first in alphabetical order is merged.
+
+    Args:
+        texts: documents, or parts of documents that end at the end of a word.
+        vocab_size: number of ids with special tokens and single characters, at least 200; the result has fewer if the
+            texts have too few pairs to merge.
+        where: name of the texts, for the message.
+
+    Raises:
+        ConfigError: vocab_size is below 200.
+        DataError: there is no word of two letters, so no text.
+    """
+    check_size("wordpiece", vocab_size)
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    words = _count_words(texts)
     alphabet = _commonest_characters(words)
     spelled: Counter[str] = Counter()
     for word, count in words.items():
@@ -107,11 +152,25 @@ def train_wordpiece(files: Sequence[str | Path], vocab_size: int, folder: str | 
     )
     backend.train_from_iterator(_repeated(spelled), trainer=trainer)
     pieces = sorted(_read_back(piece, alphabet) for piece in backend.get_vocab())
-    folder = Path(folder)
-    with storage_errors(folder, "made"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "vocab.txt", ("\n".join([*SPECIAL_TOKENS, *pieces]) + "\n").encode("utf-8"))
-    return load_tokenizer(folder)
+    if not any(piece.startswith("##") for piece in pieces):
+        raise DataError(f"{where}: {_NO_WORD}")
+    return {"vocab.txt": ("\n".join([*SPECIAL_TOKENS, *pieces]) + "\n").encode("utf-8")}
+
+
+def check_size(kind: Kind, vocab_size: int) -> None:
+    """Rejects a vocabulary without room for a piece of several letters.
+
+    Raises:
+        ConfigError: vocab_size is too small.
+    """
+    if kind == "bpe" and vocab_size < MIN_SIZE[kind]:
+        raise ConfigError(
+            f"vocab_size {vocab_size}: at least {MIN_SIZE[kind]} are needed, for the 256 bytes, {DEFAULT_EOD} and one pair of letters"
+        )
+    if kind == "wordpiece" and vocab_size < MIN_SIZE[kind]:
+        raise ConfigError(
+            f"vocab_size {vocab_size}: at least {MIN_SIZE[kind]} are needed, for special tokens and characters with and without ##"
+        )
 
 
 def _count_words(documents: Iterable[str]) -> Counter[str]:

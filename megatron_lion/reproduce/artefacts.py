@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from megatron_lion.errors import ConfigError
-from megatron_lion.reproduce.recipes import PAPER, SPLIT, TUNED, Recipe, quick_words
+from megatron_lion.jobs import shell_line, shown_job, typed_path
+from megatron_lion.reproduce.recipes import PAPER, SPLIT, TUNED, VOCAB_SIZE, Recipe, list_of_one, quick_words
 from megatron_lion.reproduce.sources import Sources
+from megatron_lion.runs.record import OPTIMIZER_NAMES
 from megatron_lion.shipped import shipped_folder
 
 Scale = Literal["tiny", "full"]
@@ -35,6 +36,7 @@ class Step:
         words: arguments.
         spread: whether it runs on several processes: those of this machine, or of all nodes if it is `launched`.
         launched: whether launch/torchrun.sh starts it, instead of this process.
+        makes: the last file that it writes, if the step is needed only without that file; None if it always runs.
     """
 
     title: str
@@ -42,19 +44,19 @@ class Step:
     words: tuple[str, ...]
     spread: bool = False
     launched: bool = False
+    makes: Path | None = None
+
+    def launch_words(self) -> list[str]:
+        """The command of a `launched` step: launch/torchrun.sh with the config file first, as the script requires."""
+        script = typed_path(shipped_folder("launch") / "torchrun.sh")
+        place = self.words.index("--config")
+        return ["bash", script, self.words[place + 1], *self.words[:place], *self.words[place + 2 :]]
 
     def shown(self, processes: int) -> str:
-        """The command line, as typed in the repository."""
-        words = [word.replace(f"{shipped_folder('configs')}/", "configs/") for word in self.words]
+        """The command line that runs the step, to be pasted in a shell."""
         if self.launched:
-            place = words.index("--config")
-            return shlex.join(["launch/torchrun.sh", words[place + 1], *words[:place], *words[place + 2 :]])
-        start = (
-            f"python -m megatron_lion.launcher --processes {processes}"
-            if self.spread and processes > 1
-            else "megatron-lion"
-        )
-        return f"{start} {self.verb} {shlex.join(words)}"
+            return shell_line(self.launch_words())
+        return shown_job(self.verb, list(self.words), processes if self.spread else 1)
 
 
 @dataclass(frozen=True)
@@ -100,27 +102,61 @@ def data_folder(kind: str, output: Path) -> Path:
     return output / f"data-{kind}"
 
 
+def _missing_sources(kind: str, sources: Sources, *, held_out: bool = False) -> list[Step]:
+    """The steps that make the text and the vocabulary that were not given.
+
+    Args:
+        kind: "gpt2" or "bert".
+        sources: the inputs given.
+        held_out: whether the runs are evaluated on the demo's held-out text.
+    """
+    text = sources.output / "text"
+    steps = []
+    if not sources.text or held_out:
+        corpus = ("--only-corpus", "--output", str(text))
+        steps.append(Step("text: the documentation of this Python", "demo", corpus, makes=text / "held_out.txt"))
+    folder, form, last = {"gpt2": ("bpe", "bpe", "merges.txt"), "bert": ("wordpiece", "wordpiece", "vocab.txt")}[kind]
+    if (sources.tokenizer if kind == "gpt2" else sources.vocab) is None:
+        made = sources.output / folder
+        words = ("train", "--input", *_text_files(sources), "--vocab-size", str(VOCAB_SIZE), "--output", str(made),
+                 "--kind", form)  # fmt: skip
+        steps.append(Step(f"{kind}: a vocabulary of {VOCAB_SIZE:,} tokens", "tokenizer", words, makes=made / last))
+    return steps
+
+
+def _text_files(sources: Sources) -> tuple[str, ...]:
+    return sources.text or (str(sources.output / "text" / "train.jsonl"),)
+
+
 def _prepare(kind: str, sources: Sources) -> Step:
-    """The step from text to tokens; `sources.make_missing` creates the files that are not given before the first step."""
+    """The step from text to tokens."""
     output = sources.output
-    text = sources.text or (str(output / "text" / "train.jsonl"),)
     tokenizer = (
         (sources.tokenizer or str(output / "bpe")) if kind == "gpt2" else (sources.vocab or str(output / "wordpiece"))
     )
     task = () if kind == "gpt2" else ("--task", "bert")
     split = () if sources.text and not sources.is_small else ("--split", SPLIT)
-    words = ("--input", *text, "--tokenizer", tokenizer, "--output", str(data_folder(kind, output)), *task, *split)
+    words = (
+        "--input",
+        *_text_files(sources),
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        str(data_folder(kind, output)),
+        *task,
+        *split,
+    )
     return Step(f"{kind}: text to tokens", "prepare", words)
 
 
 def _pretrain(
     config: Path, run_dir: Path, kind: str, recipe: Recipe, sources: Sources, *more: str, launched: bool = False
 ) -> Step:
-    words = ["--config", str(config), "--run_dir", str(run_dir), "--data.path", f"[{data_folder(kind, sources.output)}]",
+    words = ["--config", typed_path(config), "--run_dir", str(run_dir), "--data.path", list_of_one(data_folder(kind, sources.output)),
              *recipe.words(), *more]  # fmt: skip
     if not launched:
         words += ["--data.cache", str(sources.output / "cache"), *(quick_words() if sources.quick else [])]
-    title = f"{run_dir.name}: {recipe.optimizer.upper()} at {recipe.lr:g}"
+    title = f"{run_dir.name}: {OPTIMIZER_NAMES[recipe.optimizer]} at {recipe.lr:g}"
     return Step(title, "pretrain", tuple(words), spread=True, launched=launched)
 
 
@@ -136,20 +172,26 @@ def _compare(runs: list[Path], folder: Path) -> Step:
     return Step("tables and figures", "compare", (*map(str, runs), "--output", str(folder)))
 
 
+def tiny_config(artefact: str) -> Path:
+    """The config of an artefact's runs at the tiny scale."""
+    return shipped_folder("configs") / ("bert_demo.yaml" if artefact == "figure-2" else "demo.yaml")
+
+
 def _tiny(artefact: str, sources: Sources) -> Plan:
     """One small model at the paper's rates and at tuned ones; table-b1 and figure-3 share their runs."""
     kind = "bert" if artefact == "figure-2" else "gpt2"
-    config = shipped_folder("configs") / ("bert_demo.yaml" if kind == "bert" else "demo.yaml")
-    steps = [_prepare(kind, sources)]
+    evaluates = artefact == "table-b1"
+    held_out = evaluates and sources.wikitext103 is None
+    steps = [*_missing_sources(kind, sources, held_out=held_out), _prepare(kind, sources)]
     paper: dict[str, Path] = {}
     tuned: dict[str, Path] = {}
     for found, recipes, mark in ((paper, PAPER, "-paper-rate"), (tuned, TUNED[kind], "")):
         for recipe in recipes:
             run_dir = sources.output / "runs" / f"{kind}-{recipe.optimizer}{mark}"
             found[f"{kind}/{recipe.optimizer}"] = run_dir
-            steps.append(_pretrain(config, run_dir, kind, recipe, sources, *TINY_PROBES))
+            steps.append(_pretrain(tiny_config(artefact), run_dir, kind, recipe, sources, *TINY_PROBES))
     runs = [*paper.values(), *tuned.values()]
-    if artefact == "table-b1":
+    if evaluates:
         # Windows overlap as in the paper's convention. The first 30,000 tokens are enough for a small model.
         some = ("--max-tokens", "2000" if sources.quick else "30000")
         steps += [_evaluate(run_dir, sources, *some) for run_dir in runs]
@@ -159,11 +201,11 @@ def _tiny(artefact: str, sources: Sources) -> Plan:
 
 def _tiny_rates(sources: Sources) -> Plan:
     """LION and SGD with three seeds each, probed every 8 steps, since the constants are maxima over K."""
-    steps = [_prepare("gpt2", sources)]
+    steps = [*_missing_sources("gpt2", sources), _prepare("gpt2", sources)]
     seeds: dict[str, list[Path]] = {}
     often = ("--train.steps", "160", "--checkpoint.at_steps", "[]", "--probe.every", "8", "--probe.num_batches", "4",
              "--train.test_every", "0")  # fmt: skip
-    config = shipped_folder("configs") / "demo.yaml"
+    config = tiny_config("rates")
     for recipe in TUNED["gpt2"][:2]:
         seeds[recipe.optimizer] = [
             sources.output / "runs" / f"rates-{recipe.optimizer}-seed{seed}" for seed in RATE_SEEDS

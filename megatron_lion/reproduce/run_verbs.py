@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,11 +11,18 @@ from megatron_lion.errors import EnvironmentFault, PeerError, StoppedOnRequest
 from megatron_lion.jobs import Jobs, child_end, child_failure
 from megatron_lion.reproduce.artefacts import Plan, Step
 from megatron_lion.reproduce.node_marks import NodeMarks
-from megatron_lion.shipped import shipped_folder
 from megatron_lion.streams import say
 
 
-def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: int | None = None) -> None:
+def run_plan(
+    plan: Plan,
+    processes: int,
+    jobs: Jobs,
+    *,
+    first: int = 1,
+    total: int | None = None,
+    check: Callable[[Step], None] = lambda step: None,
+) -> None:
     """Runs all steps; launch/torchrun.sh starts the trainings of the full scale, on one or several nodes.
 
     On several nodes the same command runs on each node. Steps that are not trainings run on the node whose number
@@ -26,6 +34,7 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
         jobs: runs the steps and forwards signals to them.
         first: number of the first step in the log.
         total: number of steps in the log.
+        check: called before each step, to raise if it must not run.
 
     Raises:
         StoppedOnRequest: a signal arrived.
@@ -36,11 +45,14 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
     marks = NodeMarks(_output(plan), plan.artefact) if nodes > 1 else None
     with marks.alive() if marks is not None and rank == 0 else nullcontext():
         for number, step in enumerate(plan.steps, first):
+            check(step)
+            if step.makes is not None and step.makes.is_file():
+                continue
             say(f"\n[{number}/{total or len(plan.steps)}] {step.title}\n    {step.shown(processes)}")
             if marks is not None and rank != 0 and not step.launched:
                 marks.wait(number, step.title, lambda: jobs.asked)
                 continue
-            code = jobs.run_command(["bash", *launch_words(step)]) if step.launched else jobs.run(
+            code = jobs.run_command(step.launch_words()) if step.launched else jobs.run(
                 step.verb, list(step.words), processes if step.spread else 1
             )  # fmt: skip
             # Launched steps need no mark: their launchers already wait for each other.
@@ -53,13 +65,6 @@ def run_plan(plan: Plan, processes: int, jobs: Jobs, *, first: int = 1, total: i
                     f"{plan.artefact} stopped: `{step.verb}` ({step.title}) ended with {child_end(code)}; see above",
                     code,
                 )
-
-
-def launch_words(step: Step) -> list[str]:
-    """The path of launch/torchrun.sh and its arguments: the config file first, as the script requires."""
-    script = shipped_folder("launch") / "torchrun.sh"
-    place = step.words.index("--config")
-    return [str(script), step.words[place + 1], *step.words[:place], *step.words[place + 2 :]]
 
 
 def node_rank() -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_lion.errors import ConfigError, DataError
-from megatron_lion.files import sha256_file, write_whole
-from megatron_lion.reproduce.recipes import VOCAB_SIZE
+from megatron_lion.files import make_folder, sha256_file, write_whole
 
 
 @dataclass(frozen=True)
@@ -52,38 +50,17 @@ def check_sources(sources: Sources) -> None:
             raise DataError(f"{flag} {name}: no such file or folder")
 
 
-def make_missing(sources: Sources, kind: str, say: Callable[[str], None]) -> None:
-    """Creates the text and the vocabulary that were not given and do not exist yet.
-
-    Args:
-        sources: the inputs given.
-        kind: "gpt2" or "bert".
-        say: called with a line on each file that is created.
+def note_text(sources: Sources) -> None:
+    """Records the SHA-256 of the training text, so that vocabularies, data and runs of another text are never reused.
 
     Raises:
         ConfigError: the output folder contains a reproduction from other text.
     """
-    from megatron_lion.prepare.demo_corpus import build_demo_corpus
-    from megatron_lion.prepare.vocabularies import train_bpe, train_wordpiece
-
-    text = sources.output / "text"
-    if not (text / "train.jsonl").is_file() or not (text / "held_out.txt").is_file():
-        say("a corpus from this machine's Python documentation")
-        build_demo_corpus(text)
-    files = list(sources.text) or [str(text / "train.jsonl")]
-    _note_text(sources.output, files)
-    if kind == "gpt2" and sources.tokenizer is None and not (sources.output / "bpe" / "merges.txt").is_file():
-        say(f"a byte-level BPE of {VOCAB_SIZE:,} tokens for the text")
-        train_bpe(files, VOCAB_SIZE, sources.output / "bpe")
-    if kind == "bert" and sources.vocab is None and not (sources.output / "wordpiece" / "vocab.txt").is_file():
-        say(f"a WordPiece vocabulary of {VOCAB_SIZE:,} tokens for the text")
-        train_wordpiece(files, VOCAB_SIZE, sources.output / "wordpiece")
-
-
-def _note_text(output: Path, files: list[str]) -> None:
-    """Records the text's SHA-256, so that vocabularies, data and runs of another text are never reused."""
+    output = sources.output
+    files = list(sources.text) or [str(output / "text" / "train.jsonl")]
     found = "\n".join(sha256_file(Path(name)) if Path(name).is_file() else name for name in files) + "\n"
     record = output / "text.sha256"
     if record.is_file() and record.read_text(encoding="utf-8") != found:
         raise ConfigError(f"--output {output}: contains a reproduction from other text; choose another folder")
+    make_folder(output)
     write_whole(record, found.encode())

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
 from megatron_lion.errors import CheckpointError, ConfigError
 from megatron_lion.files import file_lock, make_folder, read_own, remove_leftovers, storage_errors, write_whole
+from megatron_lion.runs.environment import host_facts
 from megatron_lion.runs.paths import (
     LATEST,
     LOCK,
@@ -96,7 +93,7 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
         )
     # The settings first: from here on the folder is a run's, and a job that is killed while it starts can start again.
     if not (saved.is_file() and begun):
-        save_config(config, saved)
+        save_config(config.resolved(), saved)
     make_folder(log_folder(run_dir))
     for folder in (run_dir, checkpoints_folder(run_dir)):
         remove_leftovers(folder)
@@ -120,7 +117,7 @@ def keep_settings(config: RunConfig, newest: int | None) -> None:
     # A later step in the record stays: its checkpoint is missing, and the next start warns again.
     if newest is not None and (recorded_newest(run_dir) or "") < step_name(newest):
         record_newest(run_dir, newest)
-    save_config(config, config_file(run_dir))
+    save_config(config.resolved(), config_file(run_dir))
 
 
 def recorded_newest(run_dir: Path) -> str | None:
@@ -240,8 +237,8 @@ def changeable(key: str) -> bool:
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[tuple[str, str]]:
-    """Returns (dotted key, 'key: old, now new') of each setting whose value differs."""
-    before, after = flatten(asdict(old)), flatten(asdict(new))
+    """Returns (dotted key, 'key: old, now new') of each setting whose value differs; null equals the value it stands for."""
+    before, after = flatten(asdict(old.resolved())), flatten(asdict(new.resolved()))
     return [(key, f"{key}: {before.get(key)}, now {after[key]}") for key in after if before.get(key) != after[key]]
 
 
@@ -276,46 +273,4 @@ def environment_facts(device_name: str, world_size: int) -> dict[str, Any]:
 
     Environment variables are left out, because they may contain secrets.
     """
-    packages = (
-        "torch",
-        "megatron-core",
-        "triton",
-        "transformers",
-        "tokenizers",
-        "numpy",
-        "transformer-engine",
-        "apex",
-        "deepspeed",
-    )
-    versions: dict[str, str | None] = {}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    from megatron_lion import __version__
-
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "megatron_lion": __version__, "python": platform.python_version(),
-        "packages": versions, "system": platform.platform(), "device": device_name, "world_size": world_size,
-        "cpu_count": os.cpu_count(), "git": _git_state(),
-    }  # fmt: skip
-
-
-def _git_state() -> str | None:
-    git = shutil.which("git")
-    folder = Path(__file__).resolve().parents[2]
-    if git is None or not (folder / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            [git, "describe", "--always", "--dirty"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None
+    return {**host_facts(), "device": device_name, "world_size": world_size}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_lion.errors import EnvironmentFault
 from megatron_lion.jobs import job_words
+from megatron_lion.plain_text import plain
 from megatron_lion.shipped import shipped_folder
 from megatron_lion.sweep.execute import job_arguments
 from megatron_lion.sweep.plan import PlannedRun, as_typed
@@ -41,7 +42,7 @@ def shell_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> st
         for run in runs
     ]
     return _SHELL.format(
-        count=_count(runs), folder=sweep.folder, config=sweep.config, python=shlex.quote(sys.executable),
+        count=_count(runs), folder=plain(str(sweep.folder)), config=plain(sweep.config), python=shlex.quote(sys.executable),
         commands="\n".join(commands),
     )  # fmt: skip
 
@@ -72,8 +73,9 @@ def slurm_script(sweep: Sweep, runs: Sequence[PlannedRun], processes: int, scrip
     return _with_lines(
         launch / "slurm.sbatch",
         {
-            "# SLURM job": f"# SLURM job array: {_count(runs)} of the sweep in {sweep.folder} ({sweep.config}), a task each.",
-            "#   sbatch ": f"#   sbatch {script}          (with --array=0-{last}%4 four at a time)",
+            "# SLURM job": f"# SLURM job array: {_count(runs)} of the sweep in {plain(str(sweep.folder))} ({plain(sweep.config)}), "
+            "a task each.",
+            "#   sbatch ": f"#   sbatch {plain(shlex.quote(str(script)))}          (with --array=0-{last}%4 four at a time)",
             "#SBATCH --job-name": f"#SBATCH --job-name=megatron-lion-sweep\n#SBATCH --array=0-{last}",
             "#SBATCH --nodes": "#SBATCH --nodes=1",
             "#SBATCH --gpus-per-node": f"#SBATCH --gpus-per-node={processes}",

@@ -1,24 +1,32 @@
 """`--dry-run`: previews a run (size, memory, tokens, time) from its config and data headers; writes nothing.
 
-torch is imported only on a machine with NVIDIA's driver, to check that LION's kernel compiles there.
+torch is imported only on a machine with NVIDIA's driver, to name the card and to check that LION's kernel compiles there.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 from megatron_lion.config import RunConfig
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, memory_bytes, model_size
 
-# Dense bf16 FLOP/s of one A100 at 40 % utilisation: what well-tuned 124M-350M runs reach (nanoGPT, MPT).
-_ASSUMED_FLOPS = 0.4 * 312e12
+# What well-tuned 124M-350M runs reach on an A100 (nanoGPT, MPT), and tiny ones on a CPU, of the speed of a matrix product.
+UTILISATION = 0.4
+# Dense FLOP/s of an A100; torch computes float32 products there without TF32.
+_A100_FLOPS = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
+
+# More passes over a text than this give a warning. Repeating a text up to four times is almost as good as new text, and
+# beyond sixteen passes repetition gains nothing (Muennighoff et al., Scaling Data-Constrained Language Models, 2023).
+MANY_PASSES = 20
 
 # One of these exists if NVIDIA's driver is loaded; containers may have only the second.
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
 
 
 def dry_run(config: RunConfig, world_size: int) -> str:
-    """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory per process, time.
+    """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory of a process, time.
 
     The vocabulary size is the config's, else the data's, else the usual one of the model kind.
 
@@ -34,9 +42,8 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     memory = memory_bytes(config, world_size, vocab)
     train = config.train
     tokens = train.steps * train.global_batch_size * config.model.seq_length
-    gib = {key: value / 2**30 for key, value in memory.items()}
     flops = tokens * flops_per_token(config.model, vocab)
-    seconds = flops / (_ASSUMED_FLOPS * world_size)
+    warning = passes_warning(config, train_tokens)
     lines = [
         f"run folder   {config.run_dir}",
         f"model        {config.label}: {size.num_parameters:,} parameters ({size.num_parameters_unpadded:,} without padded vocabulary, "
@@ -47,15 +54,42 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         f"DP {config.data_parallel_size(world_size)}",
         f"batch        {batch_sentence(config, world_size)}",
         f"tokens       {train.steps:,} steps = {tokens:,} tokens"
-        + (f" = {tokens / train_tokens:.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
+        + (f" = {tokens / train_tokens:,.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
+        *([f"warning      {warning}"] if warning else []),
         f"data         {', '.join(config.data.path) if config.data.path else 'none given (data.path): nothing to check'}",
-        f"memory       {sum(gib.values()):.2f} GiB a process: "
-        + ", ".join(f"{key} {value:.2f}" for key, value in gib.items())
-        + " (activations estimated)",
-        f"arithmetic   {flops:.3g} FLOP; about {_duration(seconds)} on {world_size} x A100 at 40 % of peak",
+        f"memory       {_size(sum(memory.values()))} of tensors in the largest process: "
+        + ", ".join(f"{key} {_size(value)}" for key, value in memory.items())
+        + " (estimated)",  # the last one, activations
+        f"state        {_state_sentence(config)}",
+        f"arithmetic   {flops:.3g} FLOP, without probes and held-out losses",
+        *_time_lines(config, world_size, flops),
         *_kernel_lines(config),
     ]
     return "\n".join(lines)
+
+
+def passes_warning(config: RunConfig, train_tokens: int | None) -> str | None:
+    """Returns a warning if the run reads its training data more than `MANY_PASSES` times, else None.
+
+    Args:
+        config: the run's settings.
+        train_tokens: tokens of the training data; None or 0 if unknown.
+
+    Example:
+        >>> from megatron_lion.config import TrainConfig
+        >>> passes_warning(RunConfig(train=TrainConfig(steps=100, global_batch_size=8)), 16384)
+        'the training data is read 50.0 times; 20 passes are 40 steps: set train.steps, or add data'
+        >>> passes_warning(RunConfig(train=TrainConfig(steps=40, global_batch_size=8)), 16384)
+    """
+    a_step = config.train.global_batch_size * config.model.seq_length
+    if not train_tokens or config.train.steps * a_step <= MANY_PASSES * train_tokens:
+        return None
+    passes = config.train.steps * a_step / train_tokens
+    steps = MANY_PASSES * train_tokens // a_step
+    remedy = f"{MANY_PASSES} passes are {steps:,} steps: set train.steps, or add data"
+    if not steps:
+        remedy = "one step reads more than that: set a smaller train.global_batch_size, or add data"
+    return f"the training data is read {passes:,.{1 if passes < 1000 else 0}f} times; {remedy}"
 
 
 def batch_sentence(config: RunConfig, world_size: int) -> str:
@@ -109,8 +143,95 @@ def _vocabulary(config: RunConfig) -> tuple[int, str, int | None]:
     return VOCAB_SIZES[config.model.kind], "the usual", None
 
 
+def _state_sentence(config: RunConfig) -> str:
+    """Describes the forms of the optimizer's state, which determine its memory."""
+    optimizer, precision = config.optimizer, config.train.precision
+    state = {"adamw": "two fp32 moments", "sgd": "fp32 momentum", "lion": f"{optimizer.momentum_dtype} momentum"}
+    master = "fp32 parameters without a copy"
+    if precision != "fp32":
+        form = "fp32" if optimizer.master_weights == "shards" else optimizer.master_weights
+        master = f"{precision} parameters with {form} master weights"
+    where = "not sharded"
+    if config.parallel.use_distributed_optimizer:
+        where = "sharded over the data-parallel processes"
+    return f"{master}, {state[optimizer.name]}; {where}"
+
+
+def _time_lines(config: RunConfig, world_size: int, flops: float) -> list[str]:
+    """Estimates the time of the steps on this machine's card or CPU, and on A100s if the card's speed is unknown."""
+    precision = config.train.precision
+    may_use_cuda = config.device != "cpu" and any(Path(name).exists() for name in DRIVER_FILES)
+    card = _card() if may_use_cuda else None
+    lines = []
+    if card is None and config.device != "cuda":
+        lines.append("not estimated for 16 bits on a CPU; the first steps show it")
+        if precision == "fp32":
+            seconds = flops / (UTILISATION * _cpu_flops(world_size))
+            lines[0] = f"roughly {_duration(seconds)} on this machine's CPU, if nothing else runs there"
+    if card is not None or config.device != "cpu":
+        peak = None
+        if card is not None:
+            from megatron_lion.device import peak_flops_of
+
+            peak = peak_flops_of(card, precision)
+        seconds = flops / (UTILISATION * (peak or _A100_FLOPS[precision]) * world_size)
+        name = card if peak else "A100 (assumed)"
+        unknown = f"; the {precision} peak of {card} is not known" if card is not None and not peak else ""
+        lines.append(
+            f"about {_duration(seconds)} on {world_size} x {name} at {UTILISATION:.0%} of its {precision} peak{unknown}"
+        )
+    return [f"time         {line}" for line in lines]
+
+
+def _card() -> str | None:
+    """Returns the name of the first CUDA device, or None if torch cannot use one."""
+    import torch
+
+    try:
+        return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    except (AssertionError, RuntimeError):  # a torch without CUDA, or a driver that it cannot use
+        return None
+
+
+def _cpu_flops(world_size: int) -> float:
+    """Measures in a tenth of a second how fast this machine's processors multiply float32 matrices, in FLOP/s.
+
+    The matrices are so small that numpy uses one thread. With several threads a busy machine made the result a hundred
+    times too small. The fastest of thousands of products counts, because other programs interrupt only some of them.
+    """
+    import numpy as np
+
+    size, best = 64, float("inf")
+    matrix, product = np.ones((size, size), np.float32), np.empty((size, size), np.float32)
+    started = time.perf_counter()
+    while time.perf_counter() - started < 0.1:
+        before = time.perf_counter()
+        np.matmul(matrix, matrix, out=product)
+        best = min(best, time.perf_counter() - before)
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    used = min(cores, world_size * int(threads)) if threads.isdigit() and int(threads) else cores
+    return used * 2.0 * size**3 / best
+
+
+def _size(count: int) -> str:
+    """Formats bytes.
+
+    Example:
+        >>> _size(3 * 2**29), _size(5000), _size(0)
+        ('1.50 GiB', '0.00477 MiB', '0 MiB')
+    """
+    return f"{count / 2**30:.2f} GiB" if count >= 0.97 * 2**30 else f"{count / 2**20:.3g} MiB"
+
+
 def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+    """Formats a time to two or three digits.
+
+    Example:
+        >>> _duration(0.2), _duration(100), _duration(7300), _duration(3e8)
+        ('less than a second', '100 seconds', '2.0 hours', '9.5 years')
+    """
+    for unit, length in (("years", 31557600), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second" if seconds >= 1 else "less than a second"

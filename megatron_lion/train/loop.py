@@ -215,8 +215,7 @@ def observe(
         stop: flag; a stop signal sets `stop["now"]`.
         health: asked if a held-out loss is not finite.
         window: gradient sums of `probe.mode` moving, or None.
-        at_start: whether this is before the first step of this job. Enabled measurements are due at step 0, and those
-            of a restored step that an interruption left out.
+        at_start: before the first step of this job; step 0 is measured, or what an interrupted job left out of a later step.
 
     Returns:
         False if a stop signal ended a measurement.
@@ -260,6 +259,7 @@ def observe(
         values.update(result.metrics() if result is not None else {})
     if values:
         metrics.write(run.step, values)
+        progress.measured(run.step, values)
     # The file is written last because `probe_is_missing` looks for it. If the job is killed between the two writes, the
     # probe is repeated, and readers of metrics.jsonl use the last line of a step.
     if result is not None:

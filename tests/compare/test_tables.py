@@ -15,14 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
-from rich.console import Console
 from scipy import stats
 from synthetic_runs import write_run
 
 from megatron_lion.compare.budgets import crossing, default_target, falling, geometric_mean, target_table
 from megatron_lion.compare.run_tables import build_tables, ratio_table
 from megatron_lion.compare.selection import read_runs
-from megatron_lion.compare.table import Table, to_csv, to_html, to_latex, to_markdown, to_rich
+from megatron_lion.compare.table import Table, to_csv, to_html, to_latex, to_markdown
 from megatron_lion.runs.record import RunRecord
 from megatron_lion.runs.series import Series
 
@@ -344,6 +343,3 @@ def test_written_forms() -> None:
     assert "&lt;r&gt;" in page
     assert '<td class="number best">1.23</td>' in page
     assert "a &lt;note&gt;" in page
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(to_rich(table))
-    assert "p|q" in console.export_text()

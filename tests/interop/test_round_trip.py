@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,21 @@ def test_round_trip_is_bit_exact(folder: Path, name: str, tmp_path: Path) -> Non
     assert {tensor.dtype for tensor in first.values()} == {torch.bfloat16 if "bf16" in name else torch.float32}
     for file in ("config.json", "vocab.txt" if name == "bert" else "merges.txt"):
         assert (folder / f"{name}-hf" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
+
+
+def test_all_files_have_the_permissions_that_the_umask_leaves(folder: Path) -> None:
+    """Runs with checkpoints, their evaluation, exports and imports: what one person writes, a colleague can read."""
+    os.umask(umask := os.umask(0))
+    entries = [path for path in folder.rglob("*") if not path.is_symlink()]
+    wrong = {
+        str(path.relative_to(folder)): oct(path.stat().st_mode & 0o777)
+        for path in entries
+        if path.stat().st_mode & 0o777 != (0o777 if path.is_dir() else 0o666) & ~umask
+    }
+    assert wrong == {}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "metrics.jsonl"} <= {
+        path.name for path in entries
+    }
 
 
 def test_exported_weights_are_the_checkpoints(folder: Path) -> None:
@@ -152,6 +168,55 @@ def test_the_card_says_what_was_measured(folder: Path) -> None:
         assert words in card
     assert "not trained here" not in card
     assert "Not yet evaluated on a full text." in (folder / "bert-hf" / "README.md").read_text()
+
+
+def test_the_card_lists_no_result_of_another_state(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stored result is of the same step, but was measured on other weights or another epsilon."""
+    run = Path(shutil.copytree(folder / "gpt2", tmp_path / "run"))
+    path = next((run / "eval").glob("*.json"))
+    result = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
+    path.write_text(json.dumps(result | {"state_sha256": "0" * 64}))
+    assert main(["export", str(run), "--output", str(tmp_path / "hf"), "--device", "cpu"]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"{result['loss']:.4f}" not in card
+    assert "Not yet evaluated on a full text." in card
+    assert (
+        "1 of 1 results are of another state of the model and are not used; measure again: " in capsys.readouterr().err
+    )
+
+
+def test_the_card_names_weights_that_were_converted_after_the_measurement(folder: Path, tmp_path: Path) -> None:
+    words = ["export", str(folder / "gpt2"), "--output", str(tmp_path / "hf"), "--device", "cpu", "--dtype", "bf16"]
+    assert main(words) == 0
+    sentence = "before they were converted to bfloat16"
+    assert sentence in (tmp_path / "hf" / "README.md").read_text()
+    assert "before they were converted" not in (folder / "gpt2-hf" / "README.md").read_text()
+
+
+def test_the_run_folder_of_an_import_may_be_given_as_output(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "import",
+        str(folder / "gpt2-hf"),
+        "--device",
+        "cpu",
+        "--check",
+        "false",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    assert main(words) == 0
+    assert tiny.read_weights(tmp_path / "run", 0).keys() == tiny.read_weights(folder / "gpt2-again", 0).keys()
+    assert f"run_dir: {tmp_path / 'run'}" in (tmp_path / "run" / "config.yaml").read_text()
+    capsys.readouterr()
+    assert main([*words, "--run_dir", str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().err == (
+        f"megatron-lion: --output {tmp_path / 'run'} and --run_dir {tmp_path / 'other'} name two folders for one run; give one "
+        "of them\n"
+    )
 
 
 def going_on(folder: Path) -> dict[str, tuple[int, Any]]:

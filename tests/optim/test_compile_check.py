@@ -11,6 +11,7 @@ import torch
 from lion_cases import DEVICE
 
 from megatron_lion.optim import triton_check
+from megatron_lion.optim.implementations import choose_implementation
 from megatron_lion.optim.lion import Lion
 
 
@@ -38,7 +39,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[int]:
 
 
 def on_cuda(*dtypes: torch.dtype) -> list[SimpleNamespace]:
-    """The attributes that `Lion._choose` reads of slots with parameters on a CUDA device."""
+    """The attributes that `choose_implementation` reads of slots with parameters on a CUDA device."""
     return [
         SimpleNamespace(param=SimpleNamespace(device=torch.device("cuda"), is_cuda=True, dtype=dtype))
         for dtype in dtypes
@@ -73,8 +74,9 @@ def test_without_a_device_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(triton_check, "_is_interpreted", lambda: False)
     assert triton_check.triton_kernel() == "not needed without a CUDA device"
     assert launches == []
-    with pytest.raises(RuntimeError, match=r"'triton': no CUDA device is visible.*; or use implementation = 'foreach'"):
-        lion("triton")[0].step()
+    with pytest.raises(ValueError, match=r"'triton': no CUDA device is visible.*; or use implementation = 'auto'"):
+        lion("triton")
+    assert launches == []
 
 
 def test_the_capture_of_a_graph_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,11 +145,11 @@ def test_other_reasons(error: Exception, reason: str, monkeypatch: pytest.Monkey
 
 
 def test_auto_continues_with_foreach_and_logs_one_line(monkeypatch, caplog) -> None:
-    assert lion()[0]._choose(on_cuda(torch.float32)) == "triton"
+    assert choose_implementation("auto", on_cuda(torch.float32)) == "triton"
     triton_check._check.cache_clear()
     launches = broken(monkeypatch, RuntimeError("Failed to find C compiler."))
     with caplog.at_level(logging.WARNING):
-        assert {lion()[0]._choose(on_cuda(torch.float32)) for _ in range(3)} == {"foreach"}
+        assert {choose_implementation("auto", on_cuda(torch.float32)) for _ in range(3)} == {"foreach"}
     assert [record.getMessage() for record in caplog.records] == [
         "Triton cannot run kernels on this machine, so LION uses the slower foreach implementation: no C compiler: Triton "
         "builds its launcher with one; install gcc or set CC"
@@ -157,7 +159,7 @@ def test_auto_continues_with_foreach_and_logs_one_line(monkeypatch, caplog) -> N
 
 def test_auto_does_not_ask_if_it_would_not_take_triton(monkeypatch) -> None:
     launches = broken(monkeypatch, RuntimeError("no"))
-    assert lion()[0]._choose(on_cuda(torch.float64)) == "foreach"
+    assert choose_implementation("auto", on_cuda(torch.float64)) == "foreach"
     if DEVICE.type == "cpu":
         lion()[0].step()
     assert launches == []

@@ -11,8 +11,7 @@ import pytest
 import torch
 from lion_cases import HAS_COMPILER, MASTERS, MOMENTA, after_steps_on_views, same_bits, same_state
 
-from megatron_lion.optim import cpp, cpp_compiler
-from megatron_lion.optim import lion as lion_module
+from megatron_lion.optim import cpp, cpp_compiler, implementations
 from megatron_lion.optim.lion import Lion
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
@@ -82,7 +81,7 @@ def test_dtypes_that_it_leaves_to_torch_are_updated_beside_the_others(cautious):
 def test_auto_takes_it_where_it_pays(monkeypatch):
     taken = []
     monkeypatch.setattr(cpp, "cpp_step", lambda slots, *_: taken.append(len(slots)))
-    monkeypatch.setattr(lion_module, "CPP_PAYS", 100)
+    monkeypatch.setattr(implementations, "CPP_PAYS", 100)
     for sizes in ((99,), (60, 40)):
         params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
         for param in params:
@@ -115,7 +114,7 @@ def test_a_compiler_that_will_not_do(compiler, message, tmp_path, monkeypatch, c
     """ "auto" uses foreach and logs one line; "cpp" raises an error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", compiler if " " not in compiler else script(tmp_path / "cxx", compiler))
-    monkeypatch.setattr(lion_module, "CPP_PAYS", 1)
+    monkeypatch.setattr(implementations, "CPP_PAYS", 1)
     ends = []
     for implementation in ("reference", "auto"):
         param = torch.nn.Parameter(torch.linspace(-1, 1, 50))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from megatron_lion.config import DataConfig, ModelConfig
-from megatron_lion.data.corpora import open_corpora
+from megatron_lion.data.corpora import check_splits, open_corpora
 from megatron_lion.data.indexed_writer import check_indexed
 from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import load_tokenizer
@@ -283,19 +283,21 @@ def test_a_dataset_of_fewer_documents_than_splits_names_the_remedy(
 ) -> None:
     """One text file is one document: a larger share of the split cannot help."""
     (tmp_path / "my.txt").write_text("a chapter\n\nof a book\n\nthat ends\n" * 9)
-    one, more = tmp_path / "one", tmp_path / "more"
-    prepare(PrepareOptions(inputs=[tmp_path / "my.txt"], tokenizer=tokenizer, split="8,1,1", output=one))
-    assert "with --txt-documents blank-line each paragraph is one" in caplog.text
-    caplog.clear()
-    model = ModelConfig(seq_length=16)
-    with pytest.raises(
-        DataError, match=r"split is empty, because the dataset has 1 document; .* --txt-documents blank-line"
-    ):
-        open_corpora(DataConfig(path=[str(one)]), model)
-    prepare(
-        PrepareOptions(
-            inputs=[tmp_path / "my.txt"], tokenizer=tokenizer, split="8,1,1", output=more, txt_documents="blank-line"
-        )
+    options = PrepareOptions(
+        inputs=[tmp_path / "my.txt"],
+        tokenizer=tokenizer,
+        split="8,1,1",
+        output=tmp_path / "one",
+        divide_documents="never",
     )
-    assert "blank-line" not in caplog.text
-    assert open_corpora(DataConfig(path=[str(more)]), model).train_tokens > 0
+    prepare(options)
+    assert "only 1 distinct document: too few for a test split" in caplog.text
+    assert "--divide-documents always" in caplog.text
+    caplog.clear()
+    data, model = DataConfig(path=[str(tmp_path / "one")]), ModelConfig(seq_length=16)
+    remedy = r"no valid split, because the dataset has 1 document; .* --overwrite --divide-documents always"
+    with pytest.raises(DataError, match=remedy):
+        check_splits(open_corpora(data, model), [1, 1, 1])
+    prepare(dataclasses.replace(options, divide_documents="always", overwrite=True))
+    assert "too few" not in caplog.text
+    check_splits(open_corpora(data, model), [1, 1, 1])

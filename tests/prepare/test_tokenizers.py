@@ -185,6 +185,7 @@ def test_hub_is_used_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    monkeypatch.setattr("megatron_lion.data.hub_files.unreachable", lambda name: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"hf:some/name"):
         load_tokenizer("some/name")
@@ -207,6 +208,7 @@ def test_hub_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return str(folder / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr("megatron_lion.data.hub_files.unreachable", lambda name: None)
     assert load_tokenizer("hf:some/name").sha256 == load_tokenizer(folder).sha256
 
 

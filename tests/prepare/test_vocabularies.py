@@ -90,7 +90,7 @@ def test_wordpiece_are_the_pieces_that_the_trainer_of_tokenizers_chooses(text: P
 
 
 def test_sizes_with_no_room_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="at least 257"):
-        train_bpe([], 256, tmp_path)
+    with pytest.raises(ConfigError, match="at least 258"):
+        train_bpe([], 257, tmp_path)
     with pytest.raises(ConfigError, match="at least 200"):
         train_wordpiece([], 100, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from megatron_lion.reproduce.artefacts import ARTEFACTS, Plan, build_plan
 from megatron_lion.reproduce.claim import Claim
 from megatron_lion.reproduce.claims import as_markdown, claims_of
 from megatron_lion.reproduce.recipes import Recipe
-from megatron_lion.reproduce.run_verbs import launch_words, run_plan
+from megatron_lion.reproduce.run_verbs import run_plan
 from megatron_lion.reproduce.sources import Sources
 from megatron_lion.reproduce.toy_claims import toy_claims
 
@@ -43,13 +42,11 @@ def test_every_step_is_a_command_that_its_verb_accepts(artefact: str, scale: Any
                 *plan.tuned_runs.values(),
                 *(folder for folders in plan.seeds.values() for folder in folders),
             ]
-        shown = shlex.split(step.shown(2))
         if step.launched:
-            assert shown[0] == "launch/torchrun.sh"
-            assert Path(launch_words(step)[0]).is_file()
-            assert shown[2:] == launch_words(step)[2:]
-        else:
-            assert shown[-1] == step.words[-1]
+            shell, script, config, *_ = step.launch_words()
+            assert (shell, Path(script).name) == ("bash", "torchrun.sh")
+            assert Path(script).is_file()
+            assert Path(config).is_file()
 
 
 def test_full_scale_needs_the_real_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,10 +95,16 @@ class Recorder:
 
 
 def test_steps_run_in_order_and_a_failure_ends_them(tmp_path: Path) -> None:
-    plan = build_plan("table-b1", "tiny", Sources(**NOTHING, output=tmp_path))
+    given = {**FULL, "wikitext103": None}  # the other files need not exist here
+    plan = build_plan("table-b1", "tiny", Sources(**given, output=tmp_path))
     jobs: Any = Recorder()
     run_plan(plan, 2, jobs)
-    assert jobs.ran == ["prepare", *["pretrain"] * 5, *["evaluate"] * 5, "compare"]
+    assert jobs.ran == ["demo", "prepare", *["pretrain"] * 5, *["evaluate"] * 5, "compare"]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "held_out.txt").write_text("made by the step before")
+    jobs = Recorder()
+    run_plan(plan, 2, jobs)
+    assert jobs.ran[0] == "prepare"
     jobs = Recorder({3: 6})
     with pytest.raises(MegatronLionError, match=r"SGD at 0\.0001") as caught:
         run_plan(plan, 2, jobs)
@@ -296,7 +299,7 @@ def test_from_text_to_verdict(
 
     monkeypatch.setattr(plans, "PAPER", (Recipe("lion", 3e-3, 0.01), Recipe("sgd", 1e-4, 0.01)))
     monkeypatch.setattr(plans, "TUNED", {"gpt2": ()})
-    monkeypatch.setattr("megatron_lion.reproduce.sources.VOCAB_SIZE", 300)
+    monkeypatch.setattr(plans, "VOCAB_SIZE", 300)
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in prose(400)))
     (tmp_path / "wiki").write_text(" \n = Title = \n \n " + prose(1, seed=3)[0] * 3)

@@ -1,0 +1,98 @@
+"""`megatron-lion tokenizer train`: trains a vocabulary on one's own text."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+HELP = (
+    "tokenizer train: train a byte-level BPE (GPT-2: vocab.json, merges.txt) or a WordPiece vocabulary (BERT: vocab.txt) on text "
+    "(jsonl, json, txt, parquet, arrow; plain or compressed); the same text gives the same files"
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the subcommand's flags to its parser."""
+    add = parser.add_argument
+    add("action", type=Literal["train"], help="train")
+    add("--input", type=str, nargs="+", required=True, metavar="FILE", help="input files, folders or glob patterns")
+    add(
+        "--vocab-size",
+        type=int,
+        required=True,
+        metavar="N",
+        help="number of ids; at least 258 for bpe and 200 for wordpiece; usual: 2,048 for a novel, 8,192 for 10 MB, 50,257 for 1 GB",
+    )
+    add("--output", type=str, required=True, metavar="DIR", help="folder to make")
+    add(
+        "--kind",
+        type=Literal["bpe", "wordpiece"],
+        default="bpe",
+        help="bpe: for GPT-2; wordpiece: for BERT, in lower case",
+    )
+    add(
+        "--json-key",
+        type=str,
+        default="text",
+        help="key (JSON) or column (table) of the text; meta.text is the key text inside meta",
+    )
+    add(
+        "--format",
+        type=Literal["auto", "jsonl", "txt", "parquet", "arrow"],
+        default="auto",
+        help="format of the input files; auto detects it by their endings",
+    )
+    add(
+        "--on-error",
+        type=Literal["stop", "skip"],
+        default="stop",
+        help="at a bad line: stop and report it, or skip it",
+    )
+    add("--overwrite", action="store_true", help="replace another tokenizer of the same kind in the folder")
+
+
+def run(args: Any) -> None:
+    """Trains the tokenizer and prints its size and the next command."""
+    from megatron_lion.errors import StoppedOnRequest
+    from megatron_lion.logs import only_last_resort
+    from megatron_lion.prepare.progress import ConsoleProgress
+    from megatron_lion.prepare.train_tokenizer import FILES, TrainOptions, train_tokenizer
+
+    if only_last_resort():
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    options = TrainOptions(
+        inputs=args.input,
+        vocab_size=args.vocab_size,
+        output=args.output,
+        kind=args.kind,
+        json_key=args.json_key,
+        format=args.format,
+        on_error=args.on_error,
+        overwrite=args.overwrite,
+    )
+    try:
+        with ConsoleProgress() as progress:
+            tokenizer = train_tokenizer(options, progress)
+    except KeyboardInterrupt:
+        raise StoppedOnRequest("stopped; nothing was written") from None
+    sys.stdout.write(
+        f"{args.output}: {tokenizer.vocab_size:,} ids ({args.kind}: {', '.join(FILES[args.kind])})\n"
+        f"next: {next_command(args)}\n"
+    )
+
+
+def next_command(args: Any) -> str:
+    """Returns the `prepare` command that encodes the same text with the tokenizer."""
+    words = ["megatron-lion", "prepare", "--input", *args.input, "--tokenizer", args.output, "--output", "data/my"]
+    if args.kind == "wordpiece":
+        words += ["--task", "bert"]
+    for flag, value, default in (("--json-key", args.json_key, "text"), ("--format", args.format, "auto"),
+                                 ("--on-error", args.on_error, "stop")):  # fmt: skip
+        if value != default:
+            words += [flag, value]
+    return shlex.join(words)
