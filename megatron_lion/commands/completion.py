@@ -19,7 +19,7 @@ def run(args: Any) -> None:
     """Prints the script to stdout."""
     import shtab
 
-    sys.stdout.write(shtab.complete(whole_parser(), shell=args.shell, preamble=_preambles()))  # type: ignore[arg-type]
+    sys.stdout.write(shtab.complete(whole_parser(), args.shell, preamble=_preambles()))  # type: ignore[arg-type]
 
 
 def _preambles() -> dict[str, str]:

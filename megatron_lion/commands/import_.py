@@ -49,14 +49,15 @@ def run(args: Any) -> None:
     from megatron_lion.config import ModelConfig, ParallelConfig, RunConfig
     from megatron_lion.config_checks import check_config
     from megatron_lion.configfile import run_config_from_namespace
-    from megatron_lion.errors import CheckpointError, ConfigError
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.evaluate.open_target import no_such_folder
     from megatron_lion.jobs import world_size_from_env
 
     if world_size_from_env() > 1:
         raise ConfigError("import runs on one process: start it without a launcher; the run loads at any layout")
     source = Path(args.source)
     if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; give a Hugging Face model folder")
+        raise no_such_folder(source, "a Hugging Face model folder")
     config = run_config_from_namespace(args.parser, args)
     if args.output is not None:
         if config.run_dir not in (RunConfig().run_dir, args.output):

@@ -105,7 +105,7 @@ def _config_of(args: Any) -> RunConfig:
 def _shown(args: Any, config: RunConfig) -> bool:
     """Prints the settings or the size of the run if a flag asks for it; returns whether one does."""
     if args.print_config:
-        from megatron_lion.settings import commented
+        from megatron_lion.setting_texts import commented
 
         sys.stdout.write(commented(dump_config(config)))
     elif args.dry_run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,27 @@ def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | No
         from megatron_lion.evaluate.hf_model import open_huggingface
 
         return open_huggingface(folder, **options)
-    what = (
-        "contains neither a run (config.yaml) nor a Hugging Face model (config.json)"
-        if folder.is_dir()
-        else "no such folder"
+    if not folder.is_dir():
+        raise no_such_folder(folder, "the run_dir of a `megatron-lion pretrain`")
+    raise CheckpointError(
+        f"{folder}: contains neither a run (config.yaml) nor a Hugging Face model (config.json); give the run_dir of a "
+        "`megatron-lion pretrain`"
     )
-    raise CheckpointError(f"{folder}: {what}; give the run_dir of a `megatron-lion pretrain`")
+
+
+def no_such_folder(folder: Path, wanted: str) -> CheckpointError:
+    """Returns the error for a folder that does not exist; hf:NAME, which names a tokenizer, gets the command that downloads.
+
+    Args:
+        folder: what was given.
+        wanted: the folder that is needed, for the message.
+    """
+    name = str(folder)
+    if name.startswith("hf:"):
+        place = shlex.quote(name.rpartition("/")[2].removeprefix("hf:"))
+        command = f"hf download {shlex.quote(name.removeprefix('hf:'))} --local-dir {place}"
+        return CheckpointError(f"{name}: models are not downloaded; run `{command}`, then give {place}")
+    return CheckpointError(f"{folder}: no such folder; give {wanted}")
 
 
 def _need_next_token_model(folder: Path) -> None:

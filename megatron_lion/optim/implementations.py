@@ -23,8 +23,10 @@ CPP_PAYS = 2**20
 
 def check_implementation(implementation: str) -> None:
     """Raises ValueError if it can never run on this machine, as far as that is known without compiling anything."""
-    if implementation == "triton" and not torch.cuda.is_available() and not triton_check._is_interpreted():
-        raise ValueError(f"implementation = 'triton': {triton_check.NO_DEVICE}; or use implementation = 'auto'")
+    if implementation != "triton" or torch.cuda.is_available():
+        return
+    if (reason := triton_check.why_no_triton()) == triton_check.NO_DEVICE:
+        raise ValueError(f"implementation = 'triton': {reason}; or use implementation = 'auto'")
 
 
 def choose_implementation(implementation: str, slots: Sequence[Slot]) -> str:
@@ -41,7 +43,7 @@ def choose_implementation(implementation: str, slots: Sequence[Slot]) -> str:
     if implementation == "triton" and slots:
         if (reason := triton_check.why_no_triton()) is not None:
             raise RuntimeError(f"implementation = 'triton': {reason}; or use implementation = 'foreach'")
-        if not all(slot.param.is_cuda for slot in slots) and not triton_check._is_interpreted():
+        if not all(slot.param.is_cuda for slot in slots) and triton_check.triton_kernel() == "compiled":
             raise ValueError(
                 "implementation = 'triton' with parameters that are not on a CUDA device: move the model there before the "
                 "first step, or use implementation = 'auto'"
@@ -50,7 +52,7 @@ def choose_implementation(implementation: str, slots: Sequence[Slot]) -> str:
         return implementation
     on_cpu = all(slot.param.device.type == "cpu" for slot in slots)
     if implementation == "cpp" and not on_cpu:
-        raise ValueError("implementation = 'cpp' with parameters that are not on the CPU: use implementation = 'auto'")
+        raise ValueError("implementation = 'cpp' with parameters that are not on the CPU: use 'auto'")
     if on_cpu and (implementation == "cpp" or sum(slot.param.numel() for slot in slots) >= CPP_PAYS):
         from .cpp import why_not
 

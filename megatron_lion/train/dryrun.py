@@ -167,7 +167,7 @@ def _time_lines(config: RunConfig, world_size: int, flops: float) -> list[str]:
         lines.append("not estimated for 16 bits on a CPU; the first steps show it")
         if precision == "fp32":
             seconds = flops / (UTILISATION * _cpu_flops(world_size))
-            lines[0] = f"roughly {_duration(seconds)} on this machine's CPU, if nothing else runs there"
+            lines[0] = f"{_duration(seconds, 'roughly')} on this machine's CPU, if nothing else runs there"
     if card is not None or config.device != "cpu":
         peak = None
         if card is not None:
@@ -178,7 +178,7 @@ def _time_lines(config: RunConfig, world_size: int, flops: float) -> list[str]:
         name = card if peak else "A100 (assumed)"
         unknown = f"; the {precision} peak of {card} is not known" if card is not None and not peak else ""
         lines.append(
-            f"about {_duration(seconds)} on {world_size} x {name} at {UTILISATION:.0%} of its {precision} peak{unknown}"
+            f"{_duration(seconds, 'about')} on {world_size} x {name} at {UTILISATION:.0%} of its {precision} peak{unknown}"
         )
     return [f"time         {line}" for line in lines]
 
@@ -224,14 +224,16 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 0.97 * 2**30 else f"{count / 2**20:.3g} MiB"
 
 
-def _duration(seconds: float) -> str:
-    """Formats a time to two or three digits.
+def _duration(seconds: float, word: str) -> str:
+    """Formats an estimated time to two or three digits, after a word such as "about".
 
     Example:
-        >>> _duration(0.2), _duration(100), _duration(7300), _duration(3e8)
-        ('less than a second', '100 seconds', '2.0 hours', '9.5 years')
+        >>> [_duration(seconds, "about") for seconds in (0.2, 1.2, 100, 7300)]
+        ['less than a second', 'about a second', 'about 100 seconds', 'about 2.0 hours']
     """
     for unit, length in (("years", 31557600), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second" if seconds >= 1 else "less than a second"
+            return f"{word} {seconds / length:,.1f} {unit}"
+    if seconds < 1:
+        return "less than a second"
+    return f"{word} {seconds:.0f} seconds" if seconds >= 1.5 else f"{word} a second"

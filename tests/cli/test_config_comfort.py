@@ -13,7 +13,7 @@ from megatron_lion.cli import main
 from megatron_lion.config import RunConfig
 from megatron_lion.config_hints import FOREIGN, suggest
 from megatron_lion.configfile import dump_config, known_keys, load_config
-from megatron_lion.settings import commented, json_schema, settings
+from megatron_lion.setting_texts import commented, json_schema, settings
 from megatron_lion.shipped import shipped_configs
 
 REPO = Path(__file__).resolve().parents[2]

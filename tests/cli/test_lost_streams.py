@@ -159,6 +159,8 @@ def test_every_line_to_stderr_is_written_by_say() -> None:
     found = [
         str(path.relative_to(package))
         for path in package.rglob("*.py")
-        if path.name != "streams.py" and ("stderr.write" in path.read_text() or "file=sys.stderr)" in path.read_text())
+        # installation.py must run on a Python that cannot read streams.py, and writes one line before it ends.
+        if path.name not in ("streams.py", "installation.py")
+        and ("stderr.write" in path.read_text() or "file=sys.stderr)" in path.read_text())
     ]
     assert found == []

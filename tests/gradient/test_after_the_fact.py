@@ -78,7 +78,7 @@ def test_same_layout_gives_the_probe_of_training_bit_for_bit(trained, tmp_path):
     for step in (2, 4):
         ours, theirs = result(run, f"step_000000{step}.json"), result(trained, f"step_000000{step}.json")
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
-        assert f"{step:>9}" in printed
+        assert f"│ {step:>4} │" in printed
     lines = [line for line in read_metrics(run) if "probe/grad_l1" in line]
     theirs = [line for line in read_metrics(trained) if "probe/grad_l1" in line and line["step"]]
     assert [{**line, "time": 0, "probe/seconds": 0} for line in lines] == [

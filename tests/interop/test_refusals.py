@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,14 +203,18 @@ def test_imported_weights_refuse_other_data_and_shapes(folder: Path, tmp_path: P
     assert {kind for kind, _ in found.values()} == {"CheckpointError"}
 
 
-def test_import_says_what_it_cannot_take(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_import_says_what_it_cannot_take(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["import", str(folder / "hf"), "--run_dir", str(tmp_path / "a run"), "--device", "cpu"]
     assert "optimizer.weight_decay" in refused([*command, "--optimizer.weight_decay", "-1"], 2, capsys)
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##b"]) + "\n")
     assert "a WordPiece tokenizer" in refused([*command, "--tokenizer", str(vocab)], 4, capsys)
     assert not (tmp_path / "a run").exists()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main([*command, "--model.num_layers", "3"]) == 0
-    shown = capsys.readouterr()
-    assert "note: model.num_layers is 2" in shown.err
-    assert f"--config '{tmp_path}/a run'/config.yaml" in shown.out
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[0].startswith("note: model.num_layers is 2")
+    assert shown[-2] == f"next: megatron-lion evaluate '{tmp_path}/a run' --text FILE"
+    assert f"pretrain --config '{tmp_path}/a run/config.yaml' --data.path '[DATASET]'" in shown[-1]
