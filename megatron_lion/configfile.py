@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from argparse import Action
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -112,9 +113,13 @@ class UserParser(ArgumentParser):
                 elif word.startswith(f"--{key}="):
                     words[place] = f"--{key}={_in_brackets(key, word.removeprefix(f'--{key}='))}"
 
+    def actions(self) -> list[Action]:
+        """Returns the declared arguments, as argparse's actions."""
+        return list(self._actions)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raises the parser's message as a ConfigError of one line; argparse would print usage and exit."""
-        flags = [flag.lstrip("-") for action in self._actions for flag in action.option_strings]
+        flags = [flag.lstrip("-") for action in self.actions() for flag in action.option_strings]
         raise ConfigError(one_line(message, flags)) from ex
 
 

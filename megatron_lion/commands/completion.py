@@ -51,7 +51,7 @@ def whole_parser() -> argparse.ArgumentParser:
         source = build_parser(verb, verb_module(verb))
         if source.takes_config_first:
             one.add_argument("config_file", nargs="?").complete = CONFIG  # type: ignore[attr-defined]
-        for action in source._actions:
+        for action in source.actions():
             options: dict[str, Any] = {"help": _escaped(action.help or "")}
             choices = _choices(action)
             if action.nargs == 0:

@@ -116,7 +116,7 @@ def test_a_dry_run_needs_the_number_of_processes_only(
     """As the launcher's check of the settings, before there is a store."""
     set_all(monkeypatch, {"WORLD_SIZE": "2"})
     assert main([*words, "--dry-run"]) == 0
-    assert "2 x A100" in capsys.readouterr().out
+    assert "processes    2:" in capsys.readouterr().out
 
 
 def test_every_verb_refuses_a_wrong_place(
