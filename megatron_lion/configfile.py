@@ -288,7 +288,7 @@ def one_line(message: str, known: Sequence[str] = ()) -> str:
         known: the parser's flags without dashes.
     """
     text = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    text = re.sub(r'^Parser key "([^"]+)":\s*', r"\1: ", text)
+    text = re.sub(r'^Parser key "([^"]+)"(?: element \d+)?:\s*', r"\1: ", text)
     union = re.search(
         r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors:.*Given value: (.*)$", text
     )

@@ -94,26 +94,14 @@ def next_steps(output: Path, config: str, processes: int) -> str:
         config: path of the demo's config.
         processes: data-parallel processes of each training.
     """
-    own, run = output / "own", output / "runs" / "own"
     sweep = ["--config", config, "--data.path", list_of_one(output / "data"), "--grid", "optimizer.name=lion,adamw",
              "--grid", "optimizer.lr=1e-3,3e-4", "--confirm", "3", "--processes", str(processes),
              "--output", str(output / "sweep")]  # fmt: skip
-    prepare = [
-        "--input",
-        "FILE.txt",
-        "--tokenizer",
-        str(output / "tokenizer"),
-        "--output",
-        str(own),
-        "--split",
-        "90,5,5",
-    ]
-    pretrain = ["--config", config, "--data.path", list_of_one(own), "--run_dir", str(run)]
     commands = {
         "Compare the best setting of each optimizer on fresh seeds: 10 runs of about a minute": [
             shown_job("sweep", sweep)
         ],
-        "Train on a text of yours": [shown_job("prepare", prepare), shown_job("pretrain", pretrain, processes)],
+        "Train on a text of yours, with a tokenizer of its own": [shown_job("pretrain", ["--text", "FILE.txt"])],
     }
     blocks = [f"{title}:\n" + "\n".join(f"  {line}" for line in lines) for title, lines in commands.items()]
     report, runs = output / "comparison" / "report.html", output / "runs"

@@ -220,6 +220,7 @@ def test_a_stopped_demo_names_no_command_that_it_did_not_run(
 )
 def test_a_line_gives_its_words_in_every_shell(words: Sequence[str]) -> None:
     assert split(shell_line(list(words))) == words
+    assert not re.search(r"(?:^| )=", shell_line(list(words))), "zsh, which may not be here, replaces =word"
 
 
 def test_paths_are_short_inside_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
