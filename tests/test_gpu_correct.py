@@ -51,7 +51,7 @@ def test_a_write_behind_a_tensor_is_found(monkeypatch: pytest.MonkeyPatch) -> No
         param = slots[-1].param
         param.as_strided((1,), (1,), param.storage_offset() + param.numel()).add_(1.0)
 
-    monkeypatch.setattr("megatron_lion.optim.lion.reference_step", one_too_far)
+    monkeypatch.setattr("megatron_lion.optim.implementations.reference_step", one_too_far)
     assert bitwise.difference(FORM, "cpu") == "parameters"
 
 
