@@ -117,8 +117,10 @@ def test_the_commands_at_the_end_of_the_demo_are_accepted(
         interpreter, module, package, verb, *words = as_run(line)
         assert (interpreter, module, package) == (sys.executable, "-m", "megatron_lion")
         namespace = parse(build_parser(verb, verb_module(verb)), words)
-        if verb != "prepare":
-            assert namespace.data.path == [f"{NASTY}/{'data' if verb == 'sweep' else 'own'}"]
+        if verb == "sweep":
+            assert namespace.data.path == [f"{NASTY}/data"]
+        if verb == "pretrain":
+            assert namespace.text == ["FILE.txt"]
         found.append(verb)
     assert {"sweep", "pretrain"} <= set(found)
 
