@@ -131,7 +131,9 @@ def test_versions_are_tried_on_each_python_that_the_package_names() -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     named = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
     (job,) = jobs.values()
-    assert job["strategy"]["matrix"]["python"] == named
+    assert named
+    # The workflow may try a Python before the package names it.
+    assert set(named) <= set(job["strategy"]["matrix"]["python"])
     assert set(job["strategy"]["matrix"]["versions"]) == {"floors", "newest"}
     assert any(".ci/try_versions.py ${{ matrix.versions }} --tests" in step.get("run", "") for step in job["steps"])
     assert ".ci/try_versions.py pinned" in (REPO / ".ci" / "run").read_text()
