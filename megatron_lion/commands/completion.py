@@ -19,19 +19,19 @@ def run(args: Any) -> None:
     """Prints the script to stdout."""
     import shtab
 
-    sys.stdout.write(shtab.complete(whole_parser(), args.shell, preamble=_preambles()))  # type: ignore[arg-type]
+    sys.stdout.write(shtab.complete(whole_parser(), args.shell, preamble=_preamble(args.shell)))
 
 
-def _preambles() -> dict[str, str]:
-    """Returns the shell function that completes --config: the shipped configs by name, and files."""
+def _preamble(shell: str) -> str:
+    """Returns the shell function that completes --config with the shipped configs by name and with files; tcsh has none."""
     from megatron_lion.shipped import shipped_configs
 
     names = " ".join(shipped_configs())
-    return {
-        "bash": f'_megatron_lion_config() {{\n  compgen -W \'{names}\' -- "$1"\n  compgen -f -- "$1"\n}}\n',
-        "zsh": f"_megatron_lion_config() {{\n  _alternative 'names:config:({names})' 'files:file:_files'\n}}\n",
-        "tcsh": "",
+    bodies = {
+        "bash": f'compgen -W \'{names}\' -- "$1"\n  compgen -f -- "$1"',
+        "zsh": f"_alternative 'names:config:({names})' 'files:file:_files'",
     }
+    return f"{CONFIG[shell]}() {{\n  {bodies[shell]}\n}}\n" if shell in bodies else ""
 
 
 CONFIG = {"bash": "_megatron_lion_config", "zsh": "_megatron_lion_config", "tcsh": "f"}
@@ -50,7 +50,7 @@ def whole_parser() -> argparse.ArgumentParser:
         one = verbs.add_parser(verb, help=_escaped(text), description=text, add_help=False)
         source = build_parser(verb, verb_module(verb))
         if source.takes_config_first:
-            one.add_argument("config_file", nargs="?").complete = CONFIG  # type: ignore[attr-defined]
+            _complete_with(one.add_argument("config_file", nargs="?"), CONFIG)
         for action in source.actions():
             options: dict[str, Any] = {"help": _escaped(action.help or "")}
             choices = _choices(action)
@@ -62,8 +62,13 @@ def whole_parser() -> argparse.ArgumentParser:
                 options["nargs"] = action.nargs
             added = one.add_argument(*(action.option_strings or [action.dest]), **options)
             if action.nargs != 0 and not choices:
-                added.complete = CONFIG if action.dest == "config" else shtab.FILE  # type: ignore[attr-defined]
+                _complete_with(added, CONFIG if action.dest == "config" else shtab.FILE)
     return parser
+
+
+def _complete_with(action: argparse.Action, function: Any) -> None:
+    """Sets the shell function that completes an argument, by shell: shtab reads it from an attribute of its own."""
+    vars(action)["complete"] = function
 
 
 def _choices(action: argparse.Action) -> list[str]:

@@ -17,7 +17,7 @@ HELP = "convert text (jsonl, json, txt, parquet, arrow; plain or compressed) to 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the subcommand's flags to its parser."""
     add = parser.add_argument
-    add("--input", type=str, nargs="+", required=True, metavar="FILE", help="input files, folders or glob patterns")
+    add_reading_flags(parser)
     add(
         "--tokenizer",
         type=str,
@@ -38,12 +38,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=1234, help="seed of the hashes that determine a document's split")
     add("--workers", type=int, default=0, help="number of processes; 0 starts one for each core")
     add(
-        "--on-error",
-        type=Literal["stop", "skip"],
-        default="stop",
-        help="at a bad line: stop and report it, or skip and count it",
-    )
-    add(
         "--task",
         type=Literal["gpt", "bert"],
         default="gpt",
@@ -57,12 +51,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--append-eod", type=bool, default=True, help="true or false: end each document with the end-of-document token")
     add(
-        "--json-key",
-        type=str,
-        default="text",
-        help="key (JSON) or column (table) of the text; meta.text is the key text inside meta",
-    )
-    add(
         "--txt-documents",
         type=Literal["file", "blank-line"],
         default="file",
@@ -74,12 +62,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="auto",
         help="divide each document by position: its beginning to train, the next part to valid, its end to test; auto: if there are "
         "fewer documents than splits",
-    )
-    add(
-        "--format",
-        type=Literal["auto", "jsonl", "txt", "parquet", "arrow"],
-        default="auto",
-        help="format of the input files; auto detects it by their endings",
     )
     add(
         "--eod-token",
@@ -101,12 +83,37 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
 
 
+def add_reading_flags(parser: ArgumentParser) -> None:
+    """Adds the flags that name the input files and determine how their text is read."""
+    add = parser.add_argument
+    add("--input", type=str, nargs="+", required=True, metavar="FILE", help="input files, folders or glob patterns")
+    add(
+        "--on-error",
+        type=Literal["stop", "skip"],
+        default="stop",
+        help="at a bad line: stop and report it, or skip and count it",
+    )
+    add(
+        "--json-key",
+        type=str,
+        default="text",
+        help="key (JSON) or column (table) of the text; meta.text is the key text inside meta",
+    )
+    add(
+        "--format",
+        type=Literal["auto", "jsonl", "txt", "parquet", "arrow"],
+        default="auto",
+        help="format of the input files; auto detects it by their endings",
+    )
+
+
 def run(args: Any) -> None:
     """Prepares the dataset and prints a summary on stdout."""
     from megatron_lion.errors import ConfigError, StoppedOnRequest
     from megatron_lion.logs import only_last_resort
     from megatron_lion.prepare.pipeline import PrepareOptions, prepare
     from megatron_lion.prepare.progress import ConsoleProgress
+    from megatron_lion.streams import next_steps
 
     if args.list:
         sys.stdout.write(listing(args.input, args.format))
@@ -141,6 +148,8 @@ def run(args: Any) -> None:
     except KeyboardInterrupt:
         raise StoppedOnRequest("stopped; run the same command again to continue after the encoded pieces") from None
     sys.stdout.write(summary(args.output, manifest))
+    config = "gpt2-tiny" if args.task == "gpt" else "bert-tiny"
+    next_steps(["megatron-lion", "pretrain", config, "--data.path", args.output, "--dry-run"])
 
 
 def listing(inputs: list[str], format: str) -> str:

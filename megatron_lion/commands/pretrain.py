@@ -11,7 +11,7 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
 from megatron_lion.errors import ConfigError
 from megatron_lion.jobs import rank_from_env, world_size_from_env
-from megatron_lion.streams import say
+from megatron_lion.streams import next_steps, say
 
 HELP = (
     "Pretrain GPT-2 or BERT. The same command resumes from the newest checkpoint. megatron-lion starts one process; for N processes "
@@ -138,3 +138,13 @@ def _train(args: Any, config: RunConfig) -> None:
         # The newest checkpoint's step: beyond stop_after if the run had already been there, or if that step was skipped.
         steps = list_steps(Path(config.run_dir))[-1]
         sys.stdout.write(f"done: {steps:,} of {config.train.steps:,} steps in {config.run_dir}\n")
+        if steps >= config.train.steps:
+            text = (
+                ["--wikitext103", "wiki.test.tokens"]
+                if config.model.kind == "gpt2"
+                else ["--fill-mask", "It was a [MASK] day."]
+            )
+            next_steps(
+                ["megatron-lion", "evaluate", config.run_dir, *text],
+                ["megatron-lion", "compare", config.run_dir],
+            )

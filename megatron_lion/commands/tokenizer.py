@@ -7,6 +7,8 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_lion.commands.prepare import add_reading_flags
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -20,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the subcommand's flags to its parser."""
     add = parser.add_argument
     add("action", type=Literal["train"], help="train")
-    add("--input", type=str, nargs="+", required=True, metavar="FILE", help="input files, folders or glob patterns")
+    add_reading_flags(parser)
     add(
         "--vocab-size",
         type=int,
@@ -34,24 +36,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=Literal["bpe", "wordpiece"],
         default="bpe",
         help="bpe: for GPT-2; wordpiece: for BERT, in lower case",
-    )
-    add(
-        "--json-key",
-        type=str,
-        default="text",
-        help="key (JSON) or column (table) of the text; meta.text is the key text inside meta",
-    )
-    add(
-        "--format",
-        type=Literal["auto", "jsonl", "txt", "parquet", "arrow"],
-        default="auto",
-        help="format of the input files; auto detects it by their endings",
-    )
-    add(
-        "--on-error",
-        type=Literal["stop", "skip"],
-        default="stop",
-        help="at a bad line: stop and report it, or skip it",
     )
     add("--overwrite", action="store_true", help="replace another tokenizer of the same kind in the folder")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from megatron_lion.compare.table import Table, parse_markdown_grid, to_csv, to_latex, to_markdown
 
 FRAME = 3
-"""Columns of the terminal that each column of a table needs besides its text: a line and two blanks; the last one 1 more."""
+"""Width of the border and the two blanks of each column of a table; the table has one more border at its end."""
 MOST_WORD = 16
 """A longer word of a text, such as a path, is folded if the table would not fit otherwise."""
 MOST_KEYS = 0.7

@@ -148,7 +148,7 @@ def lion_update(
     weight_decay: float,
     caution: torch.Tensor | None = None,
 ) -> None:
-    """Applies LION's equations in place to `param_N` and `exp_avg_N`.
+    """Applies LION's equations in place (Chen et al. 2023; Dong, Li and Lin, arXiv 2411.07724, Algorithm 1).
 
     Every operation rounds once. `alpha=`, `lerp` and `addcmul` are not used: whether they fuse a multiplication into an
     addition depends on an element's place in the tensor.

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_run
 
-from megatron_lion.cli import main
+from megatron_lion.cli import main, parse
+from megatron_lion.commands.verbs import build_parser, verb_module
+from megatron_lion.config import RunConfig
 from megatron_lion.streams import next_steps
 
 
@@ -53,3 +55,36 @@ def test_compare_ends_with_its_report_and_leaves_stdout_to_the_tables(
     last = sys.stderr.getvalue().splitlines()[-1]
     assert last == f"next: open {(tmp_path / 'out folder' / 'report.html').as_uri()} in a browser"
     assert capsys.readouterr().out == quiet.out
+
+
+def test_a_new_command_follows_prepare_and_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is parsed by the verb that it names."""
+    data, run = tmp_path / "my data", tmp_path / "my run"
+    text = tmp_path / "book.txt"
+    text.write_text("".join(f"Line {number} of some text. " for number in range(3000)))
+    assert (
+        main(["tokenizer", "train", "--input", str(text), "--vocab-size", "258", "--output", str(tmp_path / "tok")])
+        == 0
+    )
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    words = ["--input", str(text), "--tokenizer", str(tmp_path / "tok"), "--output", str(data), "--workers", "1"]
+    assert main(["prepare", *words]) == 0
+    program, *command = shlex.split(sys.stderr.getvalue().rpartition("next: ")[2])  # behind the progress bar's codes
+    assert program == "megatron-lion"
+    assert command == ["pretrain", "gpt2-tiny", "--data.path", str(data), "--dry-run"]
+    assert main(command) == 0
+
+    def trained(config: RunConfig, **others: object) -> None:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr("megatron_lion.train.loop.pretrain", trained)
+    monkeypatch.setattr("megatron_lion.runs.steps.list_steps", lambda folder: [20])
+    for steps, hinted in (("20", True), ("30", False)):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        flags = ["--run_dir", str(run), "--train.steps", steps, "--schedule.warmup_steps", "2"]
+        assert main(["pretrain", "gpt2-tiny", "--data.path", str(data), *flags]) == 0
+        hints = [shlex.split(line.partition(": ")[2]) for line in sys.stderr.getvalue().splitlines()]
+        assert bool(hints) == hinted
+        for _, verb, *others in hints:
+            namespace = parse(build_parser(verb, verb_module(verb)), others)
+            assert str(run) in (getattr(namespace, "target", None), *getattr(namespace, "runs", []))

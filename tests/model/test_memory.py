@@ -137,7 +137,7 @@ def test_buckets_are_those_of_megatron() -> None:
         tensors = [_Tensor(dice.randint(1, 900), is_shared=dice.random() < 0.15) for _ in range(dice.randint(1, 25))]
         params = [torch.nn.Parameter(torch.empty(tensor.numel, device="meta")) for tensor in tensors]
         for tensor, param in zip(tensors, params, strict=True):
-            param.shared_embedding = tensor.is_shared  # type: ignore[attr-defined]
+            param.shared_embedding = tensor.is_shared
         bucket_size, ranks = dice.choice([None, 300, 2000]), dice.choice([1, 2, 3, 8, 60])
         layout = DistributedOptimizer._compute_per_buffer_param_layout(
             params, bucket_size, ranks, SimpleNamespace(pad_buckets_for_high_nccl_busbw=False)

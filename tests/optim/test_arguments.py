@@ -157,7 +157,7 @@ def test_momentum_has_two_names(momentum: str) -> None:
     """The second is that of the configs. Nothing that is saved knows it."""
     assert momentum in str(inspect.get_annotations(OptimizerConfig)["momentum_dtype"])
     built = [
-        Lion([torch.nn.Parameter(torch.ones(70))], betas=(0.9, 0.95), **names)  # type: ignore[arg-type]
+        Lion([torch.nn.Parameter(torch.ones(70))], betas=(0.9, 0.95), **names)
         for names in (
             {"momentum": momentum},
             {"momentum_dtype": momentum},
@@ -221,7 +221,7 @@ def test_parameters_on_several_devices() -> None:
             optimizer.step()
             assert here.tolist() == [0.5] * 3
     here.grad = None
-    here.decoupled_grad = torch.ones(3, device="meta")  # type: ignore[attr-defined]
+    here.decoupled_grad = torch.ones(3, device="meta")
     with pytest.raises(ValueError, match="a parameter on cpu has a gradient on meta: needs both on one device"):
         Lion([here]).step()
 

@@ -307,4 +307,4 @@ def test_the_length_of_a_sample_in_the_warning_grows_with_the_corpus() -> None:
 
 def test_choices(tokenizer: Path) -> None:
     with pytest.raises(ConfigError, match="divide_documents 'sometimes': must be one of auto, always, never"):
-        dataclasses.replace(PrepareOptions(tokenizer=tokenizer, output="x"), divide_documents="sometimes")  # type: ignore[arg-type]
+        dataclasses.replace(PrepareOptions(tokenizer=tokenizer, output="x"), divide_documents="sometimes")

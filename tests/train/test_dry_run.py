@@ -124,7 +124,7 @@ def test_each_precision_mode_shows_its_memory(tmp_path: Path) -> None:
         config = tiny.tiny_config(tmp_path, "none", **changes)
         config = dataclasses.replace(paper("cpu", config.train.precision), optimizer=config.optimizer)
         (memory,), (state,) = lines_of(config, "memory"), lines_of(config, "state")
-        return str(re.search(r"optimizer ([\d.]+ [MG]iB)", memory)[1]), state  # type: ignore[index]
+        return str(re.search(r"optimizer ([\d.]+ [MG]iB)", memory)[1]), state
 
     d = 124_475_904
     modes = {
