@@ -241,3 +241,21 @@ def test_coverage_by_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ["total", "8", "3", "37.5%"],
     ]
     assert module.main(str(tmp_path / "absent")) == 1
+
+
+@pytest.mark.parametrize(("ending", "last"), [
+    ("true", "== CI passed"),
+    ("exit 3", "== CI failed at: a step (exit code 3)"),
+    ("kill -TERM $$", "== CI failed at: a step (exit code 143)"),
+    ("kill -INT $$", "== CI failed at: a step (exit code 130)"),
+])  # fmt: skip
+def test_the_last_line_of_ci_names_the_failed_step(ending: str, last: str, tmp_path: Path) -> None:
+    """The beginning of the script, with one step that ends in each way."""
+    (tmp_path / ".ci").mkdir()
+    script = tmp_path / ".ci" / "run"
+    script.write_text(
+        (REPO / ".ci" / "run").read_text().partition('step "system packages"')[0] + f'step "a step"\n{ending}\n'
+    )
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == last
+    assert (done.returncode == 0) == (ending == "true")
