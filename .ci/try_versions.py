@@ -78,13 +78,22 @@ class Trial:
         return done.stdout or ""
 
 
+def interpreter(trial: Trial, python: str) -> str:
+    """Returns the path of the interpreter itself.
+
+    A version manager's python3.12 is a script that reads the .python-version of the current folder, so it works in the
+    repository and not in the trial's folder.
+    """
+    return trial.run([python, "-c", "import sys; print(sys.executable)"], REPO, read=True).strip()
+
+
 def install(trial: Trial, options: argparse.Namespace, folder: Path) -> Path:
     """Builds sdist and wheel, makes an environment, installs the wheel, and returns the environment's bin folder."""
     dist = folder / "dist"
     # The wheel is built from the unpacked sdist, so a file that the sdist lacks fails here.
     trial.run([sys.executable, "-m", "build", "--outdir", dist, REPO], folder, read=True)
     (wheel,) = dist.glob("*.whl")
-    trial.run([options.python, "-m", "venv", folder / "venv"], folder)
+    trial.run([interpreter(trial, options.python), "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
     words: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
     if options.versions == "pinned":

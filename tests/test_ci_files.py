@@ -259,3 +259,16 @@ def test_the_last_line_of_ci_names_the_failed_step(ending: str, last: str, tmp_p
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == last
     assert (done.returncode == 0) == (ending == "true")
+
+
+def test_the_interpreter_is_found_where_a_version_manager_finds_it(tmp_path: Path) -> None:
+    """Its script refuses folders without .python-version."""
+    shim = tmp_path / "python3.12"
+    shim.write_text(
+        f'#!/bin/sh\n[ -f .python-version ] || {{ echo "command not found" >&2; exit 127; }}\nexec "{sys.executable}" "$@"\n'
+    )
+    shim.chmod(0o755)
+    module = script("try_versions")
+    found = module.interpreter(module.Trial(), str(shim))
+    done = subprocess.run([found, "-c", "print(1)"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "1\n", done.stderr
