@@ -35,6 +35,7 @@ REQUIRED = {
     "safetensors": "safetensors",
     "filelock": "filelock",
     "psutil": "psutil",
+    "absl-py": "absl",
 }
 """The dependencies in pyproject.toml, each with a module that it provides."""
 

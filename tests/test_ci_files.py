@@ -194,6 +194,7 @@ case "$*" in
     "-m build"*) mkdir -p "$4"; : > "$4/megatron_lion-1-py3-none-any.whl";;
     "-m venv"*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/megatron-lion";;
     env) echo '{"missing": []}';;
+    "-c import sys"*) echo "$0";;
 esac
 """
 

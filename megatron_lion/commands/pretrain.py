@@ -85,7 +85,7 @@ def _run_on_text(args: Any) -> None:
         return
     if not prepared:
         own_text.prepare_text(config, text)
-    _train(args, with_data)
+    _train(args, with_data, hints=False)
     sys.stdout.write(f"samples: {own_text.sample_command(config, text)}\n")
 
 
@@ -129,7 +129,8 @@ def _check_splits(config: RunConfig) -> None:
         check_splits(corpora, [0, 0, int(probes_test)])
 
 
-def _train(args: Any, config: RunConfig) -> None:
+def _train(args: Any, config: RunConfig, *, hints: bool = True) -> None:
+    """Trains, prints how far the run is, and then the next commands if `hints`."""
     from megatron_lion.runs.steps import list_steps
     from megatron_lion.train.loop import pretrain
 
@@ -138,7 +139,7 @@ def _train(args: Any, config: RunConfig) -> None:
         # The newest checkpoint's step: beyond stop_after if the run had already been there, or if that step was skipped.
         steps = list_steps(Path(config.run_dir))[-1]
         sys.stdout.write(f"done: {steps:,} of {config.train.steps:,} steps in {config.run_dir}\n")
-        if steps >= config.train.steps:
+        if hints and steps >= config.train.steps:
             text = (
                 ["--wikitext103", "wiki.test.tokens"]
                 if config.model.kind == "gpt2"

@@ -48,17 +48,21 @@ class ConsoleProgress:
             TransferSpeedColumn,
         )
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
+
+        def whole() -> Column:
+            return Column(no_wrap=True)  # in 80 columns the bar gets shorter, not the numbers
 
         console = Console(stderr=True)
         self._live = console.is_terminal
         self._bar = RichProgress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description:<20}", table_column=whole()),
+            BarColumn(bar_width=None),
+            DownloadColumn(table_column=whole()),
+            TransferSpeedColumn(table_column=whole()),
+            TimeElapsedColumn(table_column=whole()),
+            TextColumn("left", table_column=whole()),
+            TimeRemainingColumn(table_column=whole()),
             console=console,
             disable=not self._live,
         )
