@@ -79,10 +79,13 @@ def test_a_skipped_module_fails_in_ci(suite: pytest.Pytester) -> None:
 
 
 def test_a_skip_outside_of_the_tests_folder_fails_in_ci(suite: pytest.Pytester) -> None:
-    """Doctests of the packages are outside the folder whose conftest.py contains the policy."""
-    suite.makepyfile(documented=DOCTEST)
-    run(suite, "tests", "documented.py").assert_outcomes(passed=1, skipped=5, xfailed=1)
-    assert "skipped" in run(suite, "tests", "documented.py", "--no-skips").stdout.str()
-    run(suite, "tests", "documented.py", "--no-skips").assert_outcomes(
+    """Doctests of the packages are outside the folder whose conftest.py contains the policy.
+
+    The inner run imports the module into this process: its name must not be that of a module of the outer suite.
+    """
+    suite.makepyfile(outside_of_the_tests_folder=DOCTEST)
+    run(suite, "tests", "outside_of_the_tests_folder.py").assert_outcomes(passed=1, skipped=5, xfailed=1)
+    assert "skipped" in run(suite, "tests", "outside_of_the_tests_folder.py", "--no-skips").stdout.str()
+    run(suite, "tests", "outside_of_the_tests_folder.py", "--no-skips").assert_outcomes(
         passed=1, skipped=1, failed=2, errors=2, xfailed=1
     )
