@@ -19,6 +19,7 @@ from megatron_lion.errors import ConfigError, MegatronLionError, StoppedOnReques
 from megatron_lion.exit_report import UNTYPED, leave, record, report
 from megatron_lion.jobs import known_rank, place_from_env
 from megatron_lion.logs import install_last_resort
+from megatron_lion.memory_faults import memory_fault
 from megatron_lion.signals import IN_START, stop_raises
 from megatron_lion.streams import guard_streams, lost_output, say
 
@@ -92,7 +93,12 @@ def _run_verb(words: list[str]) -> int:
     parser = build_parser(verb, module)
     arguments = parse(parser, words[1:])
     place_from_env()  # a wrong variable is reported before anything is written
-    outcome = module.run(arguments)
+    try:
+        outcome = module.run(arguments)
+    except (MemoryError, RuntimeError) as error:
+        if (fault := memory_fault(error, verb)) is None:
+            raise
+        raise fault from error
     return int(outcome or 0)
 
 
