@@ -1,5 +1,6 @@
 # make demo    the whole path on a small corpus, two processes, about five minutes
 # make test    the tests except the slow ones, at most 15 minutes on two cores (make check adds lint and types)
+# make docs    the documentation site in site/; make notebooks runs examples/ and stores the outputs
 # make test-ci the slow tests; make test-full injects every fault and writes docs/scorecard.md (about 90 minutes)
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
@@ -14,10 +15,10 @@ CASE   ?=
 OPTIONS ?=
 PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help setup demo demo-quick test test-ci test-nightly test-full chaos check lint types format constraints clean
+.PHONY: help setup demo demo-quick test test-ci test-nightly test-full chaos check lint types format constraints docs notebooks clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 	@echo "also: make setup check lint types format constraints test-nightly chaos clean"
 
 setup: $(STAMP)
@@ -68,6 +69,18 @@ format: $(STAMP)
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
+# mkdocs.yml is strict: a broken link or anchor fails.
+docs: $(STAMP)
+	@$(PY) docs/update_reference.py --check
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
+	@echo "open site/index.html; the search needs a server: $(PY) -m http.server --directory site"
+
+# PATH: the notebooks call megatron-lion as a reader does. The other settings keep times and machines out of the files.
+notebooks: $(STAMP)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m nbconvert --to notebook --inplace --execute \
+	    --ExecutePreprocessor.record_timing=False --ClearMetadataPreprocessor.enabled=True \
+	    --ClearMetadataPreprocessor.preserve_nb_metadata_mask=kernelspec examples/*.ipynb
+
 check: lint types test
 
 # From the largest environment: make constraints EXTRA=ci
@@ -77,4 +90,4 @@ constraints: $(STAMP)
 	   $(PY) -m pip freeze --exclude-editable | grep -iv '^pip==\|^setuptools=='; } > constraints.txt
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) site build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

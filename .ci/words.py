@@ -2,8 +2,8 @@
 
     python .ci/words.py [FILE ...]
 
-Without arguments it checks the Python and shell files of the package, tests, benchmarks, launch scripts and .ci. A Python
-file is checked in its comments and string literals, so a variable may be named `told`. A shell script is checked whole.
+Without arguments it checks the Python, shell and Markdown files and the configs of the repository. A Python file is
+checked in its comments and string literals, so a variable may be named `told`. Any other file is checked whole.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-FOLDERS = ("megatron_lion", "data_prep", "benchmarks", "tests", "launch", ".ci")
-SUFFIXES = ("", ".py", ".sh", ".sbatch")  # a script of .ci has no suffix
+FOLDERS = ("megatron_lion", "data_prep", "benchmarks", "tests", "launch", "docs", "configs", ".ci")
+SUFFIXES = ("", ".py", ".sh", ".sbatch", ".md", ".yaml")  # a script of .ci has no suffix
 # These two files contain the words as data.
 EXCEPT = (".ci/words.py", "tests/test_words.py")
 # A phrase may be wrapped in a comment: its words may be separated by a line break and a '#'.
@@ -59,8 +59,10 @@ def sources() -> list[Path]:
     """The files that are read without arguments."""
     return [
         path
-        for folder in FOLDERS
-        for path in sorted((REPO / folder).rglob("*"))
+        for path in [
+            *sorted(REPO.glob("*.md")),
+            *(path for name in FOLDERS for path in sorted((REPO / name).rglob("*"))),
+        ]
         if path.is_file()
         and path.suffix in SUFFIXES
         and "results" not in path.parts

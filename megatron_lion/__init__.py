@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_lion.optim.lion import Lion
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {"Lion": "megatron_lion.optim.lion"}
 

@@ -69,7 +69,7 @@ class WorkerError(PeerError):
 
 
 class EnvironmentFault(MegatronLionError):
-    """A required package, device or version is missing, or processes cannot communicate (exit code 9)."""
+    """A required package, device, version or memory is missing, or processes cannot communicate (exit code 9)."""
 
     exit_code = 9
 

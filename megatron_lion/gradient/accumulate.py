@@ -43,7 +43,8 @@ class FullGradient:
             {"loss_sum": …, "num_tokens": the same count}), with sums, not means.
         ranks: this process's ranks.
         num_microbatches: micro-batches of a global batch on one data rank.
-        micro_batch_size, seq_length: shape of a micro-batch.
+        micro_batch_size: samples of a micro-batch.
+        seq_length: tokens of a sample.
         vocab_size: number of ids before padding.
         dropout_seed: seed of the dropout masks, or None for no dropout.
         master_weights: whether θ is the optimizer's fp32 master weights; otherwise the model's own weights.

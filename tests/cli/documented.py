@@ -10,6 +10,7 @@ import ast
 import functools
 import io
 import itertools
+import json
 import re
 import shlex
 import tokenize
@@ -46,15 +47,29 @@ class Command:
 def commands_of(path: Path) -> Iterator[Command]:
     """The commands in a file."""
     if path.suffix == ".md":
-        yield from _of_markdown(path)
+        yield from _of_markdown(path.read_text(encoding="utf-8"), _name(path))
+    elif path.suffix == ".ipynb":
+        yield from _of_markdown(_of_cells(path), _name(path))
     elif path.suffix == ".py":
         yield from _of_python(path)
     else:
         yield from _of_script(path)
 
 
-def _of_markdown(path: Path) -> Iterator[Command]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+def _of_cells(path: Path) -> str:
+    """Returns a notebook's text and its shell cells as Markdown."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    shown = [
+        text if kind == "markdown" else f"```\n{text}\n```"
+        for kind, text in texts
+        if kind == "markdown" or "%%bash" in text
+    ]
+    return "\n\n".join(shown)
+
+
+def _of_markdown(text: str, name: str) -> Iterator[Command]:
+    lines = text.split("\n")
     fenced, number = False, 0
     while number < len(lines):
         line, first = lines[number], number + 1
@@ -65,9 +80,9 @@ def _of_markdown(path: Path) -> Iterator[Command]:
             while line.endswith("\\"):
                 line = line[:-1] + lines[number]
                 number += 1
-            yield from _in_line(line, f"{_name(path)}:{first}", whole=True)
+            yield from _in_line(line, f"{name}:{first}", whole=True)
         else:
-            yield from _in_backticks(line, f"{_name(path)}:{first}")
+            yield from _in_backticks(line, f"{name}:{first}")
 
 
 def _of_python(path: Path) -> Iterator[Command]:
@@ -304,9 +319,13 @@ def _config(word: str) -> str:
 
 def sources() -> list[Path]:
     """The files whose commands are checked."""
-    found = [REPO / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "Makefile")]
+    found = [
+        REPO / name
+        for name in ("README.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "CITATION.cff", "Makefile")
+    ]
     for pattern in (
-        "docs/*.md",
+        "docs/**/*.md",
+        "examples/*.ipynb",
         "configs/*.yaml",
         "data_prep/*.sh",
         "launch/*",

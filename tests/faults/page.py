@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,48 @@ COLUMNS = [
     "codes seen",
     "wanted",
 ]
+WIDTH = 120
 HEAD = """# Fault scorecard
 
-`make test-full` injects every fault of `tests/faults/` and writes this page (about 90 minutes on two cores), and
-`make test-full FAMILY=signals` one part of it. `make chaos` lists the cases, and `make chaos CASE=name` runs one.
+## In short
 
-A fault is *recovered* if the same command, given again, ends with exactly the tensors, random states and losses of an
-undisturbed run, or if wrong input was refused with the wanted code. It is *silent* if a command ended with 0 and another
-result, and *stuck* if the same command fails again. *Open* counts the known gaps apart. *Steps lost* is the most that one
-fault cost. *Ends after* is the longest time from a fault to the end of all processes. The runs are small (2 layers,
-width 32), on one to four CPU processes with gloo.
+The tests inject faults into the commands of this project: killed processes, full disks, power cuts, damaged files and
+others. This page counts the outcomes. This command runs one case:
+
+    make chaos CASE=lock-two-writers
 """
-EMPTY = "\nNo full run is recorded yet.\n"
+EMPTY = "No full run is recorded yet."
+TEXT = """## How to
+
+- `make chaos` lists the cases, and `make chaos CASE=name` runs one.
+- `make test-full` injects every fault of `tests/faults/` and writes this page (about 90 minutes on two cores).
+- `make test-full FAMILY=signals` runs one part of it.
+
+Below, each family of faults has a numbered list. It names each fault and the wanted exit code or outcome. The table
+below the list has one row for each number:
+
+- *Injected* counts the faults that took place.
+- *Recovered*: the same command, given again, ends with exactly the tensors, random states and losses of an undisturbed
+  run. If the input was wrong, it was refused with the wanted code.
+- *Silent*: a command ended with 0 and another result.
+- *Stuck*: the same command fails again.
+- *Open* counts the known gaps apart.
+- *Steps lost* is the most that one fault cost.
+- *Ends after* is the longest time from a fault to the end of all processes.
+- *Codes seen* are the [exit codes](exit-codes.md) of the disturbed commands, with their counts. SIGKILL gives -9.
+
+## Background
+
+- The runs are small (2 layers, width 32), on one to four CPU processes with [gloo](glossary.md#gloo).
+- A *twin* is an undisturbed run with the same settings.
+- DP2 and TP2 are two [data-parallel](glossary.md#data-parallel) and [tensor-parallel](glossary.md#tensor-parallel)
+  processes.
+- ENOSPC is the error of a full disk, EDQUOT of an exhausted quota, EIO of a failed device and EROFS of a read-only file
+  system.
+- Each family is measured at one commit, which its section names.
+
+## Results
+"""
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -47,33 +78,53 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [row["fault"], *counts, ends, codes or "–", row["wanted"]]
 
 
+def item(mark: str, text: str) -> str:
+    """An entry of a list, wrapped."""
+    lines = textwrap.wrap(text, WIDTH - len(mark), break_long_words=False, break_on_hyphens=False)
+    return mark + f"\n{' ' * len(mark)}".join(lines)
+
+
 def text_table(found: list[dict[str, Any]]) -> str:
     """The rows for the terminal."""
     return markdown_grid(["case", *COLUMNS], [[row["case"], *cells(row)] for row in found])
 
 
-def page(found: list[dict[str, Any]]) -> str:
-    """The page's text for the rows of one run."""
+def totals(found: list[dict[str, Any]]) -> str:
+    """The counts of all rows together, as a sentence."""
     if not found:
-        return HEAD + EMPTY
+        return EMPTY
     dates = sorted({row["date"] for row in found})
     total = {name: sum(row[name] for row in found) for name in ("injected", "recovered", "silent", "stuck", "open")}
-    parts = [
-        HEAD,
+    return (
         f"Run of {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: {total['injected']:,} faults, "
-        f"{total['recovered']:,} recovered, {total['silent']:,} silent, {total['stuck']:,} stuck, {total['open']:,} open; "
+        f"{total['recovered']:,} recovered, {total['silent']:,} silent, {total['stuck']:,} stuck, {total['open']:,} open;\n"
         f"{sum(row['passed'] for row in found)} of {len(found)} cases as wanted, in "
-        f"{sum(row['seconds'] for row in found) / 60:.0f} minutes of one core.",
-    ]
+        f"{sum(row['seconds'] for row in found) / 60:.0f} minutes of one core."
+    )
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    """The page's text for the rows of one run.
+
+    The table of a family names its faults by number: with their texts its lines would be up to 155 characters long.
+    """
+    parts = [HEAD, totals(found), TEXT]
     for family in dict.fromkeys(row["family"] for row in found):
         chosen = [row for row in found if row["family"] == family]
         parts += [
-            f"## {family[0].upper()}{family[1:]}",
+            f"### {family[0].upper()}{family[1:]}",
             f"{chosen[-1]['date']}, commit {', '.join(dict.fromkeys(row['commit'] for row in chosen))}.",
-            markdown_grid(COLUMNS, [cells(row) for row in chosen], "lrrrrrrrll"),
+            "\n".join(
+                item(f"{number}. ", f"{row['fault']}. Wanted: {row['wanted']}.") for number, row in enumerate(chosen, 1)
+            ),
+            markdown_grid(
+                COLUMNS[:-1], [[str(number), *cells(row)[1:-1]] for number, row in enumerate(chosen, 1)], "rrrrrrrrl"
+            ),
         ]
-        notes = [f"- {row['fault']}: {note}" for row in chosen for note in row["notes"]]
-        notes += [f"- Not as wanted: {row['fault']}: {text}" for row in chosen for text in row["failures"]]
+        notes = [item("- ", f"{row['fault']}: {note}") for row in chosen for note in row["notes"]]
+        notes += [
+            item("- ", f"Not as wanted: {row['fault']}: {text}") for row in chosen for text in row["failures"]
+        ]
         if notes:
             parts.append("\n".join(notes))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"

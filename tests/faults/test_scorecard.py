@@ -28,6 +28,7 @@ def recovered(lab: Any, tally: Tally) -> None:
 def test_the_page_is_made_from_its_results() -> None:
     expected = page.page(list(rows.read(page.STORED).values()))
     assert page.PAGE.read_text() == expected, "run: PYTHONPATH=tests:. python -m faults.page"
+    assert max(map(len, expected.splitlines())) <= page.WIDTH
 
 
 def test_a_case_as_wanted_passes() -> None:
@@ -70,7 +71,8 @@ def test_a_case_that_injects_nothing_or_fails_itself_does_not_pass() -> None:
 def test_the_page_shows_rows_and_failures() -> None:
     row = {**row_of(recovered), "open": 3, "detect_s": 1.25, "notes": ["a note"], "failures": ["first: stuck"]}
     text = page.page([row])
-    assert r"| a fault \| with a bar | 1 | 1 | 0 | 0 | 3 | 0 | 1.2 s | 8 (1) | 8 |" in text
+    assert "1. a fault | with a bar. Wanted: 8." in text
+    assert "| 1 | 1 | 1 | 0 | 0 | 3 | 0 | 1.2 s | 8 (1) |" in text
     assert "- a fault | with a bar: a note" in text
     assert "Not as wanted: a fault | with a bar: first: stuck" in text
     assert row["commit"] in text
@@ -128,7 +130,7 @@ def test_a_family_that_ran_again_is_shown_with_its_own_commit(results: Path) -> 
         add(results, name, family, "def")
     page.publish(results, cases(a="one", b="two"), {"two"})
     text = page.PAGE.read_text()
-    one, two = text.split("## ")[1:]
+    one, two = text.split("### ")[1:]
     assert ("commit abc." in one, "commit def." in one) == (True, False)
     assert ("commit abc." in two, "commit def." in two) == (False, True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shlex
 from pathlib import Path
 
@@ -82,6 +83,23 @@ def test_one_command_trains_resumes_and_names_the_command_for_samples(
         assert words[:5] == ["megatron-lion", "generate", "runs/my-book", "--prompt", "Chapter one of a"]
     assert main([*words[1:-1], "5", "--count", "1", "--device", "cpu"]) == 0
     assert capfd.readouterr().out.startswith("Chapter one of a")
+    assert not undocumented(Path("runs/my-book"))
+
+
+def undocumented(run: Path) -> list[str]:
+    """Returns the files of a run that docs/reference/run-folder.md does not list."""
+    page = (REPO / "docs" / "reference" / "run-folder.md").read_text()
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    patterns = [
+        re.sub(r"[0-9]+", "[0-9]+", re.escape(name)).replace("\\*", ".*").replace("…", "[^/]+")
+        + (".*" if name.endswith("/") else "")
+        for cell in cells
+        for name in re.findall("`([^`]+)`", cell)
+    ]
+    assert len(patterns) > 15
+    files = [path.relative_to(run).as_posix() for path in sorted(run.rglob("*")) if path.is_file()]
+    specific = [pattern for pattern in patterns if not pattern.startswith("checkpoints/step_")]  # the folder itself
+    return [name for name in files if not any(re.fullmatch(pattern, name) for pattern in specific)]
 
 
 def test_another_text_is_refused_until_a_fresh_start(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
