@@ -122,9 +122,7 @@ def page(found: list[dict[str, Any]]) -> str:
             ),
         ]
         notes = [item("- ", f"{row['fault']}: {note}") for row in chosen for note in row["notes"]]
-        notes += [
-            item("- ", f"Not as wanted: {row['fault']}: {text}") for row in chosen for text in row["failures"]
-        ]
+        notes += [item("- ", f"Not as wanted: {row['fault']}: {text}") for row in chosen for text in row["failures"]]
         if notes:
             parts.append("\n".join(notes))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
