@@ -101,6 +101,15 @@ def say(text: str) -> None:
             stream.flush()
 
 
+def stderr_is_terminal() -> bool:
+    """Whether stderr is a terminal, on which a progress bar can be drawn over itself.
+
+    rich's `Console.is_terminal` also obeys FORCE_COLOR, which asks for colours in a file or pipe. Jupyter sets it for its
+    cells, and a bar would then leave a line of control characters for each of its states.
+    """
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 def next_steps(*commands: Sequence[str] | str) -> None:
     """Writes the commands that usually follow this one to stderr, one a line, ready to paste.
 
@@ -110,7 +119,7 @@ def next_steps(*commands: Sequence[str] | str) -> None:
     Args:
         commands: the words of each command, which are quoted for a shell; or a finished line, such as a line of Python.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not stderr_is_terminal():
         return
     if sys.stdout is not None and not sys.stdout.closed:
         sys.stdout.flush()  # both may be one terminal, and the hint comes last

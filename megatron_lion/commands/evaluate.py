@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_lion.runs.paths import evaluations_folder
-from megatron_lion.streams import next_steps, say
+from megatron_lion.streams import next_steps, say, stderr_is_terminal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -304,7 +304,9 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     outcomes: list[Outcome] = []
-    with Progress(*columns, console=_stderr_console(), disable=model.rank != 0, transient=True) as bars:
+    with Progress(
+        *columns, console=_stderr_console(), disable=model.rank != 0 or not stderr_is_terminal(), transient=True
+    ) as bars:
 
         def progress(task: Task, step: int) -> Callable[[int, int], None]:
             bar = bars.add_task(f"step {step}  {task.kind}", total=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_lion.streams import next_steps
+from megatron_lion.streams import next_steps, stderr_is_terminal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -169,7 +169,7 @@ class _Progress:
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True),
-            disable=not shown or not sys.stderr.isatty(),
+            disable=not shown or not stderr_is_terminal(),
         )  # fmt: skip
         self._tasks: dict[int, Any] = {}
 

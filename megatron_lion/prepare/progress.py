@@ -6,6 +6,8 @@ import logging
 import time
 from typing import Protocol, Self
 
+from megatron_lion.streams import stderr_is_terminal
+
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 30.0
@@ -54,7 +56,7 @@ class ConsoleProgress:
             return Column(no_wrap=True)  # in 80 columns the bar gets shorter, not the numbers
 
         console = Console(stderr=True)
-        self._live = console.is_terminal
+        self._live = stderr_is_terminal()
         self._bar = RichProgress(
             TextColumn("{task.description:<20}", table_column=whole()),
             BarColumn(bar_width=None),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from megatron_lion.config import RunConfig
 from megatron_lion.gradient.moving import window_cost
 from megatron_lion.model.sizes import model_size
 from megatron_lion.plain_text import plain
-from megatron_lion.streams import say
+from megatron_lion.streams import say, stderr_is_terminal
 from megatron_lion.train.dryrun import batch_sentence, passes_warning
 from megatron_lion.train.run import Run
 
@@ -174,7 +173,7 @@ class TrainProgress:
         self.label = config.optimizer.name
         self.shown = shown
         self.fields = ProgressFields()
-        self._plain = sys.stderr is None or not sys.stderr.isatty()
+        self._plain = not stderr_is_terminal()
         self._last_plain = 0.0
         self._started, self._start_step = time.monotonic(), start
         console = Console(stderr=True)
