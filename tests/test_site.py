@@ -106,7 +106,9 @@ def test_pages_have_what_a_second_parser_finds(site: Path, pages: dict[Path, Pag
     parser = MarkdownIt("commonmark").enable("table")
     different = {}
     for path in documents():
-        expected = Page(f"<article>{parser.render(path.read_text(encoding='utf-8'))}").tags
+        lines = path.read_text(encoding="utf-8").splitlines()
+        text = "\n".join(line for line in lines if "https://img.shields.io" not in line)  # badges: the site has none
+        expected = Page(f"<article>{parser.render(text)}").tags
         place = (
             "index.html"
             if path.name == "README.md"
