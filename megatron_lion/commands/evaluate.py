@@ -297,6 +297,7 @@ def _chosen_steps(model: Any, folder: Path, asked: str, *, watch: bool) -> Itera
 
 def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task], args: Any) -> list[Outcome]:
     """Measures every task on every step, with a progress bar on rank 0."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from megatron_lion.evaluate.evaluate_steps import evaluate_step
@@ -304,9 +305,8 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     outcomes: list[Outcome] = []
-    with Progress(
-        *columns, console=_stderr_console(), disable=model.rank != 0 or not stderr_is_terminal(), transient=True
-    ) as bars:
+    is_shown = model.rank == 0 and stderr_is_terminal()
+    with Progress(*columns, console=Console(stderr=True), disable=not is_shown, transient=True) as bars:
 
         def progress(task: Task, step: int) -> Callable[[int, int], None]:
             bar = bars.add_task(f"step {step}  {task.kind}", total=None)
@@ -320,12 +320,6 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
                 if args.watch and model.rank == 0:
                     bars.console.print(_line(outcome), soft_wrap=True)
     return outcomes
-
-
-def _stderr_console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
 
 
 def _print_outcomes(outcomes: list[Outcome], folder: Path) -> None:
