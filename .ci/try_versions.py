@@ -95,7 +95,16 @@ def install(trial: Trial, options: argparse.Namespace, folder: Path) -> Path:
     (wheel,) = dist.glob("*.whl")
     trial.run([interpreter(trial, options.python), "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
-    words: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    words: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--progress-bar",
+        "off",
+        "--disable-pip-version-check",
+        "--no-compile",
+    ]
     if options.versions == "pinned":
         words += ["--constraint", REPO / "constraints.txt", wheel]
     else:
@@ -107,7 +116,7 @@ def install(trial: Trial, options: argparse.Namespace, folder: Path) -> Path:
         words += [f"{wheel}[{','.join(EXTRAS)}]", *(TOOLS if options.tests else ())]
         # A floor without a built distribution for this Python is no floor; compiling it here would hide that.
         words.insert(4, "--only-binary=:all:")
-    trial.run(words, folder)
+    trial.run(words, folder, read=True)  # printed if it fails: --quiet would hide which requirements are in conflict
     return python.parent
 
 
