@@ -2,8 +2,8 @@
 
     python .ci/words.py [FILE ...]
 
-Without arguments it checks the Python, shell and Markdown files and the configs of the repository. A Python file is
-checked in its comments and string literals, so a variable may be named `told`. Any other file is checked whole.
+Without arguments it checks the Python, shell and Markdown files and the configs of the repository. In a Python
+file it checks comments and string literals, but not the names of variables. It checks any other file as a whole.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def test_stored_outputs_are_whole_and_name_no_machine(path: Path) -> None:
     stored = "".join(map(text, cells))
     # Colours are shown by Jupyter and removed on the site; control characters of a progress bar would stay.
     assert "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", stored)
-    assert not re.search(r"/home/|/root/|/tmp/|Traceback", stored)
+    assert "Traceback" not in stored
+    assert not re.search(r"(?:^|[\s'\"(=])/\w+/", stored), "the path of a file on the machine that stored it"
     # Only the kernel: the version of Python and the time of each cell would change at every run.
     assert set(notebook.metadata) == {"kernelspec"}
     assert not [cell.metadata for cell in notebook.cells if cell.metadata]
