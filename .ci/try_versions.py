@@ -95,16 +95,7 @@ def install(trial: Trial, options: argparse.Namespace, folder: Path) -> Path:
     (wheel,) = dist.glob("*.whl")
     trial.run([interpreter(trial, options.python), "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
-    words: list[str | Path] = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--progress-bar",
-        "off",
-        "--disable-pip-version-check",
-        "--no-compile",
-    ]
+    words: list[str | Path] = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-compile"]
     if options.versions == "pinned":
         words += ["--constraint", REPO / "constraints.txt", wheel]
     else:

@@ -8,7 +8,8 @@ from megatron_lion.errors import EnvironmentFault
 
 _CPU = re.compile(r"DefaultCPUAllocator: can't allocate memory: (you tried to allocate \d+ bytes)")
 LESS = {
-    "pretrain": "use a smaller train.micro_batch_size, --model.recompute true or more processes; --dry-run prints an estimate",
+    "pretrain": "use a smaller train.micro_batch_size or more processes; a new run may also set model.recompute; "
+    "--dry-run prints an estimate",
     "probe": "use more processes; the micro-batch is that of the run",
     "evaluate": "use a smaller --batch-size",
     "generate": "use a smaller --max-new-tokens or --count",
