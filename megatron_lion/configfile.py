@@ -21,7 +21,7 @@ from megatron_lion.errors import ConfigError
 from megatron_lion.files import write_whole
 from megatron_lion.jobs import rank_from_env
 from megatron_lion.optimizer_switch import switched
-from megatron_lion.shipped import config_file, shipped_configs
+from megatron_lion.shipped import config_file, shipped_configs, shipped_name
 from megatron_lion.streams import say
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -147,7 +147,10 @@ def run_config_from_namespace(parser: ArgumentParser, namespace: Any) -> RunConf
     given = {match[1] for match in names if match}
     if "name" not in given or None in given:  # None: --optimizer with all of the group
         return config
-    before, where = (load_config(config_file(files[-1])), files[-1]) if files else (RunConfig(), "the default config")
+    before, where = RunConfig(), "the default config"
+    if files:
+        path = config_file(files[-1])
+        before, where = load_config(path), shipped_name(path) or files[-1]
     optimizer, note = switched(before.optimizer, config.optimizer, given, where)
     if note and rank_from_env() == 0:
         say(note)

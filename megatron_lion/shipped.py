@@ -51,6 +51,11 @@ def shipped_configs(package: Path = PACKAGE) -> dict[str, Path]:
     return {path.stem.replace("_", "-"): path for path in sorted(folder.glob("*.yaml"))}
 
 
+def shipped_name(path: Path) -> str | None:
+    """Returns the name of a shipped config, such as "gpt2-tiny", or None if the file is another one."""
+    return next((name for name, shipped in shipped_configs().items() if shipped.resolve() == path.resolve()), None)
+
+
 def config_file(text: str) -> Path:
     """Returns the path of a config: `text` itself if such a file exists, else the shipped config of that name.
 

@@ -302,15 +302,17 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
 
     from megatron_lion.evaluate.evaluate_steps import evaluate_step
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} windows"),
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[windows]}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     outcomes: list[Outcome] = []
     is_shown = model.rank == 0 and stderr_is_terminal()
     with Progress(*columns, console=Console(stderr=True), disable=not is_shown, transient=True) as bars:
 
         def progress(task: Task, step: int) -> Callable[[int, int], None]:
-            bar = bars.add_task(f"step {step}  {task.kind}", total=None)
-            return lambda done, total: bars.update(bar, completed=done, total=total, visible=done < total)
+            bar = bars.add_task(f"step {step}  {task.kind}", total=None, windows="reading the text")
+            return lambda done, total: bars.update(
+                bar, completed=done, total=total, windows=f"{done:,}/{total:,} windows", visible=done < total
+            )
 
         for step in steps:
             for outcome in evaluate_step(

@@ -51,6 +51,11 @@ class OwnText:
         return min(max(1 << (self.text_bytes // 350).bit_length() - 1, 512), 8192)
 
     @property
+    def train_tokens(self) -> float:
+        """Estimate of the number of training tokens."""
+        return _TRAIN_SHARE * self.text_bytes / _BYTES_PER_TOKEN
+
+    @property
     def divide_documents(self) -> Any:
         """Value of `PrepareOptions.divide_documents`: a few books are divided by position, many notes are not."""
         few = len(self.files) < _MANY_FILES and all(file.format == "txt" for file in self.files)
@@ -105,7 +110,7 @@ def default_words(text: OwnText, words: Sequence[str]) -> list[str]:
 
 
 def _settings(text: OwnText) -> dict[str, str]:
-    tokens = _TRAIN_SHARE * text.text_bytes / _BYTES_PER_TOKEN
+    tokens = text.train_tokens
     steps = round(_PASSES * tokens / (_BATCH * _SEQ_LENGTH) / 100) * 100
     steps = min(max(steps, _MIN_STEPS), _MAX_STEPS)
     every = str(steps // 10)
@@ -122,11 +127,12 @@ def _stem(text: OwnText) -> str:
 
 
 def settings_line(text: OwnText, words: Sequence[str]) -> str | None:
-    """Returns one line about the default settings, or None if the words name a config."""
+    """Returns one line about the default settings that no flag replaces, or None if the words name a config."""
     if default_words(text, words) == list(words):
         return None
-    flags = shell_line([word for key, value in _settings(text).items() for word in (f"--{key}", value)])
-    return f"settings: {DEFAULT_CONFIG} with {flags}; flags and --config replace them"
+    given = {word.partition("=")[0] for word in words}
+    used = [(f"--{key}", value) for key, value in _settings(text).items() if f"--{key}" not in given]
+    return f"settings: {DEFAULT_CONFIG} with {shell_line([word for pair in used for word in pair])}; flags and --config replace them"
 
 
 def text_folder(config: RunConfig) -> Path:
@@ -162,6 +168,12 @@ def preview(config: RunConfig, text: OwnText, *, prepared: bool) -> str:
     """Returns the line of --dry-run about the text."""
     done = "prepared in" if prepared else f"will be prepared, with a vocabulary of {text.vocab_size:,} or less, in"
     return f"text         {_names(text)}: {text.text_bytes:,} bytes; {done} {text_folder(config)}\n"
+
+
+def data_preview(config: RunConfig, text: OwnText) -> str:
+    """Returns the line of --dry-run about the data of a text that is not prepared."""
+    passes = config.train.steps * config.train.global_batch_size * config.model.seq_length / text.train_tokens
+    return f"about {text.train_tokens:,.0f} training tokens of the text, read {passes:,.1f} times (estimated)"
 
 
 def is_prepared(config: RunConfig, text: OwnText, *, fresh: bool = False) -> bool:

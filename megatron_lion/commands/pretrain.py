@@ -81,7 +81,9 @@ def _run_on_text(args: Any) -> None:
         sys.stdout.write(own_text.preview(config, text, prepared=prepared))
     if settings is not None and not args.print_config:
         say(settings)
-    if _shown(args, with_data if prepared or args.print_config else own_text.without_data(config, text)):
+    known = prepared or args.print_config
+    shown = with_data if known else own_text.without_data(config, text)
+    if _shown(args, shown, data=None if known else own_text.data_preview(config, text)):
         return
     if not prepared:
         own_text.prepare_text(config, text)
@@ -102,8 +104,14 @@ def _config_of(args: Any) -> RunConfig:
     return config
 
 
-def _shown(args: Any, config: RunConfig) -> bool:
-    """Prints the settings or the size of the run if a flag asks for it; returns whether one does."""
+def _shown(args: Any, config: RunConfig, data: str | None = None) -> bool:
+    """Prints the settings or the size of the run if a flag asks for it; returns whether one does.
+
+    Args:
+        args: the parsed flags.
+        config: the run's settings.
+        data: see `dry_run`.
+    """
     if args.print_config:
         from megatron_lion.setting_texts import commented
 
@@ -113,7 +121,7 @@ def _shown(args: Any, config: RunConfig) -> bool:
 
         if rank_from_env() == 0:
             _check_splits(config)
-            sys.stdout.write(dry_run(config, world_size_from_env()) + "\n")
+            sys.stdout.write(dry_run(config, world_size_from_env(), data) + "\n")
     return bool(args.print_config or args.dry_run)
 
 
@@ -129,6 +137,21 @@ def _check_splits(config: RunConfig) -> None:
         check_splits(corpora, [0, 0, int(probes_test)])
 
 
+def _losses(config: RunConfig, step: int) -> str:
+    """Returns the losses that the run measured at a step, as the end of a sentence."""
+    from megatron_lion.runs.paths import metrics_file
+    from megatron_lion.runs.series import read_metrics
+
+    path = metrics_file(Path(config.run_dir))
+    series = read_metrics(path) if path.is_file() else {}
+    found = []
+    for key, name in (("train/loss", "training"), ("valid/loss", "validation"), ("test/loss", "test")):
+        values = dict(zip(series[key].steps, series[key].values, strict=True)) if key in series else {}
+        if step in values:
+            found.append(f"{name} {values[step]:.4f}")
+    return f"; loss: {', '.join(found)}" if found else ""
+
+
 def _train(args: Any, config: RunConfig, *, hints: bool = True) -> None:
     """Trains, prints how far the run is, and then the next commands if `hints`."""
     from megatron_lion.runs.steps import list_steps
@@ -138,7 +161,9 @@ def _train(args: Any, config: RunConfig, *, hints: bool = True) -> None:
     if rank_from_env() == 0:
         # The newest checkpoint's step: beyond stop_after if the run had already been there, or if that step was skipped.
         steps = list_steps(Path(config.run_dir))[-1]
-        sys.stdout.write(f"done: {steps:,} of {config.train.steps:,} steps in {config.run_dir}\n")
+        sys.stdout.write(
+            f"done: {steps:,} of {config.train.steps:,} steps in {config.run_dir}{_losses(config, steps)}\n"
+        )
         if hints and steps >= config.train.steps:
             text = (
                 ["--wikitext103", "wiki.test.tokens"]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_lion.commands.prepare import add_reading_flags
+from megatron_lion.streams import next_steps
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -64,14 +64,12 @@ def run(args: Any) -> None:
             tokenizer = train_tokenizer(options, progress)
     except KeyboardInterrupt:
         raise StoppedOnRequest("stopped; nothing was written") from None
-    sys.stdout.write(
-        f"{args.output}: {tokenizer.vocab_size:,} ids ({args.kind}: {', '.join(FILES[args.kind])})\n"
-        f"next: {next_command(args)}\n"
-    )
+    sys.stdout.write(f"{args.output}: {tokenizer.vocab_size:,} ids ({args.kind}: {', '.join(FILES[args.kind])})\n")
+    next_steps(next_words(args))
 
 
-def next_command(args: Any) -> str:
-    """Returns the `prepare` command that encodes the same text with the tokenizer."""
+def next_words(args: Any) -> list[str]:
+    """Returns the words of the `prepare` command that encodes the same text with the tokenizer."""
     words = ["megatron-lion", "prepare", "--input", *args.input, "--tokenizer", args.output, "--output", "data/my"]
     if args.kind == "wordpiece":
         words += ["--task", "bert"]
@@ -79,4 +77,4 @@ def next_command(args: Any) -> str:
                                  ("--on-error", args.on_error, "stop")):  # fmt: skip
         if value != default:
             words += [flag, value]
-    return shlex.join(words)
+    return words

@@ -134,8 +134,14 @@ def numbered(labels: Sequence[str]) -> list[str]:
 
 
 def _computing(run: RunRecord) -> dict[str, Any]:
-    """The settings that decide what a run computes; `train.stop_after` only if it ends the run before its schedule."""
+    """The settings that decide what a run computes; `train.stop_after` only if it ends the run before its schedule.
+
+    `data.path` is replaced by the digest of the data, if the run states it: a dataset may have several copies, such as the
+    RUN.text of each run on one text.
+    """
     found = {key: value for key, value in run.settings.items() if not key.startswith(UNINTERESTING)}
+    if "data.path" in found and (digest := run.facts.get("data_digest")):
+        found["data.path"] = digest
     if run.planned_steps == run.scheduled_steps:
         found.pop("train.stop_after", None)
     return found

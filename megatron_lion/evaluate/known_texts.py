@@ -1,8 +1,8 @@
 """Published evaluation texts by the SHA-256 of their files.
 
-    python -m megatron_lion.evaluate.known_texts FILE...
+    python -m megatron_lion.evaluate.known_texts wikitext103|lambada FILE
 
-prints the name of each file's text. At a file that is none of them it stops with the exit code of a DataError.
+prints the name of the file's text. If it is none of them, the exit code is that of a DataError.
 """
 
 from __future__ import annotations

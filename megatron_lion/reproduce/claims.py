@@ -10,11 +10,12 @@ from megatron_lion.reproduce.artefacts import Plan
 from megatron_lion.reproduce.claim import Claim
 
 _COUNTED = (
-    ("holds", "hold here"),
-    ("does not hold here", "do not hold here"),
-    ("not resolved", "are not resolved by these measurements"),
-    ("not comparable", "are not comparable"),
+    ("holds", "holds here", "hold here"),
+    ("does not hold here", "does not hold here", "do not hold here"),
+    ("not resolved", "is not resolved by these measurements", "are not resolved by these measurements"),
+    ("not comparable", "is not comparable", "are not comparable"),
 )
+"""Verdict, and how one and several statements with it are counted."""
 
 
 def claims_of(plan: Plan) -> list[Claim]:
@@ -44,5 +45,6 @@ def as_markdown(key: str, claims: Sequence[Claim]) -> str:
     cells = [[c.what, c.paper, c.ours, c.tolerance or "–", c.verdict, c.convention or "–", c.source] for c in claims]
     table = markdown_grid(["what", "paper", "ours", "tolerance", "verdict", "convention", "source"], cells)
     verdicts = Counter(claim.verdict for claim in claims)
-    counts = ", ".join(f"{verdicts[verdict]} {text}" for verdict, text in _COUNTED if verdicts[verdict])
+    counted = [(verdicts[verdict], words) for verdict, *words in _COUNTED if verdicts[verdict]]
+    counts = ", ".join(f"{number} {words[number > 1]}" for number, words in counted)
     return f"{head}\n\n{table}\n\nOf {len(claims)} statements: {counts}.\n"

@@ -25,7 +25,7 @@ MANY_PASSES = 20
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
 
 
-def dry_run(config: RunConfig, world_size: int) -> str:
+def dry_run(config: RunConfig, world_size: int, data: str | None = None) -> str:
     """Describes the run in a few lines: parameters, batch arithmetic, tokens, memory of a process, time.
 
     The vocabulary size is the config's, else the data's, else the usual one of the model kind.
@@ -33,6 +33,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     Args:
         config: the checked settings.
         world_size: number of processes.
+        data: the data of a run without data.path, for the reader.
 
     Raises:
         ConfigError, DataError: the run itself would reject its data.path.
@@ -56,11 +57,11 @@ def dry_run(config: RunConfig, world_size: int) -> str:
         f"tokens       {train.steps:,} steps = {tokens:,} tokens"
         + (f" = {tokens / train_tokens:,.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
         *([f"warning      {warning}"] if warning else []),
-        f"data         {', '.join(config.data.path) if config.data.path else 'none given (data.path): nothing to check'}",
+        f"data         {', '.join(config.data.path) or data or 'none given (data.path): nothing to check'}",
         f"memory       {_size(sum(memory.values()))} of tensors in the largest process: "
         + ", ".join(f"{key} {_size(value)}" for key, value in memory.items())
         + " (estimated)",  # the last one, activations
-        f"state        {_state_sentence(config)}",
+        f"state        {_state_sentence(config, config.data_parallel_size(world_size))}",
         f"arithmetic   {flops:.3g} FLOP, without probes and held-out losses",
         *_time_lines(config, world_size, flops),
         *_kernel_lines(config),
@@ -143,7 +144,7 @@ def _vocabulary(config: RunConfig) -> tuple[int, str, int | None]:
     return VOCAB_SIZES[config.model.kind], "the usual", None
 
 
-def _state_sentence(config: RunConfig) -> str:
+def _state_sentence(config: RunConfig, data_parallel: int) -> str:
     """Describes the forms of the optimizer's state, which determine its memory."""
     optimizer, precision = config.optimizer, config.train.precision
     state = {"adamw": "two fp32 moments", "sgd": "fp32 momentum", "lion": f"{optimizer.momentum_dtype} momentum"}
@@ -153,7 +154,11 @@ def _state_sentence(config: RunConfig) -> str:
         master = f"{precision} parameters with {form} master weights"
     where = "not sharded"
     if config.parallel.use_distributed_optimizer:
-        where = "sharded over the data-parallel processes"
+        where = (
+            "sharded over the data-parallel processes"
+            if data_parallel > 1
+            else "one data-parallel process has all of it"
+        )
     return f"{master}, {state[optimizer.name]}; {where}"
 
 

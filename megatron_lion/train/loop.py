@@ -162,8 +162,9 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
             clock.restart()
         # After the last step, a measurement may be missing.
         if asked and not save_due and (run.step < stop_after or not complete):
+            then = "resumes" if run.step < stop_after else "makes the measurements that are missing"
             raise StoppedOnRequest(
-                f"stopped after step {run.step} of {last}, checkpoint saved; the same command resumes"
+                f"stopped after step {run.step} of {last}, checkpoint saved; the same command {then}"
             )
 
 

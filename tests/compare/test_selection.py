@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,27 @@ def test_labels_tell_runs_apart(tmp_path: Path) -> None:
 def test_only_settings_that_matter_are_compared(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", optimizer="sgd", seed=7)])
     assert set(differing_settings(runs)) == {"seed", "optimizer.name", "optimizer.lr"}
+
+
+def on_data(folder: Path, path: str, digest: str, seed: int) -> Path:
+    """A run with a data path and the digest of its data."""
+    run = write_run(folder, seed=seed)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": {"path": [path]}}))
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "data_digest": digest * 64}))
+    return run
+
+
+def test_copies_of_one_dataset_are_the_same_setting(tmp_path: Path) -> None:
+    """`pretrain --text` makes a dataset for each run; seeds on one text are seeds of one setting."""
+    copies = [on_data(tmp_path / f"r{seed}", f"runs/r{seed}.text/data", "a", seed) for seed in (1, 2)]
+    runs = read_runs(copies)
+    assert differing_settings(runs) == ["seed"]
+    assert len(seed_groups(runs)) == 1
+    other = read_runs([copies[0], on_data(tmp_path / "r3", "runs/r3.text/data", "b", 1)])
+    assert differing_settings(other) == ["data.path"]
+    assert len(seed_groups(other)) == 2
 
 
 def test_runs_with_nothing_in_common_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
+from megatron_lion import streams
 from megatron_lion.cli import main
 from megatron_lion.data.tokenizers import load_tokenizer
 from megatron_lion.prepare import long_texts
@@ -87,7 +88,10 @@ def test_any_form_of_the_text_gives_the_same_files(
     assert made("in-parts-jsonl", tmp_path / "a.jsonl.bz2", more=("--json-key", "body")) == expected
 
 
-def test_it_ends_with_a_command_that_works(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_ends_with_a_command_that_works(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streams, "stderr_is_terminal", lambda: True)  # in a pipe, stdout and stderr have no hints
     spaced = tmp_path / "my text.jsonl"
     spaced.write_text(json.dumps({"body": TEXT}) + "\n")
     for kind in ("bpe", "wordpiece"):
@@ -95,9 +99,10 @@ def test_it_ends_with_a_command_that_works(text: Path, tmp_path: Path, capsys: p
         assert (
             train("--input", spaced, "--json-key", "body", "--vocab-size", 330, "--output", output, "--kind", kind) == 0
         )
-        first, last = capsys.readouterr().out.splitlines()
-        assert first.startswith(f"{output}: 330 ids ({kind}: ")
-        words = shlex.split(last.removeprefix("next: "))
+        out, err = capsys.readouterr()
+        assert out.startswith(f"{output}: 330 ids ({kind}: ")
+        assert out.count("\n") == 1
+        words = shlex.split(err.splitlines()[-1].removeprefix("next: "))
         assert words[:2] == ["megatron-lion", "prepare"]
         words[words.index("data/my")] = str(tmp_path / f"data-{kind}")
         assert main([*words[1:], "--workers", "1"]) == 0
@@ -167,7 +172,8 @@ def test_a_size_that_the_text_cannot_give_names_the_one_it_can(
     assert load_tokenizer(tmp_path / "out").vocab_size == most
 
 
-def test_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(streams, "stderr_is_terminal", lambda: True)
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"text": text}) for text in TEXTS]
     path.write_text("\n".join([*lines[:3], "oops", *lines[3:]]))
@@ -175,7 +181,7 @@ def test_bad_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(*words) == 3
     assert f"{path}:4: not JSON" in capsys.readouterr().err
     assert train(*words, "--on-error", "skip") == 0
-    assert "--on-error skip" in capsys.readouterr().out, "the next command needs it too"
+    assert "--on-error skip" in capsys.readouterr().err, "the next command needs it too"
     (tmp_path / "a.txt").write_bytes(TEXT.encode() + b"\xff")
     assert train("--input", tmp_path / "a.txt", "--vocab-size", 330, "--output", tmp_path / "two") == 3
     assert "a.txt:1: not UTF-8" in capsys.readouterr().err

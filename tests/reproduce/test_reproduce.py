@@ -205,6 +205,9 @@ def test_table_b1_at_full_scale_is_judged_by_its_tolerance(tmp_path: Path) -> No
     above = claims_of(full_plan(tmp_path / "above", shift=6.0))
     assert [claim.holds for claim in above if "below SGD" in claim.what] == [False, False]
     assert "does not hold here" in as_markdown("toy/tiny", above)
+    one = [next(claim for claim in claims if claim.holds is holds) for claims, holds in ((exact, True), (above, False))]
+    assert as_markdown("toy/tiny", one).endswith("\nOf 2 statements: 1 holds here, 1 does not hold here.\n")
+    assert as_markdown("toy/tiny", [*one, *one]).endswith("\nOf 4 statements: 2 hold here, 2 do not hold here.\n")
 
 
 def add_bounds(folder: Path, low: float, high: float, error: float = 0.001, at: dict[int, float] | None = None) -> None:

@@ -139,7 +139,7 @@ def test_each_precision_mode_shows_its_memory(tmp_path: Path) -> None:
     for name, (expected, changes) in modes.items():
         assert shown(**changes)[0] == f"{expected / 2**20:.3g} MiB", name
     assert shown(**modes["int8"][1])[1] == (
-        "bf16 parameters with split24 master weights, int8 momentum; sharded over the data-parallel processes"
+        "bf16 parameters with split24 master weights, int8 momentum; one data-parallel process has all of it"
     )
     assert shown(**modes["fp32"][1], optimizer__name="adamw")[1].startswith(
         "fp32 parameters without a copy, two fp32 moments"

@@ -61,7 +61,10 @@ def test_one_command_trains_resumes_and_names_the_command_for_samples(
 ) -> None:
     assert pretrain("--text", book, *SMALL, "--max-steps", 1) == 0
     out, err = capfd.readouterr()
-    assert "settings: gpt2-tiny with " in err
+    (line,) = [line for line in err.splitlines() if line.startswith("settings: gpt2-tiny with ")]
+    assert line.endswith("with --checkpoint.at_steps '[]' --probe.every 0; flags and --config replace them"), (
+        "no replaced one"
+    )
     made = contents(Path("runs/my-book.text"))
     assert {"tokenizer/vocab.json", "tokenizer/merges.txt", "data/manifest.json"} <= set(made)
     manifest = read_manifest("runs/my-book.text/data")
@@ -75,6 +78,13 @@ def test_one_command_trains_resumes_and_names_the_command_for_samples(
     assert pretrain("--text", book, *SMALL) == 0
     again, err = capfd.readouterr()
     assert "resuming after step 1" in err
+    lines = [json.loads(line) for line in Path("runs/my-book/metrics.jsonl").read_text().splitlines()]
+    losses = [
+        next(line[key] for line in lines if line["step"] == 3 and key in line)
+        for key in ("train/loss", "valid/loss", "test/loss")
+    ]
+    end = "done: 3 of 3 steps in runs/my-book; loss: training {:.4f}, validation {:.4f}, test {:.4f}".format(*losses)
+    assert end in again.splitlines()
     assert steps("runs/my-book")[-1] == 3
     assert contents(Path("runs/my-book.text")) == made, "nothing is made twice"
     for text in (out, again):
@@ -144,6 +154,13 @@ def test_a_preview_writes_nothing(book: Path, capsys: pytest.CaptureFixture[str]
         f"my book.txt: {size:,} bytes; will be prepared, with a vocabulary of 512 or less, in runs/my-book.text" in out
     )
     assert "512 ids" in out
+    # 3 steps of 4 samples of 16 tokens; 0.9 of the text at 3.3 bytes a token.
+    tokens = 0.9 * size / 3.3
+    assert (
+        f"data         about {tokens:,.0f} training tokens of the text, read {192 / tokens:,.1f} times (estimated)"
+        in out
+    )
+    assert "one data-parallel process has all of it" in out
     assert pretrain("--text", book, *SMALL, "--print_config") == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["data"]["path"] == ["runs/my-book.text/data"]
