@@ -15,7 +15,19 @@ from megatron_lion.files import make_folder, open_own, storage_errors
 from megatron_lion.streams import say
 
 
-class LastResort(logging.StreamHandler[TextIO]):
+class _CurrentStderr(logging.StreamHandler[TextIO]):
+    """Writes to the `sys.stderr` of the moment of each message.
+
+    rich replaces `sys.stderr` while a progress bar is drawn, and prints above the bar what is written to the new one. A
+    handler that keeps the stream it began with would write into the bar's line.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class LastResort(_CurrentStderr):
     """Prints warnings to stderr while the root logger has no other handler, as `logging.lastResort` does.
 
     It is a handler of the root logger. A package that finds the root logger without one adds its own, such as absl, a
@@ -40,6 +52,26 @@ def install_last_resort() -> None:
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(LastResort())
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Prints the package's messages to stderr during the block, unless the program has log handlers of its own."""
+    if not only_last_resort():
+        yield
+        return
+    package = logging.getLogger("megatron_lion")
+    handler = _CurrentStderr()
+    level, propagate = package.level, package.propagate
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        package.propagate = propagate
 
 
 class _LogFile(logging.FileHandler):

@@ -5,11 +5,8 @@ The same command resumes. It finds the tokenizer and the dataset, and checks tha
 
 from __future__ import annotations
 
-import logging
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -226,6 +223,7 @@ def prepare_text(config: RunConfig, text: OwnText) -> None:
         StorageError: the folder cannot be written.
         BusyError: another process is writing the run, or is preparing its text.
     """
+    from megatron_lion.logs import messages_on_stderr
     from megatron_lion.prepare.options import PrepareOptions
     from megatron_lion.prepare.pipeline import prepare
     from megatron_lion.prepare.progress import ConsoleProgress
@@ -235,7 +233,7 @@ def prepare_text(config: RunConfig, text: OwnText) -> None:
     folder, task = text_folder(config), _TASKS[config.model.kind]
     say(f"preparing {_names(text)} ({text.text_bytes:,} bytes of text) in {folder}")
     # A run that is training reads the dataset that would be replaced.
-    with locked(Path(config.run_dir)), _log_on_stderr(), ConsoleProgress() as progress:
+    with locked(Path(config.run_dir)), messages_on_stderr(), ConsoleProgress() as progress:
         tokenizer = train_tokenizer(
             TrainOptions(
                 inputs=text.inputs, vocab_size=text.vocab_size, output=folder / "tokenizer",
@@ -287,25 +285,3 @@ def _commands(text: OwnText) -> tuple[str, str]:
     if text.divide_documents != "auto":
         prepare += ["--divide-documents", text.divide_documents]
     return shell_line(["megatron-lion", *train]), shell_line(["megatron-lion", *prepare])
-
-
-@contextmanager
-def _log_on_stderr() -> Iterator[None]:
-    """Prints the messages of `prepare` on stderr during the block, unless the program has log handlers."""
-    from megatron_lion.logs import only_last_resort
-
-    logger = logging.getLogger("megatron_lion.prepare")
-    if not only_last_resort():
-        yield
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,7 +109,7 @@ def add_reading_flags(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Prepares the dataset and prints a summary on stdout."""
     from megatron_lion.errors import ConfigError, StoppedOnRequest
-    from megatron_lion.logs import only_last_resort
+    from megatron_lion.logs import messages_on_stderr
     from megatron_lion.prepare.pipeline import PrepareOptions, prepare
     from megatron_lion.prepare.progress import ConsoleProgress
     from megatron_lion.streams import next_steps
@@ -121,8 +120,6 @@ def run(args: Any) -> None:
     for name in ("tokenizer", "output"):
         if getattr(args, name) is None:
             raise ConfigError(f"--{name}: not given; it is required without --list")
-    if only_last_resort():
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     options = PrepareOptions(
         inputs=args.input,
         tokenizer=args.tokenizer,
@@ -143,7 +140,7 @@ def run(args: Any) -> None:
         overwrite=args.overwrite,
     )
     try:
-        with ConsoleProgress() as progress:
+        with messages_on_stderr(), ConsoleProgress() as progress:
             manifest = prepare(options, progress=progress)
     except KeyboardInterrupt:
         raise StoppedOnRequest("stopped; run the same command again to continue after the encoded pieces") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,12 +42,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Trains the tokenizer and prints its size and the next command."""
     from megatron_lion.errors import StoppedOnRequest
-    from megatron_lion.logs import only_last_resort
+    from megatron_lion.logs import messages_on_stderr
     from megatron_lion.prepare.progress import ConsoleProgress
     from megatron_lion.prepare.train_tokenizer import FILES, TrainOptions, train_tokenizer
 
-    if only_last_resort():
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     options = TrainOptions(
         inputs=args.input,
         vocab_size=args.vocab_size,
@@ -60,7 +57,7 @@ def run(args: Any) -> None:
         overwrite=args.overwrite,
     )
     try:
-        with ConsoleProgress() as progress:
+        with messages_on_stderr(), ConsoleProgress() as progress:
             tokenizer = train_tokenizer(options, progress)
     except KeyboardInterrupt:
         raise StoppedOnRequest("stopped; nothing was written") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,16 @@ from megatron_lion.prepare.progress import ConsoleProgress
 from megatron_lion.train.console import TrainProgress
 
 BAR = """
+import logging
+from megatron_lion.logs import install_last_resort, messages_on_stderr
 from megatron_lion.prepare.progress import ConsoleProgress
-with ConsoleProgress() as progress:
+install_last_resort()
+with messages_on_stderr(), ConsoleProgress() as progress:
     progress.stage("reading", 100)
     progress.advance(50)
+    logging.getLogger("megatron_lion.prepare").info("a note of the package")
+    logging.getLogger("another").warning("a warning of another package")
+logging.getLogger("megatron_lion.prepare").info("a note after the block")
 """
 
 
@@ -43,7 +50,7 @@ def test_no_control_characters_in_a_pipe(
     assert "\x1b" not in capfd.readouterr().err
 
 
-def test_a_terminal_shows_the_bar() -> None:
+def test_a_terminal_shows_the_bar_and_messages_above_it() -> None:
     main, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen([sys.executable, "-c", BAR], stderr=terminal, env=environment) as process:
@@ -61,3 +68,8 @@ def test_a_terminal_shows_the_bar() -> None:
     assert process.returncode == 0
     assert b"reading" in shown
     assert b"\x1b[?25l" in shown
+    for message in (b"a note of the package", b"a warning of another package"):
+        # On a line of its own: the bar's line was erased before it.
+        assert re.search(rb"(\n|\x1b\[2K)" + message + rb"\r?\n", shown), shown
+        assert shown.count(message) == 1
+    assert b"after the block" not in shown

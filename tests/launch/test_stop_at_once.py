@@ -196,9 +196,10 @@ def test_a_signal_in_a_held_out_measurement(at_step: int, tmp_path: Path) -> Non
     """It ends after the batch at hand, and the resumed run measures what is missing; the last step's, too."""
     corpus = tiny.write_corpus(tmp_path / "corpus")
     config, twin = (tiny.tiny_config(tmp_path / name, corpus, **SETTINGS) for name in ("run", "twin"))
+    then = "resumes" if at_step < 6 else "makes the measurements that are missing"
     for (kind, message), read in run_distributed(stopped_in_measurement, 2, config, at_step):
         assert (kind, message) == (
-            "StoppedOnRequest", f"stopped after step {at_step} of 6, checkpoint saved; the same command resumes",
+            "StoppedOnRequest", f"stopped after step {at_step} of 6, checkpoint saved; the same command {then}",
         )  # fmt: skip
         assert read == 4, "one of ten global batches"
     lines = tiny.read_metrics(config.run_dir)
