@@ -134,6 +134,7 @@ def test_every_part_of_a_goal_is_a_row(rehearsal: tuple[Path, str]) -> None:
             assert goal["field"] in row or "skipped" in row, (goal["id"], part)
 
 
+@pytest.mark.slow
 def test_a_killed_stage_costs_its_own_rows_and_a_killed_driver_none(tmp_path: Path) -> None:
     driver = start(tmp_path, "--only", "kernel", "peers")
     until(lambda: sum(row["stage"] == "kernel" for row in read(tmp_path)) >= 2)

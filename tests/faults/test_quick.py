@@ -18,8 +18,8 @@ QUICK = {
     "dataset-flips": 5, "hostile-run": 4, "hostile-hub": 3,
 }  # fmt: skip
 """Cases, and how many of their faults are injected here, evenly spaced."""
-# Others of their family are not slow: save-kill, power-strict.
-SLOW = ("save-half", "retention-kill", "power-histories")
+# Others of their family are not slow: save-kill, power-strict; and test_a_killed_rank_is_named_at_once.
+SLOW = ("save-half", "retention-kill", "power-histories", "peer-kill-dp2")
 
 
 @pytest.fixture(scope="module")

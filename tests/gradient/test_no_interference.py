@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 from pathlib import Path
@@ -26,6 +27,8 @@ SETTINGS = {
     "TP2 SP": (2, {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}),
     "PP2": (2, {"parallel__pipeline_model_parallel_size": 2}),
 }
+LATER = ("fresh samples", "recompute", "not sharded", "TP2 SP")
+"""Cases of the slow tests."""
 PROBE = ("probe__dropout", "probe__data", "probe__mode", "probe__num_batches")
 
 
@@ -51,11 +54,16 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory, corpus, device):
-    """{case: (run folder without probes, run folder with)} of the cases that fit on the device."""
+    """Gives a case's run folders, without probes and with; the argument chooses the cases of the slow tests."""
     folder = tmp_path_factory.mktemp("runs")
+    return functools.cache(lambda later: made_pairs(folder, corpus, device, later))
+
+
+def made_pairs(folder, corpus, device, later):
+    """{case: (run folder without probes, run folder with)} of the cases that fit on the device."""
     jobs = {}
     for case, (size, changes) in SETTINGS.items():
-        if not fits(device, size):
+        if (case in LATER) is not later or not fits(device, size):
             continue
         plain = {key: value for key, value in changes.items() if key not in PROBE}
         jobs[f"{case}/plain"] = (size, make_config(folder / case / "plain", corpus, device=device, **plain))
@@ -65,16 +73,19 @@ def pairs(tmp_path_factory, corpus, device):
     return {case: (folder / case / "plain", folder / case / "probed") for case in SETTINGS}
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in LATER else ()) for case in SETTINGS]
+)
 def test_run_with_probes_is_the_run_without(pairs, device, case):
     skip_unless_fits(device, SETTINGS[case][0])
-    plain, probed = map(outcome, pairs[case])
+    folders = pairs(case in LATER)[case]
+    plain, probed = map(outcome, folders)
     assert plain["losses"] == probed["losses"]
     assert plain["norms"] == probed["norms"]
     for key in ("state_fingerprint", "weights_fingerprint", "consumed_samples", "optimizer_state"):
         assert plain["manifest"][key] == probed["manifest"][key], key
-    for ours in pairs[case][0].glob("checkpoints/step_0000003/rng_*"):
-        theirs = pairs[case][1] / "checkpoints" / "step_0000003" / ours.name
+    for ours in folders[0].glob("checkpoints/step_0000003/rng_*"):
+        theirs = folders[1] / "checkpoints" / "step_0000003" / ours.name
         assert ours.read_bytes() == theirs.read_bytes(), "the random states differ"
     steps = [line["step"] for line in probed["probes"]]
     assert steps == ([1, 2, 3] if case == "moving" else [0, 1, 2, 3])

@@ -266,15 +266,16 @@ def file_name(text: str) -> str:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("layout", "half"),
+    ("layout", "quarters"),
     [
-        ("fully_reshardable", 0),
-        pytest.param("fully_reshardable", 1, marks=pytest.mark.slow),
-        pytest.param("dp_reshardable", 0, marks=pytest.mark.slow),
+        ("fully_reshardable", (0,)),
+        pytest.param("fully_reshardable", (1, 2, 3), marks=pytest.mark.slow),
+        pytest.param("dp_reshardable", (0, 2), marks=pytest.mark.slow),
     ],
+    ids=["fully_reshardable-quarter", "fully_reshardable-others", "dp_reshardable"],
 )
 def test_checkpoints_cross_modes_and_layouts(
-    folder: Path, saved: tuple[str, dict[str, Any]], layout: str, half: int
+    folder: Path, saved: tuple[str, dict[str, Any]], layout: str, quarters: tuple[int, ...]
 ) -> None:
     """Element by element, with padded buckets: a mode keeps the bits that it can hold and rounds the rest as documented."""
     corpus, settings = saved
@@ -283,20 +284,20 @@ def test_checkpoints_cross_modes_and_layouts(
     if layout == "dp_reshardable":  # loads at other data-parallel sizes only
         places = ("DP2", "DP4", "DP1")
     unchanged = MODES[0], MODES[0]
-    pairs = [pair for pair in pairs if sum(map(MODES.index, pair)) % 2 == half or pair == unchanged]
+    pairs = [pair for pair in pairs if sum(map(MODES.index, pair)) % 4 in quarters or pair == unchanged]
     jobs, layouts = {}, {}
     for (source, target), place in zip(pairs, itertools.cycle(places), strict=False):
         key = f"{source} to {target}"
         size, changes = LAYOUTS[place]
         config = tiny.tiny_config(
-            folder / file_name(f"{layout} {half} {key}"), corpus, **settings, **mode(target), **changes
+            folder / file_name(f"{layout} {len(quarters)} {key}"), corpus, **settings, **mode(target), **changes
         )
         jobs[key], layouts[key] = (size, (folder / f"{file_name(source)}-{layout}", config)), place
     results = tiny.run_all(jobs, load_and_save)
     for source, target in pairs:
         key = f"{source} to {target}"
         before = tiny.read_weights(folder / f"{file_name(source)}-fully_reshardable", 2, prefix="")
-        after = tiny.read_weights(folder / file_name(f"{layout} {half} {key}"), 2, prefix="")
+        after = tiny.read_weights(folder / file_name(f"{layout} {len(quarters)} {key}"), 2, prefix="")
         assert before.keys() == after.keys()
         master, momentum = target.split("/")
         for name, expected in before.items():

@@ -34,7 +34,7 @@ def corpus(folder: Path) -> str:
     return write_bert_corpus(folder / "corpus")
 
 
-LATER = ("TP2", "DP4", "TP2xDP2", "DP2 large micro-batch")
+LATER = ("TP2", "PP2", "DP4", "TP2xDP2", "DP2 large micro-batch")
 """Layouts of the slow tests."""
 
 Runs = Callable[..., dict[str, dict[str, Any]]]

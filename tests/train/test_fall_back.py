@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -106,6 +107,17 @@ CASES: dict[str, tuple[Callable[[Path], None], str, list[str] | None]] = {
     "empty folder": (empty_folder, "holds no checkpoint, but step_0000004 was saved; mount or restore", None),
     "earlier version": (no_folder_by_an_earlier_version, "holds no checkpoint, but step_0000002 was saved", None),
 }
+LATER = ("damaged manifest", "absurd name", "pipe", "empty folder", "earlier version")
+"""Cases of the slow tests."""
+
+
+def cases(*, are_used: bool) -> list[Any]:
+    """The cases whose third value is there, or those without it."""
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in LATER else ())
+        for name, (_, _, aside) in CASES.items()
+        if (aside is not None) is are_used
+    ]
 
 
 def refused_then_fallen_back(rank: int, jobs: dict[str, Any]) -> dict[str, list[tuple[str, str, str]]]:
@@ -126,55 +138,62 @@ def listing(run_dir: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def tried(trained_on_cpu: Any, folder: Path) -> tuple[dict[str, Path], dict[str, list[tuple[str, str, str]]]]:
+def tried(trained_on_cpu: Any, folder: Path) -> Callable[[str], tuple[Path, list[tuple[str, str, str]]]]:
+    """Gives a case's run folder and its outcomes; those of the slow tests are made with the first of them."""
+    made = functools.cache(lambda later: tried_now(trained_on_cpu, folder, later))
+    return lambda name: tuple(found[name] for found in made(name in LATER))
+
+
+def tried_now(trained_on_cpu: Any, folder: Path, later: bool) -> tuple[dict[str, Path], dict[str, Any]]:
     runs = {
         name: Path(shutil.copytree(trained_on_cpu.run_dir, folder / f"case-{number}"))
         for number, name in enumerate(CASES)
+        if (name in LATER) is later
     }
     for name, run in runs.items():
         CASES[name][0](run)
     jobs = {name: dataclasses.replace(trained_on_cpu, run_dir=str(run)) for name, run in runs.items()}
     first, second = run_distributed(refused_then_fallen_back, 2, jobs)
-    for name in CASES:
+    for name in runs:
         assert [kind for kind, _, _ in first[name]] == [kind for kind, _, _ in second[name]], name
         assert second[name][0][2] == second[name][1][2] == "", "one rank prints"
     return runs, first
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", [*cases(are_used=True), *cases(are_used=False)])
 def test_the_newest_checkpoint_is_not_passed_over_silently(tried: Any, name: str) -> None:
-    kind, message, _ = tried[1][name][0]
+    kind, message, _ = tried(name)[1][0]
     assert kind == "CheckpointError", message
     assert CASES[name][1] in message
     assert "--fall-back" in message or "--fresh" in message
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, aside) in CASES.items() if aside])
+@pytest.mark.parametrize("name", cases(are_used=True))
 def test_fall_back_resumes_from_the_newest_whole_one(tried: Any, trained_on_cpu: Any, name: str) -> None:
-    runs, found = tried
-    kind, message, stderr = found[name][1]
+    run, found = tried(name)
+    kind, message, stderr = found[1]
     assert (kind, message) == ("", "")
     resumed_from = 2 if "step_0000004" in (CASES[name][2] or []) else 4
     for skipped in CASES[name][2] or []:
         lines = [line for line in stderr.splitlines() if line.startswith("--fall-back: ")]
         assert len(lines) == 1
         assert f"resuming from step_{resumed_from:07d}; moved {skipped} to skipped_{skipped}: " in lines[0]
-        assert f"skipped_{skipped}" in listing(runs[name])
-    assert steps.list_steps(runs[name]) == [2, 4]
-    ckpt.verify_checkpoint(tiny.newest_checkpoint(runs[name]))
+        assert f"skipped_{skipped}" in listing(run)
+    assert steps.list_steps(run) == [2, 4]
+    ckpt.verify_checkpoint(tiny.newest_checkpoint(run))
     twin = json.loads((step(Path(trained_on_cpu.run_dir), 4) / "manifest.json").read_text())
-    assert tiny.newest_checkpoint(runs[name]).manifest["state_fingerprint"] == twin["state_fingerprint"]
-    assert (runs[name] / "newest_checkpoint").read_text() == "step_0000004\n"
+    assert tiny.newest_checkpoint(run).manifest["state_fingerprint"] == twin["state_fingerprint"]
+    assert (run / "newest_checkpoint").read_text() == "step_0000004\n"
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, aside) in CASES.items() if aside is None])
+@pytest.mark.parametrize("name", cases(are_used=False))
 def test_fall_back_never_starts_from_step_zero(tried: Any, name: str) -> None:
-    runs, found = tried
-    kind, message, _ = found[name][1]
+    run, found = tried(name)
+    kind, message, _ = found[1]
     assert kind == "CheckpointError", message
     assert "give --fresh to start over" in message
-    assert listing(runs[name]) == []
+    assert listing(run) == []
 
 
 def test_fall_back_moves_nothing_if_no_checkpoint_is_whole(trained_on_cpu: Any, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_signal_of_the_parent_ends_its_workers() -> None:
         assert not still_there(workers, 2)
 
 
-@pytest.mark.parametrize("target", [read, wait_with_workers_of_a_fork_server])
+@pytest.mark.parametrize("target", [read, pytest.param(wait_with_workers_of_a_fork_server, marks=pytest.mark.slow)])
 def test_a_killed_parent_leaves_no_workers(target: Any) -> None:
     """Workers check their parent every 5 seconds; a fork server is the default from Python 3.14 on."""
     with running(target) as (process, _, workers):

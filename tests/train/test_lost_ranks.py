@@ -83,6 +83,7 @@ def test_a_killed_rank_is_named_at_once(folder: Path) -> None:
     assert len(ended.lines(0)) == 1, ended.errors[0]
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_and_let_go(folder: Path) -> None:
     """A stopped process acts on no SIGTERM: the launcher would wait for it, so the others let it go on."""
     ended = run_ranks(words(folder, "stopped", parallel__timeout_s=10), 2, at, 1, "step", 4, "stop")

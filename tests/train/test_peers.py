@@ -35,7 +35,7 @@ def limits(rank: int, seconds: float) -> list[float]:
         return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
-@pytest.mark.parametrize("seconds", [89.0, 20.5])
+@pytest.mark.parametrize("seconds", [pytest.param(89.0, marks=pytest.mark.slow), 20.5])
 def test_every_group_has_the_time_limit_in_seconds(seconds: float) -> None:
     """megatron-core takes whole minutes; 20 s became a minute, 89 s one and 100 s two."""
     for found in run_distributed(limits, 2, seconds):

@@ -39,7 +39,8 @@ CASES: dict[str, tuple[int, str, str, str, dict[str, Any]]] = {
     "TP2xDP2 fp32 adamw": (4, "fp32", "adamw", "fully_reshardable", TP2),
 }  # fmt: skip
 LATER = (
-    "DP1 bf16 adamw", "DP2 fp32 lion", "DP2 bf16 adamw", "DP2 fp32 unsharded adamw", "TP2xDP2 fp32 sgd", "TP2xDP2 bf16 lion",
+    "DP1 bf16 adamw", "DP1 bf16 unsharded sgd", "DP2 fp32 lion", "DP2 m0=g1 lion", "DP2 bf16 adamw",
+    "DP2 fp32 unsharded adamw", "TP2xDP2 fp32 sgd", "TP2xDP2 bf16 lion",
     "TP2xDP2 fp32 adamw",
 )  # fmt: skip
 """Cases of the slow tests."""
