@@ -101,7 +101,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Any) -> None:
-    """Runs the plans, writes reproduction.md and reproduction.json, and prints the tables."""
+    """Runs the plans, writes reproduction.md and reproduction.json, and prints what was found."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.reproduce.artefacts import build_plan
     from megatron_lion.reproduce.sources import Sources, check_sources
@@ -202,7 +202,7 @@ def _report(plans: list[Any], sources: Any) -> None:
     from dataclasses import asdict
 
     from megatron_lion.files import make_folder, write_whole
-    from megatron_lion.reproduce.claims import as_markdown, claims_of
+    from megatron_lion.reproduce.claims import as_markdown, as_text, claims_of
 
     output, quick = sources.output, " (quick)" if sources.quick else ""
     found = {f"{plan.artefact}/{plan.scale}{quick}": claims_of(plan) for plan in plans}
@@ -212,7 +212,7 @@ def _report(plans: list[Any], sources: Any) -> None:
     write_whole(output / "reproduction.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     sections = {key: as_markdown(key, claims) for key, claims in content.items()}
     write_whole(output / "reproduction.md", "\n".join(sections.values()).encode())
-    sys.stdout.write("\n".join(sections[key] for key in found))
+    sys.stdout.write("\n".join(as_text(key, claims) for key, claims in found.items()))
     folders = [str(plan.comparison) for plan in plans if plan.comparison is not None]
     say(
         f"\nwritten: {output}/reproduction.md, reproduction.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
@@ -39,12 +40,45 @@ def claims_of(plan: Plan) -> list[Claim]:
 
 def as_markdown(key: str, claims: Sequence[Claim]) -> str:
     """The table of an artefact and the number of its statements that hold; `key` is "artefact/scale"."""
-    artefact, _, scale = key.partition("/")
-    name, _, quick = scale.partition(" ")
-    head = f"## {artefact}, {name} scale{', quick: a few steps show that the path works, not how it ends' if quick else ''}"
     cells = [[c.what, c.paper, c.ours, c.tolerance or "–", c.verdict, c.convention or "–", c.source] for c in claims]
     table = markdown_grid(["what", "paper", "ours", "tolerance", "verdict", "convention", "source"], cells)
+    return f"## {_title(key)}\n\n{table}\n\n{_counts(claims)}\n"
+
+
+def as_text(key: str, claims: Sequence[Claim]) -> str:
+    """The same content for a terminal: a paragraph for each statement, in 79 columns, and each convention once, below them."""
+    conventions = list(dict.fromkeys(claim.convention for claim in claims if claim.convention))
+    lines = _wrapped(_title(key), "", "")
+    for claim in claims:
+        lines += ["", *_wrapped(f"{claim.verdict}: {claim.what}", "", "  ")]
+        source = f" ({claim.source})" if claim.source != "–" else ""
+        lines += _wrapped(f"{claim.paper}{source}", "  paper  ", " " * 9)
+        tolerance = f" (tolerance: {claim.tolerance})" if claim.tolerance else ""
+        note = f" [{conventions.index(claim.convention) + 1}]" if claim.convention else ""
+        lines += _wrapped(f"{claim.ours}{tolerance}{note}", "  ours   ", " " * 9)
+    if conventions:
+        lines += ["", "How ours were measured:"]
+        for number, convention in enumerate(conventions, 1):
+            lines += _wrapped(convention, f"  [{number}] ", " " * 6)
+    return "\n".join([*lines, "", *_wrapped(_counts(claims), "", ""), ""])
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text, 79, initial_indent=first, subsequent_indent=others, break_on_hyphens=False, break_long_words=False
+    )
+
+
+def _title(key: str) -> str:
+    artefact, _, scale = key.partition("/")
+    name, _, quick = scale.partition(" ")
+    return (
+        f"{artefact}, {name} scale{', quick: a few steps show that the path works, not how it ends' if quick else ''}"
+    )
+
+
+def _counts(claims: Sequence[Claim]) -> str:
     verdicts = Counter(claim.verdict for claim in claims)
     counted = [(verdicts[verdict], words) for verdict, *words in _COUNTED if verdicts[verdict]]
     counts = ", ".join(f"{number} {words[number > 1]}" for number, words in counted)
-    return f"{head}\n\n{table}\n\nOf {len(claims)} statements: {counts}.\n"
+    return f"Of {len(claims)} statements: {counts}."

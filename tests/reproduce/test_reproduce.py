@@ -18,7 +18,7 @@ from megatron_lion.reproduce import artefacts as plans
 from megatron_lion.reproduce import node_marks
 from megatron_lion.reproduce.artefacts import ARTEFACTS, Plan, build_plan
 from megatron_lion.reproduce.claim import Claim
-from megatron_lion.reproduce.claims import as_markdown, claims_of
+from megatron_lion.reproduce.claims import as_markdown, as_text, claims_of
 from megatron_lion.reproduce.recipes import Recipe
 from megatron_lion.reproduce.run_verbs import run_plan
 from megatron_lion.reproduce.sources import Sources
@@ -208,6 +208,24 @@ def test_table_b1_at_full_scale_is_judged_by_its_tolerance(tmp_path: Path) -> No
     one = [next(claim for claim in claims if claim.holds is holds) for claims, holds in ((exact, True), (above, False))]
     assert as_markdown("toy/tiny", one).endswith("\nOf 2 statements: 1 holds here, 1 does not hold here.\n")
     assert as_markdown("toy/tiny", [*one, *one]).endswith("\nOf 4 statements: 2 hold here, 2 do not hold here.\n")
+
+
+def test_a_terminal_of_80_columns_shows_every_part_of_a_claim() -> None:
+    first = Claim(what="LION below SGD " * 8, paper="3.1 3.2", ours="4 5 " * 30, tolerance="> 0.08", holds=True,
+                  convention="windows of 128, " * 9)  # fmt: skip
+    second = Claim(what="another", paper="no value", ours="7", convention=first.convention, source="–")
+    third = Claim(what="a third", paper="8", ours="9", convention="per word", is_resolved=False)
+    text = as_text("table-b1/tiny (quick)", [first, second, third])
+    assert " ".join(text.split()).startswith("table-b1, tiny scale, quick: a few steps show that the path works, not")
+    assert max(map(len, text.splitlines())) < 80
+    words = " ".join(text.split())
+    for claim in (first, second, third):
+        assert f"{claim.verdict}: {claim.what.strip()} paper {claim.paper}" in words
+        assert claim.ours.strip() in words
+    assert "(tolerance: > 0.08) [1] not comparable: another paper no value ours 7 [1] not resolved: a third" in words
+    assert words.count("windows of 128") == 9, "one convention is printed once"
+    assert "paper 8 (arXiv 2411.07724) ours 9 [2]" in words
+    assert words.endswith("statements: 1 holds here, 1 is not resolved by these measurements, 1 is not comparable.")
 
 
 def add_bounds(folder: Path, low: float, high: float, error: float = 0.001, at: dict[int, float] | None = None) -> None:
