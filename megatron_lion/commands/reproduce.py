@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_lion.streams import say
+from megatron_lion.streams import next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -218,3 +218,4 @@ def _report(plans: list[Any], sources: Any) -> None:
         f"\nwritten: {output}/reproduction.md, reproduction.json"
         + "".join(f", {folder}/report.html" for folder in folders)
     )
+    next_steps(*(f"open {Path(folder, 'report.html').resolve().as_uri()} in a browser" for folder in folders))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.streams import next_steps
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -66,6 +68,8 @@ def run(args: Any) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print_markdown(text + "\n")
+    if args.runs:
+        next_steps(["megatron-lion", "compare", *map(str, args.runs)])
 
 
 def _flag(name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_lion.streams import next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -77,12 +78,16 @@ def run(args: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "toy.md", text.encode())
     write_whole(folder / "toy.csv", curves_csv(results).encode())
+    figures: list[str] = []
     if not args.no_figures:
         from megatron_lion.toy.toy_figures import plot_inequality, plot_paths, plot_theorem
 
         plot_inequality(results, folder / "toy_inequality.png", with_reference=has_reference(settings))
         plot_paths(settings, folder / "toy_paths.png")
+        figures = ["toy_inequality.png", "toy_paths.png"]
         if any(points.values()):
             plot_theorem({e: p for e, p in points.items() if p}, folder / "toy_theorem.png")
+            figures.append("toy_theorem.png")
     print_markdown(text)
-    sys.stdout.write(f"\nWritten to {folder}\n")
+    say(f"\nwritten: {', '.join([str(folder / 'toy.md'), 'toy.csv', *figures])}")
+    next_steps(["megatron-lion", "reproduce", "toy", "--output", "reproduction"])

@@ -57,6 +57,22 @@ def test_compare_ends_with_its_report_and_leaves_stdout_to_the_tables(
     assert capsys.readouterr().out == quiet.out
 
 
+def test_theory_and_toy_end_with_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, toy = write_run(tmp_path / "a run"), tmp_path / "toy"
+    small = ["--steps", "20", "--starts", "1", "--repeats", "1", "--output", str(toy)]
+    for words, expected in ((["theory", str(run)], "compare"), (["toy", *small], "reproduce")):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        assert main(words) == 0
+        program, verb, *others = shlex.split(sys.stderr.getvalue().rpartition("next: ")[2])
+        assert (program, verb) == ("megatron-lion", expected)
+        parse(build_parser(verb, verb_module(verb)), others)
+        assert "next: " not in capsys.readouterr().out
+    written = sys.stderr.getvalue().partition("written: ")[2].splitlines()[0].split(", ")
+    assert {toy / name for name in written} == set(toy.iterdir())
+
+
 def test_a_new_command_follows_prepare_and_pretrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is parsed by the verb that it names."""
     data, run = tmp_path / "my data", tmp_path / "my run"
