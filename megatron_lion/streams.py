@@ -7,8 +7,8 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 
@@ -108,6 +108,30 @@ def stderr_is_terminal() -> bool:
     cells, and a bar would then leave a line of control characters for each of its states.
     """
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
+@contextmanager
+def busy(text: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """Shows a text with a spinner on stderr while the block runs, if `shown` and if stderr is a terminal.
+
+    It is for work of several seconds whose length is not known, such as the imports of torch and a model's load. Results
+    are written after the block.
+
+    Yields:
+        A function that replaces the text.
+    """
+    if not (shown and stderr_is_terminal()):
+        yield lambda text: None
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.spinner import Spinner
+    from rich.text import Text
+
+    spinner = Spinner("dots", Text(text))
+    # Without rich would move what is written to stdout to stderr, also if stdout is a file.
+    with Live(spinner, console=Console(stderr=True), transient=True, redirect_stdout=False, refresh_per_second=8):
+        yield lambda text: spinner.update(text=Text(text))
 
 
 def next_steps(*commands: Sequence[str] | str) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lion.streams import next_steps
+from megatron_lion.streams import busy, next_steps
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -69,15 +69,16 @@ def run(args: Any) -> None:
         raise ConfigError("export runs on one process: start it without a launcher")
     folder, step_word = split_target(Path(args.target), args.step)
     check_architecture(args.architecture, read_config(folder).model.kind)
-    from megatron_lion.evaluate.open_run import open_run
-    from megatron_lion.interop.hf_export import export_checkpoint
+    with busy(f"reading {folder}, checking what is written" if args.check else f"reading {folder}"):
+        from megatron_lion.evaluate.open_run import open_run
+        from megatron_lion.interop.hf_export import export_checkpoint
 
-    with open_run(folder, device=args.device, precision="fp32", tokenizer=args.tokenizer) as model:
-        step = choose_step(step_word, model.steps)
-        dtype = None if args.dtype == "stored" else args.dtype
-        done = export_checkpoint(
-            model, step, Path(args.output), dtype=dtype, overwrite=args.overwrite, check=args.check
-        )
+        with open_run(folder, device=args.device, precision="fp32", tokenizer=args.tokenizer) as model:
+            step = choose_step(step_word, model.steps)
+            dtype = None if args.dtype == "stored" else args.dtype
+            done = export_checkpoint(
+                model, step, Path(args.output), dtype=dtype, overwrite=args.overwrite, check=args.check
+            )
     checked = (
         f"transformers computes the same logits (relative difference {done.logit_difference:.1e})"
         if done.logit_difference is not None

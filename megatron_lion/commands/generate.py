@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lion.streams import next_steps, say
+from megatron_lion.streams import busy, next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -62,7 +63,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Prints each continuation with its prompt as a paragraph."""
     from megatron_lion.errors import ConfigError
-    from megatron_lion.evaluate.open_target import open_model, split_target
+    from megatron_lion.evaluate.open_target import split_target
+    from megatron_lion.jobs import rank_from_env
+    from megatron_lion.runs.paths import has_config
 
     rules = (
         ("--count", args.count, args.count >= 1, "at least 1"),
@@ -76,8 +79,20 @@ def run(args: Any) -> None:
         if not ok:
             raise ConfigError(f"{flag} {given}: must be {expected}")
     folder, step = split_target(Path(args.target), args.step)
+    with busy(f"opening {folder}", shown=rank_from_env() == 0) as report:
+        texts = _continuations(args, folder, step, report)
+    if rank_from_env() == 0:
+        for text in texts:
+            sys.stdout.write(f"{args.prompt or ''}{text}".rstrip() + "\n\n")
+        evaluation = ["megatron-lion", "evaluate", args.target, "--text", "FILE"]
+        export = ["megatron-lion", "export", args.target, "--output", "FOLDER"]
+        next_steps(evaluation, *([export] if has_config(folder) else []))
+
+
+def _continuations(args: Any, folder: Path, step: str, report: Callable[[str], None]) -> list[str]:
+    """Returns the text of each continuation without its prompt; `report` is called with the progress."""
+    from megatron_lion.evaluate.open_target import open_model
     from megatron_lion.evaluate.text_sampling import SamplingSettings, sample, token_ids
-    from megatron_lion.runs.paths import has_config
     from megatron_lion.runs.steps import choose_step
 
     with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
@@ -100,10 +115,6 @@ def run(args: Any) -> None:
             end_id=end_id,
             allowed=token_ids(tokenizer),
             device=scorer.device,
+            on_token=lambda number: report(f"{number} of {args.max_new_tokens} tokens"),
         )
-        if model.rank == 0:
-            for line in lines:
-                sys.stdout.write(f"{args.prompt or ''}{tokenizer.decode(line)}".rstrip() + "\n\n")
-            evaluation = ["megatron-lion", "evaluate", args.target, "--text", "FILE"]
-            export = ["megatron-lion", "export", args.target, "--output", "FOLDER"]
-            next_steps(evaluation, *([export] if has_config(folder) else []))
+        return [tokenizer.decode(line) for line in lines]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lion.streams import next_steps, say
+from megatron_lion.streams import busy, next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -66,9 +66,10 @@ def run(args: Any) -> None:
             )
         config = replace(config, run_dir=args.output)
     check_config(replace(config, parallel=ParallelConfig()), 1)  # the layout is chosen by the later training job
-    from megatron_lion.interop.hf_import import import_folder
+    with busy(f"reading {source}"):
+        from megatron_lion.interop.hf_import import import_folder
 
-    done = import_folder(source, config, tokenizer=args.tokenizer, check=args.check)
+        done = import_folder(source, config, tokenizer=args.tokenizer, check=args.check)
     model = done.model
     for name in (field.name for field in fields(ModelConfig)):
         given, found = getattr(config.model, name), getattr(model, name)

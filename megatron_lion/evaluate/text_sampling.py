@@ -41,6 +41,7 @@ def sample(
     end_id: int | None,
     allowed: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
+    on_token: Callable[[int], None] = lambda number: None,
 ) -> list[list[int]]:
     """Continues a prompt `count` times.
 
@@ -56,6 +57,7 @@ def sample(
         allowed: ids to draw from, see `token_ids`. None allows every row of the output layer, including rows that
             belong to no token.
         device: the device of the model.
+        on_token: called before each forward pass with the number of tokens that every continuation has by then.
 
     Returns:
         The new tokens of each continuation.
@@ -66,7 +68,8 @@ def sample(
     running_B = torch.ones(count, dtype=torch.bool)
     added: list[list[int]] = [[] for _ in range(count)]
     allowed_V = None if allowed is None else torch.tensor(list(allowed))
-    for _ in range(settings.max_new_tokens):
+    for number in range(settings.max_new_tokens):
+        on_token(number)
         logits_BV = logits(tokens_BS[:, -seq_length:].to(device), 1)[:, -1].double().cpu()
         if allowed_V is not None:
             logits_BV = torch.full_like(logits_BV, float("-inf")).index_copy_(1, allowed_V, logits_BV[:, allowed_V])

@@ -15,6 +15,7 @@ from tiny import tiny_config
 
 from megatron_lion.commands import evaluate, probe
 from megatron_lion.prepare.progress import ConsoleProgress
+from megatron_lion.streams import busy
 from megatron_lion.train.console import TrainProgress
 
 BAR = """
@@ -38,6 +39,8 @@ def show_all(tmp_path: Path) -> None:
     evaluate._evaluate(SimpleNamespace(rank=0), tmp_path, [], [], SimpleNamespace(batch_size=1, watch=False))
     with probe._Progress(shown=True):
         pass
+    with busy("opening a folder") as report:
+        report("1 of 2 tokens")
     with TrainProgress(tiny_config(tmp_path, "data"), start=0, shown=True):
         pass
 
@@ -50,10 +53,12 @@ def test_no_control_characters_in_a_pipe(
     assert "\x1b" not in capfd.readouterr().err
 
 
-def test_a_terminal_shows_the_bar_and_messages_above_it() -> None:
+def in_terminal(code: str) -> tuple[bytes, bytes]:
+    """What a program writes to stderr, a terminal of 80 columns, and to stdout, a pipe."""
     main, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-    with subprocess.Popen([sys.executable, "-c", BAR], stderr=terminal, env=environment) as process:
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env=environment) as process:
         os.close(terminal)
         shown = b""
         while True:
@@ -64,8 +69,15 @@ def test_a_terminal_shows_the_bar_and_messages_above_it() -> None:
             if not piece:
                 break
             shown += piece
+        assert process.stdout is not None
+        piped = process.stdout.read()
     os.close(main)
     assert process.returncode == 0
+    return shown, piped
+
+
+def test_a_terminal_shows_the_bar_and_messages_above_it() -> None:
+    shown, _ = in_terminal(BAR)
     assert b"reading" in shown
     assert b"\x1b[?25l" in shown
     for message in (b"a note of the package", b"a warning of another package"):
@@ -73,3 +85,23 @@ def test_a_terminal_shows_the_bar_and_messages_above_it() -> None:
         assert re.search(rb"(\n|\x1b\[2K)" + message + rb"\r?\n", shown), shown
         assert shown.count(message) == 1
     assert b"after the block" not in shown
+
+
+BUSY = """
+import sys
+from megatron_lion.streams import busy
+with busy("opening [bold]a folder") as report:
+    report("3 of 40 tokens")
+    sys.stdout.write("a result")
+with busy("of another process", shown=False) as report:
+    report("its text")
+"""
+
+
+def test_a_terminal_shows_that_a_verb_is_busy_and_stdout_has_results_alone() -> None:
+    shown, piped = in_terminal(BUSY)
+    assert b"opening [bold]a folder" in shown, "a name is no markup"
+    assert b"3 of 40 tokens" in shown
+    assert shown.endswith(b"\x1b[1A\x1b[2K"), "the line is removed"
+    assert b"another process" not in shown
+    assert piped == b"a result"
