@@ -1,4 +1,4 @@
-# make demo    the whole path on a small corpus, two processes, about five minutes
+# make demo    the whole path on a small corpus, two processes, five to ten minutes
 # make test    the tests except the slow ones, at most 15 minutes on two cores (make check adds lint and types)
 # make docs    the documentation site in site/; make notebooks runs examples/ and stores the outputs
 # make test-ci the slow tests; make test-full injects every fault and writes docs/scorecard.md (about 90 minutes)
@@ -26,9 +26,10 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt launch/find-python.sh
 	@set -e; python=$$(sh launch/find-python.sh); \
 	test -x $(PY) || { echo "making $(VENV) with $$python"; "$$python" -m venv $(VENV); }
-	@echo "installing the pinned packages (torch is large: a few minutes the first time)"
+	@echo "installing the pinned packages (torch is large: a few minutes the first time, without output)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRA)]'
 	@touch $(STAMP)
+	@echo "done; next: source $(VENV)/bin/activate, then megatron-lion --help; or make demo"
 
 demo: $(STAMP)
 	@$(PY) -m megatron_lion demo --output $(DEMO)

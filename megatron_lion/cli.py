@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+import textwrap
 from contextlib import nullcontext
 from traceback import print_exc
 from typing import Any
@@ -29,17 +30,27 @@ PRINTING_FLAGS = (
 )  # fmt: skip
 """With such a verb or flag the command's result is what it prints; elsewhere the result is in files."""
 
-USAGE = """usage: megatron-lion VERB [options]          (the same as: python -m megatron_lion VERB)
+OTHER_VERBS = {"train": "pretrain", "eval": "evaluate", "report": "compare", "plot": "compare", "sample": "generate",
+               "serve": "watch", "tokenize": "prepare", "convert": "export"}  # fmt: skip
+"""What other programs call a verb."""
+
+USAGE = """usage: megatron-lion VERB [options]      (or: python -m megatron_lion VERB …)
 
 {verbs}
 
-`megatron-lion VERB --help` lists a verb's options; `megatron-lion --traceback VERB …` prints the traceback of an error.
+`megatron-lion VERB --help` lists a verb's options.
+`megatron-lion --traceback VERB …` prints the traceback of an error.
 """
 
 
 def usage() -> str:
     """Returns the text of --help without a verb."""
-    return USAGE.format(verbs="\n".join(f"  {verb:10}{text}" for verb, text in VERBS.items()))
+    width = max(map(len, VERBS)) + 4
+    lines = [
+        textwrap.fill(text, 79, initial_indent=f"  {verb}".ljust(width), subsequent_indent=" " * width)
+        for verb, text in VERBS.items()
+    ]
+    return USAGE.format(verbs="\n".join(lines))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,7 +96,7 @@ def _run_verb(words: list[str]) -> int:
     if verb not in VERBS:
         import difflib
 
-        close = difflib.get_close_matches(verb, VERBS, n=1)
+        close = [OTHER_VERBS[verb]] if verb in OTHER_VERBS else difflib.get_close_matches(verb, VERBS, n=1)
         raise ConfigError(
             f"no verb '{verb}'{f'; did you mean {close[0]}?' if close else ''} (verbs: {', '.join(VERBS)})"
         )

@@ -53,6 +53,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
         for key in keys:
             value = getattr(getattr(config, section), key)
             need(value >= 0, f"{section}.{key}", value, "an integer of at least 0 (0 disables it)")
+    need(0 <= config.seed < 2**63, "seed", config.seed, "an integer from 0 to 2^63 - 1")
     need(
         model.num_attention_heads >= 1 and model.hidden_size % max(1, model.num_attention_heads) == 0,
         "model.num_attention_heads",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 FOREIGN = {
@@ -14,6 +15,9 @@ FOREIGN = {
     "per_device_train_batch_size": "train.micro_batch_size",
     "device_batch_size": "train.micro_batch_size",
     "max_steps": "train.steps",
+    "epochs": "train.steps",
+    "num_epochs": "train.steps",
+    "num_train_epochs": "train.steps",
     "num_steps": "train.steps",
     "num_iterations": "train.steps",
     "output_dir": "run_dir",
@@ -67,6 +71,12 @@ FOREIGN = {
     "min_learning_rate": "schedule.min_lr",
     "num_hidden_layers": "model.num_layers",
     "intermediate_size": "model.ffn_hidden_size",
+    # transformers' generate
+    "max_length": "max-new-tokens",
+    "max_tokens": "max-new-tokens",
+    "max_new": "max-new-tokens",
+    "num_return_sequences": "count",
+    "num_samples": "count",
     # Megatron-LM
     "train_iters": "train.steps",
     "data_path": "data.path",
@@ -89,6 +99,19 @@ FOREIGN = {
 }
 """Names of other programs, in lower case with underscores, and this project's setting of the same meaning. A flag that is
 no setting is written in words."""
+
+
+_NAMES = {"optimizer": "optimizer.name", "model": "model.kind", "schedule": "schedule.kind", "data": "data.path"}
+"""The setting that says which one it is, of each group that a user may give such a value."""
+
+NO_DATA = (
+    "data.path: no dataset given; `megatron-lion pretrain --text FILE` trains on a text; or make a dataset with "
+    "`megatron-lion prepare` and pass --data.path '[FOLDER]'"
+)
+"""The error of a training without data."""
+
+TEXT_ENDINGS = (".txt", ".jsonl", ".gz", ".zst", ".bz2", ".xz", ".parquet", ".arrow")
+"""Endings of files that are texts or data, and that somebody may give in place of a config."""
 
 
 def suggest(name: str, known: Sequence[str]) -> str | None:
@@ -117,6 +140,42 @@ def suggest(name: str, known: Sequence[str]) -> str | None:
         return same[0]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return close[0] if close and close[0] != name else None
+
+
+def other_words(text: str, known: Sequence[str]) -> str | None:
+    """Returns a parser's message in words that name what to type, or None if it is none of those that are known.
+
+    Args:
+        text: the message, in one line.
+        known: the parser's flags without dashes.
+
+    Example:
+        >>> other_words("the following arguments are required: target, output", ["output"])
+        'missing: TARGET, --output; --help explains them'
+        >>> other_words("optimizer: Unable to load config 'adamw' - more words", [])
+        "optimizer: 'adamw' is no file with settings of this group (did you mean --optimizer.name adamw?)"
+        >>> other_words("optimizer.name: expected one of 'lion', 'sgd', given Lion", [])
+        "optimizer.name: expected one of 'lion', 'sgd', given Lion (did you mean lion?)"
+    """
+    required = re.match(r"the following arguments are required: (.*)$", text)
+    if required:
+        names = [name.strip() for name in required[1].split(",")]
+        shown = ", ".join(f"--{name}" if name in known else name.upper() for name in names)
+        return f"missing: {shown}; --help explains {'them' if len(names) > 1 else 'it'}"
+    group = re.match(r"(\w+): Unable to load config '([^']*)'", text)
+    if group:
+        key = _NAMES.get(group[1])
+        meant = f" (did you mean --{key} {group[2]}?)" if key else ""
+        return f"{group[1]}: {group[2]!r} is no file with settings of this group{meant}"
+    pair = re.match(r"([\w.]+): expected tuple\[float, float\].*given [(\[]?([\d.e-]+)[, ]+([\d.e-]+)[)\]]?$", text)
+    if pair:
+        return f"{text}; write --{pair[1]} '[{pair[2]}, {pair[3]}]'"
+    choice = re.search(r"expected one of ('.*'), given (\S+)$", text)
+    if choice:
+        names = re.findall(r"'([^']*)'", choice[1])
+        close = difflib.get_close_matches(choice[2].lower(), names, n=1, cutoff=0.6)
+        return f"{text} (did you mean {close[0]}?)" if close else None
+    return None
 
 
 def hint(name: str, known: Iterable[str], dashes: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 from argparse import Action
 from collections.abc import Sequence
 from functools import cache
@@ -16,11 +17,11 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from megatron_lion.config import RunConfig
-from megatron_lion.config_hints import hint
+from megatron_lion.config_hints import TEXT_ENDINGS, hint, other_words
 from megatron_lion.errors import ConfigError
 from megatron_lion.files import write_whole
 from megatron_lion.jobs import rank_from_env
-from megatron_lion.optimizer_switch import switched
+from megatron_lion.optimizer_switch import switched, unused
 from megatron_lion.shipped import config_file, shipped_configs, shipped_name
 from megatron_lion.streams import say
 
@@ -144,8 +145,10 @@ def run_config_from_namespace(parser: ArgumentParser, namespace: Any) -> RunConf
     words = list(parser.words) if isinstance(parser, UserParser) else []
     files = [words[place].removeprefix("--config=") for place in config_places(words)]
     names = [re.match(r"--optimizer(?:\.(\w+))?(?:=|$)", word) for word in words]
-    given = {match[1] for match in names if match}
-    if "name" not in given or None in given:  # None: --optimizer with all of the group
+    given = {match[1] or "" for match in names if match}  # "": --optimizer with all of the group
+    if (note := unused(config.optimizer.name, given)) and rank_from_env() == 0:
+        say(note)
+    if "name" not in given or "" in given:
         return config
     before, where = RunConfig(), "the default config"
     if files:
@@ -236,15 +239,29 @@ def check_config_file(path: Path) -> None:
             f"config file {path} does not exist; give a YAML file, or the name of a shipped config: {', '.join(shipped_configs())}"
         ) from error
     except yaml.YAMLError as error:
+        if path.suffix in TEXT_ENDINGS:
+            raise _no_config(path) from error
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}: expected settings as 'key: value'")
+        raise (
+            _no_config(path)
+            if path.suffix in TEXT_ENDINGS
+            else ConfigError(f"{path}: expected settings as 'key: value'")
+        )
     if problems := _key_problems(root, ""):
+        if path.suffix in TEXT_ENDINGS:
+            raise _no_config(path)
         raise ConfigError("\n".join(f"{path}, {problem}" for problem in problems))
+
+
+def _no_config(path: Path) -> ConfigError:
+    return ConfigError(
+        f"{path}: is no config; `megatron-lion pretrain --text {shlex.quote(str(path))}` trains on a text"
+    )
 
 
 def _key_problems(node: yaml.MappingNode, prefix: str) -> list[str]:
@@ -308,7 +325,10 @@ def one_line(message: str, known: Sequence[str] = ()) -> str:
         words = flags[1].split()
         named = [word.partition("=")[0] for word in words if word.startswith("-")]
         if not named:
-            return f"unexpected word{'s' * (len(words) > 1)}: {' '.join(words)}"
+            inputs = f"; inputs are given as --input {' '.join(words)}" if "input" in known else ""
+            return f"unexpected word{'s' * (len(words) > 1)}: {' '.join(words)}{inputs}"
         return f"unknown flag {', '.join(flag + hint(flag.lstrip('-'), known, '--') for flag in named)}"
+    if rewritten := other_words(text, known):
+        return rewritten
     unknown = re.search(r"(?:[Kk]ey|Option) ['\"]?(?:--)?([\w.]+)['\"]?", text)
     return text + hint(unknown[1], known) if unknown else text

@@ -17,6 +17,7 @@ from typing import IO, Any, Self
 
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.signals import STOP_SIGNALS, end_with_parent, handled, signal_name
+from megatron_lion.streams import NO_HINTS
 
 STORE = "MEGATRON_LION_STORE"
 """Variable by which the launcher names the store to its ranks: the path of a file, or `tcp://ADDRESS:PORT/JOB`."""
@@ -189,7 +190,7 @@ class Jobs:
         if self.asked:
             return STOPPED
         # launch/torchrun.sh takes this interpreter: another, such as make's PYTHON, may lack the package.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable}
+        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable, NO_HINTS: "1"}
         self._process = subprocess.Popen(
             command, env=environment, stdout=stdout, start_new_session=True, preexec_fn=end_with_parent()
         )

@@ -60,6 +60,27 @@ def switched(
     )
 
 
+_USERS = {
+    "betas": ("lion", "adamw"),
+    "momentum": ("sgd",),
+    "coupled_weight_decay": ("sgd",),
+    "eps": ("adamw",),
+    "init_exp_avg": ("lion",),
+}
+"""The optimizers that read a setting, if it is not all of them. config_checks.py refuses the others, such as master_weights."""
+
+
+def unused(name: str, given: Collection[str]) -> str:
+    """Returns a note on the settings among those that a command gives that its optimizer does not read, or "".
+
+    Example:
+        >>> unused("lion", ["lr", "eps"])
+        'note: optimizer.eps has no effect with lion'
+    """
+    found = [f"optimizer.{key}" for key in _USERS if key in given and name not in _USERS[key]]
+    return f"note: {' and '.join(found)} {'has' if len(found) == 1 else 'have'} no effect with {name}" if found else ""
+
+
 def _rounded(value: float) -> float:
     # Six digits: 3e-4 x 3 is 0.0008999999999999999 otherwise, in config.yaml and in every table.
     return float(f"{value:.6g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import io
 import os
 import shlex
@@ -10,6 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TextIO
+
+NO_HINTS = "MEGATRON_LION_NO_HINTS"
+"""Variable of a verb that another verb started, such as those of the demo: what follows is up to the other verb."""
 
 
 class Tolerant(io.TextIOWrapper):
@@ -134,6 +138,13 @@ def busy(text: str, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
         yield lambda text: spinner.update(text=Text(text))
 
 
+def load(*modules: str, shown: bool = True) -> None:
+    """Imports modules, with a line that names the wait: torch and megatron-core take seconds, on a busy machine half a minute."""
+    with busy("loading torch and megatron-core", shown=shown):
+        for module in modules:
+            importlib.import_module(module)
+
+
 def next_steps(*commands: Sequence[str] | str) -> None:
     """Writes the commands that usually follow this one to stderr, one a line, ready to paste.
 
@@ -143,7 +154,7 @@ def next_steps(*commands: Sequence[str] | str) -> None:
     Args:
         commands: the words of each command, which are quoted for a shell; or a finished line, such as a line of Python.
     """
-    if not stderr_is_terminal():
+    if not stderr_is_terminal() or os.environ.get(NO_HINTS):
         return
     if sys.stdout is not None and not sys.stdout.closed:
         sys.stdout.flush()  # both may be one terminal, and the hint comes last

@@ -1,4 +1,4 @@
-"""`megatron-lion demo`: from raw text to a comparison of LION, SGD and AdamW in about five minutes."""
+"""`megatron-lion demo`: from raw text to a comparison of LION, SGD and AdamW in five to ten minutes."""
 
 from __future__ import annotations
 
@@ -179,9 +179,7 @@ class _Demo:
         sys.stdout.write(f"\ndone in {minutes:.1f} minutes\n\n{headline_table(runs)}\n\n{text}\n\n{following}\n")
 
     def show_text(self, folder: Path) -> None:
-        self.say(
-            f"generating three texts with {OPTIMIZER_NAMES[folder.name]}'s last checkpoint, after about a minute of training"
-        )
+        self.say(f"generating three texts with {OPTIMIZER_NAMES[folder.name]}'s last checkpoint")
         self.verb("generate", str(folder), "--prompt", "Return the", "--max-new-tokens", "24", "--temperature", "0.7")
 
     def say(self, text: str) -> None:

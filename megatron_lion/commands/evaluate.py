@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_lion.commands.spot_checks import spot_checks
 from megatron_lion.runs.paths import evaluations_folder
-from megatron_lion.streams import next_steps, say, stderr_is_terminal
+from megatron_lion.streams import load, next_steps, say, stderr_is_terminal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -126,19 +127,24 @@ def run(args: Any) -> None:
     """Measures, writes TARGET/eval/*.json and prints a table with one line for each result."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import open_model, split_target
+    from megatron_lion.evaluate.wikitext import check_is_file
+    from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.paths import has_config
     from megatron_lion.signals import stop_raises
 
     folder, steps = split_target(Path(args.target), args.steps)
     _check_flags(args)
     if args.fill_mask or args.sentence_order:
-        _spot_checks(folder, steps, args)
+        spot_checks(folder, steps, args)
         return
     if not (args.wikitext103 or args.text or args.lambada):
         if args.explain is None:
             raise ConfigError("nothing to evaluate on: give --wikitext103 FILE, --text FILE or --lambada FILE")
         sys.stdout.write(_explain(args.explain, folder) + "\n")
         return
+    for path in filter(None, [args.wikitext103, *args.text, args.lambada]):
+        check_is_file(path)
+    load("megatron_lion.evaluate.open_run", shown=rank_from_env() == 0)
     stopped = "stopped; finished results are kept; the same command measures the others"
     with (
         stop_raises(stopped),
@@ -187,33 +193,6 @@ def _check_flags(args: Any) -> None:
         )
     if args.max_tokens is not None and given == ["--lambada"]:
         raise ConfigError(f"--max-tokens {args.max_tokens}: applies to --wikitext103 and --text, not to --lambada")
-
-
-def _spot_checks(folder: Path, steps: str, args: Any) -> None:
-    """Prints the predictions of --fill-mask and --sentence-order at each chosen step."""
-    from megatron_lion.errors import ConfigError
-    from megatron_lion.evaluate.bert_cloze import fill_mask, order_probability
-    from megatron_lion.evaluate.open_run import open_run
-    from megatron_lion.runs.folder import read_config
-    from megatron_lion.runs.steps import choose_steps
-
-    kind = read_config(folder).model.kind
-    if kind != "bert":
-        raise ConfigError(f"--fill-mask and --sentence-order: {folder} is a {kind} run; give a BERT run")
-    with open_run(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
-        for step in choose_steps(steps, model.steps):
-            model.load(step)
-            lines = [f"step {step}"]
-            for text in args.fill_mask:
-                lines.append(f"  {text}")
-                for place, guesses in enumerate(fill_mask(model, text), 1):
-                    shown = "  ".join(f"{guess.token} {guess.probability:.2g}" for guess in guesses)
-                    lines.append(f"    [MASK] {place}: {shown}")
-            if args.sentence_order:
-                first, second = args.sentence_order
-                lines.append(f"  {first!r} before {second!r}: {order_probability(model, first, second):.3f}")
-            if model.rank == 0:
-                sys.stdout.write("\n".join(lines) + "\n")
 
 
 def _tasks(model: Any, args: Any) -> list[Task]:

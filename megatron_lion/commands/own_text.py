@@ -5,16 +5,19 @@ The same command resumes. It finds the tokenizer and the dataset, and checks tha
 
 from __future__ import annotations
 
+import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_lion.config import RunConfig
+from megatron_lion.config import ModelConfig, RunConfig
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.jobs import shell_line
 from megatron_lion.prepare.find_files import InputFile, find_inputs
+from megatron_lion.prepare.splits import auto_split
 from megatron_lion.shipped import config_file
 from megatron_lion.streams import say
 
@@ -23,9 +26,12 @@ MIN_BYTES = 10_000
 """A smaller text is refused: nothing can be learnt from it, and its held-out parts are shorter than one sample."""
 
 _TASKS: dict[str, Literal["gpt", "bert"]] = {"gpt2": "gpt", "bert": "bert"}
-_MANY_FILES, _HEAD_BYTES = 100, 4096
+_MANY_FILES, _HEAD_BYTES, _CHECKED_BYTES = 100, 4096, 1 << 20
 _PASSES, _MIN_STEPS, _MAX_STEPS, _BATCH, _SEQ_LENGTH = 10, 300, 4000, 8, 128
-_TRAIN_SHARE, _BYTES_PER_TOKEN = 0.9, 3.3  # of English with the vocabulary that `vocab_size` chooses
+_ENOUGH_STEPS = 200
+"""A shorter run has a shorter warm-up than the 20 steps of the config, a tenth of its steps."""
+_BYTES_PER_TOKEN = {512: 2.1, 1024: 2.6, 2048: 3.3, 4096: 3.5, 8192: 4.0}
+"""Of English, by size of the vocabulary; measured on Wikipedia articles and a novel."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class OwnText:
     @property
     def train_tokens(self) -> float:
         """Estimate of the number of training tokens."""
-        return _TRAIN_SHARE * self.text_bytes / _BYTES_PER_TOKEN
+        return auto_split(self.text_bytes)[0] / 100 * self.text_bytes / _BYTES_PER_TOKEN[self.vocab_size]
 
     @property
     def divide_documents(self) -> Any:
@@ -76,9 +82,12 @@ def open_text(inputs: Sequence[str], world_size: int) -> OwnText:
     files = find_inputs(inputs)
     text_bytes = total_text_bytes(files, ReadOptions())
     if text_bytes < MIN_BYTES:
+        field = "" if files[0].format == "txt" else "; text is read from the field or column 'text' of each row"
         raise DataError(
-            f"--text: {text_bytes:,} bytes of text are too few to train on; give at least {MIN_BYTES:,}, better 1,000,000"
+            f"--text {files[0].path}: {text_bytes:,} bytes of text are too few to train on; give at least {MIN_BYTES:,}, better "
+            f"1,000,000{field}"
         )
+    _check_encoding(files)
     text = OwnText(inputs, files, text_bytes)
     if world_size > 1:
         train, prepare = _commands(text)
@@ -87,6 +96,38 @@ def open_text(inputs: Sequence[str], world_size: int) -> OwnText:
             "--data.path data/my instead of --text"
         )
     return text
+
+
+def _check_encoding(files: Sequence[Any]) -> None:
+    """Reads the beginning of each plain text, because the preparation would find a wrong encoding after minutes.
+
+    Raises:
+        DataError: the beginning is not UTF-8.
+    """
+    from megatron_lion.prepare.inputs import opened
+
+    for file in files:
+        if file.format != "txt":
+            continue
+        with opened(file) as (stream, _):
+            beginning = stream.read(_CHECKED_BYTES)
+        try:
+            codecs.getincrementaldecoder("utf-8")().decode(beginning)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{file.path}: not UTF-8 at byte {error.start + 1}; iconv -f LATIN1 -t UTF-8 FILE > NEW.txt converts a text from "
+                "another encoding"
+            ) from None
+
+
+def config_note(config: RunConfig) -> str | None:
+    """Returns a note if the config of a text has no settings of the model, which then is the large one of the defaults."""
+    if replace(config.model, vocab_size=None) != ModelConfig():
+        return None
+    return (
+        f"note: the config has no model settings, so the model is {config.label} with {config.train.global_batch_size} samples a "
+        f"step; for a small one, add the lines of `megatron-lion configs show {DEFAULT_CONFIG}`, or give flags instead of the config"
+    )
 
 
 def default_words(text: OwnText, words: Sequence[str]) -> list[str]:
@@ -101,20 +142,31 @@ def default_words(text: OwnText, words: Sequence[str]) -> list[str]:
     """
     if any(word == "--config" or word.startswith("--config=") for word in words):
         return list(words)
-    settings = {"run_dir": f"runs/{_stem(text)}", "name": "gpt2-own-text", **_settings(text)}
+    settings = {"run_dir": f"runs/{_stem(text)}", "name": "gpt2-own-text", **_settings(text, words)}
     added = [word for key, value in settings.items() for word in (f"--{key}", value)]
     return ["--config", str(config_file(DEFAULT_CONFIG)), *added, *words]
 
 
-def _settings(text: OwnText) -> dict[str, str]:
+def _settings(text: OwnText, words: Sequence[str]) -> dict[str, str]:
     tokens = text.train_tokens
     steps = round(_PASSES * tokens / (_BATCH * _SEQ_LENGTH) / 100) * 100
     steps = min(max(steps, _MIN_STEPS), _MAX_STEPS)
     every = str(steps // 10)
+    short = _short_warmup(words)
     return {
         "train.steps": str(steps), "train.global_batch_size": str(_BATCH), "train.micro_batch_size": str(_BATCH),
         "train.test_every": every, "checkpoint.every": every, "checkpoint.at_steps": "[]", "probe.every": "0",
+        **({} if short is None else {"schedule.warmup_steps": str(short)}),
     }  # fmt: skip
+
+
+def _short_warmup(words: Sequence[str]) -> int | None:
+    """Returns the warm-up steps of a run whose --train.steps are too few for those of the config, or None."""
+    parts = [part for word in words for part in word.split("=", 1)]
+    given = [parts[n + 1] for n, part in enumerate(parts[:-1]) if part == "--train.steps"]
+    if not given or not given[-1].isdecimal() or any(part.startswith("--schedule.") for part in parts):
+        return None
+    return max(1, int(given[-1]) // 10) if int(given[-1]) < _ENOUGH_STEPS else None
 
 
 def _stem(text: OwnText) -> str:
@@ -128,7 +180,7 @@ def settings_line(text: OwnText, words: Sequence[str]) -> str | None:
     if default_words(text, words) == list(words):
         return None
     given = {word.partition("=")[0] for word in words}
-    used = [(f"--{key}", value) for key, value in _settings(text).items() if f"--{key}" not in given]
+    used = [(f"--{key}", value) for key, value in _settings(text, words).items() if f"--{key}" not in given]
     return f"settings: {DEFAULT_CONFIG} with {shell_line([word for pair in used for word in pair])}; flags and --config replace them"
 
 
@@ -152,7 +204,9 @@ def with_data(config: RunConfig) -> RunConfig:
         ConfigError: the config has a data.path already.
     """
     if config.data.path:
-        raise ConfigError(f"--text and data.path {', '.join(config.data.path)}: give one of them")
+        raise ConfigError(
+            f"--text and data.path {', '.join(config.data.path)}: give one of them; remove --text if the dataset is that of the text"
+        )
     return replace(config, data=replace(config.data, path=[str(data_folder(config))]))
 
 
@@ -285,3 +339,20 @@ def _commands(text: OwnText) -> tuple[str, str]:
     if text.divide_documents != "auto":
         prepare += ["--divide-documents", text.divide_documents]
     return shell_line(["megatron-lion", *train]), shell_line(["megatron-lion", *prepare])
+
+
+@contextmanager
+def advice_for_texts() -> Iterator[None]:
+    """Replaces the advice of an error that names a flag of `prepare`, because `pretrain --text` does not have it."""
+    from megatron_lion.errors import DataError
+    from megatron_lion.prepare.find_files import FORMAT_ADVICE
+    from megatron_lion.prepare.pieces import SKIP_ADVICE
+
+    skip = re.escape(SKIP_ADVICE).replace(re.escape("{unit}"), r"\w+")
+    try:
+        yield
+    except DataError as error:
+        text = str(error).replace(FORMAT_ADVICE, "; rename it if it is one of these")
+        encoding = "; iconv -f LATIN1 -t UTF-8 FILE > NEW.txt converts a file from another encoding"
+        error.args = (re.sub(skip, encoding if "UTF-8" in text else "", text),)
+        raise

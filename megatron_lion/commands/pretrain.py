@@ -8,10 +8,13 @@ from typing import Any
 
 from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
+from megatron_lion.config_hints import NO_DATA
 from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
+from megatron_lion.data.corpora import check_paths
 from megatron_lion.errors import ConfigError
 from megatron_lion.jobs import rank_from_env, world_size_from_env
-from megatron_lion.streams import next_steps, say
+from megatron_lion.runs.folder import check_settings
+from megatron_lion.streams import load, next_steps, say
 
 HELP = (
     "Pretrain GPT-2 or BERT. The same command resumes from the newest checkpoint. megatron-lion starts one process; for N processes "
@@ -68,7 +71,8 @@ def _run_on_text(args: Any) -> None:
     """Prepares the text of --text if it is not prepared, and trains on it."""
     from megatron_lion.commands import own_text
 
-    text = own_text.open_text(args.text, world_size_from_env())
+    with own_text.advice_for_texts():
+        text = own_text.open_text(args.text, world_size_from_env())
     words = list(args.parser.words)
     settings = own_text.settings_line(text, words)
     parser = args.parser
@@ -79,16 +83,27 @@ def _run_on_text(args: Any) -> None:
     prepared = own_text.is_prepared(config, text, fresh=args.fresh)
     if args.dry_run and not args.print_config:
         sys.stdout.write(own_text.preview(config, text, prepared=prepared))
-    if settings is not None and not args.print_config:
-        say(settings)
+    note = settings if settings is not None else own_text.config_note(config)
+    if note is not None and not args.print_config:
+        say(note)
     known = prepared or args.print_config
     shown = with_data if known else own_text.without_data(config, text)
     if _shown(args, shown, data=None if known else own_text.data_preview(config, text)):
         return
     if not prepared:
-        own_text.prepare_text(config, text)
+        check_settings(with_data, may_differ=True)
+        from megatron_lion.device import select_device
+
+        select_device(config.device)  # before minutes of preparation
+        with own_text.advice_for_texts():
+            own_text.prepare_text(config, text)
     _train(args, with_data, hints=False)
     sys.stdout.write(f"samples: {own_text.sample_command(config, text)}\n")
+    if config.model.kind == "gpt2":
+        next_steps(
+            ["megatron-lion", "evaluate", config.run_dir, "--text", "FILE"],
+            ["megatron-lion", "export", config.run_dir, "--output", "FOLDER"],
+        )
 
 
 def _config_of(args: Any) -> RunConfig:
@@ -120,6 +135,8 @@ def _shown(args: Any, config: RunConfig, data: str | None = None) -> bool:
         from megatron_lion.train.dryrun import dry_run
 
         if rank_from_env() == 0:
+            if not args.fresh and data is None:
+                check_settings(config)
             _check_splits(config)
             sys.stdout.write(dry_run(config, world_size_from_env(), data) + "\n")
     return bool(args.print_config or args.dry_run)
@@ -154,6 +171,10 @@ def _losses(config: RunConfig, step: int) -> str:
 
 def _train(args: Any, config: RunConfig, *, hints: bool = True) -> None:
     """Trains, prints how far the run is, and then the next commands if `hints`."""
+    if not config.data.path:
+        raise ConfigError(NO_DATA)
+    check_paths(config.data.path)  # before torch is imported and a run folder is made
+    load("megatron_lion.train.loop", shown=rank_from_env() == 0)
     from megatron_lion.runs.steps import list_steps
     from megatron_lion.train.loop import pretrain
 

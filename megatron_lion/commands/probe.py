@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_lion.streams import next_steps, stderr_is_terminal
+from megatron_lion.streams import load, next_steps, stderr_is_terminal
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -86,6 +86,8 @@ def run(args: Any) -> None:
     from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.steps import choose_steps, list_steps
     from megatron_lion.signals import stop_raises
+
+    load("megatron_lion.train.probe_checkpoints", shown=rank_from_env() == 0)
     from megatron_lion.train.probe_checkpoints import probe_checkpoints, probe_config
 
     run_dir, is_main = Path(args.run_dir), rank_from_env() == 0

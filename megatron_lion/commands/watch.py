@@ -59,6 +59,9 @@ def run(args: Any) -> None:
         return
     server = make_server(args.runs, args.host, args.port, args.every)
     port = server.server_address[1]
+    for run in args.runs:
+        if not Path(run).exists():
+            say(f"note: {run} does not exist yet; the page waits for it")
     say(f"watching {', '.join(args.runs)}; end with Ctrl-C")
     sys.stdout.write(f"http://{'127.0.0.1' if args.host in LOOPBACK else args.host}:{port}/\n")
     sys.stdout.flush()

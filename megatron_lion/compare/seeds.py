@@ -100,7 +100,8 @@ def _notes(model: str, measure: _Measure, groups: _Groups, names: Mapping[_Key, 
         reason = measure.withheld.get(key)
         if lacking:
             seeds = listed([_seed(run) for run in lacking])
-            reason = f"{seeds} {'has' if len(lacking) == 1 else 'have'} no finite value at the step compared"
+            verb = "has" if len(lacking) == 1 else "have"
+            reason = f"{seeds} {verb} no finite value at the step compared (not measured there, or not a number)"
         if reason:
             notes.append(f"{model}, {measure.name}, {names[key]}: {reason}, so no gap to this setting is judged")
         elif all(run.finished for run in groups[key]):

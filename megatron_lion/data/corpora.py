@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import DataConfig, ModelConfig
+from megatron_lion.config_hints import NO_DATA
 from megatron_lion.data.indexed_check import IndexedInfo, check_indexed, rebuild_hint, with_ending
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.data.manifest import SPLITS, Manifest, read_manifest
@@ -70,13 +71,9 @@ def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
         DataError: files are missing, damaged, of another tokenizer, or have ids beyond the vocabulary.
     """
     if not data.path:
-        raise ConfigError(
-            "data.path: no dataset given; make one with `megatron-lion prepare` and pass --data.path '[FOLDER]'"
-        )
+        raise ConfigError(NO_DATA)
     paths = [Path(path) for path in data.path]
-    _check_commas(data.path)
-    for path in paths:
-        _check_there(path)
+    check_paths(data.path)
     folders = [path for path in paths if (path / MANIFEST_NAME).is_file()]
     if folders and len(folders) != len(paths):
         other = next(path for path in paths if path not in folders)
@@ -84,6 +81,18 @@ def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
             f"data.path: {other} has no {MANIFEST_NAME} while {folders[0]} is a prepared dataset folder; give only folders or only prefixes"
         )
     return _open_folders(paths, data, model) if folders else _open_prefixes(paths, data, model)
+
+
+def check_paths(given: Sequence[str]) -> None:
+    """Checks that each path of `data.path` is a dataset folder or the prefix of a .bin/.idx pair; reads nothing.
+
+    Raises:
+        ConfigError: a comma in a path divided it into two.
+        DataError: a path does not exist, or is something else.
+    """
+    _check_commas(given)
+    for path in given:
+        _check_there(Path(path))
 
 
 def _check_commas(paths: Sequence[str]) -> None:
@@ -113,7 +122,7 @@ def _check_there(path: Path) -> None:
     if path.is_file():
         raise DataError(
             f"data.path: {path} is a file; training reads a dataset: make one with `megatron-lion prepare --input {shlex.quote(str(path))} "
-            "--tokenizer PATH --output DIR`, and give DIR"
+            f"--tokenizer PATH --output DIR`, and give DIR; or train on the text itself with --text {shlex.quote(str(path))}"
         )
     if path.is_dir():
         pairs = sorted(one.with_suffix("") for one in path.glob("*.idx"))

@@ -129,6 +129,15 @@ class EvaluationText:
     documents: tuple[str, ...] | None = None
 
 
+def check_is_file(path: str | Path) -> None:
+    """Raises DataError if a text is missing or is a folder."""
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path}: a folder was given; give a UTF-8 text file")
+    if not path.exists():
+        raise DataError(f"{path}: no such text file; give the path of a UTF-8 text")
+
+
 def read_text(path: str | Path, kind: str, json_key: str = "text") -> EvaluationText:
     """Reads a text for evaluation and recognises it by its hash.
 
@@ -146,10 +155,7 @@ def read_text(path: str | Path, kind: str, json_key: str = "text") -> Evaluation
         EnvironmentFault: a package for the format is not installed.
     """
     path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path}: a folder was given; give a UTF-8 text file")
-    if not path.exists():
-        raise DataError(f"{path}: no such text file; give the path of a UTF-8 text")
+    check_is_file(path)
     format, _ = kind_of(path) or ("txt", "")
     documents: tuple[str, ...] | None = None
     if format == "txt":

@@ -56,7 +56,7 @@ def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = No
     model, class_name, note = read_model_config(folder)
     run_dir = Path(config.run_dir)
     if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError(f"run_dir: {run_dir} is not empty; choose another folder for the imported run")
+        raise ConfigError(f"run_dir: {run_dir} is not empty; choose another folder for the imported run with --output")
     stored = StoredWeights(folder, model.kind)
     loaded = load_tokenizer(tokenizer or folder)
     vocab_size = int(model.vocab_size or 0)

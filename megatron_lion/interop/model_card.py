@@ -43,7 +43,7 @@ def model_card(run_dir: Path, config: RunConfig, manifest: dict[str, Any], vocab
         else f"trained from random weights: {step:,} steps of {train.global_batch_size} samples, {tokens:,} tokens, in {train.precision}"
     )
     lines = [
-        "---", "library_name: transformers", f"pipeline_tag: {kind}", "language: en", "license: other",
+        "---", "library_name: transformers", f"pipeline_tag: {kind}", "license: other",
         "license_name: set-by-the-publisher", "---", "",
         f"# {config.label}", "",
         f"{size.num_parameters_unpadded:,} parameters ({config.model.num_layers} layers, width {config.model.hidden_size}, "

@@ -16,7 +16,8 @@ _GROUP_ERRORS = {
     **dict.fromkeys(
         ("implementation", "master_weights", "momentum", "momentum_dtype", "count_steps", "sum_agreement"), _WHOLE
     ),
-    "learning_rate": "its name is lr",
+    **dict.fromkeys(("learning_rate", "lrs"), "its name is lr"),
+    **dict.fromkeys(("wd", "decay", "weight_decy"), "its name is weight_decay"),
     **dict.fromkeys(("beta", "beta1", "beta2"), "needs betas = (β1, β2)"),
 }
 

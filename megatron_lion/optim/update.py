@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair
         The pair (lr / ratio, weight_decay * ratio).
 
     Raises:
-        ValueError: `ratio` is not a finite number above 0.
+        ValueError: `ratio` is not a finite number above 0, or another argument is not one of at least 0.
 
     Example:
         >>> from_adamw(lr=1e-3, weight_decay=0.1, ratio=8)
@@ -72,6 +73,9 @@ def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair
 
     Source: Chen et al., *Symbolic Discovery of Optimization Algorithms*, 2023, section 5.
     """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} = {value!r}: needs a finite number of at least 0")
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"ratio = {ratio}: needs a finite number above 0, usually between 3 and 10")
     return AdamWPair(lr / ratio, weight_decay * ratio)

@@ -79,6 +79,10 @@ class Survey:
         return dict(sorted(sum(self.unread.values(), Counter()).items()))
 
 
+FORMAT_ADVICE = "; or give --format jsonl|txt|parquet|arrow"
+"""The part of a message that names a flag of `prepare`, which `pretrain --text` does not have."""
+
+
 def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[InputFile]:
     """Returns the files that a list of files, folders and glob patterns names; see `survey`."""
     return survey(inputs, format).files
@@ -316,9 +320,7 @@ def input_file(path: Path, format: str = "auto") -> InputFile:
         kind = (format, "" if format in TABLES else COMPRESSIONS.get(path.suffix.lower(), ""))
     if kind is None:
         endings = ", ".join(FORMATS)
-        raise DataError(
-            f"{path}: unknown ending {path.suffix!r}; known: {endings}; or give --format jsonl|txt|parquet|arrow"
-        )
+        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {endings}{FORMAT_ADVICE}")
     try:
         status = path.stat()
     except OSError as error:

@@ -293,6 +293,10 @@ def _table_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
             yield number, reason
 
 
+SKIP_ADVICE = ", or skip such {unit}s with --on-error skip"
+"""The part of a message that names a flag of `prepare`, which `pretrain --text` does not have."""
+
+
 def problem_message(path: Path, line: int, what: str, unit: str = "line") -> str:
     """Returns the message for a bad line: FILE:LINE, the error, and what to do.
 
@@ -303,7 +307,7 @@ def problem_message(path: Path, line: int, what: str, unit: str = "line") -> str
         unit: `Piece.unit` of the piece.
     """
     where = f"{path}:{line}" if unit == "line" else f"{path}: {unit} {line}"
-    return f"{where}: {what}; fix it, or skip such {unit}s with --on-error skip"
+    return f"{where}: {what}; fix it{SKIP_ADVICE.format(unit=unit)}"
 
 
 def read_documents(

@@ -98,7 +98,7 @@ def next_steps(output: Path, config: str, processes: int) -> str:
              "--grid", "optimizer.lr=1e-3,3e-4", "--confirm", "3", "--processes", str(processes),
              "--output", str(output / "sweep")]  # fmt: skip
     commands = {
-        "Compare the best setting of each optimizer on fresh seeds: 10 runs of about a minute": [
+        "Compare the best setting of each optimizer on fresh seeds: 10 runs as long as those above": [
             shown_job("sweep", sweep)
         ],
         "Train on a text of yours, with a tokenizer of its own": [shown_job("pretrain", ["--text", "FILE.txt"])],

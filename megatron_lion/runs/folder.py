@@ -70,18 +70,10 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
     if fresh and saved.is_file():
         with storage_errors(run_dir):
             _move_aside(run_dir)
-    checkpoints = {entry.name for entry in checkpoints_folder(run_dir).glob("*")}
-    # Imported weights (step 0) determine only the model, which is compared with the checkpoint when it is loaded.
-    # The record counts, too: the checkpoints may be on a disk that is not mounted.
-    recorded = recorded_newest(run_dir) not in (None, step_name(0))
-    begun = has_begun(run_dir) or recorded or bool(checkpoints - {LATEST, step_name(0)})
+    checkpoints = _entries(run_dir)
+    begun = _is_trained(run_dir)
     if saved.is_file() and begun:
-        different = differences(load_config(saved), config)
-        blocked = [text for key, text in different if not changeable(key)]
-        if blocked:
-            raise CheckpointError(
-                f"{run_dir}: holds a run with other settings ({'; '.join(blocked)}); use them, another run_dir, or --fresh to start over"
-            )
+        check_settings(config)
     elif not saved.is_file() and any(name.startswith("step_") for name in checkpoints):
         raise CheckpointError(
             f"{run_dir}: holds checkpoints, but its {saved.name} is lost; restore it from a backup, or make it again with the "
@@ -97,6 +89,49 @@ def prepare_run_folder(config: RunConfig, *, fresh: bool) -> None:
     make_folder(log_folder(run_dir))
     for folder in (run_dir, checkpoints_folder(run_dir)):
         remove_leftovers(folder)
+
+
+def _entries(run_dir: Path) -> set[str]:
+    return {entry.name for entry in checkpoints_folder(run_dir).glob("*")}
+
+
+def _is_trained(run_dir: Path) -> bool:
+    """Whether a run has begun to train in the folder."""
+    # Imported weights (step 0) determine only the model, which is compared with the checkpoint when it is loaded.
+    # The record counts, too: the checkpoints may be on a disk that is not mounted.
+    recorded = recorded_newest(run_dir) not in (None, step_name(0))
+    return has_begun(run_dir) or recorded or bool(_entries(run_dir) - {LATEST, step_name(0)})
+
+
+def check_settings(config: RunConfig, *, may_differ: bool = False) -> None:
+    """Checks that a command may use its run_dir, and continue the run in it if there is one. Nothing is written.
+
+    Args:
+        config: the command's settings.
+        may_differ: checks the folder alone, not the settings of a run in it.
+
+    Raises:
+        ConfigError: run_dir is a file.
+        CheckpointError: the run has other settings; the message lists them.
+    """
+    if Path(config.run_dir).is_file():
+        raise ConfigError(f"run_dir: {config.run_dir} is a file; choose a folder")
+    if may_differ:
+        return
+    saved = config_file(Path(config.run_dir))
+    if not saved.is_file() or not _is_trained(saved.parent):
+        return
+    different = differences(load_config(saved), config)
+    blocked = {key: text for key, text in different if not changeable(key)}
+    if blocked:
+        longer = (
+            "; the schedule depends on train.steps, so a run keeps it: to train its weights for longer, export the run and "
+            "import the export into another run_dir"
+        )
+        raise CheckpointError(
+            f"{config.run_dir}: holds a run with other settings ({'; '.join(blocked.values())}); use them, another run_dir, "
+            f"or --fresh to start over{longer if 'train.steps' in blocked else ''}"
+        )
 
 
 def keep_settings(config: RunConfig, newest: int | None) -> None:

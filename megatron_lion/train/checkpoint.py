@@ -247,6 +247,7 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], digests: dic
 
     Raises:
         StorageError: a file holds other bytes than were written; nothing was committed.
+        CheckpointError: the manifest has a value that no reader accepts; nothing was committed.
     """
     # The order makes a crash at any point harmless: data, manifest, rename, parent folder, pointer. A manifest that
     # reached the disk before the data would make an incomplete checkpoint look complete after a power failure.
@@ -258,11 +259,11 @@ def _commit(temporary: Path, final: Path, manifest: dict[str, Any], digests: dic
         if sha256_file(path) != written:
             raise StorageError(_changed(path))
         files[name] = {"bytes": path.stat().st_size, "sha256": written}
-    write_whole(temporary / MANIFEST, manifest_bytes({**manifest, "files": files}))
-    try:
-        read_manifest(temporary)
-    except CheckpointError as error:
-        raise StorageError(_changed(temporary / MANIFEST)) from error
+    content = manifest_bytes({**manifest, "files": files})
+    write_whole(temporary / MANIFEST, content)
+    if (temporary / MANIFEST).read_bytes() != content:
+        raise StorageError(_changed(temporary / MANIFEST))
+    read_manifest(temporary)  # a manifest that no command accepts must not be committed, and is no fault of the disk
     os.replace(temporary, final)  # atomic: from here on list_steps sees the checkpoint
     sync_folder(final.parent)  # the rename is durable before the pointer names it
     write_whole(final.parent / LATEST, final.name.encode())

@@ -20,7 +20,7 @@ from megatron_lion.gradient.moving import window_cost
 from megatron_lion.model.sizes import model_size
 from megatron_lion.plain_text import plain
 from megatron_lion.streams import say, stderr_is_terminal
-from megatron_lion.train.dryrun import batch_sentence, passes_warning
+from megatron_lion.train.dryrun import batch_sentence, passes_warning, split_warning
 from megatron_lion.train.run import Run
 
 logger = logging.getLogger(__name__)
@@ -53,9 +53,8 @@ def announce(run: Run, *, resumed: bool, source: str | None = None) -> None:
         batch_sentence(config, run.ranks.world_size),
         f"{config.train.steps:,} steps = {tokens:,} tokens = {epochs:,.2f} x the {run.corpora.train_tokens:,} of the training data",
     ]
-    warning = passes_warning(config, run.corpora.train_tokens)
-    if warning is not None:
-        lines.append(f"warning: {warning}")
+    warnings = passes_warning(config, run.corpora.train_tokens), split_warning(config)
+    lines += [f"warning: {warning}" for warning in warnings if warning is not None]
     if config.probe.every and config.probe.mode == "moving":
         lines.append(window_cost(config, size.num_parameters, run.ranks))
     if source is not None:
@@ -147,7 +146,7 @@ class _Line(ProgressColumn):
         width = min(self._console.width, LINE_WIDTH)
         total = int(task.total or 0)
         left = "-:--:--" if task.time_remaining is None else str(datetime.timedelta(seconds=int(task.time_remaining)))
-        end = f"  {left}"
+        end = f"  {left} left"
         start = f"{task.description}  {int(task.completed):>{len(str(total))}}/{total}"
         facts = self._fields.text(width - len(start) - len(end) - 2)
         facts = f"  {facts}" if facts else ""
@@ -175,6 +174,7 @@ class TrainProgress:
         self.fields = ProgressFields()
         self._plain = not stderr_is_terminal()
         self._last_plain = 0.0
+        self._is_complete = False
         self._started, self._start_step = time.monotonic(), start
         console = Console(stderr=True)
         self._progress = Progress(
@@ -193,20 +193,22 @@ class TrainProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__(kind, error, trace)
+        if self._is_complete:
+            self._print_plain(self.total)
 
     def update(self, step: int, values: Mapping[str, Any]) -> None:
         """Shows step, loss (nats), learning rate, skipped steps and throughput from the values of a log line."""
         self.fields.update(values)
         self._progress.update(self._task, completed=step)
-        if time.monotonic() - self._last_plain > PLAIN_INTERVAL_S or step == self.total:
+        # The last step's line comes at the end, with the measurements that follow the step.
+        self._is_complete = step == self.total
+        if time.monotonic() - self._last_plain > PLAIN_INTERVAL_S and not self._is_complete:
             self._print_plain(step)
 
-    def measured(self, step: int, values: Mapping[str, Any]) -> None:
+    def measured(self, values: Mapping[str, Any]) -> None:
         """Shows the validation loss and the norm ratio of a measurement between two steps, until the next one."""
         self.fields.update(values)
         self._progress.refresh()
-        if step == self.total:  # no step follows that would print them
-            self._print_plain(step)
 
     def note(self, text: str) -> None:
         """Shows what runs between the steps, such as a probe or a held-out measurement; "" removes it."""

@@ -9,7 +9,8 @@ import os
 import time
 from pathlib import Path
 
-from megatron_lion.config import RunConfig
+from megatron_lion.config import DataConfig, RunConfig
+from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, memory_bytes, model_size
 
 # What well-tuned 124M-350M runs reach on an A100 (nanoGPT, MPT), and tiny ones on a CPU, of the speed of a matrix product.
@@ -44,7 +45,7 @@ def dry_run(config: RunConfig, world_size: int, data: str | None = None) -> str:
     train = config.train
     tokens = train.steps * train.global_batch_size * config.model.seq_length
     flops = tokens * flops_per_token(config.model, vocab)
-    warning = passes_warning(config, train_tokens)
+    warnings = [warning for warning in (passes_warning(config, train_tokens), split_warning(config)) if warning]
     lines = [
         f"run folder   {config.run_dir}",
         f"model        {config.label}: {size.num_parameters:,} parameters ({size.num_parameters_unpadded:,} without padded vocabulary, "
@@ -56,7 +57,7 @@ def dry_run(config: RunConfig, world_size: int, data: str | None = None) -> str:
         f"batch        {batch_sentence(config, world_size)}",
         f"tokens       {train.steps:,} steps = {tokens:,} tokens"
         + (f" = {tokens / train_tokens:,.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
-        *([f"warning      {warning}"] if warning else []),
+        *(f"warning      {warning}" for warning in warnings),
         f"data         {', '.join(config.data.path) or data or 'none given (data.path): nothing to check'}",
         f"memory       {_size(sum(memory.values()))} of tensors in the largest process: "
         + ", ".join(f"{key} {_size(value)}" for key, value in memory.items())
@@ -67,6 +68,14 @@ def dry_run(config: RunConfig, world_size: int, data: str | None = None) -> str:
         *_kernel_lines(config),
     ]
     return "\n".join(lines)
+
+
+def split_warning(config: RunConfig) -> str | None:
+    """Returns a warning if data.split is set for data that `prepare` has divided, else None."""
+    split = config.data.split
+    if split == DataConfig().split or not any((Path(path) / MANIFEST_NAME).is_file() for path in config.data.path):
+        return None
+    return f"data.split {split} has no effect on a dataset folder; `prepare --split` divides a text"
 
 
 def passes_warning(config: RunConfig, train_tokens: int | None) -> str | None:

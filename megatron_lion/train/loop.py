@@ -260,7 +260,7 @@ def observe(
         values.update(result.metrics() if result is not None else {})
     if values:
         metrics.write(run.step, values)
-        progress.measured(run.step, values)
+        progress.measured(values)
     # The file is written last because `probe_is_missing` looks for it. If the job is killed between the two writes, the
     # probe is repeated, and readers of metrics.jsonl use the last line of a step.
     if result is not None:

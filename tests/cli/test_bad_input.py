@@ -76,6 +76,8 @@ def refused(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
         ),
         (["--optimizer.name", "adamw", "--optimizer.lr", "1e38"], ["optimizer.lr: must be at most 3.4e+37 for adamw"]),
         (["--no-such-flag", "1"], ["no-such-flag"]),
+        (["--seed", "-1"], ["seed: must be an integer from 0 to 2^63 - 1, got -1"]),
+        (["--seed", str(2**63)], ["seed: must be"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

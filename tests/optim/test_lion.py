@@ -281,3 +281,6 @@ def test_from_adamw_keeps_the_product_of_rate_and_decay():
         assert pair.lr == pytest.approx(6e-4 / ratio)
     with pytest.raises(ValueError, match=r"ratio = 0.*between 3 and 10"):
         from_adamw(1e-3, 0.1, 0)
+    for lr, decay, name in ((-1e-3, 0.1, "lr"), ("1e-3", 0.1, "lr"), (1e-3, float("nan"), "weight_decay")):
+        with pytest.raises(ValueError, match=f"^{name} = .*: needs a finite number of at least 0$"):
+            from_adamw(lr, decay)

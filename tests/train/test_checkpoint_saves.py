@@ -15,6 +15,7 @@ import pytest
 import tiny
 from distributed import run_distributed
 
+from megatron_lion.errors import CheckpointError
 from megatron_lion.runs import steps
 from megatron_lion.train import checkpoint as ckpt
 
@@ -212,3 +213,11 @@ def test_bits_that_flip_on_their_way_to_the_disk_are_found_before_the_commit(
             assert "other bytes were read back than were written" in message, name
             assert steps.list_steps(Path(config.run_dir)) == [2], name
             ckpt.verify_checkpoint(tiny.newest_checkpoint(Path(config.run_dir)))
+
+
+def test_a_manifest_that_no_reader_accepts_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step_0000001.tmp-a"
+    folder.mkdir(parents=True)
+    with pytest.raises(CheckpointError):
+        ckpt._commit(folder, folder.with_name("step_0000001"), {"seed": -5, "step": 1}, {})
+    assert not folder.with_name("step_0000001").exists()

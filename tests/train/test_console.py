@@ -91,17 +91,19 @@ def test_without_a_terminal_a_plain_line_every_fifteen_seconds(
         assert re.fullmatch(
             r"lion: step 1/40  loss 3\.2145  lr 6\.00e-05  123,457 tok/s  done about \d{4}-\d\d-\d\d \d\d:\d\d", first
         )
-        progress.measured(2, MEASURED)
+        progress.measured(MEASURED)
         assert lines_of(2, 1) == []
         (later,) = lines_of(20, 20, **{"optim/skipped_steps": 3})
         assert "valid 3.3011" in later
         assert "3 skipped" in later
         assert len(later) <= 100
-        (last,) = lines_of(40, 1)
-        assert "done about" not in last
-        progress.measured(40, {"valid/loss": 2.5})
-        (end,) = capsys.readouterr().err.splitlines()
-        assert "valid 2.5000" in end
+        assert lines_of(40, 100) == [], "the last line waits for what is measured after the last step"
+        progress.measured({"valid/loss": 2.5})
+        progress.measured({"probe/norm_ratio_over_sqrt_d": 0.5})
+    (end,) = capsys.readouterr().err.splitlines()
+    assert end.startswith("lion: step 40/40  ")
+    assert "valid 2.5000  r/sqrt d 0.5000" in end
+    assert "done about" not in end
 
 
 def test_a_run_shows_what_it_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import tiny
 
-from megatron_lion.config import ModelConfig, RunConfig, TrainConfig
+from megatron_lion.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from megatron_lion.train import dryrun
-from megatron_lion.train.dryrun import _cpu_flops, _duration, dry_run, passes_warning
+from megatron_lion.train.dryrun import _cpu_flops, _duration, dry_run, passes_warning, split_warning
 
 NOWHERE = ("/no/such/file",)
 
@@ -173,6 +173,14 @@ def test_a_batch_larger_than_twenty_passes_has_another_remedy() -> None:
     assert warning.endswith("set a smaller train.global_batch_size, or add data")
     assert passes_warning(config, None) is None
     assert passes_warning(config, 0) is None
+
+
+def test_a_split_of_divided_data_has_no_effect(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    for path, split, warned in ((str(tmp_path), "80,10,10", True), (str(tmp_path / "prefix"), "80,10,10", False)):
+        config = RunConfig(data=DataConfig(path=[path], split=split))
+        assert (split_warning(config) is not None) == warned
+    assert split_warning(RunConfig(data=DataConfig(path=[str(tmp_path)]))) is None
 
 
 def test_the_start_of_a_run_reports_the_passes(

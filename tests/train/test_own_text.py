@@ -15,6 +15,7 @@ import yaml
 from megatron_lion.cli import main
 from megatron_lion.commands import own_text
 from megatron_lion.data.manifest import read_manifest
+from megatron_lion.data.tokenizers import load_tokenizer
 from megatron_lion.errors import ConfigError
 from megatron_lion.files import file_lock
 from megatron_lion.prepare.pipeline import PrepareOptions, prepare
@@ -154,8 +155,8 @@ def test_a_preview_writes_nothing(book: Path, capsys: pytest.CaptureFixture[str]
         f"my book.txt: {size:,} bytes; will be prepared, with a vocabulary of 512 or less, in runs/my-book.text" in out
     )
     assert "512 ids" in out
-    # 3 steps of 4 samples of 16 tokens; 0.9 of the text at 3.3 bytes a token.
-    tokens = 0.9 * size / 3.3
+    # 3 steps of 4 samples of 16 tokens; 0.8 of the text at 2.1 bytes a token.
+    tokens = 0.8 * size / 2.1
     assert (
         f"data         about {tokens:,.0f} training tokens of the text, read {192 / tokens:,.1f} times (estimated)"
         in out
@@ -193,14 +194,26 @@ def test_bert(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--data.path", "data/x"], 2, "--text and data.path data/x: give one of them"),
         (["short.txt"], 3, "10,000"),
         (["missing.txt"], 3, "missing.txt: no such file"),
+        (["latin1.txt"], 3, "latin1.txt: not UTF-8 at byte 4; iconv -f LATIN1 -t UTF-8 FILE > NEW.txt"),
+        (["late.txt"], 3, "is not UTF-8 or was cut short; fix it; iconv -f LATIN1 -t UTF-8 FILE > NEW.txt converts"),
+        (["book.docx"], 3, "; rename it if it is one of these"),
+        (["rows.jsonl"], 3, "text is read from the field or column 'text' of each row"),
+        (["--run_dir", "short.txt"], 2, "run_dir: short.txt is a file; choose a folder"),
     ],
 )  # fmt: skip
 def test_refusals(book: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, message: str) -> None:
     Path("short.txt").write_text(novel(20))
-    text = [] if words[0].endswith(".txt") else [book]
+    Path("latin1.txt").write_bytes("Café. ".encode("latin-1") * 4000)
+    Path("late.txt").write_bytes(b"a word or two. " * 100_000 + b"\xe9")
+    Path("book.docx").write_text(novel())
+    Path("rows.jsonl").write_text('{"txt": "a"}\n' * 9)
+    text = [book] if words[0].startswith("--") else []
     assert pretrain("--text", *text, *words, *SMALL) == code
-    assert message in capsys.readouterr().err
-    assert not Path("runs").exists()
+    error = capsys.readouterr().err
+    assert message in error
+    assert "--on-error" not in error
+    assert "--format" not in error
+    assert not Path("runs").exists() or words == ["late.txt"]
 
 
 def test_several_processes_are_refused_with_commands_that_work(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,13 +240,50 @@ def test_the_settings_follow_the_size_of_the_text() -> None:
     assert [steps for _, steps in sizes] == sorted(steps for _, steps in sizes)
     for size, (_, count) in zip((400_000, 1_000_000), sizes[1:], strict=False):
         # Between 5 and 20 passes, at 3 to 4 bytes a token.
-        for bytes_per_token in (3, 4):
+        for bytes_per_token in (2.4, 4):
             assert 5 < count * tokens_per_step / (0.9 * size / bytes_per_token) < 20
     words = own_text.default_words(own_text.OwnText(["my notes/"], (), 10**6), ["--run_dir", "x"])
     assert words[words.index("--run_dir") + 1] == "runs/my-notes"
     assert words[-2:] == ["--run_dir", "x"], "the user's words come last"
     given = ["--config=a.yaml", "--text", "b"]
     assert own_text.default_words(own_text.OwnText(["b"], (), 10**6), given) == given
+
+
+def test_a_short_run_has_a_short_warm_up() -> None:
+    text = own_text.OwnText(["a.txt"], (), 10**6)
+
+    def warm_up(*words: str) -> str | None:
+        found = own_text.default_words(text, words)
+        places = [place for place, word in enumerate(found) if word == "--schedule.warmup_steps"]
+        return found[places[0] + 1] if places else None
+
+    assert warm_up("--train.steps", "3") == warm_up("--train.steps=9") == "1"
+    assert warm_up("--train.steps", "60") == "6"
+    assert warm_up() is warm_up("--train.steps", "200") is warm_up("--train.steps", "many") is None
+    assert warm_up("--train.steps", "60", "--schedule.warmup_steps", "9") == "9"
+
+
+def test_the_estimate_of_the_tokens_is_that_of_english(book: Path) -> None:
+    """For a vocabulary of each size, from the documentation of this project; its Markdown has more symbols than prose."""
+    pages = "".join(path.read_text() for path in sorted((REPO / "docs").glob("*.md")))
+    for size in (60_000, 200_000):
+        Path("pages.txt").write_text(pages[:size])
+        text = own_text.open_text(["pages.txt"], 1)
+        train_bpe(["pages.txt"], text.vocab_size, f"tokenizer-{size}")
+        tokens = len(load_tokenizer(f"tokenizer-{size}").encode(pages[:size]))
+        assert 0.7 < text.train_tokens / (0.8 * tokens) < 1.3
+
+
+def test_a_small_config_keeps_its_word_about_the_model(book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rate.yaml").write_text("optimizer:\n  lr: 1e-4\n")
+    assert pretrain("rate.yaml", "--text", book, "--dry-run") == 0
+    assert (
+        "note: the config has no model settings, so the model is gpt2-12x768 with 640 samples"
+        in capsys.readouterr().err
+    )
+    Path("rate.yaml").write_text("model:\n  num_layers: 1\n")
+    assert pretrain("rate.yaml", "--text", book, "--dry-run") == 0
+    assert "note: the config has no model" not in capsys.readouterr().err
 
 
 @pytest.fixture
