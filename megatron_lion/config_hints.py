@@ -71,12 +71,6 @@ FOREIGN = {
     "min_learning_rate": "schedule.min_lr",
     "num_hidden_layers": "model.num_layers",
     "intermediate_size": "model.ffn_hidden_size",
-    # transformers' generate
-    "max_length": "max-new-tokens",
-    "max_tokens": "max-new-tokens",
-    "max_new": "max-new-tokens",
-    "num_return_sequences": "count",
-    "num_samples": "count",
     # Megatron-LM
     "train_iters": "train.steps",
     "data_path": "data.path",
@@ -100,6 +94,14 @@ FOREIGN = {
 """Names of other programs, in lower case with underscores, and this project's setting of the same meaning. A flag that is
 no setting is written in words."""
 
+
+OF_GENERATE = {
+    "max_length": "max-new-tokens",
+    "max_tokens": "max-new-tokens",
+    "num_return_sequences": "count",
+    "num_samples": "count",
+}
+"""As `FOREIGN`, for the flags of `generate`; the names are transformers' and common scripts'."""
 
 _NAMES = {"optimizer": "optimizer.name", "model": "model.kind", "schedule": "schedule.kind", "data": "data.path"}
 """The setting that says which one it is, of each group that a user may give such a value."""
@@ -132,7 +134,7 @@ def suggest(name: str, known: Sequence[str]) -> str | None:
     """
     plain = _plain(name)
     last = _last(plain)
-    foreign = FOREIGN.get(last)
+    foreign = OF_GENERATE.get(last) if OF_GENERATE.get(last) in known else FOREIGN.get(last)
     if foreign is not None and (foreign.partition(" ")[0] in known or foreign.startswith("--")):
         return foreign
     same = [key for key in known if _plain(key) == plain] or [key for key in known if _last(key) == last]
@@ -160,7 +162,8 @@ def other_words(text: str, known: Sequence[str]) -> str | None:
     required = re.match(r"the following arguments are required: (.*)$", text)
     if required:
         names = [name.strip() for name in required[1].split(",")]
-        shown = ", ".join(f"--{name}" if name in known else name.upper() for name in names)
+        flags = {_plain(flag): f"--{flag}" for flag in known}
+        shown = ", ".join(flags.get(_plain(name), name.upper()) for name in names)
         return f"missing: {shown}; --help explains {'them' if len(names) > 1 else 'it'}"
     group = re.match(r"(\w+): Unable to load config '([^']*)'", text)
     if group:

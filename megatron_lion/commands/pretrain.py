@@ -10,10 +10,8 @@ from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
 from megatron_lion.config_hints import NO_DATA
 from megatron_lion.configfile import add_run_config, dump_config, run_config_from_namespace
-from megatron_lion.data.corpora import check_paths
 from megatron_lion.errors import ConfigError
 from megatron_lion.jobs import rank_from_env, world_size_from_env
-from megatron_lion.runs.folder import check_settings
 from megatron_lion.streams import load, next_steps, say
 
 HELP = (
@@ -91,9 +89,10 @@ def _run_on_text(args: Any) -> None:
     if _shown(args, shown, data=None if known else own_text.data_preview(config, text)):
         return
     if not prepared:
-        check_settings(with_data, may_differ=True)
         from megatron_lion.device import select_device
+        from megatron_lion.runs.folder import check_settings
 
+        check_settings(with_data, may_differ=True)
         select_device(config.device)  # before minutes of preparation
         with own_text.advice_for_texts():
             own_text.prepare_text(config, text)
@@ -132,6 +131,7 @@ def _shown(args: Any, config: RunConfig, data: str | None = None) -> bool:
 
         sys.stdout.write(commented(dump_config(config)))
     elif args.dry_run:
+        from megatron_lion.runs.folder import check_settings
         from megatron_lion.train.dryrun import dry_run
 
         if rank_from_env() == 0:
@@ -171,6 +171,8 @@ def _losses(config: RunConfig, step: int) -> str:
 
 def _train(args: Any, config: RunConfig, *, hints: bool = True) -> None:
     """Trains, prints how far the run is, and then the next commands if `hints`."""
+    from megatron_lion.data.corpora import check_paths
+
     if not config.data.path:
         raise ConfigError(NO_DATA)
     check_paths(config.data.path)  # before torch is imported and a run folder is made

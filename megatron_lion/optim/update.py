@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -73,9 +72,7 @@ def from_adamw(lr: float, weight_decay: float, ratio: float = 10.0) -> AdamWPair
 
     Source: Chen et al., *Symbolic Discovery of Optimization Algorithms*, 2023, section 5.
     """
-    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-        if not isinstance(value, numbers.Real) or not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} = {value!r}: needs a finite number of at least 0")
+    check_rates({"lr": lr, "weight_decay": weight_decay})
     if not (math.isfinite(ratio) and ratio > 0):
         raise ValueError(f"ratio = {ratio}: needs a finite number above 0, usually between 3 and 10")
     return AdamWPair(lr / ratio, weight_decay * ratio)

@@ -163,9 +163,8 @@ def train(run: Run, metrics: MetricsWriter, progress: TrainProgress, stop: dict[
         # After the last step, a measurement may be missing.
         if asked and not save_due and (run.step < stop_after or not complete):
             then = "resumes" if run.step < stop_after else "makes the measurements that are missing"
-            raise StoppedOnRequest(
-                f"stopped after step {run.step} of {last}, checkpoint saved; the same command {then}"
-            )
+            message = f"stopped after step {run.step} of {last}, checkpoint saved; the same command {then}"
+            raise StoppedOnRequest(message)
 
 
 def save(run: Run, health: Health) -> None:

@@ -285,7 +285,7 @@ def _problems_of_verb(verb: str, words: list[str], command: Command) -> list[str
     except MegatronLionError as error:
         # Prose names a verb without what it needs; a code block is pasted.
         incomplete = not command.whole or "…" in command.text or "..." in command.text
-        if not (incomplete and re.search(r"required|expected (?:at least )?one argument|, given X$", str(error))):
+        if not (incomplete and re.search(r"^missing: |expected (?:at least )?one argument|, given X$", str(error))):
             return [str(error)]
     return []
 

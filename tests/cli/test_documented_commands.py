@@ -50,7 +50,7 @@ def found_in(folder: Path, name: str, text: str) -> list[str]:
         ("    megatron-lion pretrain --config configs/demo.yaml --data.path [x]", 1, "[x] must be quoted"),
         ("    megatron-lion pretrain --config configs/gone.yaml", 1, "configs/gone.yaml: there is no such file"),
         ("    megatron-lion pretrain --config run.yaml --train.steps many", 1, "train.steps: expected int, given many"),
-        ("    megatron-lion evaluate", 1, "required: target"),
+        ("    megatron-lion evaluate", 1, "missing: TARGET"),
         ("one\n\n    megatron-lion compare RUN it's", 3, "the shell cannot split it"),
         ("text `megatron-lion train --fast` text", 1, "train: there is no such verb"),
         ("```sh\nmegatron-lion demo \\\n  --fast\n```", 2, "--fast: there is no such flag"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shlex
 import subprocess
 import sys
@@ -99,7 +100,8 @@ def test_a_new_command_follows_prepare_and_pretrain(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(sys, "stderr", Terminal())
         flags = ["--run_dir", str(run), "--train.steps", steps, "--schedule.warmup_steps", "2"]
         assert main(["pretrain", "gpt2-tiny", "--data.path", str(data), *flags]) == 0
-        hints = [shlex.split(line.partition(": ")[2]) for line in sys.stderr.getvalue().splitlines()]
+        lines = [re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", line) for line in sys.stderr.getvalue().splitlines()]
+        hints = [shlex.split(line.partition(": ")[2]) for line in lines if line.startswith(("next: ", " or: "))]
         assert bool(hints) == hinted
         for _, verb, *others in hints:
             namespace = parse(build_parser(verb, verb_module(verb)), others)

@@ -30,6 +30,7 @@ def test_a_model_is_not_downloaded(
         raise AssertionError("the network was used")
 
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("a text")
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     assert main([verb, name, *(["--text", "x.txt"] if verb == "evaluate" else [])]) == 4
     assert capsys.readouterr().err == (

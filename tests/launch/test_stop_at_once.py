@@ -155,7 +155,8 @@ def test_a_signal_in_the_import_of_torch(name: str, code: int, tmp_path: Path) -
     from megatron_lion.configfile import dump_config
 
     config = tmp_path / "run.yaml"
-    config.write_text(dump_config(tiny.tiny_config(tmp_path / "run", "nowhere")))
+    config.write_text(dump_config(tiny.tiny_config(tmp_path / "run", str(tmp_path / "prefix"))))
+    (tmp_path / "prefix.idx").touch()
     done = subprocess.run(
         [sys.executable, "-c", IN_IMPORT, name, str(config)], cwd=REPO, capture_output=True, text=True, check=False
     )
