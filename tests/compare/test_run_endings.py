@@ -104,7 +104,8 @@ def test_a_loss_that_is_not_finite_at_the_end_is_not_replaced_by_an_earlier_one(
     )  # fmt: skip
     table = table_of(folders)
     assert row_of(table, "LION", LOSS)[0] == 2
-    reason = f"gpt2-small, {LOSS}, LION: seed 1 has no finite value at the step compared, so no gap to this setting is judged"
+    why = "seed 1 has no finite value at the step compared (not measured there, or not a number)"
+    reason = f"gpt2-small, {LOSS}, LION: {why}, so no gap to this setting is judged"
     assert reason in table.notes
     assert not any(f"{LOSS}: " in note for note in table.notes)
     assert any(f"{PERPLEXITY} at step 1,000: LION is " in note for note in table.notes)
