@@ -144,19 +144,17 @@ def run(args: Any) -> None:
         return
     for path in filter(None, [args.wikitext103, *args.text, args.lambada]):
         check_is_file(path)
-    load("megatron_lion.evaluate.open_run", shown=rank_from_env() == 0)
     stopped = "stopped; finished results are kept; the same command measures the others"
-    with (
-        stop_raises(stopped),
-        open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model,
-    ):
-        chosen = _chosen_steps(model, folder, steps, watch=args.watch)
-        outcomes = _evaluate(model, folder, chosen, _tasks(model, args), args)
-        if model.rank == 0:
-            _print_outcomes(outcomes, folder)
-            if args.explain is not None:
-                sys.stdout.write("\n" + _explain(args.explain, folder) + "\n")
-            next_steps(["megatron-lion", "compare", str(folder), *([] if has_config(folder) else ["RUN"])])
+    with stop_raises(stopped):
+        load("megatron_lion.evaluate.open_run", shown=rank_from_env() == 0)
+        with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
+            chosen = _chosen_steps(model, folder, steps, watch=args.watch)
+            outcomes = _evaluate(model, folder, chosen, _tasks(model, args), args)
+            if model.rank == 0:
+                _print_outcomes(outcomes, folder)
+                if args.explain is not None:
+                    sys.stdout.write("\n" + _explain(args.explain, folder) + "\n")
+                next_steps(["megatron-lion", "compare", str(folder), *([] if has_config(folder) else ["RUN"])])
 
 
 # Defaults of the flags that have no effect with --fill-mask and --sentence-order.

@@ -5,6 +5,7 @@ lion.py and update.py work without this file; they check the numbers themselves.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,11 @@ _GROUP_ERRORS = {
         ("implementation", "master_weights", "momentum", "momentum_dtype", "count_steps", "sum_agreement"), _WHOLE
     ),
     **dict.fromkeys(("learning_rate", "lrs"), "its name is lr"),
-    **dict.fromkeys(("wd", "decay", "weight_decy"), "its name is weight_decay"),
+    **dict.fromkeys(("wd", "decay"), "its name is weight_decay"),
     **dict.fromkeys(("beta", "beta1", "beta2"), "needs betas = (β1, β2)"),
 }
+_SETTINGS = ("weight_decay", "betas", "maximize", "cautious")
+"""The settings of a group whose misspelling is recognised; `lr` is too short for it."""
 
 
 def check_iterable(params: Any) -> None:
@@ -58,5 +61,10 @@ def check_new_lion_group(group: Any) -> None:
     check_new_group(group)
     for name in [name for name in _GROUP_ERRORS if isinstance(group, dict) and name in group]:
         raise ValueError(f"{name} = {group[name]!r} in a group: {_GROUP_ERRORS[name]}")
+    for name in group if isinstance(group, dict) else ():
+        # Other keys are kept for schedulers and the like; one that is almost a setting is a mistake without effect.
+        close = difflib.get_close_matches(str(name), _SETTINGS, n=1, cutoff=0.85)
+        if close and name not in _SETTINGS:
+            raise ValueError(f"{name} = {group[name]!r} in a group: did you mean {close[0]}?")
     if isinstance(group, dict) and group.get("differentiable"):
         raise ValueError("differentiable = True in a group: needs False, because LION's step has no gradient")

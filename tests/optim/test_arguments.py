@@ -123,7 +123,9 @@ def test_wrong_parameters_are_refused(optimizer: Any, params: Any, error: type[E
             }.items()
         ],
         *[(key, 0.1, f"^{key} = 0.1 in a group: its name is lr$") for key in ("learning_rate", "lrs")],
-        *[(key, 0.1, f"^{key} = 0.1 in a group: its name is weight_decay$") for key in ("wd", "decay", "weight_decy")],
+        *[(key, 0.1, f"^{key} = 0.1 in a group: its name is weight_decay$") for key in ("wd", "decay")],
+        *[(key, 0.1, f"^{key} = 0.1 in a group: did you mean weight_decay\\?$") for key in ("weight_decy", "weight_decays")],
+        ("maximise", True, r"^maximise = True in a group: did you mean maximize\?$"),
         *[(key, 0.9, rf"^{key} = 0.9 in a group: needs betas = \(β1, β2\)$") for key in ("beta", "beta1", "beta2")],
         ("differentiable", True, "^differentiable = True in a group: needs False"),
         ("cautious", True, r"^cautious = True in a group of Lion\(…, cautious=False\): needs one value for all$"),
