@@ -27,6 +27,7 @@ def _count_chunk(
     numel: tl.tensor,
     group: tl.tensor,
     multiplier: tl.tensor,
+    second: tl.tensor,
     counts: tl.tensor,
     GRAD_TYPE: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -38,7 +39,9 @@ def _count_chunk(
     offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
     STORED_GRAD: tl.constexpr = tl.uint16 if tl.bfloat16 == GRAD_TYPE else GRAD_TYPE
     grads = pointers(tl.load(row + GRAD), STORED_GRAD, start, offsets, ALIGNED)
-    g, m = load_grad_and_momentum(grads, exp_avgs, scales, mask, scale_mask, multiplier, MOMENTUM, BEGIN, MASKED)
+    g, m = load_grad_and_momentum(
+        grads, exp_avgs, scales, mask, scale_mask, multiplier, second, MOMENTUM, BEGIN, MASKED
+    )
     agrees = sign_or_nan(g, m, group) * g > 0  # masked lanes load g = 0, so they never count
     # Programs add in any order. The sum is an integer, so the order does not change φ; a float sum would.
     tl.atomic_add(counts + tl.load(row + SLOT), tl.sum(agrees.to(tl.int64)))
@@ -55,7 +58,7 @@ def agreement_kernel(
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
+    NUM_MULTIPLIERS: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -69,11 +72,16 @@ def agreement_kernel(
     numel = tl.load(row + NUMEL)
     group = groups + tl.load(row + GROUP) * GROUP_ROW
     factor = 1.0
-    if HAS_MULTIPLIER:
+    second = 1.0
+    if NUM_MULTIPLIERS > 0:
         factor = tl.load(multiplier)
+    if NUM_MULTIPLIERS > 1:
+        second = tl.load(multiplier + 1)
     if MAXIMIZE:
         factor = factor * tl.load(group + SIGN)
     if start + BLOCK <= numel:
-        _count_chunk(row, start, numel, group, factor, counts, GRAD_TYPE, MOMENTUM, BEGIN, ALIGNED, BLOCK, False)
+        _count_chunk(
+            row, start, numel, group, factor, second, counts, GRAD_TYPE, MOMENTUM, BEGIN, ALIGNED, BLOCK, False
+        )
     else:
-        _count_chunk(row, start, numel, group, factor, counts, GRAD_TYPE, MOMENTUM, BEGIN, ALIGNED, BLOCK, True)
+        _count_chunk(row, start, numel, group, factor, second, counts, GRAD_TYPE, MOMENTUM, BEGIN, ALIGNED, BLOCK, True)

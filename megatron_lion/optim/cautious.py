@@ -69,8 +69,8 @@ def count_agreement(
     for slot in slots:
         _, exp_avg_N = layout.read(slot)
         grad_N = slot.grad.to(exp_avg_N.dtype)
-        if multiplier is not None:
-            grad_N = grad_N * multiplier.view(())
+        for factor in () if multiplier is None else multiplier.view(-1):
+            grad_N = grad_N * factor
         if slot.group.get("maximize"):
             grad_N = -grad_N
         if begin:

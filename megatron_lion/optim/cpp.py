@@ -38,7 +38,7 @@ class _Work(ctypes.Structure):
         ("groups", ctypes.c_void_p),
         ("cautions", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
-        ("multiplier", ctypes.c_float),
+        ("multipliers", ctypes.c_float * 2),
         ("begin", ctypes.c_int32),
         ("param", ctypes.c_int32),
         ("grad", ctypes.c_int32),
@@ -120,6 +120,8 @@ def _run(
             kinds.setdefault(kind, []).append(row_of(slot, layout, index[id(slot.group)], number))
     # `hyper`, `table`, `cautions` and `counts` own the memory that the loop addresses; they must live until it returns.
     hyper = torch.tensor([hyper_parameters(group, float(group["lr"])) for group in groups], dtype=torch.float32)
+    given = [] if multiplier is None else multiplier.view(-1).tolist()
+    factors = (ctypes.c_float * 2)(*given, *[1.0] * (2 - len(given)))  # g · 1 is exactly g
     for (param, grad, master), rows in kinds.items():
         table = torch.tensor(rows, dtype=torch.int64)
         work = _Work(
@@ -128,7 +130,7 @@ def _run(
             groups=hyper.data_ptr(),
             cautions=None if cautions is None else cautions.data_ptr(),
             counts=None if counts is None else counts.data_ptr(),
-            multiplier=1.0 if multiplier is None else float(multiplier),  # g · 1 is exactly g
+            multipliers=factors,
             begin=begin,
             param=param,
             grad=grad,

@@ -53,8 +53,8 @@ def _update_block(slot: Slot, layout: PlainLayout, begin: bool, multiplier: torc
     """`lion_update` with two scratch arrays instead of a new one for every operation."""
     param, exp_avg = layout.read(slot)
     grad = slot.grad.to(param.dtype)
-    if multiplier is not None:
-        grad = grad * multiplier.view(())
+    for factor in () if multiplier is None else multiplier.view(-1):
+        grad = grad * factor
     if slot.group.get("maximize"):
         grad = -grad
     if begin:
@@ -79,8 +79,8 @@ def _foreach_group(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
     read = [layout.read(slot) for slot in slots]
     params, exp_avgs = [param for param, _ in read], [exp_avg for _, exp_avg in read]
     grads = [slot.grad.to(params[0].dtype) for slot in slots]
-    if multiplier is not None:
-        grads = list(torch._foreach_mul(grads, multiplier.to(params[0].dtype).view(())))
+    for factor in () if multiplier is None else multiplier.to(params[0].dtype).view(-1):
+        grads = list(torch._foreach_mul(grads, factor))
     if group.get("maximize"):
         grads = list(torch._foreach_neg(grads))
     if begin:

@@ -79,7 +79,7 @@ def step_without_tables(
         implementation: "reference", "foreach" or "cpp".
         slots: the parameters of the step.
         begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
-        multiplier: one element that every gradient is multiplied by, or None.
+        multiplier: one or two elements that every gradient is multiplied by in turn, or None.
     """
     take_step = reference_step
     if implementation == "foreach":

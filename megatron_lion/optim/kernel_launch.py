@@ -77,7 +77,7 @@ class Fleet:
         self.cautious, self.sum_agreement = optimizer.cautious, optimizer.sum_agreement
         self.params = [slot.param for slot in slots]
         if self.cautious and slots:
-            self.numels = _upload(torch.tensor([param.numel() for param in self.params]), self.params[0].device)
+            self.numels = upload(torch.tensor([param.numel() for param in self.params]), self.params[0].device)
         self.groups = list({id(slot.group): slot.group for slot in slots}.values())
         self.steps = [slot.state["step"] for slot in slots if "step" in slot.state]
         self.plans: dict[Kind, LaunchTables] = {}
@@ -100,7 +100,7 @@ class Fleet:
 
         Args:
             begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
-            multiplier: one element that every gradient is multiplied by, or None.
+            multiplier: one or two elements that every gradient is multiplied by in turn, or None.
             found_inf: one element; if it is not 0, nothing is written. None: the step is taken.
         """
         # No tensor moved, but a hyper-parameter may have changed: a new plan if a group's rate is another tensor than before.
@@ -113,7 +113,7 @@ class Fleet:
         if self.steps:
             # Added on the device: whether the step was skipped is known only there.
             found = _scalar(found_inf, self.steps[0].device)
-            taken = 1.0 if found is None else torch.eq(found, 0).to(torch.float32)
+            taken = 1.0 if found is None else torch.eq(found.view(()), 0).to(torch.float32)
             torch._foreach_add_(self.steps, taken)
 
     def _cautions(self, begin: bool, multiplier: torch.Tensor | None) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Fleet:
 
 
 def _scalar(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if value is None else value.view(()).to(device, torch.float32, non_blocking=True)
+    return None if value is None else value.view(-1).to(device, torch.float32, non_blocking=True)
 
 
 def _signature(optimizer: Lion) -> list[Any] | None:
@@ -199,7 +199,7 @@ def launch(
             BEGIN=begin,
             CAUTIOUS=cautions is not None,
             MAXIMIZE=plan.maximizes(),
-            HAS_MULTIPLIER=multiplier is not None,
+            NUM_MULTIPLIERS=0 if multiplier is None else multiplier.numel(),
             HAS_FOUND_INF=found_inf is not None,
             ALIGNED=aligned,
             BLOCK=BLOCK,
@@ -224,7 +224,7 @@ def count_agreement(
             MOMENTUM=momentum,
             BEGIN=begin,
             MAXIMIZE=plan.maximizes(),
-            HAS_MULTIPLIER=multiplier is not None,
+            NUM_MULTIPLIERS=0 if multiplier is None else multiplier.numel(),
             ALIGNED=aligned,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
@@ -246,10 +246,10 @@ def update_plan(
             rows,
             (),
             lrs,
-            _upload(torch.tensor(rows, dtype=torch.int64), device),
-            _upload(_chunks([row[4] for row in rows]), device),
+            upload(torch.tensor(rows, dtype=torch.int64), device),
+            upload(chunk_table([row[4] for row in rows], BLOCK), device),
             groups_table,
-            _upload(torch.tensor([lr or column for lr, column in zip(lrs, columns, strict=True)]), device),
+            upload(torch.tensor([lr or column for lr, column in zip(lrs, columns, strict=True)]), device),
         )
     if plan.hyper != hyper:
         # In place: `lrs_table` holds addresses of this table.
@@ -258,9 +258,9 @@ def update_plan(
     return plan
 
 
-def _chunks(numels: Sequence[int]) -> torch.Tensor:
-    """Returns (row, chunk) of every program, int32 [programs, 2], for rows with these numbers of elements."""
-    counts = torch.tensor([-(-numel // BLOCK) for numel in numels])
+def chunk_table(numels: Sequence[int], block: int) -> torch.Tensor:
+    """Returns (row, chunk) of every chunk of `block` elements, int32 [chunks, 2], for rows with these numbers of elements."""
+    counts = torch.tensor([-(-numel // block) for numel in numels])
     rows = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, 0) - counts
     return torch.stack([rows, torch.arange(len(rows)) - first[rows]], dim=1).to(torch.int32)
@@ -286,5 +286,6 @@ def _pinned(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return table if device.type == "cpu" else table.pin_memory()
 
 
-def _upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+def upload(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a table to the device without a wait."""
     return _pinned(table, device).to(device, non_blocking=True)

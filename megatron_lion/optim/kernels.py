@@ -156,15 +156,16 @@ def load_grad_and_momentum(
     mask: tl.tensor,
     scale_mask: tl.tensor,
     multiplier: tl.tensor,
+    second: tl.tensor,
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Gradient, times `multiplier`, and momentum, both in float32; if BEGIN, a NaN momentum becomes the gradient."""
+    """Gradient, times `multiplier` and then `second`, and momentum, both in float32; if BEGIN, a NaN momentum becomes the gradient."""
     g = _load(grads, mask, MASKED)
     if grads.dtype.element_ty == tl.uint16:  # bfloat16 as its bits: Triton's interpreter misreads subnormal ones
         g = _float(g.to(tl.uint32) << 16)
-    g = g.to(tl.float32) * multiplier
+    g = g.to(tl.float32) * multiplier * second
     if MOMENTUM == "int8":
         m = _load(exp_avgs, mask, MASKED).to(tl.float32)
         m = m * _float(_load(scales, scale_mask, MASKED).to(tl.uint32) << 16)[:, None]
@@ -232,6 +233,7 @@ def _update_chunk(
     group: tl.tensor,
     lr: tl.tensor,
     multiplier: tl.tensor,
+    second: tl.tensor,
     caution: tl.tensor,
     PARAM_TYPE: tl.constexpr,
     GRAD_TYPE: tl.constexpr,
@@ -255,7 +257,9 @@ def _update_chunk(
     params = pointers(tl.load(row + PARAM), STORED_TYPE, start, offsets, ALIGNED)
     grads = pointers(tl.load(row + GRAD), STORED_GRAD, start, offsets, ALIGNED)
 
-    g, m = load_grad_and_momentum(grads, exp_avgs, scales, mask, scale_mask, multiplier, MOMENTUM, BEGIN, MASKED)
+    g, m = load_grad_and_momentum(
+        grads, exp_avgs, scales, mask, scale_mask, multiplier, second, MOMENTUM, BEGIN, MASKED
+    )
     if MASTER_WEIGHTS == "none":
         p = _load(params, mask, MASKED)
         if tl.bfloat16 == PARAM_TYPE:
@@ -306,7 +310,7 @@ def lion_kernel(
     BEGIN: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    HAS_MULTIPLIER: tl.constexpr,
+    NUM_MULTIPLIERS: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -318,7 +322,7 @@ def lion_kernel(
         chunks: int32 [programs, 2]: row, and index of the chunk of BLOCK elements in it.
         groups: float32 [G, GROUP_ROW], the columns above.
         lr_addresses: int64 [G]: address of each group's rate, float32.
-        multiplier: float32 [1], read if HAS_MULTIPLIER: every gradient is multiplied by it.
+        multiplier: float32 [NUM_MULTIPLIERS], 0 to 2: every gradient is multiplied by them in turn, each product rounded.
         found_inf: float32 [1], read if HAS_FOUND_INF: if it is not 0, nothing is written.
         cautions: float32 [tensors], read if CAUTIOUS: φ of each tensor.
         PARAM_TYPE: dtype of the parameters; likewise GRAD_TYPE.
@@ -338,8 +342,11 @@ def lion_kernel(
     group = groups + group_index * GROUP_ROW
     lr = tl.load(tl.load(lr_addresses + group_index).to(tl.pointer_type(tl.float32)))
     factor = 1.0  # g · 1 is exactly g
-    if HAS_MULTIPLIER:
+    second = 1.0
+    if NUM_MULTIPLIERS > 0:
         factor = tl.load(multiplier)
+    if NUM_MULTIPLIERS > 1:
+        second = tl.load(multiplier + 1)
     if MAXIMIZE:
         factor = factor * tl.load(group + SIGN)
     caution = 1.0
@@ -352,6 +359,6 @@ def lion_kernel(
         skip = False
     if not skip:
         if start + BLOCK <= numel:
-            _update_chunk(row, start, numel, group, lr, factor, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, False)  # fmt: skip # noqa: E501
+            _update_chunk(row, start, numel, group, lr, factor, second, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, False)  # fmt: skip # noqa: E501
         else:
-            _update_chunk(row, start, numel, group, lr, factor, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, True)  # fmt: skip # noqa: E501
+            _update_chunk(row, start, numel, group, lr, factor, second, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, True)  # fmt: skip # noqa: E501

@@ -37,7 +37,7 @@ struct Work {
   const Group* groups;
   const float* cautions;  // of every slot; null unless LION is cautious
   std::int64_t* counts;   // of every slot; null: update instead of counting
-  float multiplier;
+  float multipliers[2];
   std::int32_t begin, param, grad, master, momentum, threads;
 };
 
@@ -169,10 +169,10 @@ inline float sign_or_nan(float g, float m, const Group& group) {
 void update(const Work& work, const Row& row, int count, const float* __restrict grads, float* __restrict params,
             float* __restrict exp_avgs) {
   const Group group = work.groups[row.group];
-  const float multiplier = work.multiplier * group.sign, caution = work.cautions != nullptr ? work.cautions[row.slot] : 1.0f;
+  const float multiplier = work.multipliers[0] * group.sign, second = work.multipliers[1], caution = work.cautions != nullptr ? work.cautions[row.slot] : 1.0f;
   const bool begin = work.begin != 0, cautious = work.cautions != nullptr;
   for (int i = 0; i < count; ++i) {
-    const float g = grads[i] * multiplier, p = params[i];
+    const float g = grads[i] * multiplier * second, p = params[i];
     const float m = begin && exp_avgs[i] != exp_avgs[i] ? g : exp_avgs[i];
     float direction = sign_or_nan(g, m, group);
     if (cautious) direction *= direction * g > 0.0f ? caution : 0.0f;
@@ -183,10 +183,10 @@ void update(const Work& work, const Row& row, int count, const float* __restrict
 
 std::int64_t agreeing(const Work& work, const Row& row, int count, const float* grads, const float* exp_avgs) {
   const Group group = work.groups[row.group];
-  const float multiplier = work.multiplier * group.sign;
+  const float multiplier = work.multipliers[0] * group.sign, second = work.multipliers[1];
   int found = 0;
   for (int i = 0; i < count; ++i) {
-    const float g = grads[i] * multiplier;
+    const float g = grads[i] * multiplier * second;
     const float m = work.begin != 0 && exp_avgs[i] != exp_avgs[i] ? g : exp_avgs[i];
     found += sign_or_nan(g, m, group) * g > 0.0f;
   }

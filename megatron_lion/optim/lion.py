@@ -219,14 +219,20 @@ class Lion(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model again and returns the loss.
-            grad_multiplier: one float32 element on the parameters' device; every gradient is multiplied by it
-                as it is read (clip coefficient, inverse loss scale). The gradients themselves are not changed.
+            grad_multiplier: one or two float32 elements on the parameters' device; every gradient is multiplied by them
+                in turn as it is read (1 / count, clip coefficient, inverse loss scale), and each product is rounded. The
+                gradients themselves are not changed.
             found_inf: one element on the parameters' device; if it is not 0, parameters, momentum and `step`
                 keep their bits. Triton reads it on the device, the others on the host.
 
         Returns:
             The closure's value, or None without a closure.
+
+        Raises:
+            ValueError: `grad_multiplier` has more than two elements or none; other errors are those of a first step.
         """
+        if grad_multiplier is not None and grad_multiplier.numel() not in (1, 2):
+            raise ValueError(f"grad_multiplier of {grad_multiplier.numel()} elements: needs one or two")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -180,13 +180,13 @@ def reference_step(slots: Sequence[Slot], layout: PlainLayout, begin: bool, mult
         slots: parameters with gradient, state and group.
         layout: how the state is kept.
         begin: whether a momentum that is NaN has not begun and takes the gradient (m_0 = g_1).
-        multiplier: one element that every gradient is multiplied by, or None.
+        multiplier: one element, or several, that every gradient is multiplied by in turn; or None.
     """
     for slot in slots:
         param_N, exp_avg_N = layout.read(slot)
         grad_N = slot.grad.to(param_N.dtype)
-        if multiplier is not None:
-            grad_N = grad_N * multiplier.view(())
+        for factor in () if multiplier is None else multiplier.view(-1):
+            grad_N = grad_N * factor
         if slot.group.get("maximize"):
             grad_N = -grad_N
         if begin:

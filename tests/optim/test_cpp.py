@@ -56,7 +56,7 @@ def test_options_of_a_step_in_every_mode(master_weights, momentum, dtype):
             for param in params:
                 param.decoupled_grad = torch.randn(param.shape, generator=generator).to(torch.bfloat16)
             found = torch.tensor(float(number == 1))
-            optimizer.step(grad_multiplier=torch.tensor(0.37), found_inf=found)
+            optimizer.step(grad_multiplier=torch.tensor([0.37, 0.9]), found_inf=found)
         assert optimizer.state[params[0]]["step"].item() == 3
         ends.append(optimizer)
     assert same_state(*ends)

@@ -17,15 +17,35 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_lion.optim.agreement import agreement_kernel
+from megatron_lion.optim.grad_norm import BLOCK as NORM_BLOCK
+from megatron_lion.optim.grad_norm import PROGRAMS
 from megatron_lion.optim.kernels import lion_kernel
+from megatron_lion.optim.norm_kernels import scalars_kernel, square_sum_kernel
 from megatron_lion.optim.kernel_launch import BLOCK, NUM_WARPS
+
+def facts(kernel):
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    text = kernel.asm["ptx"]
+    return {
+        "fused": len(re.findall(r"\bfma\.rn\.f32", text)),
+        "flushed": text.count(".ftz"),
+        "wide": len(re.findall(r"(?:ld|st)\.global\.v[24]\.b32", text)),
+        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr).group(1)),
+        "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
+        "shared": kernel.metadata.shared,
+    }
+
 
 pointers = {"rows": "*i64", "chunks": "*i32", "groups": "*fp32", "lr_addresses": "*i64", "multiplier": "*fp32",
             "found_inf": "*fp32", "cautions": "*fp32"}
 found = []
 for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
     fixed = {"PARAM_TYPE": getattr(tl, param), "GRAD_TYPE": getattr(tl, grad), "MASTER_WEIGHTS": master,
-             "MOMENTUM": momentum, "BEGIN": True, "CAUTIOUS": False, "MAXIMIZE": False, "HAS_MULTIPLIER": True,
+             "MOMENTUM": momentum, "BEGIN": True, "CAUTIOUS": False, "MAXIMIZE": False, "NUM_MULTIPLIERS": 2,
              "HAS_FOUND_INF": True, "ALIGNED": True, "BLOCK": BLOCK}
     source = ASTSource(
         fn=lion_kernel,
@@ -34,20 +54,7 @@ for capability, param, grad, master, momentum in json.loads(sys.argv[1]):
     )
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    text = kernel.asm["ptx"]
-    found.append({
-        "fused": len(re.findall(r"\bfma\.", text)),
-        "flushed": text.count(".ftz"),
-        "wide": len(re.findall(r"(?:ld|st)\.global\.v[24]\.b32", text)),
-        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "shared": kernel.metadata.shared,
-    })
+    found.append(facts(kernel))
 # Variants that the cases above leave out: no multiplier, found_inf or alignment; float16; cautious; maximize.
 for param, grad, master, momentum, aligned, cautious in (
     (tl.float16, tl.float16, "none", "fp32", False, False),
@@ -55,7 +62,7 @@ for param, grad, master, momentum, aligned, cautious in (
     (tl.float32, tl.float32, "none", "int8", False, True),
 ):
     fixed = {"PARAM_TYPE": param, "GRAD_TYPE": grad, "MASTER_WEIGHTS": master, "MOMENTUM": momentum, "BEGIN": False,
-             "CAUTIOUS": cautious, "MAXIMIZE": True, "HAS_MULTIPLIER": False, "HAS_FOUND_INF": False, "ALIGNED": aligned, "BLOCK": BLOCK,
+             "CAUTIOUS": cautious, "MAXIMIZE": True, "NUM_MULTIPLIERS": 0, "HAS_FOUND_INF": False, "ALIGNED": aligned, "BLOCK": BLOCK,
              "multiplier": None, "found_inf": None, **({} if cautious else {"cautions": None})}
     signature = {name: kind for name, kind in pointers.items() if name not in fixed}
     source = ASTSource(
@@ -66,7 +73,7 @@ for param, grad, master, momentum, aligned, cautious in (
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     found.append({"fused": len(re.findall(r"\bfma\.", kernel.asm["ptx"]))})
 for momentum in ("fp32", "bf16", "int8"):
-    fixed = {"GRAD_TYPE": tl.bfloat16, "MOMENTUM": momentum, "BEGIN": True, "MAXIMIZE": True, "HAS_MULTIPLIER": True,
+    fixed = {"GRAD_TYPE": tl.bfloat16, "MOMENTUM": momentum, "BEGIN": True, "MAXIMIZE": True, "NUM_MULTIPLIERS": 2,
              "ALIGNED": True, "BLOCK": BLOCK}
     signature = {name: pointers[name] for name in ("rows", "chunks", "groups", "multiplier")}
     source = ASTSource(
@@ -76,6 +83,21 @@ for momentum in ("fp32", "bf16", "int8"):
     )
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     found.append({"fused": len(re.findall(r"\bfma\.", kernel.asm["ptx"]))})
+for capability in (80, 90):
+    for fixed, signature, kernel, warps in (
+        ({"GRAD_TYPE": tl.float32, "HAS_DIVISOR": True, "ADD": False, "ALIGNED": True, "PROGRAMS": PROGRAMS, "BLOCK": NORM_BLOCK},
+         {"rows": "*i64", "chunks": "*i32", "num_chunks": "i32", "divisor": "*fp64", "partials": "*fp64"}, square_sum_kernel, 8),
+        ({"NUM_COUNTS": 2, "HAS_DIVISOR": True, "CLIPS": True, "PROGRAMS": PROGRAMS},
+         {"partials": "*fp64", "divisor": "*fp64", "counts": "*fp64", "norm": "*fp64", "multipliers": "*fp32", "found_inf": "*fp32",
+          "clip_grad": "*fp64"}, scalars_kernel, 4),
+    ):
+        source = ASTSource(
+            fn=kernel,
+            signature={**signature, **dict.fromkeys(fixed, "constexpr")},
+            constexprs={(kernel.arg_names.index(name),): value for name, value in fixed.items()},
+        )
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": False})
+        found.append(facts(built))
 sys.stdout.write(json.dumps(found))
 """
 
@@ -113,4 +135,13 @@ def test_the_kernel_compiles_to_wide_exact_code(compiled, index):
 
 
 def test_other_variants_and_the_counting_kernel_compile_to_exact_code(compiled):
-    assert [kernel["fused"] for kernel in compiled[len(CASES) :]] == [0] * 6
+    assert [kernel["fused"] for kernel in compiled[len(CASES) : len(CASES) + 6]] == [0] * 6
+
+
+def test_the_norms_kernels_compile_to_wide_code_without_spills(compiled):
+    for square_sum, scalars in (compiled[-4:-2], compiled[-2:]):
+        # A chunk of 4096 elements is four accesses of 16 bytes for each of 256 threads, beside the masked last chunk.
+        assert square_sum["wide"] >= 4
+        assert square_sum["fused"] == square_sum["flushed"] == scalars["flushed"] == 0
+        assert square_sum["stack"] == scalars["stack"] == 0
+        assert square_sum["registers"] <= 80, "an SM then holds three programs, that is 48 KB of loads in flight"

@@ -79,7 +79,7 @@ def test_a_dtype_that_changes_at_an_unchanged_address_is_noticed(changed):
 def test_foreach_operations_of_other_devices_are_the_reference(master_weights, momentum, cautious):
     """`foreach_step` takes them on a device only; here they run where the tests are."""
     layout = PlainLayout() if (master_weights, momentum) == ("none", "fp32") else PackedLayout(master_weights, momentum)
-    multiplier = torch.tensor(0.37, device=DEVICE)
+    multiplier = torch.tensor([0.37, 0.9], device=DEVICE)
     ends = []
     for take_step in (reference_step, foreach._foreach_group):
         generator = torch.Generator().manual_seed(1)

@@ -274,6 +274,36 @@ def test_the_multiplier_scales_the_gradient_as_it_is_read(implementation):
     assert same_bits(weight.grad, grad)
 
 
+@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_multipliers_round_one_after_the_other(implementation, cautious):
+    """The reference multiplied by hand; the product of both factors, rounded first, would give other bits."""
+    first, second = tensor(1 / 3), tensor(0.7)
+    grads = [torch.sin(torch.arange(80.0, device=DEVICE) * (step + 1)) for step in range(3)]
+    assert not same_bits(grads[0] * first * second, grads[0] * (first * second))
+    ends = []
+    for name in ("reference", implementation):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 80, device=DEVICE))
+        optimizer = Lion([weight], lr=0.1, cautious=cautious, implementation=name)
+        for grad in grads:
+            if not ends:
+                weight.grad = grad * first * second
+                optimizer.step()
+            else:
+                weight.grad = grad.clone()
+                optimizer.step(grad_multiplier=torch.stack([first, second]))
+        ends.append((weight.detach(), optimizer.state[weight]["exp_avg"]))
+    assert same_bits(ends[0][0], ends[1][0])
+    assert same_bits(ends[0][1], ends[1][1])
+
+
+def test_a_multiplier_has_one_or_two_elements():
+    optimizer = Lion([torch.nn.Parameter(torch.ones(3))])
+    for count in (0, 3):
+        with pytest.raises(ValueError, match=f"grad_multiplier of {count} elements: needs one or two"):
+            optimizer.step(grad_multiplier=torch.ones(count))
+
+
 def test_from_adamw_keeps_the_product_of_rate_and_decay():
     for ratio in (3, 7, 10):
         pair = from_adamw(6e-4, 0.1, ratio)
