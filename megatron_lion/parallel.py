@@ -214,12 +214,20 @@ def all_reduce_sum(values: torch.Tensor, group: dist.ProcessGroup | None = None)
 
 
 def reduce_sums(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Returns the sums of `sum_on_device` by name; waits for the device."""
+    return dict(zip(names, sum_on_device(outputs, names, device).tolist(), strict=True))
+
+
+def sum_on_device(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], device: torch.device) -> torch.Tensor:
     """Sums scalars over micro-batches and data-parallel ranks; every rank gets the sums, on every pipeline stage.
 
     Args:
         outputs: one dict of scalars for each micro-batch; empty except on the last pipeline stage.
         names: the scalars to sum.
         device: device of the reduction.
+
+    Returns:
+        The sums, float64 [names], on the device.
     """
     from megatron.core import parallel_state
 
@@ -233,7 +241,7 @@ def reduce_sums(outputs: list[dict[str, torch.Tensor]], names: Sequence[str], de
             totals.zero_()
         dist.all_reduce(totals)
         mark()
-    return dict(zip(names, totals.tolist(), strict=True))
+    return totals
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

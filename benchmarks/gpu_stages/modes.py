@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from megatron_lion.device import select_device
-from megatron_lion.optim.distributed_optimizer import FusedDistributedOptimizer
 from megatron_lion.optim.layouts import PackedLayout
 from megatron_lion.optim.precision import split_master
 from megatron_lion.parallel import process_groups
@@ -52,28 +51,27 @@ def train(config: Any, device: Any, ranks: Any, *, reference: bool) -> dict[str,
             run.optimizer.inner.implementation = "reference"
         apart: list[float] = []
         if config.optimizer.master_weights == "shards":
-            use_our_norm(run, apart)
+            record_upstreams_norm(run, apart)
         steps = [take_step(run, batches) for _ in range(config.train.steps)]
         state, weights = fingerprints(run)
     return {"losses": [s.loss for s in steps], "norms": [s.grad_l2 for s in steps], "state": state, "weights": weights,
             "norms_apart": apart}  # fmt: skip
 
 
-def use_our_norm(run: Run, apart: list[float]) -> None:
-    """Lets Megatron's shards clip by the norm of the fused step, and records the difference of upstream's own norm.
+def record_upstreams_norm(run: Run, apart: list[float]) -> None:
+    """Records the relative difference between upstream's norm and ours, by which Megatron's shards are clipped.
 
-    On CUDA the two norms sum the tensors in different orders. A difference in the last bit of the norm changes the clip
-    coefficient, and the comparison of the updates would fail although the updates are equal.
+    On CUDA the two norms sum in different orders.
     """
     megatron: Any = run.optimizer.megatron
-    upstream = megatron.get_grad_norm
+    measure = megatron.step_scalars
 
-    def norm() -> float:
-        ours = float(FusedDistributedOptimizer._grad_norm_on_device(megatron))
-        apart.append(abs(float(upstream()) / ours - 1))
-        return ours
+    def recorded(*args: Any, **options: Any) -> Any:
+        scalars = measure(*args, **options)
+        apart.append(abs(float(megatron.get_grad_norm()) / float(scalars.norm) - 1))
+        return scalars
 
-    megatron.get_grad_norm = norm
+    megatron.step_scalars = recorded
 
 
 def compare(stage: Stage, part: str, one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -173,7 +173,7 @@ class MaskedAndOrder(Objective):
     """Mean loss of all masked tokens of the global batch plus mean sentence-order loss of all its samples."""
 
     sum_names = (
-        "loss_sum", "num_tokens", "mlm_loss_sum", "num_masked", "mlm_correct", "sop_loss_sum", "num_samples", "sop_correct",
+        "loss_sum", "num_tokens", "num_masked", "num_samples", "mlm_loss_sum", "mlm_correct", "sop_loss_sum", "sop_correct",
     )  # fmt: skip
     # Also the masked tokens: without one, L has no first term. Samples always have one unless their masks are damaged.
     count_names = ("num_masked", "num_samples")

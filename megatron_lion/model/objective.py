@@ -27,6 +27,7 @@ class Objective(ABC):
         sum_names: the scalars to sum.
         count_names: those of them that a mean divides by. If one is 0 the loss is undefined, and the gradient that
             megatron-core returns (it divides by at least 1) is not that of the loss: such a step must not be taken.
+            They are neighbours in `sum_names`.
     """
 
     sum_names: tuple[str, ...] = ("loss_sum", "num_tokens")
@@ -50,6 +51,13 @@ class Objective(ABC):
     def uncounted(self, sums: Mapping[str, float]) -> str | None:
         """Returns the first of `count_names` that is 0, or None if all are above 0."""
         return next((name for name in self.count_names if not sums[name] > 0), None)
+
+    def count_places(self) -> slice:
+        """Returns the places of `count_names` in `sum_names`."""
+        first = self.sum_names.index(self.count_names[0])
+        places = slice(first, first + len(self.count_names))
+        assert self.sum_names[places] == self.count_names
+        return places
 
     def require_counts(self, sums: Mapping[str, float], what: str) -> None:
         """Raises an error if there was nothing to measure; all ranks have the same sums and raise alike.

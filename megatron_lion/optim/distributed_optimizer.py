@@ -19,6 +19,15 @@ from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, S
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_lion.optim.grad_norm import (
+    StepScalars,
+    TritonNorm,
+    plain_scalars,
+    replicas_of,
+    runs_in_triton,
+    with_replicas,
+)
+
 STATE_KEYS = {"lion": ("exp_avg",), "sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
@@ -26,6 +35,7 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
     """DistributedOptimizer for any inner optimizer whose state is created eagerly and listed in `state_keys`."""
 
     state_keys: tuple[str, ...] = ()
+    triton_norm: TritonNorm | None = None  # on CUDA from the first step on
 
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
@@ -46,6 +56,11 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
                 for key in ("param", *self.optimizer_state_keys):
                     world_tensors[key] = _with_bucket_padding(world_tensors[key], buffer.buckets)
         return state
+
+    def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[torch.Tensor]:
+        """Returns upstream's list and, if this rank holds replicas that it leaves out, a scalar: 0, or NaN if one is not finite."""
+        counted = super().get_grads_for_grad_norm(grad_norm_group)
+        return with_replicas(counted, replicas_of(self, counted))
 
     def sharded_tensors(self, model_state: dict[str, Any], *, is_loading: bool, layout: str) -> dict[Any, Any]:
         """Returns the state as ShardedTensors; the dp_reshardable layout's plain numbers are left out (the manifest has them).
@@ -71,6 +86,29 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
         else:
             self.load_parameter_state_from_dp_reshardable(state)
 
+    def step_scalars(
+        self, clip_grad: float, *, divisor: torch.Tensor | None = None, counts: torch.Tensor | None = None
+    ) -> StepScalars:
+        """Measures the gradient that `prepare_grads` set, without a wait for the device; a collective call.
+
+        mcore 0.19.2: without Transformer Engine and Apex its norm reads each tensor's norm on the host; remove when it
+        does not.
+
+        Args:
+            clip_grad: largest global gradient norm; 0 turns clipping off.
+            divisor: count by which the gradient is divided, float64 [1]; only with `triton_norm`.
+            counts: if one of them is not above 0 the step is skipped, float64 [K]; or None.
+        """
+        device = torch.device(torch.cuda.current_device())
+        group = self.get_grad_stats_parallel_group()
+        if self.triton_norm is None and runs_in_triton(device):
+            self.triton_norm = TritonNorm(device, group)
+        if self.triton_norm is not None:
+            counted = super().get_grads_for_grad_norm()
+            replicas = replicas_of(self, counted)
+            return self.triton_norm.scalars(counted, replicas, clip_grad, divisor=divisor, counts=counts)
+        return plain_scalars(self.get_grads_for_grad_norm(), group, clip_grad, counts, device)
+
     def bucket_sizes(self) -> list[Any]:
         """Returns the elements of each bucket without padding; runs with equal ones can exchange dp_reshardable state."""
         return [sizes for buffer in self.per_bucket_numel_unpadded for sizes in buffer.values()]
@@ -79,33 +117,34 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
 class FusedDistributedOptimizer(StatefulDistributedOptimizer):
     """The precision-aware mode: the inner optimizer owns the master weights and writes the bf16 shard itself.
 
-    No main→model copy, no gradient cast and no scaling pass run: the gradient buffer is read in place, and the clip
-    coefficient and the non-finite flag reach the kernel in device memory. The host does not wait for the device until
-    the caller reads the norm.
+    No main→model copy and no gradient cast run: the gradient buffer is read in place, and the clip coefficient and the
+    flag that skips a step reach the kernel in device memory. On CUDA the division by the loss's count does so too (on a
+    CPU megatron-core scales the buffer). The host does not wait for the device until the caller reads the norm.
     """
 
+    def divides_in_kernel(self) -> bool:
+        """Returns whether `fused_step` can take a divisor."""
+        return self.triton_norm is not None or runs_in_triton(torch.device(torch.cuda.current_device()))
+
     @torch.no_grad()
-    def fused_step(self, clip_grad: float) -> torch.Tensor:
+    def fused_step(
+        self, clip_grad: float, *, divisor: torch.Tensor | None = None, counts: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Takes one update.
 
-        Args:
-            clip_grad: largest global gradient norm; 0 turns clipping off.
+        The arguments are those of `step_scalars`.
 
         Returns:
-            The gradient's norm before clipping, a float64 scalar on the device; if it is not finite, nothing was changed.
+            The norm of the mean gradient before clipping, a float64 scalar on the device. Nothing was changed if it is not
+            finite, or if one of `counts` is not above 0.
         """
         self.prepare_grads()
-        norm = self._grad_norm_on_device()
-        coefficient = None
-        if clip_grad > 0.0:
-            # In float64, then rounded to float32: the bits are those of upstream's Python arithmetic.
-            coefficient = (clip_grad / (norm + 1.0e-6)).clamp(max=1.0).float()
-        # The norm is reduced over all ranks and is finite only if every gradient is, so all ranks skip the step alike.
-        self.optimizer.step(grad_multiplier=coefficient, found_inf=(~torch.isfinite(norm)).float())
+        scalars = self.step_scalars(clip_grad, divisor=divisor, counts=counts)
+        self.optimizer.step(grad_multiplier=scalars.multipliers, found_inf=scalars.found_inf)
         # Each rank wrote its own bf16 shard. With overlap the next forward pass gathers each bucket before it is used.
         if not self.ddp_config.overlap_param_gather:
             self.start_param_sync_for_bucket_group_subset()
-        return norm
+        return scalars.norm
 
     @torch.no_grad()
     def load_sharded_tensors(self, state: dict[Any, Any], *, layout: str) -> None:
@@ -113,20 +152,6 @@ class FusedDistributedOptimizer(StatefulDistributedOptimizer):
         super().load_sharded_tensors(state, layout=layout)
         for chunk in self.model_chunks:
             chunk.start_param_sync(force_sync=True)  # waits also with overlap: the caller may read the weights next
-
-    def _grad_norm_on_device(self) -> torch.Tensor:
-        """Returns the norm of upstream's get_grad_norm_fp32, bit for bit on a CPU, without a wait for the device.
-
-        mcore 0.19.2: without Transformer Engine and Apex its norm reads each tensor's norm on the host; remove when it
-        does not.
-        """
-        grads = self.get_grads_for_grad_norm()
-        total = torch.zeros((), dtype=torch.float, device=torch.cuda.current_device())
-        if grads:
-            total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, torch.float))) ** 2
-        # A rank whose shard is empty adds 0: the collective needs every rank of the group.
-        torch.distributed.all_reduce(total, group=self.get_grad_stats_parallel_group())
-        return total.double().sqrt()
 
 
 def let_optimizer_own_master_weights(settings: OptimizerConfig) -> None:

@@ -33,6 +33,7 @@ from megatron_lion.optim.distributed_optimizer import (
     StatefulDistributedOptimizer,
     let_optimizer_own_master_weights,
 )
+from megatron_lion.optim.grad_norm import let_replicas_reach_the_norm
 from megatron_lion.optim.lion import Lion
 from megatron_lion.optim.sgd import Sgd
 
@@ -82,33 +83,64 @@ class TrainOptimizer:
         for group in self.megatron.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
 
-    @torch.no_grad()
+    @property
+    def divides_by_count(self) -> bool:
+        """Whether `start_step` can divide the gradient by the loss's count: the fused step in Triton, as it reads it."""
+        return isinstance(self.megatron, FusedDistributedOptimizer) and self.megatron.divides_in_kernel()
+
+    @property
+    def changes_with_gradient(self) -> bool:
+        """Whether measuring the gradient changes the state: fp16's loss scale adapts to it."""
+        return getattr(self.megatron, "grad_scaler", None) is not None
+
     def step(self) -> StepResult:
-        """Measures the gradient, then either updates, or changes nothing on any rank.
+        """Measures the gradient, then either updates, or changes nothing on any rank."""
+        return self.end_step(float(self.start_step()))
+
+    @torch.no_grad()
+    def start_step(self, *, divisor: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> torch.Tensor:
+        """Launches all that needs no decision of the host; a collective call.
+
+        The fused step is complete then, and has skipped itself if it must. The others have measured the gradient.
+
+        Args:
+            divisor: count by which the gradient is divided, float64 [1] on the device; only if `divides_by_count`.
+            counts: if one of them is not above 0 the step is skipped, float64 [K] on the device; or None.
+
+        Returns:
+            Norm of the mean gradient before clipping, float64 [], for `end_step`.
+        """
+        if isinstance(self.megatron, FusedDistributedOptimizer):
+            return self.megatron.fused_step(self.clip_grad, divisor=divisor, counts=counts)
+        found_inf = self.megatron.prepare_grads()
+        if not found_inf and isinstance(self.megatron, StatefulDistributedOptimizer):
+            return self.megatron.step_scalars(0.0).norm
+        norm = math.nan if found_inf else float(self.megatron.get_grad_norm())
+        return torch.full((), norm, dtype=torch.float64, device=torch.cuda.current_device())
+
+    @torch.no_grad()
+    def end_step(self, grad_l2: float, *, undefined: bool = False) -> StepResult:
+        """Ends the step that `start_step` began: updates if the fused step has not, and counts.
 
         The norm is the gate: it is reduced over all ranks, and it is finite only if every gradient is. sign() would
         turn a NaN into a zero and an infinity into a unit step, and no loss curve would show it.
+
+        Args:
+            grad_l2: the norm that `start_step` returned.
+            undefined: whether one of its `counts` was not above 0.
         """
-        if isinstance(self.megatron, FusedDistributedOptimizer):
-            # The one value that the host waits for, read after all work of the step was launched.
-            grad_l2 = float(self.megatron.fused_step(self.clip_grad))
-            skipped = not math.isfinite(grad_l2)
-            self.num_skipped += skipped
-            self.num_steps += not skipped
-            return StepResult(grad_l2, skipped)
-        found_inf = self.megatron.prepare_grads()
-        grad_l2 = float("nan") if found_inf else float(self.megatron.get_grad_norm())
-        skipped = found_inf or not math.isfinite(grad_l2)
-        if not skipped:
-            if self.clip_grad > 0.0:
-                clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.clip_grad, grad_l2)
-            self.megatron.step_with_ready_grads()
-        # Without shards `.grad` is the gradient buffer itself. If it stayed set, the next accumulation in the buffer, such
-        # as a probe's, would be added twice.
-        self.zero_grad()
+        skipped = undefined or not math.isfinite(grad_l2)
+        if not isinstance(self.megatron, FusedDistributedOptimizer):
+            if not skipped:
+                if self.clip_grad > 0.0:
+                    clip_grad_by_total_norm_fp32(self.megatron.get_parameters(), self.clip_grad, grad_l2)
+                self.megatron.step_with_ready_grads()
+            # Without shards `.grad` is the gradient buffer itself. If it stayed set, the next accumulation in the buffer,
+            # such as a probe's, would be added twice.
+            self.zero_grad()
         self.num_skipped += skipped
         self.num_steps += not skipped
-        return StepResult(grad_l2, skipped)
+        return StepResult(math.nan if undefined else grad_l2, skipped)
 
     def skip(self) -> StepResult:
         """Counts a step that the caller does not take; no gradient is read and nothing is changed, not even the loss scale."""
@@ -239,7 +271,7 @@ def build_inner_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]])
         )
     if config.name == "sgd":
         return Sgd(groups, momentum=config.momentum, coupled_weight_decay=config.coupled_weight_decay, **common)
-    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, foreach=True, **common)
+    return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True, **common)
 
 
 def initialize_state(optimizer: torch.optim.Optimizer, name: str) -> None:
@@ -257,26 +289,9 @@ def initialize_state(optimizer: torch.optim.Optimizer, name: str) -> None:
                 if key not in state:
                     state[key] = torch.zeros_like(parameter, dtype=torch.float32)
             if name == "adamw" and "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
-
-
-def let_replicas_reach_the_norm(optimizer: MegatronOptimizer) -> None:
-    """Makes the gradient norm NaN if a replica that the norm does not count is not finite, so that the gate sees it.
-
-    Biases and norms are whole on every tensor-parallel rank, and a tied embedding is on two pipeline stages. Upstream's
-    norm counts one copy of each. For the other copies this adds 0 · ‖g‖, which is zero, or NaN if ‖g‖ is not finite.
-    """
-    counted = optimizer.get_grads_for_grad_norm
-
-    def with_replicas(grad_norm_group: str | None = None) -> list[torch.Tensor]:
-        grads = counted(grad_norm_group)
-        known = {id(grad) for grad in grads}
-        name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
-        own = (getattr(parameter, name, None) for parameter in optimizer.get_parameters())
-        replicas = [grad for grad in own if grad is not None and id(grad) not in known]
-        return [*grads, (torch.stack(torch._foreach_norm(replicas)) * 0.0).sum()] if replicas else grads
-
-    optimizer.get_grads_for_grad_norm = with_replicas
+                state["step"] = torch.zeros(
+                    (), dtype=torch.float32, device=parameter.device
+                )  # where fused AdamW reads it
 
 
 def first_loss_scale(micro_batch_count: int) -> float:
@@ -312,6 +327,8 @@ def build_optimizer(
         micro_batch_count: what the loss counts in a micro-batch.
     """
     sharded = model_chunks[0].ddp_config.use_distributed_optimizer
+    master_weights: Any = config.resolved_master_weights(precision, is_sharded=sharded)
+    config = replace(config, master_weights=master_weights)
     settings = McoreOptimizerConfig(
         optimizer={"lion": "lion", "sgd": "sgd", "adamw": "adam"}[config.name],
         lr=config.lr,
@@ -377,6 +394,7 @@ def build_optimizer(
         megatron = Float16OptimizerWithFloat16Params(inner, settings, scaler, state_is_made_here)
         megatron.grad_stats_parallel_group = parallel_state.get_model_parallel_group()
     megatron.tp_group = megatron.expert_tp_group = parallel_state.get_tensor_model_parallel_group()
-    let_replicas_reach_the_norm(megatron)
+    if not sharded:  # StatefulDistributedOptimizer does so itself
+        let_replicas_reach_the_norm(megatron)
     initialize_state(inner, config.name)
     return TrainOptimizer(megatron, inner, config.name, config.clip_grad)

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_lion.config import RunConfig
 from megatron_lion.model.objective import Objective
 from megatron_lion.optim.train_optimizer import TrainOptimizer
-from megatron_lion.parallel import Ranks, reduce_sums
+from megatron_lion.parallel import Ranks, reduce_sums, sum_on_device
 
 ForwardStep = Callable[[Iterator[dict[str, torch.Tensor]], torch.nn.Module], tuple[torch.Tensor, Any]]
 
@@ -52,8 +52,10 @@ def train_step(
 ) -> TrainStep:
     """Forward and backward over the micro-batches of one global batch, then one update.
 
-    Gradients are sums. After the reduction megatron-core divides them by the objective's global count, so a step uses
-    the mean over the global batch at every layout. A collective call.
+    Gradients are sums. After the reduction they are divided by the objective's global count, so a step uses the mean over
+    the global batch at every layout. megatron-core divides the buffer, or the fused kernel each gradient as it reads it;
+    both have the same bits. The host reads the losses and the norm together, after it has launched the update: a read
+    before would leave the device idle while the host prepares it. A collective call.
 
     Args:
         model: DDP-wrapped chunks.
@@ -63,8 +65,8 @@ def train_step(
         config: the run's settings.
         ranks: this process's ranks.
         lr: learning rate of this step.
-        on_gradient: called when the buffers contain the reduced gradient, before it is measured, clipped and used; not
-            called if the loss counted nothing.
+        on_gradient: called when the buffers contain the reduced mean gradient, before it is measured, clipped and used;
+            not called if the loss counted nothing.
     """
     for chunk in model:
         chunk.train()
@@ -72,7 +74,8 @@ def train_step(
     optimizer.zero_grad()
     optimizer.set_lr(lr)
     settings = model[0].config
-    settings.finalize_model_grads_func = finalize_model_grads
+    divides = optimizer.divides_by_count and on_gradient is None
+    settings.finalize_model_grads_func = _reduce if divides else finalize_model_grads
     settings.grad_scale_func = optimizer.scale_loss
     try:
         outputs = get_forward_backward_func()(
@@ -81,22 +84,37 @@ def train_step(
             model=model if len(model) > 1 else model[0],
             num_microbatches=config.num_microbatches(ranks.world_size),
             seq_length=config.model.seq_length,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=config.micro_batch_size,
             forward_only=False,
         )
     finally:
         # A model that refers to its optimizer is never garbage-collected: the cycle passes through autograd's own nodes.
         settings.finalize_model_grads_func = settings.grad_scale_func = None
-    sums = reduce_sums(outputs, objective.sum_names, next(model[0].parameters()).device)
+    names = objective.sum_names
+    totals = sum_on_device(outputs, names, next(model[0].parameters()).device)
+    # The sums are over all ranks, so that all of them skip alike. A gradient of nothing is zero, or 0 · NaN, and LION would
+    # move every weight by its old momentum.
+    if on_gradient is not None or optimizer.changes_with_gradient:
+        sums = dict(zip(names, totals.tolist(), strict=True))
+        uncounted = objective.uncounted(sums)
+        if uncounted is None and on_gradient is not None:
+            on_gradient()
+        result = optimizer.step() if uncounted is None else optimizer.skip()
+    else:
+        divisor = totals[names.index("num_tokens")].view(1) if divides else None
+        norm = optimizer.start_step(divisor=divisor, counts=totals[objective.count_places()])
+        *values, grad_l2 = torch.cat([totals, norm.view(1)]).tolist()  # the only wait of the step
+        sums = dict(zip(names, values, strict=True))
+        uncounted = objective.uncounted(sums)
+        result = optimizer.end_step(grad_l2, undefined=uncounted is not None)
     means = objective.means(sums)
-    # The sums are over all ranks, so that all of them skip alike; the host has them already, and need not wait again.
-    uncounted = objective.uncounted(sums)
-    if uncounted is None and on_gradient is not None:
-        on_gradient()
-    # A gradient of nothing is zero, or 0 · NaN, and LION would move every weight by its old momentum.
-    result = optimizer.step() if uncounted is None else optimizer.skip()
     num_tokens = config.train.global_batch_size * config.model.seq_length
     return TrainStep(means.pop("loss"), result.grad_l2, num_tokens, result.skipped, uncounted, means)
+
+
+def _reduce(model: list[Any], num_tokens: torch.Tensor | None = None, **options: Any) -> None:
+    """megatron-core's finalize_model_grads without its pass over the buffer that divides it by `num_tokens`."""
+    finalize_model_grads(model, None, **options)
 
 
 @torch.no_grad()
@@ -142,7 +160,7 @@ def mean_losses(
             model=model if len(model) > 1 else model[0],
             num_microbatches=per_batch,
             seq_length=config.model.seq_length,
-            micro_batch_size=config.train.micro_batch_size,
+            micro_batch_size=config.micro_batch_size,
             forward_only=True,
         )
     for chunk in model:

@@ -143,7 +143,7 @@ def read_by_the_norm(rank: int, config: Any) -> tuple[int, bool]:
         megatron = run.optimizer.megatron
         megatron.prepare_grads()
         with ReadOnTheHost() as reads:
-            norm = megatron._grad_norm_on_device()
+            norm = megatron.step_scalars(1.0).norm
         return reads.count, float(norm) == megatron.get_grad_norm()
 
 
