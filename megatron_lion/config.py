@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,10 @@ class OptimizerConfig:
     """AdamW's epsilon."""
     init_exp_avg: Literal["zeros", "first_gradient"] = "zeros"
     """LION's momentum before the first step: zeros (common practice) or first_gradient (as in the proof of Lemma 6)."""
-    master_weights: Literal["shards", "fp32", "split32", "split24"] = "shards"
+    master_weights: Literal["auto", "shards", "fp32", "split32", "split24"] = "auto"
     """Storage of master weights in bf16 training: shards (Megatron's fp32 shards, 4 bytes per parameter and a copy each step).
-    In LION's fused step: fp32 (4 bytes), split32 (2 bytes, the same fp32 values bit for bit), split24 (1 byte, 24 bits)."""
+    In LION's fused step: fp32 (4 bytes), split32 (2 bytes, the same fp32 values bit for bit), split24 (1 byte, 24 bits). auto:
+    split32 for LION in bf16 with the distributed optimizer, else shards; a run that resumes keeps what it has."""
     momentum_dtype: Literal["fp32", "bf16", "int8"] = "fp32"
     """Storage of momentum in LION's fused step: 4, 2 or 1.06 bytes per parameter; needs master_weights other than shards."""
     clip_grad: float = 1.0
@@ -107,6 +108,17 @@ class OptimizerConfig:
     max_skipped_steps: int = 3
     """Stop after this many consecutive steps with NaN or infinite gradients (ten times as many in fp16), or whose loss counts no
     token. Each such step is skipped, and nothing is saved until a step is taken."""
+
+    def resolved_master_weights(self, precision: str, *, is_sharded: bool) -> str:
+        """Returns the form of the master weights, with the choice for auto.
+
+        Args:
+            precision: `train.precision`.
+            is_sharded: `parallel.use_distributed_optimizer`.
+        """
+        if self.master_weights != "auto":
+            return self.master_weights
+        return "split32" if self.name == "lion" and precision == "bf16" and is_sharded else "shards"
 
     def resolved_betas(self) -> tuple[float, float]:
         """Returns (beta1, beta2), with the default for null."""
@@ -137,8 +149,9 @@ class TrainConfig:
     """Optimizer steps."""
     global_batch_size: int = 640
     """Samples of a step over all processes: micro_batch_size x data-parallel size x number of micro-batches."""
-    micro_batch_size: int = 8
-    """Samples of a forward pass on one process."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Samples of a forward pass on one process. auto: the most that fit into the memory of the device and divide the process's
+    share of the global batch (on a CPU at most 8); a run that resumes keeps its number if the share allows it."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """bf16 and fp16 keep exact fp32 master weights; fp16 scales the loss dynamically. All run on a CPU as well."""
     deterministic: bool = False
@@ -262,12 +275,28 @@ class RunConfig:
         return dataclasses.replace(
             self,
             model=dataclasses.replace(model, ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size),
-            optimizer=dataclasses.replace(optimizer, betas=optimizer.resolved_betas()),
+            optimizer=dataclasses.replace(
+                optimizer, betas=optimizer.resolved_betas(), master_weights=self.master_weights
+            ),
         )
+
+    @property
+    def master_weights(self) -> Any:
+        """Form of the master weights, with the choice for auto."""
+        return self.optimizer.resolved_master_weights(
+            self.train.precision, is_sharded=self.parallel.use_distributed_optimizer
+        )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of a forward pass on one process; only once `megatron_lion.train.choices` has replaced auto."""
+        size = self.train.micro_batch_size
+        assert size != "auto", "train.micro_batch_size is still auto"
+        return size
 
     def num_microbatches(self, world_size: int) -> int:
         """Returns the number of micro-batches that each process runs in a step."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self.data_parallel_size(world_size))
+        return self.train.global_batch_size // (self.micro_batch_size * self.data_parallel_size(world_size))
 
     def data_parallel_size(self, world_size: int) -> int:
         """Returns the number of data-parallel replicas among `world_size` processes."""

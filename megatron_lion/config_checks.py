@@ -48,7 +48,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
     }.items():
         for key in keys:
             value = getattr(getattr(config, section), key)
-            need(value >= 1, f"{section}.{key}", value, "an integer of at least 1")
+            need(value == "auto" or value >= 1, f"{section}.{key}", value, "an integer of at least 1")
     for section, keys in {"train": ("test_every",), "checkpoint": ("every", "keep"), "probe": ("every",)}.items():
         for key in keys:
             value = getattr(getattr(config, section), key)
@@ -71,7 +71,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
         need(not largest < optimizer.lr < math.inf, "optimizer.lr", optimizer.lr, f"at most {largest:.3g} for adamw")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "a number in [0, 1)")
     # Packed master weights exist only in LION's fused step, which works on the distributed optimizer's bf16 shards.
-    packed = optimizer.master_weights != "shards"
+    packed = config.master_weights != "shards"
     if packed and (
         optimizer.name != "lion" or train.precision != "bf16" or not config.parallel.use_distributed_optimizer
     ):
@@ -162,7 +162,9 @@ def _check_layout(config: RunConfig, world_size: int) -> list[str]:
     problems: list[str] = []
     model, train, parallel = config.model, config.train, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if tp < 1 or pp < 1 or train.micro_batch_size < 1:
+    # auto takes what fits; a single sample always does if the data ranks share the batch.
+    micro_batch = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
+    if tp < 1 or pp < 1 or micro_batch < 1:
         return problems
     if world_size % (tp * pp):
         problems.append(
@@ -170,11 +172,13 @@ def _check_layout(config: RunConfig, world_size: int) -> list[str]:
             f"the {world_size} process{'es' if world_size > 1 else ''} of this job"
         )
     else:
-        per_pass = train.micro_batch_size * config.data_parallel_size(world_size)
+        per_pass = micro_batch * config.data_parallel_size(world_size)
         if train.global_batch_size % per_pass:
+            divisor = f"data-parallel size {config.data_parallel_size(world_size)}"
+            if train.micro_batch_size != "auto":
+                divisor = f"train.micro_batch_size {micro_batch} x {divisor} = {per_pass}"
             problems.append(
-                f"train.global_batch_size: {train.global_batch_size} is not divisible by train.micro_batch_size "
-                f"{train.micro_batch_size} x data-parallel size {config.data_parallel_size(world_size)} = {per_pass}; "
+                f"train.global_batch_size: {train.global_batch_size} is not divisible by {divisor}; "
                 f"try {-(-train.global_batch_size // per_pass) * per_pass}"
             )
     problems += [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,6 +194,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     if problem is not None:
         raise DataError(f"{path}: {problem}; {again}")
     return manifest
+
+
+def known_vocab_size(paths: Sequence[Path]) -> int | None:
+    """Returns the largest number of token ids of the dataset folders among the paths, or None if there is none.
+
+    Raises:
+        DataError: a manifest is damaged.
+    """
+    return max((read_manifest(path).tokenizer.vocab_size for path in paths if (path / NAME).is_file()), default=None)
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:

@@ -77,7 +77,7 @@ def probe_run(
     with FullGradient(
         run.model, run.optimizer, run.forward_step, run.ranks,
         num_microbatches=config.num_microbatches(run.ranks.world_size),
-        micro_batch_size=config.train.micro_batch_size, seq_length=config.model.seq_length,
+        micro_batch_size=config.micro_batch_size, seq_length=config.model.seq_length,
         vocab_size=run.corpora.vocab_size, dropout_seed=dropout_seed, groups=groups,
         master_weights=master_weights, count_names=run.objective.count_names,
     ) as full:  # fmt: skip

@@ -260,7 +260,7 @@ def _optimizer_bytes(config: RunConfig, numel: int) -> int:
     """Returns the bytes of the state and master weights of one piece of a parameter."""
     optimizer = config.optimizer
     masters = {"shards": 4 * (config.train.precision != "fp32"), "fp32": 4, "split32": 2, "split24": 1}
-    master = numel * masters[optimizer.master_weights]
+    master = numel * masters[config.master_weights]
     if optimizer.name == "adamw":
         return master + 8 * numel + 4  # and the number of steps
     if optimizer.name == "lion" and optimizer.momentum_dtype == "int8":
@@ -272,7 +272,7 @@ def _activation_bytes(config: RunConfig, world_size: int, rows: int, stage: int)
     model, parallel = config.model, config.parallel
     tp, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     width = 4 if config.train.precision == "fp32" else 2
-    tokens = config.train.micro_batch_size * model.seq_length
+    tokens = config.micro_batch_size * model.seq_length
     # In units of one 16-bit value of the residual stream: 10 are whole on each tensor-parallel rank, 24 are split.
     layer = tokens * model.hidden_size * (34 / tp if parallel.sequence_parallel else 10 + 24 / tp) * width / 2
     layers = model.num_layers / pipeline

@@ -75,7 +75,8 @@ def possible_processes(config: RunConfig) -> list[int]:
     """Numbers of processes that can train with a config, ascending; empty if a setting is invalid at any number."""
     layout = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
     # Each data-parallel process takes at least one micro-batch of a batch.
-    most = config.train.global_batch_size // max(1, config.train.micro_batch_size) * layout
+    size = config.train.micro_batch_size
+    most = config.train.global_batch_size // (1 if size == "auto" else max(1, size)) * layout
     found = []
     for number in range(1, most + 1):
         try:

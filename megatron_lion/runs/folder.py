@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,29 @@ def check_settings(config: RunConfig, *, may_differ: bool = False) -> None:
             f"{config.run_dir}: holds a run with other settings ({'; '.join(blocked.values())}); use them, another run_dir, "
             f"or --fresh to start over{longer if 'train.steps' in blocked else ''}"
         )
+
+
+def kept_choices(config: RunConfig, world_size: int) -> RunConfig:
+    """Returns the settings with what the run in the folder has chosen for auto, if one has begun there.
+
+    Args:
+        config: the command's settings.
+        world_size: number of processes; a micro-batch that does not fit it is not taken.
+
+    Raises:
+        ConfigError: the run's config.yaml is damaged.
+    """
+    saved = config_file(Path(config.run_dir))
+    if not saved.is_file() or not _is_trained(saved.parent):
+        return config
+    old = load_config(saved)
+    if config.optimizer.master_weights == "auto":
+        config = replace(config, optimizer=replace(config.optimizer, master_weights=old.master_weights))
+    size = old.train.micro_batch_size
+    share = config.train.global_batch_size // config.data_parallel_size(world_size)
+    if config.train.micro_batch_size == "auto" and size != "auto" and share % size == 0:
+        config = replace(config, train=replace(config.train, micro_batch_size=size))
+    return config
 
 
 def keep_settings(config: RunConfig, newest: int | None) -> None:

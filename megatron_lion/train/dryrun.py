@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_lion.config import DataConfig, RunConfig
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
+from megatron_lion.model.micro_batch import choose_micro_batch
 from megatron_lion.model.sizes import VOCAB_SIZES, flops_per_token, memory_bytes, model_size
+from megatron_lion.runs.folder import kept_choices
 
 # What well-tuned 124M-350M runs reach on an A100 (nanoGPT, MPT), and tiny ones on a CPU, of the speed of a matrix product.
 UTILISATION = 0.4
 # Dense FLOP/s of an A100; torch computes float32 products there without TF32.
+_ASSUMED_MEMORY = 80 * 2**30
 _A100_FLOPS = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
 
 # More passes over a text than this give a warning. Repeating a text up to four times is almost as good as new text, and
@@ -40,6 +44,7 @@ def dry_run(config: RunConfig, world_size: int, data: str | None = None) -> str:
         ConfigError, DataError: the run itself would reject its data.path.
     """
     vocab, source, train_tokens = _vocabulary(config)
+    config, chosen = _settled(config, world_size, vocab)
     size = model_size(config.model, vocab)
     memory = memory_bytes(config, world_size, vocab)
     train = config.train
@@ -54,7 +59,7 @@ def dry_run(config: RunConfig, world_size: int, data: str | None = None) -> str:
         f"{config.warmup_steps:,} warm-up steps",
         f"processes    {world_size}: TP {config.parallel.tensor_model_parallel_size} x PP {config.parallel.pipeline_model_parallel_size} x "
         f"DP {config.data_parallel_size(world_size)}",
-        f"batch        {batch_sentence(config, world_size)}",
+        f"batch        {batch_sentence(config, world_size)}{chosen}",
         f"tokens       {train.steps:,} steps = {tokens:,} tokens"
         + (f" = {tokens / train_tokens:,.2f} x the {train_tokens:,} of the training data" if train_tokens else ""),
         *(f"warning      {warning}" for warning in warnings),
@@ -68,6 +73,21 @@ def dry_run(config: RunConfig, world_size: int, data: str | None = None) -> str:
         *_kernel_lines(config),
     ]
     return "\n".join(lines)
+
+
+def _settled(config: RunConfig, world_size: int, vocab: int) -> tuple[RunConfig, str]:
+    """Returns the settings as the run would have them here, and what `train.micro_batch_size` was chosen for."""
+    config = kept_choices(config, world_size)
+    if config.train.micro_batch_size != "auto":
+        return config, ""
+    memory: int | None = _ASSUMED_MEMORY
+    where = f"a GPU of {_ASSUMED_MEMORY >> 30} GiB (assumed)"
+    if config.device == "cpu":
+        memory, where = None, "a CPU"
+    elif (found := _card_memory() if any(Path(name).exists() for name in DRIVER_FILES) else None) is not None:
+        memory, where = found, f"{found / 2**30:.0f} GiB of device memory"
+    size = choose_micro_batch(config, world_size, memory, vocab)
+    return replace(config, train=replace(config.train, micro_batch_size=size)), f"; chosen for {where}"
 
 
 def split_warning(config: RunConfig) -> str | None:
@@ -113,7 +133,7 @@ def batch_sentence(config: RunConfig, world_size: int) -> str:
     train, data_parallel = config.train, config.data_parallel_size(world_size)
     microbatches = config.num_microbatches(world_size)
     return (
-        f"{train.micro_batch_size} samples a micro-batch x {data_parallel} data-parallel process{'es' * (data_parallel > 1)} x "
+        f"{config.micro_batch_size} samples a micro-batch x {data_parallel} data-parallel process{'es' * (data_parallel > 1)} x "
         f"{microbatches} micro-batch{'es' * (microbatches > 1)} = "
         f"{train.global_batch_size} samples, {train.global_batch_size * config.model.seq_length:,} tokens a step"
     )
@@ -159,7 +179,7 @@ def _state_sentence(config: RunConfig, data_parallel: int) -> str:
     state = {"adamw": "two fp32 moments", "sgd": "fp32 momentum", "lion": f"{optimizer.momentum_dtype} momentum"}
     master = "fp32 parameters without a copy"
     if precision != "fp32":
-        form = "fp32" if optimizer.master_weights == "shards" else optimizer.master_weights
+        form = "fp32" if config.master_weights == "shards" else config.master_weights
         master = f"{precision} parameters with {form} master weights"
     where = "not sharded"
     if config.parallel.use_distributed_optimizer:
@@ -203,6 +223,16 @@ def _card() -> str | None:
 
     try:
         return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    except (AssertionError, RuntimeError):  # a torch without CUDA, or a driver that it cannot use
+        return None
+
+
+def _card_memory() -> int | None:
+    """Returns the bytes of the first CUDA device, or None if torch cannot use one."""
+    import torch
+
+    try:
+        return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
     except (AssertionError, RuntimeError):  # a torch without CUDA, or a driver that it cannot use
         return None
 

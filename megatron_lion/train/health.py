@@ -216,7 +216,7 @@ def trial_gradient(run: Run, batch: dict[str, torch.Tensor]) -> tuple[float, flo
     sync_parameters(run.model)
     with random_state_kept(), FullGradient(
         run.model, run.optimizer, run.forward_step, run.ranks, num_microbatches=1,
-        micro_batch_size=run.config.train.micro_batch_size, seq_length=run.config.model.seq_length,
+        micro_batch_size=run.config.micro_batch_size, seq_length=run.config.model.seq_length,
         vocab_size=run.corpora.vocab_size,
     ) as full:  # fmt: skip
         full.add(iter([batch]))

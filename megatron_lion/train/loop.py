@@ -35,12 +35,13 @@ from megatron_lion.runs.sealed_json import write_sealed
 from megatron_lion.runs.series import parse_line
 from megatron_lion.runs.steps import list_steps
 from megatron_lion.train import checkpoint as ckpt
+from megatron_lion.train.choices import settle
 from megatron_lion.train.console import TrainProgress, announce
 from megatron_lion.train.health import Health, LastBatch, damaged_state
 from megatron_lion.train.random_state import random_state_kept
 from megatron_lion.train.restore import is_import, restore_run
 from megatron_lion.train.run import Run, build_run, save_run, sync_parameters
-from megatron_lion.train.schedule import lr_at
+from megatron_lion.train.schedule import is_due, lr_at
 from megatron_lion.train.session import session
 from megatron_lion.train.step import TrainStep, mean_losses, train_step
 
@@ -66,6 +67,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, fall_back: bool = False)
     with ExitStack() as stack:
         stop, ranks = stack.enter_context(session(config, device))
         run_dir = Path(config.run_dir)
+        config = settle(config, device, ranks, fresh=fresh)
         with agree("opening the run folder"):
             if ranks.is_main:  # one lock per job: a second rank of this job could not acquire it
                 stack.enter_context(locked(run_dir))
@@ -302,11 +304,6 @@ def held_out_is_missing(run: Run) -> bool:
         if run.ranks.is_main and path.exists():
             found = [parse_line(line) for line in read_own(path).splitlines()]
     return bool(broadcast_object(not any(line and line["step"] == run.step and "valid/loss" in line for line in found)))
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether `step` is a positive multiple of `every`; False if `every` is 0."""
-    return every > 0 and step > 0 and step % every == 0
 
 
 def describe_run(run: Run) -> None:

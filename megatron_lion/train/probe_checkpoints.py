@@ -23,6 +23,7 @@ from megatron_lion.runs.metrics import MetricsWriter
 from megatron_lion.runs.probes import probe_file, read_probe
 from megatron_lion.runs.sealed_json import write_sealed
 from megatron_lion.runs.steps import open_checkpoint, step_folder
+from megatron_lion.train.choices import settle
 from megatron_lion.train.restore import restore_run, restore_weights, why_no_state
 from megatron_lion.train.run import Run, build_run
 from megatron_lion.train.session import session
@@ -121,6 +122,7 @@ def probe_checkpoints(
                 yield ProbedStep(step, path, found, is_new=False)
                 continue
             if run is None:
+                config = settle(config, device, ranks)
                 run = build_run(config, device, ranks, for_training=False)
                 stop["at_once"] = False  # a probe ends after the batch at hand, on all ranks alike
             masters = _restore(run, step)

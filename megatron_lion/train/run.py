@@ -105,7 +105,7 @@ class Run:
             start=start,
             end=end,
             global_batch_size=train.global_batch_size,
-            micro_batch_size=train.micro_batch_size,
+            micro_batch_size=self.config.micro_batch_size,
             ranks=self.ranks,
             device=self.device,
             num_workers=self.config.data.num_workers,
@@ -156,7 +156,7 @@ def build_run(
     if imported is not None:  # before the optimizer copies its master weights from the model
         load_weights(config, corpora, model, imported, ranks)
     objective = build_objective(config.model.kind)
-    count = objective.usual_count(train.micro_batch_size, config.model.seq_length)
+    count = objective.usual_count(config.micro_batch_size, config.model.seq_length)
     optimizer = build_optimizer(config.optimizer, model, precision=train.precision, micro_batch_count=count)
     return Run(config, device, ranks, model, optimizer, corpora, datasets, objective, probe_samples)
 

@@ -46,3 +46,8 @@ def lr_at(config: RunConfig, step: int) -> float:
 def _line(peak: float, low: float, done: float) -> float:
     # With rounding the formula can miss `low` by an ulp at the end: 0.3 - (0.3 - 0.03) is below 0.03.
     return low if done >= 1.0 else peak - (peak - low) * done
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether `step` is a positive multiple of `every`; False if `every` is 0."""
+    return every > 0 and step > 0 and step % every == 0
