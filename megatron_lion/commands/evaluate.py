@@ -78,7 +78,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="score only this many first tokens of --wikitext103 and --text, for a quick check; the result is marked",
     )
-    add("--precision", type=str, default="fp32", choices=["fp32", "bf16"], help="precision of the forward pass")
+    add(
+        "--precision",
+        type=str,
+        default="auto",
+        choices=["auto", "fp32", "tf32", "bf16"],
+        help="precision of the forward pass; auto takes fp32 on a CPU and bf16 on CUDA; tf32, on CUDA, keeps fp32 weights",
+    )
     add(
         "--device",
         type=str,
@@ -126,7 +132,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Any) -> None:
     """Measures, writes TARGET/eval/*.json and prints a table with one line for each result."""
     from megatron_lion.errors import ConfigError
-    from megatron_lion.evaluate.open_target import open_model, split_target
+    from megatron_lion.evaluate.open_target import choose_precision, open_model, split_target
     from megatron_lion.evaluate.wikitext import check_is_file
     from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.paths import has_config
@@ -147,11 +153,12 @@ def run(args: Any) -> None:
     stopped = "stopped; finished results are kept; the same command measures the others"
     with stop_raises(stopped):
         load("megatron_lion.evaluate.open_run", shown=rank_from_env() == 0)
+        args.precision = choose_precision(args.precision, args.device)
         with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
             chosen = _chosen_steps(model, folder, steps, watch=args.watch)
             outcomes = _evaluate(model, folder, chosen, _tasks(model, args), args)
             if model.rank == 0:
-                _print_outcomes(outcomes, folder)
+                _print_outcomes(outcomes, folder, args.precision)
                 if args.explain is not None:
                     sys.stdout.write("\n" + _explain(args.explain, folder) + "\n")
                 next_steps(["megatron-lion", "compare", str(folder), *([] if has_config(folder) else ["RUN"])])
@@ -301,14 +308,14 @@ def _evaluate(model: Any, folder: Path, steps: Iterable[int], tasks: list[Task],
     return outcomes
 
 
-def _print_outcomes(outcomes: list[Outcome], folder: Path) -> None:
-    """Prints a table to stdout, with one line for each result."""
+def _print_outcomes(outcomes: list[Outcome], folder: Path, precision: str) -> None:
+    """Prints a table to stdout, with one line for each result; all have the same precision."""
     from megatron_lion.compare.print_tables import print_tables
     from megatron_lion.compare.table import Table
 
     table = Table(
         slug="evaluation",
-        title=f"Zero-shot evaluation of {folder}",
+        title=f"Zero-shot evaluation of {folder}, forward pass in {precision}",
         columns=["step", "measured", "text", "stride", "loss (nats)", "perplexity", "ln ppl", "further", "was"],
         rows=[_cells(outcome) for outcome in outcomes],
         formats={"step": "d", "stride": "d", "loss (nats)": ".4f", "perplexity": _PERPLEXITY, "ln ppl": ".4f"},

@@ -107,7 +107,7 @@ def _continuations(args: Any, folder: Path, step: str, report: Callable[[str], N
             say(f"note: the prompt has {len(prompt)} tokens; the model reads only the last {model.seq_length}")
         scorer = model.scorer()
         lines = sample(
-            scorer.logits,
+            model.logits,
             prompt,
             args.count,
             settings,

@@ -51,7 +51,11 @@ class HuggingFaceModel:
 
     def scorer(self) -> LogitsScorer:
         """Returns the scorer of batches of tokens."""
-        return LogitsScorer(self.logits, self.device)
+        return LogitsScorer(self.hidden, self.device, self.model.lm_head)
+
+    def hidden(self, tokens_BS: Tensor, last: int) -> Tensor:
+        """Returns the hidden states [B, last, H] before the output layer; the arguments are those of `logits`."""
+        return self.model.transformer(tokens_BS, use_cache=False).last_hidden_state[:, -last:]
 
     def logits(self, tokens_BS: Tensor, last: int) -> Tensor:
         """Returns the logits [B, last, V] after the last `last` of the tokens [B, S] (int64, on the model's device).

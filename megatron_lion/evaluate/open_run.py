@@ -121,22 +121,34 @@ class RestoredRun:
 
     def scorer(self) -> LogitsScorer:
         """Returns a scorer of batches of tokens with the loaded weights."""
-        return LogitsScorer(self.logits, self.device.torch_device)
+        return LogitsScorer(self.hidden, self.device.torch_device, self.project)
 
     @torch.no_grad()
+    def hidden(self, tokens_BS: torch.Tensor, last: int) -> torch.Tensor:
+        """Returns the hidden states [B, last, H] before the output layer; the arguments are those of `logits`."""
+        if self._model is None:
+            raise CheckpointError("load a step before scoring")
+        network = unwrap(self._model[0])
+        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        hidden_SBH = network.decoder(hidden_states=network.embedding(tokens_BS, positions), attention_mask=None)
+        return hidden_SBH[-last:].transpose(0, 1)
+
+    @torch.no_grad()
+    def project(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Returns the logits [N, V] of hidden states [N, H]; V is the vocabulary without padding."""
+        if self._model is None:
+            raise CheckpointError("load a step before scoring")
+        network = unwrap(self._model[0])
+        logits_NV, _ = network.output_layer(hidden_NH, weight=network.shared_embedding_or_output_weight())
+        return logits_NV[..., : self.vocab_size]
+
     def logits(self, tokens_BS: torch.Tensor, last: int) -> torch.Tensor:
         """Returns the logits [B, last, V] after the last `last` of the tokens [B, S] (int64, on the model's device).
 
         The output layer, a third of GPT-2 Small's work, runs for these positions alone. V is the vocabulary without
         padding: the rows that pad the embedding belong to no token and get no probability.
         """
-        if self._model is None:
-            raise CheckpointError("load a step before scoring")
-        network = unwrap(self._model[0])
-        positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-        hidden_SBH = network.decoder(hidden_states=network.embedding(tokens_BS, positions), attention_mask=None)
-        logits_SBV, _ = network.output_layer(hidden_SBH[-last:], weight=network.shared_embedding_or_output_weight())
-        return logits_SBV[..., : self.vocab_size].transpose(0, 1)
+        return self.project(self.hidden(tokens_BS, last))
 
     @torch.no_grad()
     def bert_logits(

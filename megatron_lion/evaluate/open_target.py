@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +36,74 @@ def split_target(target: Path, steps: str) -> tuple[Path, str]:
     return run_dir, str(own)
 
 
-def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | None) -> AbstractContextManager[Any]:
+def choose_precision(wanted: str, device: str) -> str:
+    """Returns the precision of a forward pass: for "auto" bf16 on CUDA and fp32 on a CPU.
+
+    Args:
+        wanted: "auto", "fp32", "tf32" or "bf16".
+        device: "auto", "cuda" or "cpu".
+
+    Raises:
+        ConfigError: the device has no TF32 products.
+    """
+    import torch
+
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    if wanted == "tf32" and not on_cuda:
+        raise ConfigError("--precision tf32: needs a CUDA device; use fp32")
+    return ("bf16" if on_cuda else "fp32") if wanted == "auto" else wanted
+
+
+@contextmanager
+def open_model(folder: Path, *, device: str, precision: str, tokenizer: str | None) -> Iterator[Any]:
     """Opens a model that predicts next tokens: a GPT-2 run or a Hugging Face GPT-2 folder, by the folder's files.
 
     Args:
         folder: run or model folder.
         device: "auto", "cuda" or "cpu".
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16", or "tf32": fp32 weights whose products CUDA rounds to 10 bits of mantissa.
         tokenizer: a tokenizer to use instead of the folder's own.
 
-    Returns:
-        A context manager that gives a `RestoredRun` or a `HuggingFaceModel`.
+    Yields:
+        A `RestoredRun` or a `HuggingFaceModel`.
 
     Raises:
         CheckpointError: the folder is neither.
         ConfigError: the folder is a BERT run.
     """
-    options: dict[str, Any] = {"device": device, "precision": precision, "tokenizer": tokenizer}
+    options: dict[str, Any] = {"device": device, "tokenizer": tokenizer}
+    options["precision"] = "fp32" if precision == "tf32" else precision
     if has_config(folder):
         _need_next_token_model(folder)
         from megatron_lion.evaluate.open_run import open_run
 
-        return open_run(folder, **options)
-    if (folder / "config.json").is_file():
+        opened: AbstractContextManager[Any] = open_run(folder, **options)
+    elif (folder / "config.json").is_file():
         from megatron_lion.evaluate.hf_model import open_huggingface
 
-        return open_huggingface(folder, **options)
-    if not folder.is_dir():
+        opened = open_huggingface(folder, **options)
+    elif not folder.is_dir():
         raise no_such_folder(folder, "the run_dir of a `megatron-lion pretrain`")
-    raise CheckpointError(
-        f"{folder}: contains neither a run (config.yaml) nor a Hugging Face model (config.json); give the run_dir of a "
-        "`megatron-lion pretrain`"
-    )
+    else:
+        raise CheckpointError(
+            f"{folder}: contains neither a run (config.yaml) nor a Hugging Face model (config.json); give the run_dir of a "
+            "`megatron-lion pretrain`"
+        )
+    with opened as model, _matrix_products("high" if precision == "tf32" else "highest"):
+        yield model
+
+
+@contextmanager
+def _matrix_products(precision: str) -> Iterator[None]:
+    """Sets how torch multiplies fp32 matrices on CUDA: "high" with TF32, "highest" without."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def no_such_folder(folder: Path, wanted: str) -> CheckpointError:

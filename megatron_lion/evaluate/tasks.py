@@ -50,7 +50,7 @@ class Reader:
         tokenizer: the run's tokenizer.
         tokenizer_sha256: SHA-256 of its definition.
         seq_length: the model's context length in tokens.
-        precision: "fp32" or "bf16", of the forward pass.
+        precision: "fp32", "tf32" or "bf16", of the forward pass.
         max_tokens: number of tokens to score from the beginning of a stream; None scores all.
     """
 

@@ -119,6 +119,23 @@ def test_bf16_is_close_and_kept_apart(folder: Path, wiki: Path) -> None:
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=0.02)
 
 
+def test_the_precision_is_chosen_by_the_device_and_printed(
+    folder: Path, wiki: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(folder), "--text", str(wiki), "--stride", "5", "--device", "cpu"]
+    assert main(words) == 0
+    assert "forward pass in fp32" in capsys.readouterr().out
+    assert main([*words, "--precision", "bf16"]) == 0
+    assert "forward pass in bf16" in capsys.readouterr().out
+    assert main([*words, "--precision", "tf32"]) == 2
+    assert "--precision tf32: needs a CUDA device; use fp32" in capsys.readouterr().err
+    from megatron_lion.evaluate.open_target import choose_precision
+
+    on_cuda = torch.cuda.is_available()
+    assert choose_precision("auto", "auto") == ("bf16" if on_cuda else "fp32")
+    assert choose_precision("auto", "cpu") == choose_precision("fp32", "auto") == "fp32"
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_lion.errors import ConfigError, DataError, NumericsError
+from megatron_lion.evaluate import token_scores
 from megatron_lion.evaluate.perplexity import WindowPlan, perplexity, plan_windows, stream_segments
 from megatron_lion.evaluate.token_scores import LogitsScorer, SegmentScores, score_segments
 
@@ -111,6 +114,35 @@ def test_a_transformer_is_scored_as_by_a_naive_loop(stride: int, detailed: bool)
     assert scores.num_targets == n_tok - 1
     # fp32 logits of size ~10: 1e-6 relative each, averaged over 29 targets.
     assert scores.loss_sum == pytest.approx(float(expected), rel=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Records the elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and "view" not in func.name():
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_the_output_layer_runs_in_parts_with_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor has more elements than the logits of a part; each position has the score of the whole at once."""
+    monkeypatch.setattr(token_scores, "ROWS", 7)
+    random = torch.Generator().manual_seed(1)
+    weight, states = torch.randn(1000, 4, generator=random), torch.randn(3, 9, 4, generator=random)
+    tokens = torch.randint(1000, (3, 10), generator=random)
+    parts = LogitsScorer(lambda ids, last: states[:, -last:], project=lambda hidden: hidden @ weight.T)
+    with Largest() as largest:
+        found = parts.score(tokens, 9)
+    assert largest.elements == 7 * 1000
+    logits = (states.double() @ weight.double().T).log_softmax(-1)
+    expected = -logits.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[1], logits.argmax(-1) == tokens[:, 1:])
+    torch.testing.assert_close(parts.score(tokens, 2)[0], found[0][:, -2:], rtol=1e-6, atol=1e-6)
 
 
 def test_detailed_scores_report_the_likeliest_token() -> None:

@@ -225,7 +225,7 @@ def test_only_the_tokenizers_ids_are_drawn(folder: Path, monkeypatch: pytest.Mon
     settings = SamplingSettings(max_new_tokens=60, temperature=5.0, top_k=0)
     with open_model(folder, device="cpu", precision="fp32", tokenizer=None) as model:
         model.load(0)
-        free = sample(model.scorer().logits, [1], 4, settings, seq_length=SEQ_LENGTH, end_id=None)
+        free = sample(model.logits, [1], 4, settings, seq_length=SEQ_LENGTH, end_id=None)
     assert max(map(max, free)) >= known, "the model never draws such an id: the test would show nothing"
     drawn: list[list[int]] = []
     monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: drawn.append(list(ids)) or "")
