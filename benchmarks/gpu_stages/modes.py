@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ from .stage import Stage
 VOCABULARY = 1000
 SHARDS, FUSED, SPLIT, HALF_UP = "Megatron's shards", "fused fp32", "fused split32", "fp32, copies rounded half up"
 MODES = {SHARDS: "shards", FUSED: "fp32", HALF_UP: "fp32", SPLIT: "split32"}
+
+
+def on_one_rank(stage: Stage, check: Callable[[Stage], None]) -> None:
+    """Runs a check inside the process groups of one rank."""
+    with process_groups(select_device(stage.device)):
+        check(stage)
 
 
 def compare_modes(stage: Stage) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.cuda.is_available()
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs Triton's interpreter; on a GPU benchmarks/gpu.py compares the modes and counts launches and waits",
+)
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 
 
@@ -92,7 +97,7 @@ def values_of_the_scalars(rank: int) -> list[str]:
 
 
 def test_the_scalars_are_those_of_float64_and_of_the_torch_form() -> None:
-    assert run_distributed(values_of_the_scalars, 1) == [[]]
+    assert run_distributed(values_of_the_scalars, 1, device=DEVICE.type) == [[]]
 
 
 class Watch:
@@ -241,6 +246,7 @@ def both_ways(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_distributed(steps_both_ways, 2, configs)
 
 
+@INTERPRETED
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_divides_as_it_reads_with_the_bits_of_a_divided_buffer(
     both_ways: list[dict[str, Any]], name: str
@@ -286,7 +292,7 @@ def waits_and_launches(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.skipif(CUDA, reason="the kernel stage of benchmarks/gpu.py counts them on a GPU, with torch's profiler")
+@INTERPRETED
 def test_a_step_waits_once_and_launches_three_kernels(tmp_path: Path) -> None:
     """The one wait is the read of losses and norm, after the launches. The launches do not depend on the tensors' number."""
     corpus = tiny.write_corpus(tmp_path / "corpus")
