@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ OPTIMIZERS = {
     "lion split32": {"name": "lion", "master_weights": "split32"},
     "lion split32, bf16 momentum": {"name": "lion", "master_weights": "split32", "momentum_dtype": "bf16"},
     "lion split24, int8 momentum": {"name": "lion", "master_weights": "split24", "momentum_dtype": "int8"},
-    "lion fp32 shards + copy": {"name": "lion"},
+    "lion fp32 shards + copy": {"name": "lion", "master_weights": "shards"},
     "adamw fp32 shards + copy": {"name": "adamw"},
     "sgd fp32 shards + copy": {"name": "sgd"},
 }
@@ -229,29 +229,37 @@ def take_step(run: Run, batches: Iterator[Any]) -> TrainStep:
 
 
 def time_sections(run: Run) -> list[Any]:
-    """Wraps the optimizer's `step` with a timer; returns a list that gets one function for each step.
+    """Wraps both halves of the optimizer's step with a timer; returns a list that gets one function for each step.
 
-    Each function returns the seconds of its step. On CUDA they are between two events: the time does not include the
-    wait for the backward pass, and the timer adds no host synchronisation.
+    Each function returns the seconds of its step, without the read of the losses between the halves. On CUDA they are
+    between events: the time does not include the wait for the backward pass, and the timer adds no host synchronisation.
     """
+    halves: list[Any] = []
     sections: list[Any] = []
-    take = run.optimizer.step
 
-    def step() -> Any:
-        if run.device.kind == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            result = take()
-            last.record()
-            sections.append(lambda: first.elapsed_time(last) / 1e3)
-        else:
-            started = time.perf_counter()
-            result = take()
-            seconds = time.perf_counter() - started
-            sections.append(lambda: seconds)
-        return result
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def half(*args: Any, **options: Any) -> Any:
+            if run.device.kind == "cuda":
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record()
+                result = call(*args, **options)
+                last.record()
+                halves.append(lambda: first.elapsed_time(last) / 1e3)
+            else:
+                started = time.perf_counter()
+                result = call(*args, **options)
+                seconds = time.perf_counter() - started
+                halves.append(lambda: seconds)
+            if len(halves) == 2:
+                both = tuple(halves)
+                sections.append(lambda: sum(part() for part in both))
+                halves.clear()
+            return result
 
-    run.optimizer.step = step
+        return half
+
+    run.optimizer.start_step = timed(run.optimizer.start_step)
+    run.optimizer.end_step = timed(run.optimizer.end_step)
     return sections
 
 

@@ -96,7 +96,11 @@ def covered(ranges: list[tuple[float, float]]) -> float:
 @contextlib.contextmanager
 def marked(run: Run) -> Iterator[None]:
     """Puts named ranges around the optimizer's step and all calls on whole gradient buffers."""
-    plain_step, plain_finalize = run.optimizer.step, step_module.finalize_model_grads
+    plain_start, plain_end, plain_finalize = (
+        run.optimizer.start_step,
+        run.optimizer.end_step,
+        step_module.finalize_model_grads,
+    )
     plain_zero = [chunk.zero_grad_buffer for chunk in run.model]
 
     def ranged(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,14 +112,15 @@ def marked(run: Run) -> Iterator[None]:
 
         return wrapped
 
-    run.optimizer.step = ranged(OPTIMIZER, plain_step)
+    run.optimizer.start_step = ranged(OPTIMIZER, plain_start)
+    run.optimizer.end_step = ranged(OPTIMIZER, plain_end)
     step_module.finalize_model_grads = ranged(BUFFERS, plain_finalize)
     for chunk, zero in zip(run.model, plain_zero, strict=True):
         chunk.zero_grad_buffer = ranged(BUFFERS, zero)
     try:
         yield
     finally:
-        run.optimizer.step = plain_step
+        run.optimizer.start_step, run.optimizer.end_step = plain_start, plain_end
         step_module.finalize_model_grads = plain_finalize
         for chunk, zero in zip(run.model, plain_zero, strict=True):
             chunk.zero_grad_buffer = zero

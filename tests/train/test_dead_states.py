@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[int, str, dict[str, Any], str, float]] = {
     "lion, saved every second step": (1, "lion", {"checkpoint__every": 2}, "exp_avg", NAN),
     "lion, master": (1, "lion", FUSED, "param", INF),
     "lion, master, unsharded": (1, "lion", {**BF16, "parallel__use_distributed_optimizer": False}, "param", NAN),
-    "lion, own weight": (2, "lion", BF16, "weight", NAN),
+    "lion, own weight": (2, "lion", {**BF16, "optimizer__master_weights": "shards"}, "weight", NAN),
     "sgd": (1, "sgd", {}, "momentum_buffer", NAN),
     "sgd, inf": (1, "sgd", {}, "momentum_buffer", INF),
     "adamw": (1, "adamw", {}, "exp_avg", NAN),

@@ -129,7 +129,9 @@ def test_each_precision_mode_shows_its_memory(tmp_path: Path) -> None:
     d = 124_475_904
     modes = {
         "fp32": (4 * d, {"train__precision": "fp32"}),
-        "bf16": (8 * d, {"train__precision": "bf16"}),
+        "auto": (6 * d, {"train__precision": "bf16"}),
+        "auto, sgd": (8 * d, {"train__precision": "bf16", "optimizer__name": "sgd"}),
+        "bf16": (8 * d, {"train__precision": "bf16", "optimizer__master_weights": "shards"}),
         "split32": (6 * d, {"train__precision": "bf16", "optimizer__master_weights": "split32"}),
         "int8": (
             d * (1 + 34 / 32),

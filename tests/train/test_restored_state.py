@@ -54,21 +54,22 @@ def nowhere(run: Any) -> None:
 
 
 INT8 = {"train__precision": "bf16", "optimizer__master_weights": "split32", "optimizer__momentum_dtype": "int8"}
+BF16 = {"train__precision": "bf16", "optimizer__master_weights": "shards"}
 UNSHARDED = {"parallel__use_distributed_optimizer": False}
 # name: where one bit is wrong, which fingerprint shows it ("" if none does), settings
 CASES: dict[str, tuple[Callable[[Any], None], str, dict[str, Any]]] = {
-    "bf16: nothing": (nowhere, "", {"train__precision": "bf16"}),
+    "bf16: nothing": (nowhere, "", BF16),
     "fp32: weight": (in_master_weight, "state", {}),
     "fp32: momentum": (in_momentum, "state", {}),
     "fp32 unsharded: weight": (in_master_weight, "state", UNSHARDED),
     "fp32 unsharded: momentum": (in_momentum, "state", UNSHARDED),
     "fp32 adamw: second moment": (in_second_moment, "state", {"optimizer__name": "adamw"}),
-    "bf16: master weight": (in_master_weight, "state", {"train__precision": "bf16"}),
-    "bf16: momentum": (in_momentum, "state", {"train__precision": "bf16"}),
+    "bf16: master weight": (in_master_weight, "state", BF16),
+    "bf16: momentum": (in_momentum, "state", BF16),
     "int8: nothing": (nowhere, "", INT8),
     "int8: momentum": (in_packed_momentum, "state", INT8),
-    "bf16: weight of the model": (in_model_weight, "weights", {"train__precision": "bf16"}),
-    "bf16 unsharded: weight of the model": (in_model_weight, "weights", {"train__precision": "bf16", **UNSHARDED}),
+    "bf16: weight of the model": (in_model_weight, "weights", BF16),
+    "bf16 unsharded: weight of the model": (in_model_weight, "weights", {**BF16, **UNSHARDED}),
 }
 
 
