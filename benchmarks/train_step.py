@@ -6,7 +6,8 @@
     python benchmarks/train_step.py --tiny                              # about a minute on two cores
 
 Each row is the shipped config of a model with one optimizer, built by `build_run` and run by `train_step`, like
-`pretrain`, but nothing is logged, probed or saved. The data are random tokens unless --data names a dataset.
+`pretrain`, but nothing is logged, probed or saved. On one process two more rows train the same GPT-2 on the same batches
+by a plain PyTorch loop and by transformers (plain_loops.py). The data are random tokens unless --data names a dataset.
 
 `section` is the work between the reduced gradient and the gathered parameters: norm, clipping, update, bf16 write-out
 and, unless it overlaps with the next forward pass, the gather. Times are medians over the steps after warm-up, on the
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from measuring import heading, shown, surroundings, write_results
+from plain_loops import LOOPS, is_possible, loop_step
 
 from megatron_lion.compare.table import markdown_grid
 from megatron_lion.config import RunConfig
@@ -71,20 +73,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="the tiny models; always used on a CPU")
     parser.add_argument("--models", "--model", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--optimizers", help=f"separated by semicolons, of {'; '.join(OPTIMIZERS)}")
+    parser.add_argument("--optimizers", help=f"separated by semicolons, of {'; '.join([*OPTIMIZERS, *LOOPS])}")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the timed ones")
     parser.add_argument("--micro-batch-size", type=int, help="samples per micro-batch; default by model")
     parser.add_argument("--num-microbatches", type=int, help="micro-batches per step; default 5 on CUDA, 2 on a CPU")
+    parser.add_argument("--dropout", type=float, help="dropout of every row; default: that of the shipped config")
     parser.add_argument("--data", help="a dataset folder of `megatron-lion prepare`; default random tokens")
     parser.add_argument("--output", help="write OUTPUT.md and OUTPUT.json")
     args = parser.parse_args()
     on_cuda = args.device != "cpu" and torch.cuda.is_available()
     models = "gpt2-124m,gpt2-355m" if on_cuda and not args.tiny else "gpt2-tiny"
     args.models = (args.models or models).split(",")
-    args.optimizers = [name.strip() for name in (args.optimizers or ";".join(OPTIMIZERS)).split(";")]
+    args.optimizers = [name.strip() for name in (args.optimizers or ";".join([*OPTIMIZERS, *LOOPS])).split(";")]
     args.num_microbatches = args.num_microbatches or MICROBATCHES["cuda" if on_cuda else "cpu"]
-    for option, given, known in (("models", args.models, MODELS), ("optimizers", args.optimizers, OPTIMIZERS)):
+    for option, given, known in (
+        ("models", args.models, MODELS),
+        ("optimizers", args.optimizers, [*OPTIMIZERS, *LOOPS]),
+    ):
         if unknown := [name for name in given if name not in known]:
             parser.error(f"--{option}: {', '.join(unknown)}: expected some of {', '.join(known)}")
     return args
@@ -159,8 +165,10 @@ def configure(
         "train.micro_batch_size": micro_batch, "train.precision": "bf16", "train.test_every": 0, "train.stop_after": "null",
         "train.global_batch_size": micro_batch * args.num_microbatches * world_size_from_env(),
         "probe.every": 0, "checkpoint.every": 0, "checkpoint.at_steps": "[]", "schedule.warmup_steps": 0,
-        **{f"optimizer.{key}": value for key, value in OPTIMIZERS[optimizer].items()},
+        **{f"optimizer.{key}": value for key, value in OPTIMIZERS.get(optimizer, {"name": "adamw"}).items()},
     }  # fmt: skip
+    if getattr(args, "dropout", None) is not None:
+        settings |= {"model.hidden_dropout": args.dropout, "model.attention_dropout": args.dropout}
     if not args.data and MODELS[model][0].startswith("gpt2"):
         settings |= {"model.vocab_size": VOCAB_SIZES["gpt2"], "data.split": "98,1,1"}
     settings |= changes or {}
@@ -170,13 +178,21 @@ def configure(
     return config
 
 
-def measure(config: RunConfig, device: Device, ranks: Ranks, warmup: int) -> dict[str, Any]:
-    """Builds a run and times it; see `time_run`."""
+def measure(config: RunConfig, device: Device, ranks: Ranks, warmup: int, optimizer: str) -> dict[str, Any]:
+    """Builds a run, or a loop of LOOPS beside it, and times it; see `time_run`."""
     run = build_run(config, device, ranks)
-    return time_run(run, run.train_batches(), warmup, config.train.steps)
+    batches = run.train_batches()
+    take = loop_step(optimizer, run) if optimizer in LOOPS else None
+    return time_run(run, batches, warmup, config.train.steps, take)
 
 
-def time_run(run: Run, batches: Iterator[Any], warmup: int, steps: int) -> dict[str, Any]:
+def time_run(
+    run: Run,
+    batches: Iterator[Any],
+    warmup: int,
+    steps: int,
+    take: Callable[[Iterator[Any]], bool] | None = None,
+) -> dict[str, Any]:
     """Times every step and its optimizer section; returns a row with the medians of the slowest rank.
 
     Args:
@@ -184,6 +200,7 @@ def time_run(run: Run, batches: Iterator[Any], warmup: int, steps: int) -> dict[
         batches: micro-batches: `run.train_batches()`, or others of the same shape.
         warmup: steps that are not counted.
         steps: number of steps, warm-up included.
+        take: function that takes a step and returns whether it was skipped; default: `take_step`.
 
     Raises:
         RuntimeError: a gradient is not finite, so a step was skipped.
@@ -196,10 +213,10 @@ def time_run(run: Run, batches: Iterator[Any], warmup: int, steps: int) -> dict[
         device.synchronize()
         torch.distributed.barrier()
         started = time.perf_counter()
-        result = take_step(run, batches)
+        skipped = take_step(run, batches).skipped if take is None else take(batches)
         device.synchronize()
         walls.append(time.perf_counter() - started)
-        if result.skipped:
+        if skipped:
             raise RuntimeError(f"step {run.step}: a gradient is not finite; not timed")
     times = [statistics.median(walls[warmup:]), statistics.median(seconds() for seconds in sections[warmup:])]
     # The collectives of a step make all ranks wait for the slowest, so its medians are those of the job.
@@ -303,11 +320,13 @@ def main() -> None:
                     made = random_data(folder / model, kind, length) if ranks.is_main else None
                     data = broadcast_object(made)
                 for optimizer in args.optimizers:
+                    if optimizer in LOOPS and not is_possible(model, ranks.world_size):
+                        continue
                     if device.kind == "cuda":
                         torch.cuda.reset_peak_memory_stats()
                     try:
                         config = configure(args, model, optimizer, data, folder, device)
-                        row = measure(config, device, ranks, args.warmup)
+                        row = measure(config, device, ranks, args.warmup, optimizer)
                         rows.append({"model": model, "optimizer": optimizer, **row})
                     except (RuntimeError, MegatronLionError) as error:  # out of memory is a RuntimeError
                         if (

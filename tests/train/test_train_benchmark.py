@@ -20,7 +20,10 @@ ARGUMENTS = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--micro-batch-
 @pytest.mark.parametrize(
     ("processes", "model", "optimizers"),
     [
-        pytest.param(1, "bert-tiny", ["sgd fp32 shards + copy"], id="one process"),
+        pytest.param(
+            1, "gpt2-tiny", ["sgd fp32 shards + copy", "plain PyTorch loop, adamw", "transformers loop, adamw"], id="one process"
+        ),
+        pytest.param(1, "bert-tiny", ["sgd fp32 shards + copy"], id="BERT", marks=pytest.mark.slow),
         pytest.param(
             2, "gpt2-tiny", ["lion split24, int8 momentum", "adamw fp32 shards + copy"], id="two processes",
             marks=pytest.mark.slow,
