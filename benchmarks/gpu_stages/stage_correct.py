@@ -22,7 +22,7 @@ def run(stage: Stage) -> None:
     stage.attempt("2^31 + 16 elements", 5, lambda: beyond_int32(stage))
     # megatron-core is imported only here: the parts above run without it.
     from .modes import compare_modes, on_one_rank
-    from .norms import check_norms
+    from .norm_check import check_norms
 
     stage.attempt("norm kernels", 5, lambda: on_one_rank(stage, check_norms))
     stage.attempt("DistributedOptimizer on one rank", 20, lambda: compare_modes(stage))

@@ -153,12 +153,15 @@ def test_sizes_of_the_papers_models() -> None:
 
 
 def test_memory_follows_the_layout() -> None:
-    run = RunConfig(train=TrainConfig(precision="bf16"), optimizer=OptimizerConfig(name="lion"))
+    bf16 = TrainConfig(precision="bf16", micro_batch_size=8)
+    run = RunConfig(train=bf16, optimizer=OptimizerConfig(name="lion", master_weights="shards"))
     one, sixteen = memory_bytes(run, 1), memory_bytes(run, 16)
     d = 124_475_904
     assert (one["parameters"], one["gradients"], one["optimizer"]) == (2 * d, 4 * d, 8 * d)
     assert sixteen["optimizer"] == 8 * d // 16
-    adamw = RunConfig(train=TrainConfig(precision="bf16"), optimizer=OptimizerConfig(name="adamw"))
+    fused = RunConfig(train=bf16, optimizer=OptimizerConfig(name="lion"))
+    assert memory_bytes(fused, 1)["optimizer"] == 6 * d
+    adamw = RunConfig(train=bf16, optimizer=OptimizerConfig(name="adamw"))
     assert memory_bytes(adamw, 1)["optimizer"] == 12 * d + 4 * 148, "148 tensors with a counter of steps each"
 
 
