@@ -39,6 +39,7 @@ from torch.nn import functional as F
 
 from megatron_lion.config import ModelConfig
 from megatron_lion.model.attention import SdpaAttention
+from megatron_lion.model.fused_loss import WithFusedLoss
 from megatron_lion.model.mcore_settings import GELUS
 from megatron_lion.model.objective import Batch, Objective, mean
 from megatron_lion.parallel import all_reduce_sum
@@ -105,14 +106,15 @@ class Bert(BertModel):
         chosen_MBH = hidden_SBH if positions_BM is None else self._choose(hidden_SBH, positions_BM)
         weight = self.shared_embedding_or_output_weight()
         logits_MBV, _ = self.output_layer(self.lm_head(hidden_states=chosen_MBH), weight=weight)
-        if positions_BM is not None:
-            logits_MBV = logits_MBV[: positions_BM.shape[1]]  # without the padding of `_choose`
+        asked = len(logits_MBV) if positions_BM is None else positions_BM.shape[1]  # without the padding of `_choose`
         if labels_BM is None:
-            return logits_MBV.transpose(0, 1).contiguous(), order_logits_B2
+            return logits_MBV[:asked].transpose(0, 1).contiguous(), order_logits_B2
+        # Not the logits are cut, but their losses: the backward pass of a slice allocates and fills a whole gradient.
+        labels_BM = F.pad(labels_BM, (0, len(logits_MBV) - asked))
         hits_BM = (likeliest_tokens(logits_MBV).transpose(0, 1) == labels_BM).float()
-        # After the hits: the loss overwrites fp32 logits.
+        # After the hits: megatron-core's loss overwrites fp32 logits.
         losses_BM = self.compute_language_model_loss(labels_BM, logits_MBV)
-        return torch.stack([losses_BM.float(), hits_BM]), order_logits_B2
+        return torch.stack([losses_BM.float(), hits_BM])[..., :asked], order_logits_B2
 
     def _choose(self, hidden_SBH: torch.Tensor, positions_BM: torch.Tensor) -> torch.Tensor:
         """Returns hidden states at the given positions, [M, B, H]; with sequence parallelism this rank's part, M rounded up."""
@@ -131,11 +133,13 @@ class Bert(BertModel):
 @torch.no_grad()
 def likeliest_tokens(logits_MBV: torch.Tensor) -> torch.Tensor:
     """Returns the token ids [M, B] of the largest logits over the vocabulary, which is split over tensor-parallel ranks."""
-    best_MB, ids_MB = logits_MBV.float().max(dim=-1)
+    # In the logits' dtype: as float32 they have the same order and the same ties, of which the first counts.
+    best_MB, ids_MB = logits_MBV.max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return ids_MB
     rows = logits_MBV.shape[-1]
+    best_MB = best_MB.float()
     overall_MB = best_MB.clone()
     torch.distributed.all_reduce(overall_MB, op=torch.distributed.ReduceOp.MAX, group=group)
     # Ranks without the maximum offer an id beyond the vocabulary; of equal logits the lowest id wins, as on one rank.
@@ -144,16 +148,21 @@ def likeliest_tokens(logits_MBV: torch.Tensor) -> torch.Tensor:
     return ids_MB
 
 
-def build_bert(model: ModelConfig, settings: TransformerConfig, attention: str, rows: int) -> Bert:
+class FusedBert(WithFusedLoss, Bert):
+    """`Bert` with the fused loss."""
+
+
+def build_bert(model: ModelConfig, settings: TransformerConfig, attention: str, loss: str, rows: int) -> Bert:
     """Builds this pipeline stage of BERT.
 
     Args:
         model: the network's settings.
         settings: from `build_transformer_config`.
         attention: attention core, from `choose_attention`.
+        loss: from `choose_loss`.
         rows: rows of the embedding, padding included.
     """
-    network = Bert(
+    network = (FusedBert if loss == "fused" else Bert)(
         config=settings,
         num_tokentypes=NUM_TOKEN_TYPES,
         transformer_layer_spec=bert_layer_spec(attention),

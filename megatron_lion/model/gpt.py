@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lion.config import ModelConfig
 from megatron_lion.model.attention import SdpaAttention
+from megatron_lion.model.fused_loss import WithFusedLoss
 from megatron_lion.model.objective import Batch, Objective
 
 
@@ -34,16 +35,21 @@ def gpt_layer_spec(attention: str) -> ModuleSpec:
     return spec
 
 
-def build_gpt(model: ModelConfig, settings: TransformerConfig, attention: str, rows: int) -> GPTModel:
+class FusedGpt(WithFusedLoss, GPTModel):
+    """megatron-core's GPTModel with the fused loss."""
+
+
+def build_gpt(model: ModelConfig, settings: TransformerConfig, attention: str, loss: str, rows: int) -> GPTModel:
     """Builds this pipeline stage of GPT-2.
 
     Args:
         model: the network's settings.
         settings: from `build_transformer_config`.
         attention: attention core, from `choose_attention`.
+        loss: from `choose_loss`.
         rows: rows of the embedding, padding included.
     """
-    return GPTModel(
+    return (FusedGpt if loss == "fused" else GPTModel)(
         config=settings,
         transformer_layer_spec=gpt_layer_spec(attention),
         vocab_size=rows,

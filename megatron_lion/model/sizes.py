@@ -109,7 +109,8 @@ def memory_bytes(config: RunConfig, world_size: int, vocab_size: int | None = No
     parameter, and by none if hidden_size / tensor_model_parallel_size is a multiple of 64.
 
     `activations` is an estimate, after Korthikanti et al. 2022, eq. 2 and 4, without the attention matrix, which
-    scaled_dot_product_attention does not store. Temporary tensors, communication buffers, the libraries and
+    scaled_dot_product_attention does not store. Logits count once with the fused loss, which `model.loss` auto is assumed
+    to choose unless the device is cpu. Temporary tensors, communication buffers, the libraries and
     fragmentation come in addition.
     """
     parallel = config.parallel
@@ -281,5 +282,8 @@ def _activation_bytes(config: RunConfig, world_size: int, rows: int, stage: int)
     kept = layers * tokens * model.hidden_size * width if model.recompute else layers * layer
     total = in_flight * kept + (layer if model.recompute else 0)
     if stage == pipeline - 1:
-        total += tokens * (BERT_MASKED if model.kind == "bert" else 1) * rows / tp * 8  # fp32 logits and their gradient
+        is_fused = model.loss == "fused" or (model.loss == "auto" and config.device != "cpu")
+        # The fused loss writes the gradient over the logits. megatron-core's has fp32 logits and their gradient.
+        a_logit = width if is_fused else 8
+        total += tokens * (BERT_MASKED if model.kind == "bert" else 1) * rows / tp * a_logit
     return round(total)
