@@ -46,9 +46,10 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "unfused", "transformer_engine"] = "auto"
     """Attention core: sdpa (torch's scaled_dot_product_attention), unfused (megatron-core's), transformer_engine,
     or auto: Transformer Engine if it is installed and CUDA is used, else sdpa."""
-    loss: Literal["auto", "megatron", "fused"] = "auto"
+    loss: Literal["auto", "megatron", "fused", "chunked"] = "auto"
     """Computation of the cross-entropy, the same in value: megatron (megatron-core's, with fp32 copies of the logits), fused
-    (one Triton kernel a pass, the gradient in place of the logits), or auto: fused on CUDA if Triton works there, else megatron."""
+    (one Triton kernel a pass, the gradient in place of the logits), chunked (GPT-2: fused, with the logits of 4,096 tokens at
+    a time, computed again in the backward pass), or auto: fused on CUDA if Triton works there, else megatron."""
     recompute: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
 

@@ -70,6 +70,8 @@ def _check_numbers(config: RunConfig) -> list[str]:
         largest = FP32_MAX * (1 - beta)
         need(not largest < optimizer.lr < math.inf, "optimizer.lr", optimizer.lr, f"at most {largest:.3g} for adamw")
     need(0 <= optimizer.momentum < 1, "optimizer.momentum", optimizer.momentum, "a number in [0, 1)")
+    if model.loss == "chunked" and model.kind != "gpt2":
+        problems.append("model.loss: chunked needs model.kind gpt2; use fused or auto")
     # Packed master weights exist only in LION's fused step, which works on the distributed optimizer's bf16 shards.
     packed = config.master_weights != "shards"
     if packed and (

@@ -17,6 +17,8 @@ loss is then as exact for logits around -100 as for those around 0.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,15 +78,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
         from megatron_lion.model.loss_launch import row_statistics  # not above: Triton may be missing, and not needed
 
         logits = logits.contiguous()
-        width, ranks = logits.shape[-1], 1 if group is None else group.size()
-        first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(
-            width, 0 if group is None else group.rank(), ranks
+        losses_N, targets_N, maxima_N, sums_N = over_vocabulary(
+            functools.partial(row_statistics, logits), labels.reshape(-1), logits.shape[-1], group
         )
-        labels_N = labels.reshape(-1)
-        targets_N = labels_N - first
-        maxima_N, sums_N, target_N = _over_ranks(row_statistics(logits, targets_N), group)
-        is_known = (labels_N >= 0) & (labels_N < width * ranks)
-        losses_N = torch.log(sums_N) - torch.where(is_known, target_N - maxima_N, 0.0)
         ctx.is_spent = False
         ctx.save_for_backward(logits, targets_N, maxima_N, sums_N)
         return losses_N.view(labels.shape)
@@ -107,15 +103,33 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return logits.detach(), None, None
 
 
-def _over_ranks(statistics_3N: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
-    """Returns maximum, sum and target's logit of each row over the whole vocabulary, float32 [N] each; one collective."""
+def over_vocabulary(
+    statistics: Callable[[torch.Tensor], torch.Tensor],
+    labels_N: torch.Tensor,
+    width: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, ...]:
+    """Returns the losses, and what the gradient needs: this rank's targets, and M and S over the whole vocabulary, [N] each.
+
+    Args:
+        statistics: returns the statistics [3, N] of `loss_launch.row_statistics` for this rank's targets.
+        labels_N: ids over the whole vocabulary.
+        width: columns of each rank.
+        group: as for `fused_cross_entropy`; one collective if it has several ranks.
+    """
     ranks = 1 if group is None else group.size()
-    parts = statistics_3N
+    first, _ = VocabUtility.vocab_range_from_per_partition_vocab_size(
+        width, 0 if group is None else group.rank(), ranks
+    )
+    targets_N = labels_N - first
+    parts = own_3N = statistics(targets_N)
     if ranks > 1:
-        parts = statistics_3N.new_empty(ranks * 3, statistics_3N.shape[1])
-        dist.all_gather_into_tensor(parts, statistics_3N, group=group)
-    maxima_RN, sums_RN, targets_RN = parts.view(ranks, 3, -1).unbind(dim=1)
+        parts = own_3N.new_empty(ranks * 3, own_3N.shape[1])
+        dist.all_gather_into_tensor(parts, own_3N, group=group)
+    maxima_RN, sums_RN, target_logits_RN = parts.view(ranks, 3, -1).unbind(dim=1)
     maxima_N = maxima_RN.amax(dim=0)
     # -inf - -inf is NaN: a row without a finite logit has no softmax. A rank whose part is -inf adds 0 to other rows.
     sums_N = (sums_RN * torch.exp(maxima_RN - maxima_N)).sum(dim=0)
-    return maxima_N, sums_N, targets_RN.sum(dim=0)
+    is_known = (labels_N >= 0) & (labels_N < width * ranks)
+    losses_N = torch.log(sums_N) - torch.where(is_known, target_logits_RN.sum(dim=0) - maxima_N, 0.0)
+    return losses_N, targets_N, maxima_N, sums_N

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lion.config import ModelConfig
 from megatron_lion.model.attention import SdpaAttention
+from megatron_lion.model.chunked_loss import ChunkedGpt
 from megatron_lion.model.fused_loss import WithFusedLoss
 from megatron_lion.model.objective import Batch, Objective
 
@@ -49,7 +50,7 @@ def build_gpt(model: ModelConfig, settings: TransformerConfig, attention: str, l
         loss: from `choose_loss`.
         rows: rows of the embedding, padding included.
     """
-    return (FusedGpt if loss == "fused" else GPTModel)(
+    return {"megatron": GPTModel, "fused": FusedGpt, "chunked": ChunkedGpt}[loss](
         config=settings,
         transformer_layer_spec=gpt_layer_spec(attention),
         vocab_size=rows,

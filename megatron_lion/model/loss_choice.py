@@ -16,22 +16,23 @@ logger = logging.getLogger(__name__)
 
 
 def choose_loss(wanted: str, device: Device) -> str:
-    """Returns "megatron" or "fused" for `model.loss`; the same on all ranks of a tensor-parallel group, a collective call.
+    """Returns "megatron", "fused" or "chunked" for `model.loss`; the same on all ranks of a tensor-parallel group, a collective call.
 
     "auto" is "fused" on CUDA if Triton works on every rank of the group. On a CPU megatron-core's is faster.
 
     Raises:
-        EnvironmentFault: "fused" is requested but Triton cannot run here. On a CPU only its interpreter runs, for tests.
+        EnvironmentFault: "fused" or "chunked" is requested but Triton cannot run here. On a CPU only its interpreter runs, for
+            tests.
     """
     if wanted == "megatron" or (wanted == "auto" and device.kind != "cuda"):
         return "megatron"
     reason = why_no_triton()
     if reason is None and device.kind != "cuda" and triton_kernel() != "interpreted":
         reason = "device cpu is used; set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
-    if wanted == "fused":
+    if wanted != "auto":
         if reason is not None:
-            raise EnvironmentFault(f"model.loss: fused: {reason}; or use auto or megatron")
-        return "fused"
+            raise EnvironmentFault(f"model.loss: {wanted}: {reason}; or use auto or megatron")
+        return wanted
     if reason is not None:
         logger.warning(
             "Triton cannot run kernels on this machine, so megatron-core computes the loss, which takes more memory: %s",

@@ -11,6 +11,8 @@ from megatron_lion.config import ModelConfig, RunConfig, padded_vocab_size
 VOCAB_SIZES = {"gpt2": 50257, "bert": 30522}
 """Usual vocabulary size of each kind of model, before padding (BERT: uncased WordPiece)."""
 BERT_MASKED = 0.15
+CHUNK_ROWS = 4096
+"""Tokens whose logits the chunked loss holds at a time; at GPT-2's vocabulary 0.4 GB of 16-bit logits."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +284,15 @@ def _activation_bytes(config: RunConfig, world_size: int, rows: int, stage: int)
     kept = layers * tokens * model.hidden_size * width if model.recompute else layers * layer
     total = in_flight * kept + (layer if model.recompute else 0)
     if stage == pipeline - 1:
-        is_fused = model.loss == "fused" or (model.loss == "auto" and config.device != "cpu")
-        # The fused loss writes the gradient over the logits. megatron-core's has fp32 logits and their gradient.
-        a_logit = width if is_fused else 8
-        total += tokens * (BERT_MASKED if model.kind == "bert" else 1) * rows / tp * a_logit
+        total += _logit_bytes(config, tokens * (BERT_MASKED if model.kind == "bert" else 1), rows / tp, width)
     return round(total)
+
+
+def _logit_bytes(config: RunConfig, tokens: float, columns: float, width: int) -> float:
+    """Returns the bytes of a tensor-parallel rank's logits and their gradient."""
+    loss = config.model.loss
+    if loss == "chunked":  # the logits of a chunk, and the output matrix's gradient in float32
+        return columns * (min(tokens, CHUNK_ROWS) * width + config.model.hidden_size * 4)
+    is_fused = loss == "fused" or (loss == "auto" and config.device != "cpu")
+    # The fused loss writes the gradient over the logits. megatron-core's has fp32 logits and their gradient.
+    return tokens * columns * (width if is_fused else 8)

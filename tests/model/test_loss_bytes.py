@@ -97,11 +97,13 @@ def counted_kernels(operations: CountedBytes) -> Iterator[Counter[str]]:
 def measured(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
     """Runs a forward and a backward pass of each config's model."""
     from megatron_lion.device import select_device
+    from megatron_lion.model import chunked_loss
     from megatron_lion.model.build import build_model, build_objective
     from megatron_lion.parallel import process_groups
 
     found = {}
     device = select_device("cpu")
+    chunked_loss.CHUNK_ROWS = 16  # a quarter of the micro-batch
     for name, config in configs.items():
         batch, length = config.train.micro_batch_size, config.model.seq_length
         masked = 8 if config.model.kind == "bert" else length
@@ -131,7 +133,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
         # The embedding must be smaller than the logits: 1,024 x hidden against 1,024 x rows.
         for kind, hidden in (("gpt2", 32), ("bert", 16))
-        for loss in ("fused", "megatron")
+        for loss in ("fused", "megatron", "chunked")
+        if (kind, loss) != ("bert", "chunked")
     }
     result: dict[str, Any] = run_distributed(measured, 1, configs)[0]
     return result
@@ -144,6 +147,13 @@ def test_gpt2_moves_six_bytes_a_logit(found: dict[str, Any]) -> None:
     # 4 + 2 bytes; for each row also its label, three numbers out, three in, and a label again: 48 bytes for 1,024 logits.
     assert 6 <= sum(kernels.values()) <= 6.1
     assert 2 <= kernels["store"] <= 2.1
+
+
+def test_chunked_logits_are_never_whole(found: dict[str, Any]) -> None:
+    products, operations, kernels = found["gpt2 chunked"]
+    assert products == 0, "no tensor of the logits' size in any operation"
+    assert operations == {}
+    assert 6 <= sum(kernels.values()) <= 6.1
 
 
 def test_bert_moves_two_more_for_its_hits_and_six_in_its_output_bias(found: dict[str, Any]) -> None:
