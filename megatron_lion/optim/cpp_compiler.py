@@ -44,8 +44,8 @@ def build_library(name: str) -> ctypes.CDLL:
     source = Path(__file__).with_name(name)
     compiler = _compiler()
     try:
-        folder = _cache_folder()
-        target = folder / f"{source.stem}-{_fingerprint(source, compiler)}.so"
+        target = _target(source, compiler)
+        folder = target.parent
         with _alone(target.with_suffix(".lock")):
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -59,6 +59,18 @@ def build_library(name: str) -> ctypes.CDLL:
                 return _load(_compile(compiler, source, Path(scratch)))
         except OSError as error:
             raise BuildError(f"{source.name} cannot be built or loaded: {error}") from error
+
+
+def is_built(name: str) -> bool:
+    """Returns whether this machine already has the library of the file `name`, so that it need not be compiled."""
+    try:
+        return _target(Path(__file__).with_name(name), _compiler()).exists()
+    except (OSError, BuildError):
+        return False
+
+
+def _target(source: Path, compiler: list[str]) -> Path:
+    return _cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
 
 
 def _load(path: Path) -> ctypes.CDLL:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megatron_lion.optim import bit_sums
+from megatron_lion.optim.bit_sums import bit_sum
 from megatron_lion.optim.parameter_shards import Shard
 from megatron_lion.train import fingerprint
 
@@ -19,6 +21,14 @@ class Place:
     """This process's tensor-parallel rank and size, as the fingerprint reads them from megatron-core."""
 
     rank, size = 0, 1
+
+
+@pytest.fixture(autouse=True, params=["torch", "cpp"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums in torch, in chunks, and in the C++ library."""
+    if request.param == "cpp" and bit_sums.why_not() is not None:
+        pytest.skip("needs a C++ compiler")
+    monkeypatch.setattr(bit_sums, "_cpp_pays", lambda numel: request.param == "cpp")
 
 
 @pytest.fixture(autouse=True)
@@ -80,12 +90,12 @@ def test_state_fingerprint_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> No
     expected = as_text(sum(expected_sum(name, values) for name, values in tensors.items()))
     assert found(tensors, monkeypatch) == expected
     for chunk in (1, 8, 20, 21, 22):  # splitting a tensor of 21 elements does not change the sum
-        monkeypatch.setattr(fingerprint, "_CHUNK", chunk)
+        monkeypatch.setattr(bit_sums, "CHUNK", chunk)
         assert found(tensors, monkeypatch) == expected, chunk
 
 
 def test_every_change_alters_the_state_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "_CHUNK", 8)  # elements 7 and 8, 15 and 16 are next to a boundary
+    monkeypatch.setattr(bit_sums, "CHUNK", 8)  # elements 7 and 8, 15 and 16 are next to a boundary
     before = state()
     seen = {found(before, monkeypatch): "nothing"}
 
@@ -141,7 +151,7 @@ def test_parts_of_a_tensor_add_up_to_the_whole(place: Place) -> None:
                 setattr(parameter, name, value)
             where = fingerprint._placement(parameter)
             for start, end in ((0, 5), (5, part.numel())):
-                total += fingerprint._tensor_sum(parameter.view(-1)[start:end], start, where, salt)
+                total += int(bit_sum(parameter.view(-1)[start:end], start, where, salt)[0])
         return total & ONES
 
     assert sums([whole]) == expected
