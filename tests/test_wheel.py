@@ -83,7 +83,8 @@ def test_wheel_holds_configs_and_launchers(installed: Path) -> None:
         files = {path.name: path.read_bytes() for path in (REPO / name).iterdir()}
         assert {path.name: path.read_bytes() for path in (installed / "megatron_lion" / name).iterdir()} == files
     assert (installed / "megatron_lion" / "launch" / "torchrun.sh").stat().st_size > 1000
-    assert (installed / "megatron_lion" / "optim" / "lion.cpp").is_file()
+    for name in ("lion.cpp", "bit_sum.cpp"):
+        assert (installed / "megatron_lion" / "optim" / name).is_file()
 
 
 def test_wheel_claims_one_top_level_name(installed: Path) -> None:

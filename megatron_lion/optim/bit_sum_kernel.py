@@ -46,7 +46,7 @@ def bit_sum_kernel(
     terms = (mixed ^ (mixed >> 29)) * (2 * (whole + first) + 1)
     # Programs add in any order; addition modulo 2^64 does not depend on it.
     tl.atomic_add(result, tl.sum(tl.where(mask, terms, 0)))
-    bad = tl.sum((mask & ((stored & exponent) == exponent)).to(tl.int64))
+    bad = tl.sum(((stored & exponent) == exponent).to(tl.int64))  # masked lanes load 0, which is finite
     if bad > 0:
         tl.atomic_add(result + 1, bad)
 

@@ -1,9 +1,6 @@
 """megatron-core's DistributedOptimizer for any inner optimizer: correct saving and loading, and the fused step.
 
 Corrections of upstream, each with the fact and when to remove it:
-- mcore 0.19.2: `get_parameter_state_dp_zero` drops the padding at bucket ends while its caller slices by offsets that
-  include it, so a fully reshardable checkpoint of a model with padded buckets holds shifted state; remove
-  `get_parameter_state_dp_zero` below when it keeps the padding.
 - mcore 0.19.2: loaded tensors hold no "step" although the state does (KeyError without Transformer Engine); remove
   `_set_main_param_and_optimizer_states` below when it asks for the keys it was given.
 - mcore 0.19.2: state keys are those of Adam unless the optimizer is called lion; remove `optimizer_state_keys` below
@@ -27,6 +24,7 @@ from megatron_lion.optim.grad_norm import (
     runs_in_triton,
     with_replicas,
 )
+from megatron_lion.optim.state_owners import states_to_load, states_to_save
 
 STATE_KEYS = {"lion": ("exp_avg",), "sgd": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -45,25 +43,14 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
         # super() asks for every tensor of the state, and skips a value that is no tensor: `step` keeps its value.
         super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
 
-    def get_parameter_state_dp_zero(
-        self, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
-    ) -> dict[Any, Any] | None:
-        state = super().get_parameter_state_dp_zero(use_gloo_comm, empty_data, return_on_all_ranks)
-        if state is None:
-            return None
-        for index, buffer in enumerate(self.buffers):
-            for world_tensors in state[index].values():
-                for key in ("param", *self.optimizer_state_keys):
-                    world_tensors[key] = _with_bucket_padding(world_tensors[key], buffer.buckets)
-        return state
-
     def get_grads_for_grad_norm(self, grad_norm_group: str | None = None) -> list[torch.Tensor]:
         """Returns upstream's list and, if this rank holds replicas that it leaves out, a scalar: 0, or NaN if one is not finite."""
         counted = super().get_grads_for_grad_norm(grad_norm_group)
         return with_replicas(counted, replicas_of(self, counted))
 
     def sharded_tensors(self, model_state: dict[str, Any], *, is_loading: bool, layout: str) -> dict[Any, Any]:
-        """Returns the state as ShardedTensors; the dp_reshardable layout's plain numbers are left out (the manifest has them).
+        """Returns the state as ShardedTensors; a collective call. The dp_reshardable layout's plain numbers are left out (the
+        manifest has them).
 
         Args:
             model_state: the model's sharded state.
@@ -71,7 +58,7 @@ class StatefulDistributedOptimizer(DistributedOptimizer):
             layout: "fully_reshardable" or "dp_reshardable".
         """
         if layout == "fully_reshardable":
-            return self.sharded_param_state_fully_reshardable(model_state, is_loading, {})
+            return states_to_load(self, model_state) if is_loading else states_to_save(self, model_state)
         state = self.sharded_param_state_dp_reshardable(model_state, is_loading, {})
         return {
             key: LocalNonpersistentObject(value.data) if isinstance(value, ShardedObject) else value
@@ -163,14 +150,3 @@ def let_optimizer_own_master_weights(settings: OptimizerConfig) -> None:
     settings.use_precision_aware_optimizer = True
     settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     settings.store_param_remainders = False  # for Transformer Engine's Adam; our layouts split the masters themselves
-
-
-def _with_bucket_padding(packed: torch.Tensor, buckets: list[Any]) -> torch.Tensor:
-    """Copies buckets that are packed end to end to their offsets in the buffer; the padding is filled with zeros."""
-    total = buckets[-1].offset + buckets[-1].grad_data.numel()
-    spread = torch.zeros(total, dtype=packed.dtype, device=packed.device)
-    start = 0
-    for bucket in buckets:
-        spread[bucket.offset : bucket.offset + bucket.numel_unpadded] = packed[start : start + bucket.numel_unpadded]
-        start += bucket.numel_unpadded
-    return spread

@@ -165,17 +165,21 @@ def save_checkpoint(
     if dist.get_world_size() > 1:
         dist.barrier()  # the folder exists before any rank writes into it
     digests = write_tensors(sharded, temporary)
-    # The end of this block is the barrier before the commit: rank 0 lists and hashes the files of all ranks.
+    # The end of this block is the barrier before the comparison, for which a rank reads files of other ranks.
     with agree("writing the random states"):
         own = _write_rng(temporary, rng, ranks)
-    of_all = [own]
+    of_all: list[Any] = [(digests, own)]
     if dist.get_world_size() > 1:
-        of_all = [("", "")] * dist.get_world_size()
-        dist.all_gather_object(of_all, own)
+        of_all = [None] * dist.get_world_size()
+        dist.all_gather_object(of_all, (digests, own))
+    digests = {**of_all[0][0], **dict(rng_file for _, rng_file in of_all)}
+    # The end of this block is the barrier before the commit.
+    with agree("comparing what was written"), storage_errors(temporary):
+        _compare(temporary, digests, ranks)
     with agree("committing the checkpoint"):
         if ranks.is_main:
             with storage_errors(temporary):
-                _commit(temporary, final, {"format": FORMAT, "step": step, **facts}, {**digests, **dict(of_all)})
+                _commit(temporary, final, {"format": FORMAT, "step": step, **facts}, digests)
     return open_checkpoint(final)
 
 
@@ -237,28 +241,44 @@ def layout_facts(ranks: Ranks) -> dict[str, int]:
     }
 
 
+def _compare(temporary: Path, digests: dict[str, str], ranks: Ranks) -> None:
+    """Syncs this rank's share of the files and compares what is in them with what was written.
+
+    Args:
+        temporary: the folder.
+        digests: SHA-256 of what the ranks wrote, by file name.
+        ranks: the ranks that share the hashing.
+
+    Raises:
+        StorageError: a file holds other bytes than were written.
+    """
+    for number, (name, written) in enumerate(sorted(digests.items())):
+        if number % ranks.world_size == ranks.rank:
+            path = temporary / name
+            sync_file(path)
+            # Before older checkpoints are removed, and not only when this one is needed.
+            if sha256_file(path) != written:
+                raise StorageError(_changed(path))
+
+
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any], digests: dict[str, str]) -> None:
-    """Compares what is in the files with what was written, and gives the folder its final name.
+    """Writes the manifest of files that are on the disk, and gives the folder its final name.
 
     Args:
         temporary, final: the folder's names before and after.
         manifest: entries of the manifest but for the files.
-        digests: SHA-256 of what the ranks wrote, by file name.
+        digests: SHA-256 of each file, by its name.
 
     Raises:
-        StorageError: a file holds other bytes than were written; nothing was committed.
+        StorageError: the manifest holds other bytes than were written; nothing was committed.
         CheckpointError: the manifest has a value that no reader accepts; nothing was committed.
     """
     # The order makes a crash at any point harmless: data, manifest, rename, parent folder, pointer. A manifest that
     # reached the disk before the data would make an incomplete checkpoint look complete after a power failure.
-    files = {}
-    for name, written in sorted(digests.items()):
-        path = temporary / name
-        sync_file(path)
-        # Before older checkpoints are removed, and not only when this one is needed.
-        if sha256_file(path) != written:
-            raise StorageError(_changed(path))
-        files[name] = {"bytes": path.stat().st_size, "sha256": written}
+    files = {
+        name: {"bytes": (temporary / name).stat().st_size, "sha256": written}
+        for name, written in sorted(digests.items())
+    }
     content = manifest_bytes({**manifest, "files": files})
     write_whole(temporary / MANIFEST, content)
     if (temporary / MANIFEST).read_bytes() != content:

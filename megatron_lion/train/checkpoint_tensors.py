@@ -15,7 +15,8 @@ import os
 import pickle
 import queue
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +42,7 @@ from megatron_lion.parallel import agree
 from megatron_lion.runs.steps import naming_removal
 from megatron_lion.signals import StopNow
 
+_LARGE = 1 << 20  # bytes from which hashing in another thread, while they are written, takes less time than starting it
 _METADATA_CLASSES = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
@@ -117,12 +119,13 @@ class _HashingTransforms(_StorageWriterTransforms):
     """Hashes every byte on its way to the file. Read back from the disk, a digest would fit whatever the disk stored."""
 
     # mcore 0.19.2: its writer takes torch's transforms as an argument and opens one stream through them for each tensor.
-    def __init__(self) -> None:
+    def __init__(self, helper: ThreadPoolExecutor) -> None:
         super().__init__()
         self.digest = hashlib.sha256()
+        self.helper = helper
 
     def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[Any, list[str]]:
-        return super().transform_save_stream(write_item, _HashedStream(raw_stream, self.digest))  # type: ignore[arg-type]
+        return super().transform_save_stream(write_item, _HashedStream(raw_stream, self.digest, self.helper))  # type: ignore[arg-type]
 
 
 class _HashingFileSystem(FileSystem):
@@ -140,12 +143,22 @@ class _HashingFileSystem(FileSystem):
 class _HashedStream:
     """The methods of a stream that torch's writer calls."""
 
-    def __init__(self, raw: Any, digest: Any) -> None:
+    def __init__(self, raw: Any, digest: Any, helper: ThreadPoolExecutor | None = None) -> None:
         self.raw, self.digest, self.flush, self.fileno = raw, digest, raw.flush, raw.fileno
+        self.helper = helper
 
     def write(self, content: Any) -> int:
-        self.digest.update(content)
-        return int(self.raw.write(content))
+        hashing = None
+        if self.helper is not None and len(content) >= _LARGE:
+            with suppress(RuntimeError):  # no thread can be started
+                hashing = self.helper.submit(self.digest.update, content)
+        if hashing is None:
+            self.digest.update(content)
+        try:
+            return int(self.raw.write(content))
+        finally:
+            if hashing is not None:
+                hashing.result()  # in order, and before the caller frees the memory of `content`
 
 
 def write_tensors(sharded: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -193,8 +206,9 @@ def _write_files(writer: Any, folder: Path) -> tuple[list[Any], dict[str, str]]:
     digests: dict[str, str] = {}
     for number, bucket in enumerate(writer.write_buckets):
         on_cpu = writer.preload_tensors([bucket])[0]
-        transforms = _HashingTransforms()
-        _, results = writer.write_preloaded_data([transforms], number, on_cpu, None, None, use_fsync=True)
+        with ThreadPoolExecutor(1) as helper:
+            transforms = _HashingTransforms(helper)
+            _, results = writer.write_preloaded_data([transforms], number, on_cpu, None, None, use_fsync=True)
         if isinstance(results, OSError):
             raise results
         if isinstance(results, Exception) and worker_fault(results):  # torch raises it in any line

@@ -197,7 +197,6 @@ def inner_facts(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
         with tiny.opened_run(config) as run:
             wrapper = run.optimizer.megatron
             plain = DistributedOptimizer.get_parameter_state_dp_zero(wrapper, False, False, True)
-            ours = wrapper.get_parameter_state_dp_zero(False, False, True)
             parameter = next(iter(wrapper.model_param_group_index_map))
             loaded = dict(wrapper._get_main_param_and_optimizer_states(parameter))
             loaded.pop("step", None)
@@ -211,7 +210,7 @@ def inner_facts(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
                 wrapper._set_main_param_and_optimizer_states(parameter, loaded)
             key = next(iter(plain[0]))
             found[name] = {
-                "upstream": plain[0][key]["param"].numel(), "ours": ours[0][key]["param"].numel(),
+                "upstream": plain[0][key]["param"].numel(),
                 "unpadded": wrapper.buffers[0].numel_unpadded, "whole": wrapper.buffers[0].numel,
                 "complaint": complaint, "keys": DistributedOptimizer.optimizer_state_keys.fget(wrapper),
             }  # fmt: skip
@@ -228,6 +227,5 @@ def test_facts_of_a_built_optimizer(tmp_path: Path) -> None:
     for result in run_distributed(inner_facts, 2, configs):
         for name, facts in result.items():
             assert facts["upstream"] == facts["unpadded"] < facts["whole"], "upstream drops the padding"
-            assert facts["unpadded"] < facts["ours"] <= facts["whole"], "and we put it back"
             assert facts["complaint"] == ("'step'" if name == "adamw" else None), "loaded tensors hold no step"
         assert result["sgd"]["keys"] == ("exp_avg", "exp_avg_sq"), "upstream gives SGD Adam's keys"
