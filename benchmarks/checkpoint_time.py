@@ -168,7 +168,9 @@ def plain_writers(run: Run, folder: Path) -> dict[str, Callable[[int], Any]]:
         "torch.save, fsync": save_pickled,
         "torch.load": lambda _: torch.load(pickled, weights_only=True),
         "safetensors save_file, fsync": save_plain,
-        "safetensors load_file": lambda _: load_file(plain),
+        "safetensors load_file": lambda _: {
+            key: value.clone() for key, value in load_file(plain).items()
+        },  # it maps the file
     }
 
 

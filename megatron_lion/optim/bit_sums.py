@@ -15,6 +15,7 @@ import torch
 
 from . import triton_check
 from .cpp_compiler import BuildError, build_library, is_built
+from .precision import REMAINDER_DTYPES, join_master, split_master
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class _Work(ctypes.Structure):
 
     _fields_ = (
         ("data", ctypes.c_void_p),
+        ("lower", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("start", ctypes.c_int64),
         ("columns", ctypes.c_int64),
@@ -53,12 +55,21 @@ class _Work(ctypes.Structure):
         ("salt", ctypes.c_int64),
         ("result", ctypes.c_void_p),
         ("bytes", ctypes.c_int32),
+        ("lower_bytes", ctypes.c_int32),
         ("exponent", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
 
 
-def bit_sum(flat: torch.Tensor, start: int, place: Placement, salt: int, *, whole_numel: int = 0) -> torch.Tensor:
+def bit_sum(
+    flat: torch.Tensor,
+    start: int,
+    place: Placement,
+    salt: int,
+    *,
+    remainder: torch.Tensor | None = None,
+    whole_numel: int = 0,
+) -> torch.Tensor:
     """Returns Σ mix(bits ^ salt) · (2 · global index + 1) mod 2^64, and the number of elements that are not finite.
 
     Args:
@@ -66,6 +77,7 @@ def bit_sum(flat: torch.Tensor, start: int, place: Placement, salt: int, *, whol
         start: see `flat`.
         place: position of the local tensor in its whole tensor.
         salt: int64.
+        remainder: int16 or int8 [N], if `flat` are the upper halves of split master weights; these are summed.
         whole_numel: elements of all tensors that the caller sums; decides whether compiling the library pays.
 
     Returns:
@@ -75,13 +87,19 @@ def bit_sum(flat: torch.Tensor, start: int, place: Placement, salt: int, *, whol
     if flat.is_cuda and triton_check.why_no_triton() is None:
         from .bit_sum_kernel import kernel_sum
 
-        return kernel_sum(flat.contiguous(), start, place, salt, EXPONENTS[flat.dtype])
-    add, step = reference_sum, CHUNK
-    if flat.device.type == "cpu" and _cpp_pays(max(whole_numel, flat.numel())):
-        add, step = _cpp_sum, max(1, flat.numel()) if flat.is_contiguous() else CHUNK
+        flat = (flat if remainder is None else join_master(flat, remainder)).contiguous()
+        return kernel_sum(flat, start, place, salt, EXPONENTS[flat.dtype])
     result = torch.zeros(2, dtype=torch.int64, device=flat.device)
-    for first in range(0, flat.numel(), step):
-        result += add(flat[first : first + step].contiguous(), start + first, place, salt)
+    if flat.device.type == "cpu" and _cpp_pays(max(whole_numel, flat.numel())):
+        _add_in_cpp(
+            result, flat.contiguous(), start, place, salt, None if remainder is None else remainder.contiguous()
+        )
+        return result
+    for first in range(0, flat.numel(), CHUNK):
+        part = flat[first : first + CHUNK].contiguous()
+        if remainder is not None:
+            part = join_master(part, remainder[first : first + CHUNK])
+        result += reference_sum(part, start + first, place, salt)
     return result
 
 
@@ -105,25 +123,32 @@ def reference_sum(part: torch.Tensor, start: int, place: Placement, salt: int) -
     return torch.stack([total, ((bits & exponent) == exponent).sum()])
 
 
-def _cpp_sum(
-    part: torch.Tensor, start: int, place: Placement, salt: int, loop: ctypes.CDLL | None = None
-) -> torch.Tensor:
-    result = torch.zeros(2, dtype=torch.int64)
+def _add_in_cpp(
+    result: torch.Tensor,
+    flat: torch.Tensor,
+    start: int,
+    place: Placement,
+    salt: int,
+    remainder: torch.Tensor | None = None,
+    loop: ctypes.CDLL | None = None,
+) -> None:
+    """Adds to `result` what `bit_sum` returns for contiguous tensors on the CPU."""
     work = _Work(
-        data=part.data_ptr(),
-        numel=part.numel(),
+        data=flat.data_ptr(),
+        lower=None if remainder is None else remainder.data_ptr(),
+        numel=flat.numel(),
         start=start,
         columns=place.columns,
         whole_columns=place.whole_columns,
         first=place.first,
         salt=salt,
         result=result.data_ptr(),
-        bytes=part.element_size(),
-        exponent=EXPONENTS[part.dtype],
+        bytes=flat.element_size(),
+        lower_bytes=0 if remainder is None else remainder.element_size(),
+        exponent=EXPONENTS[flat.dtype if remainder is None else torch.float32],
         threads=torch.get_num_threads(),
     )
     (loop or library()).bit_sum(ctypes.byref(work))
-    return result
 
 
 def _cpp_pays(numel: int) -> bool:
@@ -154,12 +179,16 @@ def library() -> ctypes.CDLL:
         BuildError: there is no compiler, it fails, or its code computes other integers than the reference.
     """
     built = build_library(SOURCE)
-    for dtype in EXPONENTS:
-        values = torch.linspace(-3, 3, 999).to(dtype)
-        values[::100] = float("inf")
+    values = torch.linspace(-3, 3, 999)
+    values[::100] = float("inf")
+    cases: list[tuple[torch.Tensor, torch.Tensor | None]] = [(values.to(dtype), None) for dtype in EXPONENTS]
+    cases += [split_master(values, form) for form in REMAINDER_DTYPES]
+    for flat, remainder in cases:
         for place in (Placement(7, 7, 0), Placement(7, 21, 14)):
-            case = values, 5, place, MIX2
-            if not torch.equal(_cpp_sum(*case, loop=built), reference_sum(*case)):
+            found = torch.zeros(2, dtype=torch.int64)
+            _add_in_cpp(found, flat, 5, place, MIX2, remainder, built)
+            whole = flat if remainder is None else join_master(flat, remainder)
+            if not torch.equal(found, reference_sum(whole, 5, place, MIX2)):
                 raise BuildError(
                     "the compiled code computes other integers than the reference; set CXX to another compiler"
                 )

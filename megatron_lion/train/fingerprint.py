@@ -20,12 +20,13 @@ from megatron_lion.errors import NumericsError
 from megatron_lion.optim.bit_sums import Placement, bit_sum
 from megatron_lion.optim.nonfinite import damage_of, describe_damage, gather_damage
 from megatron_lion.optim.parameter_shards import counts_here, local_shards, named_global_parameters
+from megatron_lion.optim.precision import join_master
 from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import all_reduce_sum
 
 
 class _Part(NamedTuple):
-    """A slice of a tensor that this rank accounts for; key and name are those of `Damage`."""
+    """A slice of a tensor that this rank accounts for; key and name are those of `Damage`, the rest that of `bit_sum`."""
 
     key: str
     name: str
@@ -33,6 +34,11 @@ class _Part(NamedTuple):
     start: int
     place: Placement
     salt: int
+    remainder: torch.Tensor | None = None
+
+    def values(self) -> torch.Tensor:
+        """Returns the slice's numbers, of which `flat` may be the upper halves."""
+        return self.flat if self.remainder is None else join_master(self.flat, self.remainder)
 
 
 def _placement(parameter: torch.nn.Parameter) -> Placement:
@@ -63,10 +69,11 @@ def state_fingerprint(model: list[Any], optimizer: TrainOptimizer) -> str:
     """
 
     def parts() -> Iterator[_Part]:
-        for shard in local_shards(model, optimizer):
+        for shard in local_shards(model, optimizer, split=True):
             place = _placement(shard.parameter)
             for key, flat in {"param": shard.main, **shard.state}.items():
-                yield _Part(key, shard.name, flat, shard.start, place, _salt(f"{shard.name}:{key}"))
+                remainder = shard.remainder if key == "param" else None
+                yield _Part(key, shard.name, flat, shard.start, place, _salt(f"{shard.name}:{key}"), remainder)
 
     return _over_all_ranks(parts, model)
 
@@ -108,8 +115,11 @@ def _over_all_ranks(parts: Callable[[], Iterator[_Part]], model: list[Any]) -> s
     """Returns the fingerprint of the parts of all ranks; `parts` is called again if one of them is not finite."""
     device = next(model[0].parameters()).device
     numel = sum(parameter.numel() for chunk in model for parameter in chunk.parameters())
-    # Each part is dropped before the next one is made, since master weights in two halves are joined for it.
-    sums = [bit_sum(part.flat, part.start, part.place, part.salt, whole_numel=numel) for part in parts()]
+    # Each part is dropped before the next one is made, since packed momentum is unpacked for it.
+    sums = [
+        bit_sum(part.flat, part.start, part.place, part.salt, remainder=part.remainder, whole_numel=numel)
+        for part in parts()
+    ]
     own = torch.stack(sums).tolist() if sums else []  # the host waits for the device once, not for each tensor
     box = torch.tensor(
         [_signed(sum(total for total, _ in own)), sum(bad for _, bad in own)], dtype=torch.int64, device=device
@@ -117,7 +127,7 @@ def _over_all_ranks(parts: Callable[[], Iterator[_Part]], model: list[Any]) -> s
     summed, damaged = all_reduce_sum(box).tolist()
     if damaged:
         damage = [
-            damage_of(part.key, part.name, part.flat, part.start)
+            damage_of(part.key, part.name, part.values(), part.start)
             for part, (_, bad) in zip(parts(), own, strict=True)
             if bad
         ]

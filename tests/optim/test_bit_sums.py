@@ -53,14 +53,16 @@ def as_tensor(bits: list[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor([signed(element, width) for element in bits], dtype=whole).view(dtype)
 
 
-def sum_of(way: str, flat: torch.Tensor, start: int, place: Placement, salt: int) -> list[int]:
+def sum_of(
+    way: str, flat: torch.Tensor, start: int, place: Placement, salt: int, remainder: torch.Tensor | None = None
+) -> list[int]:
     """The sum that one of the ways computes; the kernel is interpreted on a CPU and compiled on CUDA."""
     if way == "triton":
         found = kernel_sum(flat.contiguous().to(DEVICE), start, place, salt, bit_sums.EXPONENTS[flat.dtype])
         return [int(value) for value in found]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bit_sums, "_cpp_pays", lambda numel: way == "cpp")
-        return [int(value) for value in bit_sum(flat, start, place, salt)]
+        return [int(value) for value in bit_sum(flat, start, place, salt, remainder=remainder)]
 
 
 @st.composite
@@ -87,6 +89,33 @@ def test_every_way_is_the_formula(way: str) -> None:
         apart = as_tensor([element for element in bits for _ in range(stride)], dtype)
         flat = apart[::stride] if bits else apart
         assert sum_of(way, flat, *where) == expected(bits, dtype, *where)
+
+    check()
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "triton"])
+@pytest.mark.parametrize(("form", "shift", "whole"), [("split32", 0, torch.int16), ("split24", 8, torch.int8)])
+def test_split_master_weights_have_the_sum_of_the_joined_ones(
+    way: str, form: str, shift: int, whole: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any two halves, also those that no split makes; the carry of a negative remainder reaches the upper half."""
+    monkeypatch.setattr(bit_sums, "CHUNK", 8)
+    half = 1 << (15 - shift)
+
+    @examples(150)
+    @given(
+        st.lists(
+            st.tuples(st.integers(0, 2**16 - 1) | st.sampled_from([0x7F80, 0xFF80, 0]), st.integers(-half, half - 1)),
+            max_size=30,
+        ),
+        st.integers(0, 9),
+    )
+    def check(pairs: list[tuple[int, int]], start: int) -> None:
+        joined = [((upper << 16) + (lower << shift)) & 0xFFFFFFFF for upper, lower in pairs]
+        flat = as_tensor([upper for upper, _ in pairs], torch.bfloat16)
+        remainder = torch.tensor([lower for _, lower in pairs], dtype=whole)
+        where = start, Placement(3, 6, 3), 77
+        assert sum_of(way, flat, *where, remainder) == expected(joined, torch.float32, *where)
 
     check()
 
@@ -129,14 +158,12 @@ def test_threads_blocks_and_chunks_leave_no_seam(way: str, numel: int, monkeypat
 def test_the_library_is_built_for_large_tensors_and_used_once_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     place = Placement(1, 1, 0)
-    monkeypatch.setattr(
-        bit_sums, "_cpp_sum", lambda part, *_: taken.append(part.numel()) or torch.zeros(2, dtype=torch.int64)
-    )
+    monkeypatch.setattr(bit_sums, "_add_in_cpp", lambda result, flat, *_: taken.append(flat.numel()))
     for is_there, numel, whole in ((False, 10, 0), (False, 99, 100), (False, 100, 0), (True, 1, 0), (True, 0, 0)):
         monkeypatch.setattr(bit_sums, "CPP_PAYS", 100)
         monkeypatch.setattr(bit_sums, "_is_built", lambda is_there=is_there: is_there)
         bit_sum(torch.zeros(numel), 0, place, 1, whole_numel=whole)
-    assert taken == [99, 100, 1]
+    assert taken == [99, 100, 1, 0]
 
 
 @needs_compiler

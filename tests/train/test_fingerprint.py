@@ -81,7 +81,7 @@ def found(tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> 
     for name in NAMES:
         main, momentum = tensors[f"{name}:param"], tensors[f"{name}:exp_avg"]
         shards.append(Shard(name, torch.nn.Parameter(main), 0, main, None, {"exp_avg": momentum}, 0.0))
-    monkeypatch.setattr(fingerprint, "local_shards", lambda model, optimizer: iter(shards))
+    monkeypatch.setattr(fingerprint, "local_shards", lambda model, optimizer, split: iter(shards))
     return fingerprint.state_fingerprint([torch.nn.Linear(1, 1)], None)
 
 
