@@ -10,8 +10,8 @@ master weights and momentum of each process, and on the first one the bf16 weigh
 and hash, compare and commit nothing.
 
 Times are medians over the repeats, on the slowest rank. The least of them is what other work on the machine disturbed
-least. The first one includes what is done once a process, and memory that is touched for the first time. Memory is the most that any rank held above what it held
-before, of host memory. Files are read from the page cache.
+least. The first one includes what is done once a process, and memory that is touched for the first time. Memory is the
+most that any rank held above what it held before, of host memory. Files are read from the page cache.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         plain = next((row["ms"] for row in mine if row["part"].startswith("torch.save")), None)
         body = [
             [
-                shown(row["ms"] / plain if plain else None, ".2f"), row["part"], f"{row['ms']:,.1f}", f"{row['least_ms']:,.1f}", f"{row['first_ms']:,.1f}",
+                shown(row["ms"] / plain if plain else None, ".2f"), row["part"], f"{row['ms']:,.1f}",
+                f"{row['least_ms']:,.1f}", f"{row['first_ms']:,.1f}",
                 f"{row['bytes'] / row['ms'] / 1e3:,.0f}", shown(row["memory_mb"], ",.0f"),
             ]
             for row in mine
