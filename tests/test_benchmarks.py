@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +23,29 @@ def test_help(path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "usage: " in done.stdout
+
+
+def test_growth_writes_each_row_as_it_is_measured(tmp_path: Path) -> None:
+    words = [sys.executable, str(REPO / "benchmarks" / "growth.py"), "--quick", "--only", "compare"]
+    done = subprocess.run(
+        [*words, "--output", str(tmp_path / "growth")], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "growth.md").read_text() == done.stdout
+    facts, *rows = map(json.loads, (tmp_path / "growth.jsonl").read_text().splitlines())
+    assert "commit" in facts
+    assert [(row["subject"], row["runs"], row["lines a run"]) for row in rows] == [
+        ("compare", 2, 200),
+        ("compare", 2, 400),
+    ]
+    assert all(row["cpu_s"] > 0 and row["peak_mb"] > 20 for row in rows)
+
+
+@pytest.mark.parametrize("lines", [200, 1000])
+def test_a_synthetic_run_of_growth_has_the_lines_it_is_named_after(
+    lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "benchmarks"))
+    growth = importlib.import_module("growth")
+    run = growth.write_run(tmp_path / "run", lines, 1)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == lines
