@@ -46,7 +46,8 @@ class Budget:
 
 def tokens_at(run: RunRecord, steps: Sequence[int]) -> Sequence[float] | None:
     """Training tokens up to each step, or None if the run does not record its tokens per step."""
-    return [run.tokens_per_step * step for step in steps] if run.tokens_per_step else None
+    per_step = run.tokens_per_step
+    return [per_step * step for step in steps] if per_step else None
 
 
 BUDGETS = (

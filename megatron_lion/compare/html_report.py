@@ -139,12 +139,12 @@ def _summary(runs: list[RunRecord]) -> str:
 
 
 def _charts(model: str, group: list[RunRecord], tried: Sequence[RunRecord]) -> str:
-    drawn = [(axis, panel) for axis in AXES for panel in panels(group, axis, tried)]
-    places = {slug: place for place, slug in enumerate(dict.fromkeys(panel.slug for _, panel in drawn))}
-    figures = "".join(
-        f'<figure class="over-{axis}">{chart(panel)}</figure>\n'
-        for axis, panel in sorted(drawn, key=lambda found: places[found[1].slug])
-    )
+    # As text at once: the curves of long runs take much more memory than their drawing.
+    drawn: dict[str, list[str]] = {}
+    for axis in AXES:
+        for panel in panels(group, axis, tried):
+            drawn.setdefault(panel.slug, []).append(f'<figure class="over-{axis}">{chart(panel)}</figure>\n')
+    figures = "".join(figure for figures in drawn.values() for figure in figures)
     if not figures:
         return f"<p class='note'>{html.escape(model)}: nothing measured yet</p>"
     lines, notes = lines_of(group), []

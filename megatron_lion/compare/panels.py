@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,15 +120,16 @@ class Panel:
 
     def y_limits(self) -> tuple[float, float]:
         """Limits that include all curves, bars and references, in the units of the axis."""
-        drawn = [v for curve in self.curves for v in (*curve.y, *(end for _, *ends in curve.intervals for end in ends))]
-        values = [self.height(v) for v in (*drawn, *(line.y for line in self.references))]
+        ends = [end for curve in self.curves for _, *both in curve.intervals for end in both]
+        drawn = [end(curve.y) for curve in self.curves for end in (min, max)]
+        values = [self.height(v) for v in (*drawn, *ends, *(line.y for line in self.references))]
         low, high = min(values), max(values)
         pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
         return (0.0, high * 1.08) if self.from_zero and not self.log_y else (low - pad, high + pad)
 
     def x_limits(self) -> tuple[float, float]:
         """From zero, or the first point of a logarithmic axis, to the last point, in the units of the axis."""
-        values = [self.along(x) for curve in self.curves for x in curve.x]
+        values = [self.along(end(curve.x)) for curve in self.curves for end in (min, max)]
         return (min(values) - 0.05, max(values) + 0.05) if self.log_x else (0.0, max(values) or 1.0)
 
     def label_places(self, gap: float) -> list[float]:
@@ -218,27 +220,48 @@ def _curve(
     found = [(run, values) for run in line.runs if (values := series(run))]
     if not found:
         return None
-    common = sorted(set.intersection(*(set(values.steps) for _, values in found)))
+    common = _common_steps([values.steps for _, values in found])
     columns, places, behind = [], [], []
     for run, values in found:
-        at = scale.place(run, values.steps)
-        if at is None:
+        places_at = scale.place(run, values.steps)
+        if places_at is None:
             return None
+        at = places_at if places_at is values.steps else array("d", places_at)
         smooth = values.smoothed(window)
         if window > 1 and len(found) == 1:
             behind.append((at, values.values))
         elif len(found) > 1:
             behind.append((at, smooth.values))
-        by_step = dict(zip(values.steps, zip(at, smooth.values, strict=True), strict=True))
-        places.append([by_step[step][0] for step in common])
-        columns.append([by_step[step][1] for step in common])
+        places.append(_at_steps(values.steps, at, common))
+        columns.append(_at_steps(values.steps, smooth.values, common))
     if not common:
         return None
     return Curve(
-        label=line.label, x=[fmean(x) for x in zip(*places, strict=True)], y=[fmean(y) for y in zip(*columns, strict=True)],
+        label=line.label, x=_means(places), y=_means(columns),
         colour=line.colour, dash=line.dash, markers=markers and len(common) <= 25, behind=behind if line.label else (),
         bars=_mean_bars([bars(run) for run, _ in found], common) if bars else (),
     )  # fmt: skip
+
+
+def _common_steps(columns: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The steps that all columns have, ascending."""
+    first, *others = columns
+    return first if all(steps == first for steps in others) else sorted(set(first).intersection(*others))
+
+
+def _at_steps(steps: Sequence[int], values: Sequence[float], wanted: Sequence[int]) -> Sequence[float]:
+    """The values at the wanted steps."""
+    if steps == wanted:
+        return values
+    by_step = dict(zip(steps, values, strict=True))
+    return [by_step[step] for step in wanted]
+
+
+def _means(columns: Sequence[Sequence[float]]) -> Sequence[float]:
+    """The mean over the columns at each place, in 8 bytes each: a long run has as many places as log lines."""
+    if len(columns) == 1:
+        return array("d", columns[0])
+    return array("d", [math.fsum(row) / len(columns) for row in zip(*columns, strict=True)])
 
 
 def _mean_bars(found: Sequence[Mapping[int, float]], steps: Sequence[int]) -> list[float | None]:
@@ -335,8 +358,8 @@ def _rate_curves(tried: Sequence[RunRecord], lines: list[Line]) -> list[Curve]:
 
 
 def _wants_log(curves: list[Curve]) -> bool:
-    values = [y for curve in curves for y in curve.y]
-    return bool(values) and min(values) > 0 and max(values) > LOG_RANGE * min(values)
+    ends = [end(curve.y) for curve in curves for end in (min, max)]
+    return bool(ends) and min(ends) > 0 and max(ends) > LOG_RANGE * min(ends)
 
 
 def _ratio_references(runs: list[RunRecord]) -> list[Reference]:

@@ -50,7 +50,9 @@ def _write(drawn: list[Panel], model: str, path: Path) -> Path:
     for axes, panel in zip(row, drawn, strict=True):
         _draw(axes, panel)
     figure.suptitle(model, fontsize=11, fontweight="bold", x=0.01, ha="left")
-    return save_figure(figure, path)
+    written = save_figure(figure, path)
+    figure.clear()  # a figure refers to itself, so that it would keep its copies of the curves while the next one is drawn
+    return written
 
 
 def _draw(axes: Any, panel: Panel) -> None:

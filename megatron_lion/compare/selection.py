@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lion.compare.labels import with_labels
 from megatron_lion.errors import CheckpointError, ConfigError
 from megatron_lion.runs.record import RunRecord, read_run
+from megatron_lion.runs.series import SharedSteps
 
 
 def read_runs(
@@ -30,7 +31,8 @@ def read_runs(
     twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise ConfigError(f"{twice}: the same run is given twice")
-    runs = [checked(read_run(folder)) for folder in folders]
+    shared: SharedSteps = {}
+    runs = [checked(read_run(folder, shared)) for folder in folders]
     _need_common_ground(runs)
     return with_labels(runs)
 

@@ -111,11 +111,11 @@ def _curve(curve: Curve, frame: Frame) -> str:
 
 def _points(x: Sequence[float], y: Sequence[float], frame: Frame) -> str:
     """Corner points of a line, thinned to what is visible; the first and the last are always kept."""
-    pairs = list(zip(x, y, strict=True))
-    stride = -(-len(pairs) // MAX_POINTS)
-    kept = pairs[::stride]
-    if kept[-1] != pairs[-1]:
-        kept.append(pairs[-1])
+    stride = -(-len(x) // MAX_POINTS)
+    kept = list(zip(x[::stride], y[::stride], strict=True))
+    last = (x[-1], y[-1])
+    if kept[-1] != last:
+        kept.append(last)
     right = frame.x_high  # a seed may have more steps than the mean, which ends with the shortest
     return " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in kept if frame.panel.along(a) <= right)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median
 from types import UnionType
@@ -20,7 +22,7 @@ from megatron_lion.plain_text import plain, plain_tree
 from megatron_lion.runs.folder import flatten
 from megatron_lion.runs.paths import config_file, environment_file, evaluations_folder, facts_file, metrics_file
 from megatron_lion.runs.sealed_json import read_sealed
-from megatron_lion.runs.series import Series, read_metrics
+from megatron_lion.runs.series import Series, SharedSteps, read_metrics
 
 LAST_LINES = 10
 """Number of logged values in the mean that is a run's final training loss."""
@@ -228,26 +230,41 @@ class RunRecord:
 
     def seconds_at(self, steps: Sequence[int]) -> list[float] | None:
         """Returns `training_seconds` of several steps, or None if the run has no logged throughput."""
-        rate, per_step = self.series("perf/tokens_per_s"), self.tokens_per_step
-        logged = [(at, value) for at, value in zip(rate.steps, rate.values, strict=True) if value > 0]
-        if not logged or per_step is None:
+        per_step, (rate, spent) = self.tokens_per_step, self._times
+        if not rate or per_step is None:
             return None
-        ends, spent = [0], [0.0]
-        for at, value in logged:
-            spent.append(spent[-1] + max(0, at - ends[-1]) * per_step / value)
-            ends.append(at)
+        ends, rates = rate.steps, rate.values
+        found, last = [], len(ends) - 1
+        place = 0  # of the log line that covers the step, or of the last line
+        for step in steps:
+            if place and step <= ends[place - 1]:
+                place = bisect_left(ends, step, 0, place)
+            while place < last and ends[place] < step:
+                place += 1
+            found.append(spent[place] + (step - ends[place]) * per_step / rates[place] if step > 0 else 0.0)
+        return found
 
-        def seconds(step: int) -> float:
-            place = min(bisect_left(ends, step), len(logged))  # the log line that covers the step, or the last line
-            if place == 0:
-                return 0.0
-            return spent[place] + (step - ends[place]) * per_step / logged[place - 1][1]
+    @cached_property
+    def _times(self) -> tuple[Series, Sequence[float]]:
+        """The logged throughput if positive (tokens per second), and the training seconds up to each of its steps."""
+        rate, per_step = self.series("perf/tokens_per_s"), self.tokens_per_step or 0
+        if min(rate.values, default=1.0) <= 0:
+            kept = [pair for pair in zip(rate.steps, rate.values, strict=True) if pair[1] > 0]
+            rate = Series(tuple(step for step, _ in kept), [value for _, value in kept])
+        spent, before, seconds = array("d"), 0, 0.0
+        for step, value in zip(rate.steps, rate.values, strict=True):
+            seconds += (step - before) * per_step / value
+            spent.append(seconds)
+            before = step
+        return rate, spent
 
-        return [seconds(step) for step in steps]
 
-
-def read_run(folder: str | Path) -> RunRecord:
+def read_run(folder: str | Path, shared: SharedSteps | None = None) -> RunRecord:
     """Reads a run folder, or the evaluation results of a model that was not trained here.
+
+    Args:
+        folder: the folder.
+        shared: steps of other runs, see `read_metrics`.
 
     Raises:
         CheckpointError: the folder is not a run folder, or one of its files is damaged.
@@ -267,7 +284,7 @@ def read_run(folder: str | Path) -> RunRecord:
     _check_kinds(facts_file(folder), facts, FACTS)
     _check_kinds(config_file(folder), settings, SETTINGS)
     optimizer = str(facts.get("optimizer") or settings.get("optimizer.name") or "unknown")
-    metrics = read_metrics(metrics_file(folder))
+    metrics = read_metrics(metrics_file(folder), shared)
     name = facts.get("name") or settings.get("name") or facts.get("model") or settings.get("model.kind")
     return RunRecord(
         folder=folder,

@@ -14,7 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, chain, compress, repeat
+from operator import lt, sub
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Series:
-    """A metric over the optimizer steps at which it was written, ascending."""
+    """A metric over the optimizer steps at which it was written, ascending; the values are kept in 8 bytes each."""
 
     steps: tuple[int, ...] = ()
-    values: tuple[float, ...] = ()
+    values: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", array("d", self.values))  # frozen outside of this method
 
     def __bool__(self) -> bool:
         return bool(self.steps)
@@ -58,47 +67,177 @@ class Series:
         return next((s for s, v in zip(self.steps, self.values, strict=True) if v <= target), None)
 
     def smoothed(self, window: int) -> Series:
-        """Returns the mean over the last `window` values at each step; over fewer at the start."""
-        means = (sum(self.values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(self.values)))
-        return Series(self.steps, tuple(means))
+        """Returns the mean over the last `window` values at each step; over fewer at the start.
+
+        A mean is the sum of its values, rounded once, over their number. It is taken from running sums in whole numbers, so its
+        cost does not depend on the window; the means of a window are computed once.
+        """
+        if window == 1:
+            return self
+        if window not in self._smoothed:
+            self._smoothed[window] = Series(self.steps, _running_means(self.values, window))
+        return self._smoothed[window]
+
+    @cached_property
+    def _smoothed(self) -> dict[int, Series]:
+        return {}
 
 
-def read_metrics(path: Path) -> dict[str, Series]:
+def _running_means(values: Sequence[float], window: int) -> Sequence[float]:
+    """The mean over the last `window` of finite values at each place; over fewer at the start."""
+    whole, unit = _whole_numbers(values)
+    sums = list(accumulate(whole, initial=0))
+    totals = [*sums[1 : window + 1], *map(sub, sums[window + 1 :], sums[1:])]
+    counts = chain(range(1, min(window, len(totals)) + 1), repeat(window))
+    if max(map(abs, totals), default=0) >= unit << sys.float_info.max_exp - 1:  # a sum that may be no finite float
+        return [total / (unit * count) for total, count in zip(totals, counts, strict=False)]
+    return [total / unit / count for total, count in zip(totals, counts, strict=False)]
+
+
+def _whole_numbers(values: Sequence[float]) -> tuple[list[int], int]:
+    """Returns finite values as whole numbers, and the power of two by which they are multiplied."""
+    sizes = list(filter(None, map(abs, values)))
+    bits = max(0, sys.float_info.mant_dig - math.frexp(min(sizes, default=1.0))[1])
+    if max(bits, bits + math.frexp(max(sizes, default=0.0))[1]) < sys.float_info.max_exp:
+        return list(map(int, map((2.0**bits).__mul__, values))), 1 << bits
+    ratios = [value.as_integer_ratio() for value in values]  # a power of two that is no float
+    unit = max(denominator for _, denominator in ratios)
+    return [number * (unit // denominator) for number, denominator in ratios], unit
+
+
+SharedSteps = dict[tuple[int, ...], tuple[int, ...]]
+"""Steps by themselves, so that series with equal steps hold them once: they take more memory than the values."""
+
+
+def read_metrics(path: Path, shared: SharedSteps | None = None) -> dict[str, Series]:
     """Reads metrics.jsonl into a series for each key that has a number, by the rules of this module.
+
+    Args:
+        path: the file.
+        shared: the steps of files read before, which are used for equal ones; those of this file are added.
+
+    Raises:
+        CheckpointError: the file is missing, or a line is not a JSON object with a step.
+    """
+    shared = {} if shared is None else shared
+    tables: dict[tuple[str, ...], _Table] = {}
+    for number, entry in _entries(path):
+        keys = tuple(entry)
+        if (table := tables.get(keys)) is None:
+            table = tables[keys] = _Table(keys)
+        table.lines.append(number)
+        table.cells.extend(entry.values())
+    parts: dict[str, list[_Table]] = {}
+    for table in tables.values():
+        table.find_steps(shared)
+        for key in table.keys:
+            parts.setdefault(key, []).append(table)
+    found = ((plain(key), _merged(key, having, shared)) for key, having in parts.items() if key != "step")
+    return {key: series for key, series in found if series}
+
+
+@dataclass
+class _Table:
+    """The lines of metrics.jsonl that have the same keys, so that a column is read at once.
+
+    Attributes:
+        keys: the keys of each line, in order.
+        lines: the line numbers, ascending.
+        cells: the values of all lines, one line after the other.
+        steps: the step of each line.
+        is_ascending: whether each step is larger than the one before.
+    """
+
+    keys: tuple[str, ...]
+    lines: list[int] = field(default_factory=list)
+    cells: list[Any] = field(default_factory=list)
+    steps: tuple[int, ...] = ()
+    is_ascending: bool = True
+
+    def column(self, key: str) -> list[Any]:
+        """The values of a key, one for each line."""
+        return self.cells[self.keys.index(key) :: len(self.keys)]
+
+    def find_steps(self, shared: SharedSteps) -> None:
+        """Sets `steps` and `is_ascending`."""
+        found = tuple(self.column("step"))
+        self.steps = shared.setdefault(found, found)
+        self.is_ascending = all(map(lt, found, found[1:]))
+
+
+def _merged(key: str, tables: Sequence[_Table], shared: SharedSteps) -> Series:
+    """The series of a key that some tables have: at each step the value of its last line, if this is a finite number."""
+    columns = [_numbers(table.column(key)) for table in tables]
+    if len(tables) == 1 and tables[0].is_ascending:
+        (steps,), (values,) = [table.steps for table in tables], columns
+    else:
+        lines, every, cells = (
+            list(chain(*parts))
+            for parts in ([table.lines for table in tables], [table.steps for table in tables], columns)
+        )
+        order = sorted(range(len(lines)), key=lines.__getitem__)
+        latest = dict(zip(map(every.__getitem__, order), map(cells.__getitem__, order), strict=True))
+        steps = tuple(sorted(latest))
+        values = array("d", map(latest.__getitem__, steps))
+    if not math.isfinite(sum(values)):
+        finite = list(map(math.isfinite, values))
+        steps, values = tuple(compress(steps, finite)), array("d", compress(values, finite))
+    return Series(steps if steps is tables[0].steps else shared.setdefault(steps, steps), values)
+
+
+def _numbers(column: Sequence[Any]) -> array[float]:
+    """The values of a column as floats; NaN for what is not a finite number."""
+    kinds = set(map(type, column))
+    if kinds <= {float, int, type(None)}:
+        if type(None) in kinds:
+            column = [math.nan if value is None else value for value in column]
+        try:
+            return array("d", column)
+        except OverflowError:  # a whole number beyond the largest float
+            pass
+    return array("d", [math.nan if (number := _finite_number(value)) is None else number for value in column])
+
+
+def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the number and the object of each line.
+
+    The objects of a file as `MetricsWriter` writes it are decoded where they stand, without a copy of their line. An object
+    counts only if it ends where its line ends; any other line is left to `parse_line`.
 
     Raises:
         CheckpointError: the file is missing, or a line is not a JSON object with a step.
     """
     try:
-        lines = read_own(path).split(b"\n")
+        text = read_own(path).decode("latin-1")  # a character a byte, so that positions agree
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: has no metrics.jsonl; it is not a run folder, or the run never started"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    table: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        entry = parse_line(line)
-        if entry is None:
-            if number == len(lines):
-                continue
-            raise CheckpointError(f"{path}, line {number}: not a JSON object with a step")
-        for key, value in entry.items():
-            found = _finite_number(value)
-            if key == "step":
-                continue
-            if found is not None:
-                table.setdefault(key, {})[entry["step"]] = found
-            else:  # an older number must not replace a value that could not be measured
-                table.get(key, {}).pop(entry["step"], None)
-    return {
-        plain(key): Series(tuple(sorted(values)), tuple(values[step] for step in sorted(values)))
-        for key, values in table.items()
-        if values
-    }
+    is_ascii = text.isascii()
+    decode = json.JSONDecoder().raw_decode
+    start, number, last = 0, 0, text.count("\n") + 1
+    while number < last:
+        number += 1
+        end = text.find("\n", start)
+        if end < 0:
+            end = len(text)
+        entry: dict[str, Any] | None = None
+        if is_ascii and text.startswith("{", start):
+            try:
+                found, stop = decode(text, start)
+            except (ValueError, RecursionError):
+                stop = -1
+            if stop == end and _has_step(found):
+                entry = found
+        if entry is None and (line := text[start:end].encode("latin-1")).strip():
+            entry = parse_line(line)
+            if entry is None and number < last:
+                raise CheckpointError(f"{path}, line {number}: not a JSON object with a step")
+        if entry is not None:
+            yield number, entry
+        start = end + 1
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
@@ -111,8 +250,12 @@ def parse_line(line: bytes) -> dict[str, Any] | None:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return None
+    return entry if _has_step(entry) else None
+
+
+def _has_step(entry: Any) -> bool:
     step = entry.get("step") if isinstance(entry, dict) else None
-    return entry if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
+    return isinstance(step, int) and not isinstance(step, bool) and step >= 0
 
 
 def _finite_number(value: Any) -> float | None:

@@ -82,5 +82,5 @@ def test_series_answers() -> None:
     assert series.last == 2.0
     assert series.first_at_most(2.5) == 20
     assert series.first_at_most(0.5) is None
-    assert series.smoothed(2).values == (3.0, 2.0, 1.5)
+    assert list(series.smoothed(2).values) == [3.0, 2.0, 1.5]
     assert Series().best() is None
