@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from . import triton_check
-from .cpp_compiler import BuildError, build_library, is_built
+from .cpp_compiler import BuildError, build_library, is_kept
 from .precision import REMAINDER_DTYPES, join_master, split_master
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def _cpp_pays(numel: int) -> bool:
 
 @functools.cache
 def _is_built() -> bool:
-    return is_built(SOURCE)
+    return is_kept(SOURCE)
 
 
 @functools.cache

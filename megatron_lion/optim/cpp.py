@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from .cautious import count_agreement as count_in_torch
-from .cpp_compiler import BuildError, build_library
+from .cpp_compiler import BuildError, build_library, is_kept
 from .foreach import foreach_step
 from .layouts import PackedLayout
 from .tensor_tables import Row, hyper_parameters, master_form, row_of
@@ -81,6 +81,12 @@ def why_not() -> str | None:
         logger.warning("LION on the CPU uses the slower foreach path: %s", error)
         return str(error)
     return None
+
+
+@functools.cache
+def is_built() -> bool:
+    """Returns whether the library was there when the process asked first, so that using it compiles nothing."""
+    return is_kept("lion.cpp")
 
 
 @functools.cache

@@ -44,8 +44,9 @@ def build_library(name: str) -> ctypes.CDLL:
     source = Path(__file__).with_name(name)
     compiler = _compiler()
     try:
-        target = _target(source, compiler)
+        target = _kept(source, compiler)
         folder = target.parent
+        folder.mkdir(parents=True, exist_ok=True)
         with _alone(target.with_suffix(".lock")):
             if not target.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -61,15 +62,16 @@ def build_library(name: str) -> ctypes.CDLL:
             raise BuildError(f"{source.name} cannot be built or loaded: {error}") from error
 
 
-def is_built(name: str) -> bool:
-    """Returns whether this machine already has the library of the file `name`, so that it need not be compiled."""
+def is_kept(name: str) -> bool:
+    """Returns whether the library of the file `name` was built before; compiles, loads and writes nothing."""
     try:
-        return _target(Path(__file__).with_name(name), _compiler()).exists()
-    except (OSError, BuildError):
+        return _kept(Path(__file__).with_name(name), _compiler()).exists()
+    except (OSError, BuildError):  # no folder, or no compiler to name the library after
         return False
 
 
-def _target(source: Path, compiler: list[str]) -> Path:
+def _kept(source: Path, compiler: list[str]) -> Path:
+    """Returns where the library is kept."""
     return _cache_folder() / f"{source.stem}-{_fingerprint(source, compiler)}.so"
 
 
@@ -113,11 +115,9 @@ def _compile(compiler: list[str], source: Path, folder: Path) -> Path:
 
 def _cache_folder() -> Path:
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-lion"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron-lion"
     except RuntimeError as error:  # Path.home(): there is no home folder
         raise OSError(str(error)) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _fingerprint(source: Path, compiler: list[str]) -> str:

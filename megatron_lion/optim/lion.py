@@ -94,7 +94,8 @@ class Lion(torch.optim.Optimizer):
         init_exp_avg: "zeros" (m_0 = 0, the usual choice) or "first_gradient" (m_0 = g_1, as in the proof).
         implementation: "reference" (the equations), "foreach" (few launches), "cpp" (one compiled pass, on a
             CPU), "triton" (one launch for all tensors) or "auto": Triton on CUDA if it can compile there, C++ on a
-            CPU with a compiler for parameters of 2^20 elements and more together, else foreach.
+            CPU with a compiler for parameters of 2^20 elements and more together, or if it was compiled before, else
+            foreach.
         master_weights: "none" (the parameter is its own master), "fp32", "split32" or "split24".
         momentum: "fp32" (the default), "bf16" or "int8" (blocks of 32 elements with a bfloat16 scale). The last two need
             β2 ≤ 0.996: a momentum that shrinks by less than 2^-8 a step would not shrink at all.

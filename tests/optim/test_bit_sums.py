@@ -169,11 +169,11 @@ def test_the_library_is_built_for_large_tensors_and_used_once_it_is_there(monkey
 @needs_compiler
 def test_is_built_once_the_library_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert not cpp_compiler.is_built(bit_sums.SOURCE)
+    assert not cpp_compiler.is_kept(bit_sums.SOURCE)
     cpp_compiler.build_library(bit_sums.SOURCE)
-    assert cpp_compiler.is_built(bit_sums.SOURCE)
+    assert cpp_compiler.is_kept(bit_sums.SOURCE)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not cpp_compiler.is_built(bit_sums.SOURCE)
+    assert not cpp_compiler.is_kept(bit_sums.SOURCE)
 
 
 @pytest.fixture

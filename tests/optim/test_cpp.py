@@ -13,6 +13,7 @@ from lion_cases import HAS_COMPILER, MASTERS, MOMENTA, after_steps_on_views, sam
 
 from megatron_lion.optim import cpp, cpp_compiler, implementations
 from megatron_lion.optim.lion import Lion
+from megatron_lion.optim.update import Slot
 
 pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
 SOURCE = Path(cpp_compiler.__file__).with_name("lion.cpp")
@@ -22,7 +23,7 @@ CHUNK = 1 << 16
 @pytest.fixture
 def no_memory_of_builds():
     """Clears what the process has cached about compilers, before and after the test."""
-    caches = (cpp.library, cpp.why_not)
+    caches = (cpp.library, cpp.why_not, cpp.is_built)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -78,15 +79,60 @@ def test_dtypes_that_it_leaves_to_torch_are_updated_beside_the_others(cautious):
     assert same_state(*ends)
 
 
-def test_auto_takes_it_where_it_pays(monkeypatch):
+def step_of_sizes(*sizes, **options):
+    """Takes one step of ones on parameters of ones."""
+    params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = Lion(params, **options)
+    optimizer.step()
+    return optimizer
+
+
+def test_auto_takes_it_where_it_pays(tmp_path, monkeypatch, no_memory_of_builds):
     taken = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(cpp, "cpp_step", lambda slots, *_: taken.append(len(slots)))
     monkeypatch.setattr(implementations, "CPP_PAYS", 100)
     for sizes in ((99,), (60, 40)):
-        params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
-        for param in params:
-            param.grad = torch.ones_like(param)
-        Lion(params).step()
+        step_of_sizes(*sizes)
+    assert taken == [2]
+
+
+def test_auto_compiles_nothing_for_a_small_model(tmp_path, monkeypatch, no_memory_of_builds):
+    calls = tmp_path / "calls"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", script(tmp_path / "cxx", f'echo "$*" >> {calls}; exec c++ "$@"'))
+    for _ in range(3):
+        step_of_sizes(50)
+    assert calls.read_text() == "--version\n", "asked once a process, and not to compile"
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpp.is_built.cache_clear()
+    step_of_sizes(50)
+
+
+def test_auto_asks_for_no_compiler_without_parameters_or_on_another_device(monkeypatch, no_memory_of_builds):
+    monkeypatch.setattr(cpp, "is_kept", lambda name: pytest.fail("asked"))
+    assert implementations.choose_implementation("auto", []) == "foreach"
+    meta = Slot(torch.ones(3, device="meta"), torch.ones(3, device="meta"), {}, {})
+    assert implementations.choose_implementation("auto", [meta]) == "foreach"
+
+
+@pytest.mark.parametrize("mode", [("split32", "fp32"), ("none", "int8")])
+def test_auto_takes_a_library_that_is_there(mode, tmp_path, monkeypatch, no_memory_of_builds):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = {"master_weights": mode[0], "momentum": mode[1]}
+    expected = step_of_sizes(50, 7, **options)
+    cpp.library()  # as a larger model in an earlier process builds it
+    taken, real = [], cpp.cpp_step
+    monkeypatch.setattr(cpp, "cpp_step", lambda slots, *rest: taken.append(len(slots)) or real(slots, *rest))
+    assert same_state(step_of_sizes(50, 7, **options), expected)
+    assert taken == [], "a process keeps to what it found first"
+    cpp.is_built.cache_clear()
+    monkeypatch.setattr(cpp_compiler, "_compile", lambda *_: pytest.fail("compiled"))
+    cpp.library.cache_clear()
+    assert same_state(step_of_sizes(50, 7, **options), expected)
     assert taken == [2]
 
 
