@@ -195,8 +195,8 @@ def test_curves_by_tokens_and_by_training_time(runs: list[RunRecord]) -> None:
     assert [p.slug for p in by_step] == [p.slug for p in by_tokens] == [p.slug for p in by_time]
     step, tokens, time = (found[1].curves[0] for found in (by_step, by_tokens, by_time))
     assert step.y == tokens.y == time.y
-    assert tokens.x == [x * 16 * 1024 for x in step.x]
-    assert time.x == pytest.approx([(runs[0].training_seconds(int(x)) or 0) / 60 for x in step.x])
+    assert list(tokens.x) == [x * 16 * 1024 for x in step.x]
+    assert list(time.x) == pytest.approx([(runs[0].training_seconds(int(x)) or 0) / 60 for x in step.x])
     assert [found[0].x_label for found in (by_step, by_tokens, by_time)] == [
         "optimizer step", "training tokens", "training minutes",
     ]  # fmt: skip
