@@ -102,7 +102,9 @@ class RestoredRun:
         checkpoint = Checkpoint(step_folder(self.run_dir, step), manifest)
         if self._model is None:
             self.vocab_size = int(manifest["model"]["vocab_size"])
-            self._model = build_model(self.config, self.device, self.vocab_size)
+            # Scores come from logits: a loss that this machine cannot compute must not keep it from scoring.
+            config = replace(self.config, model=replace(self.config.model, loss="auto"))
+            self._model = build_model(config, self.device, self.vocab_size)
         read_weights(self._model, checkpoint, self.ranks)
         for chunk in self._model:
             chunk.eval()  # without dropout

@@ -71,7 +71,7 @@ def import_folder(folder: Path, config: RunConfig, *, tokenizer: str | None = No
     # These settings decide how the network is computed, not what it is, so config.json does not contain them.
     kept = config.model
     model = replace(model, make_vocab_size_divisible_by=kept.make_vocab_size_divisible_by, attention=kept.attention,
-                    recompute=kept.recompute)  # fmt: skip
+                    loss=kept.loss, recompute=kept.recompute)  # fmt: skip
     config = replace(config, model=model, name=config.name or folder.resolve().name)
     try:
         weights = dict(from_huggingface(stored, shape_of(model, vocab_size)))

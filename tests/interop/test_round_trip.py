@@ -18,6 +18,7 @@ from tiny_bert import tiny_bert, write_bert_corpus
 from tiny_gpt2 import VOCAB, WORDS, tiny_gpt2, write_text_corpus
 
 from megatron_lion.cli import main
+from megatron_lion.configfile import load_config
 from megatron_lion.interop import hf_export
 
 STEPS = 3
@@ -285,7 +286,10 @@ def test_the_full_gradient_of_an_imported_model(
 
 def test_fresh_begins_with_the_imported_weights_again(folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert main(["import", str(folder / "gpt2-hf"), "--run_dir", str(run_dir), "--device", "cpu"]) == 0
+    how = ["--model.loss", "megatron", "--model.attention", "sdpa"]  # how the network is computed: in no config.json
+    assert main(["import", str(folder / "gpt2-hf"), "--run_dir", str(run_dir), "--device", "cpu", *how]) == 0
+    model = load_config(run_dir / "config.yaml").model
+    assert (model.loss, model.attention) == ("megatron", "sdpa")
     config = tiny_gpt2(run_dir, str(folder / "text" / "data"), model__vocab_size=VOCAB, train__steps=1)
     first = tiny.run_all({"run": (1, config)})["run"]
     again = tiny.run_all({"run": (1, config)}, train_fresh)["run"]

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import tiny
+from distributed import run_distributed
 from tiny_bert import tiny_bert, write_bert_corpus
+from tiny_gpt2 import tiny_gpt2, write_text_corpus
 
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
@@ -38,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def logged(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The lines of metrics.jsonl of each run with each loss."""
-    corpora = {"gpt2": tiny.write_corpus(folder / "corpus"), "bert": write_bert_corpus(folder / "bert")}
-    build = {"gpt2": tiny.tiny_config, "bert": tiny_bert}
+    corpora = {"gpt2": write_text_corpus(folder / "corpus"), "bert": write_bert_corpus(folder / "bert")}
+    build = {"gpt2": tiny_gpt2, "bert": tiny_bert}
     jobs = {
         f"{name} {loss}": (
             size,
@@ -70,6 +72,23 @@ def test_training_is_the_same(logged: dict[str, list[dict[str, Any]]], name: str
             assert (key in line) is (key in expected)
             if key in line:
                 assert line[key] == pytest.approx(expected[key], rel=tolerance), key
+
+
+def opened(rank: int, run_dir: Path) -> str:
+    """Loads the run's last step on a machine without Triton."""
+    from unittest.mock import patch
+
+    from megatron_lion.evaluate.open_run import open_run
+    from megatron_lion.model import loss_choice
+
+    with patch.object(loss_choice, "why_no_triton", lambda: "none here"), open_run(run_dir, device="cpu") as run:
+        run.load(3)
+        return run.config.model.loss
+
+
+@pytest.mark.usefixtures("logged")
+def test_a_run_with_the_fused_loss_opens_without_triton(folder: Path) -> None:
+    assert run_distributed(opened, 1, folder / "gpt2 fused") == ["fused"]
 
 
 def test_the_losses_are_computed_apart(logged: dict[str, list[dict[str, Any]]]) -> None:
