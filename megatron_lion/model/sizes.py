@@ -294,5 +294,5 @@ def _logit_bytes(config: RunConfig, tokens: float, columns: float, width: int) -
     if loss == "chunked":  # the logits of a chunk, and the output matrix's gradient in float32
         return columns * (min(tokens, CHUNK_ROWS) * width + config.model.hidden_size * 4)
     is_fused = loss == "fused" or (loss == "auto" and config.device != "cpu")
-    # The fused loss writes the gradient over the logits. megatron-core's has fp32 logits and their gradient.
-    return tokens * columns * (width if is_fused else 8)
+    # Both losses write the gradient over the logits that they read, but megatron-core's over an fp32 copy of 16-bit ones.
+    return tokens * columns * (width if is_fused or width == 4 else 2 + 4)

@@ -111,7 +111,7 @@ def test_the_estimate_of_memory_counts_logits_once() -> None:
         logits(device="cpu")
         == logits(device="cpu", model__loss="megatron")
         == logits(device="cuda", model__loss="megatron")
-        == 8
+        == 6
     )
     assert logits(device="auto") == logits(device="cuda") == logits(device="cpu", model__loss="fused") == 2
     assert logits(device="cuda", train__precision="fp32") == 4

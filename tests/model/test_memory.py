@@ -163,13 +163,13 @@ def test_activations_follow_the_layout() -> None:
 
     whole = activations()
     batch, length, hidden, rows, layers = 1, 16, 32, 128, 2
-    assert whole == layers * 34 * batch * length * hidden + 8 * batch * length * rows
-    assert activations(train__precision="fp32") == 2 * layers * 34 * length * hidden + 8 * length * rows
+    assert whole == layers * 34 * batch * length * hidden + 6 * batch * length * rows
+    assert activations(train__precision="fp32") == 2 * layers * 34 * length * hidden + 4 * length * rows
     split = activations(parallel__tensor_model_parallel_size=2)
-    assert split == layers * 22 * length * hidden + 4 * length * rows
+    assert split == layers * 22 * length * hidden + 3 * length * rows
     sequence = activations(parallel__tensor_model_parallel_size=2, parallel__sequence_parallel=True)
-    assert sequence == layers * 17 * length * hidden + 4 * length * rows
-    assert activations(model__recompute=True) == (layers * 2 + 34) * length * hidden + 8 * length * rows
+    assert sequence == layers * 17 * length * hidden + 3 * length * rows
+    assert activations(model__recompute=True) == (layers * 2 + 34) * length * hidden + 6 * length * rows
 
 
 def test_paper_model_in_every_mode() -> None:
