@@ -201,7 +201,8 @@ class CheckpointConfig:
     keep: int = 2
     """Number of newest periodic checkpoints to keep; 0 keeps all."""
     layout: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
-    """fully_reshardable loads at any layout; dp_reshardable saves faster, but only the data-parallel size can change."""
+    """fully_reshardable loads at any layout; dp_reshardable needs no exchange between ranks, but only the data-parallel size can
+    change."""
 
 
 @dataclass(frozen=True, kw_only=True)
