@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from measuring import heading, surroundings, write_results
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.evaluate.perplexity import plan_windows, stream_segments
 from megatron_lion.evaluate.token_scores import LogitsScorer, score_segments
 
@@ -123,10 +124,8 @@ def main() -> None:
     facts = surroundings("cpu")
     found = measure(args)
     shape = f"{args.layers} layers of width {args.hidden}, {args.vocab:,} ids, {args.windows} windows of {args.seq_length} tokens"
-    lines = [heading(facts), "", shape, "", "| | tokens/s | peak MB |", "|---|---:|---:|"]
-    lines += [
-        f"| {name} | {found['tokens_per_s'][name]:,.0f} | {found['peak_mb'][name]:,.0f} |" for name in (OURS, PLAIN)
-    ]
+    body = [[name, f"{found['tokens_per_s'][name]:,.0f}", f"{found['peak_mb'][name]:,.0f}"] for name in (OURS, PLAIN)]
+    lines = [heading(facts), "", shape, "", markdown_grid(["", "tokens/s", "peak MB"], body, "lrr").rstrip()]
     low, high = found["ratio_range"]
     lines += ["", f"Speed of ours over the loop: {found['speed_ratio']:.2f} (rounds {low:.2f} to {high:.2f})."]
     text = "\n".join(lines) + "\n"

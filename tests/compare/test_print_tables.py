@@ -102,7 +102,7 @@ def evaluations() -> list[Table]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_lion.compare.print_tables.print_tables", found.extend)
         patch.setattr(sys, "stdout", io.StringIO())
-        _print_outcomes(outcomes(), Path("runs/lion"))
+        _print_outcomes(outcomes(), Path("runs/lion"), "fp32")
     return found
 
 
