@@ -130,7 +130,7 @@ class Largest(TorchDispatchMode):
 
 def test_the_output_layer_runs_in_parts_with_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor has more elements than the logits of a part; each position has the score of the whole at once."""
-    monkeypatch.setattr(token_scores, "ROWS", 7)
+    monkeypatch.setattr(token_scores, "ROWS", {"cpu": 7})
     random = torch.Generator().manual_seed(1)
     weight, states = torch.randn(1000, 4, generator=random), torch.randn(3, 9, 4, generator=random)
     tokens = torch.randint(1000, (3, 10), generator=random)
