@@ -34,7 +34,6 @@ ALLOWED = {
     ("folder_swap.py", "locked_folder"): "called inside storage_errors",
     ("logs.py", "_open"): "the caller converts it; later, messages are left out",
     ("optim/cpp_compiler.py", "build_library"): "a cache: without room it compiles elsewhere, and then does without",
-    ("optim/cpp_compiler.py", "_cache_folder"): "the same",
     ("jobs.py", "record_exit_code"): "the caller goes on without the file: a full disk must not hide the error",
     ("streams.py", "guard_streams"): "/dev/null",
     ("streams.py", "_tolerant"): "a descriptor of the process",

@@ -31,8 +31,8 @@ def choose_micro_batch(config: RunConfig, world_size: int, memory: int | None, v
         At least 1, also if not even one sample seems to fit.
 
     Example:
-        >>> [choose_micro_batch(RunConfig(), 16, gib * 2**30) for gib in (16, 40, 80)]
-        [10, 40, 40]
+        >>> [choose_micro_batch(RunConfig(), 16, gib * 2**30) for gib in (8, 16, 24)]
+        [10, 20, 40]
         >>> choose_micro_batch(RunConfig(), 1, None)
         8
     """
