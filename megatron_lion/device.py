@@ -84,6 +84,10 @@ class Device:
         """Whether megatron-core's torch.compile'd fusions are used; on a CPU they would need a compiler and a warm-up."""
         return self.kind == "cuda"
 
+    def memory_bytes(self) -> int | None:
+        """Returns the bytes of the device's memory, or None on a CPU."""
+        return int(torch.cuda.get_device_properties(self.index).total_memory) if self.kind == "cuda" else None
+
     def synchronize(self) -> None:
         """Waits for the device; timers need it, because CUDA launches return before the work is done."""
         if self.kind == "cuda":

@@ -38,7 +38,8 @@ def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = Fal
     Raises:
         ConfigError: the run's own choice does not fit the command's other settings.
     """
-    memory = _smallest_memory(device)
+    # All ranks have the same command, so all or none take part in the collective.
+    memory = _smallest_memory(device) if config.train.micro_batch_size == "auto" else None
     with agree("choosing the micro-batch"):
         if ranks.is_main:
             if not fresh:
@@ -59,8 +60,8 @@ def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = Fal
 
 def _smallest_memory(device: Device) -> int | None:
     """Returns the bytes of the smallest device of the job, or None on a CPU; a collective call."""
-    if device.kind != "cuda":
+    if (found := device.memory_bytes()) is None:
         return None
-    total = torch.tensor([torch.cuda.get_device_properties(device.index).total_memory], device=device.torch_device)
+    total = torch.tensor([found], device=device.torch_device)
     dist.all_reduce(total, op=dist.ReduceOp.MIN)
     return int(total)

@@ -166,3 +166,23 @@ def test_a_preview_names_the_choice_and_what_it_is_for(tmp_path: Path, capsys: p
     output = capsys.readouterr().out
     assert "5 samples a micro-batch" in output
     assert "chosen for" not in output
+
+
+def settled_by_the_smallest(rank: int, config: Any) -> tuple[Any, Any]:
+    """Settles with much memory on both ranks, then with little on the second one; returns the two numbers of samples."""
+    from megatron_lion.device import Device, select_device
+    from megatron_lion.parallel import process_groups
+    from megatron_lion.train.choices import settle
+
+    device, found = select_device("cpu"), []
+    with process_groups(device) as ranks, pytest.MonkeyPatch.context() as patch:
+        for on_the_second in (80, 1):
+            memory = (80, on_the_second)[ranks.rank] * 2**30
+            patch.setattr(Device, "memory_bytes", lambda self, memory=memory: memory)
+            found.append(settle(config, device, ranks).train.micro_batch_size)
+    return found[0], found[1]
+
+
+def test_the_device_with_the_least_memory_decides_for_all_ranks(tmp_path: Path) -> None:
+    config = tiny.tiny_config(tmp_path / "run", "none", **AUTO)
+    assert run_distributed(settled_by_the_smallest, 2, config) == [(4, 1), (4, 1)]
