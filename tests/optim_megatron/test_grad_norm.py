@@ -266,7 +266,9 @@ def test_a_step_divides_as_it_reads_with_the_bits_of_a_divided_buffer(
         assert one["losses"] == pytest.approx(ways["torch"]["losses"], rel=1e-3)
         if "clipped" not in name:
             assert (one["losses"], one["state"]) == (ways["torch"]["losses"], ways["torch"]["state"])
-    assert both_ways[0][name] == both_ways[1][name]
+    for way in both_ways[0][name]:
+        first, second = ({**found[name][way], "buffer": None} for found in both_ways)  # each rank reduces its own shard
+        assert first == second
 
 
 def waits_and_launches(rank: int, configs: dict[str, Any]) -> dict[str, Any]:
