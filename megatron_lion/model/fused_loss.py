@@ -75,7 +75,9 @@ def plain_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        from megatron_lion.model.loss_launch import row_statistics  # not above: Triton may be missing, and not needed
+        from megatron_lion.model.loss_launch import (
+            row_statistics,  # not above: only a run with this loss needs its kernels
+        )
 
         logits = logits.contiguous()
         losses_N, targets_N, maxima_N, sums_N = over_vocabulary(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from compiled_kernels import run_compiling
 
 COMPILE = r"""
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
+import json, re, sys
 import triton
+from compiled_kernels import usage_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_lion.model import loss_kernels
@@ -35,20 +32,13 @@ for capability, name, kind, aligned in json.loads(sys.argv[1]):
     )
     options = {"num_warps": loss_kernels.NUM_WARPS}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     text = compiled.asm["ptx"]
     found.append({
         "wide loads": len(re.findall(r"ld\.global\.v4\.b32", text)),
         "wide stores": len(re.findall(r"st\.global\.v4\.b32", text)),
         "exponentials": text.count("ex2.approx"),
         "row addresses": re.findall(r"arith\.muli %row\w*, %\w+ : (i\d+)", compiled.asm["ttir"]),
-        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "shared": compiled.metadata.shared,
+        **usage_of(compiled),
     })
 sys.stdout.write(json.dumps(found))
 """
@@ -60,12 +50,7 @@ UNALIGNED = [(90, kernel, "bf16", False) for kernel in KERNELS]
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    arguments = [sys.executable, "-c", COMPILE, json.dumps([*CASES, *UNALIGNED])]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    found: list[dict[str, Any]] = json.loads(result.stdout)
-    return found
+    return run_compiling(COMPILE, [*CASES, *UNALIGNED])
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case[:3])) for case in CASES])

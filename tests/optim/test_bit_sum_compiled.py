@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from compiled_kernels import run_compiling
 
 COMPILE = r"""
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
+import json, re, sys
 import triton
+from compiled_kernels import usage_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from megatron_lion.optim.bit_sum_kernel import BLOCK, NUM_WARPS, bit_sum_kernel
@@ -27,17 +23,10 @@ for capability, bits, number, is_part in json.loads(sys.argv[1]):
         constexprs={(bit_sum_kernel.arg_names.index(name),): value for name, value in fixed.items()},
     )
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": NUM_WARPS})
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     text = kernel.asm["ptx"]
     found.append({
         "added": re.findall(r"(?:atom|red)\S*\.add\.\w+", text),
-        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "shared": kernel.metadata.shared,
+        **usage_of(kernel),
     })
 sys.stdout.write(json.dumps(found))
 """
@@ -51,11 +40,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, int | list[str]]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    arguments = [sys.executable, "-c", COMPILE, json.dumps(CASES)]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return run_compiling(COMPILE, CASES)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])

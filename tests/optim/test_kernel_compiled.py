@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+from compiled_kernels import run_compiling
 
 COMPILE = r"""
-import json, re, subprocess, sys, tempfile
-from pathlib import Path
+import json, re, sys
 import triton
+from compiled_kernels import usage_of
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -24,19 +20,12 @@ from megatron_lion.optim.norm_kernels import scalars_kernel, square_sum_kernel
 from megatron_lion.optim.kernel_launch import BLOCK, NUM_WARPS
 
 def facts(kernel):
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     text = kernel.asm["ptx"]
     return {
         "fused": len(re.findall(r"\bfma\.rn\.f32", text)),
         "flushed": text.count(".ftz"),
         "wide": len(re.findall(r"(?:ld|st)\.global\.v[24]\.b32", text)),
-        "registers": int(re.search(r"REG:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "stack": int(re.search(r"STACK:(\d+)", usage.stdout + usage.stderr).group(1)),
-        "shared": kernel.metadata.shared,
+        **usage_of(kernel),
     }
 
 
@@ -115,11 +104,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def compiled():
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    arguments = [sys.executable, "-c", COMPILE, json.dumps([case[:5] for case in CASES])]
-    result = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return run_compiling(COMPILE, [case[:5] for case in CASES])
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=["-".join(map(str, case[:5])) for case in CASES])
