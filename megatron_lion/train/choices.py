@@ -14,6 +14,7 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.data.manifest import known_vocab_size
 from megatron_lion.device import Device
 from megatron_lion.model.micro_batch import choose_micro_batch
+from megatron_lion.optim.triton_check import why_no_triton
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.runs.folder import kept_choices
 from megatron_lion.streams import say
@@ -47,7 +48,7 @@ def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = Fal
             config = replace(config, optimizer=replace(config.optimizer, master_weights=config.master_weights))
             if config.train.micro_batch_size == "auto":
                 vocab = config.model.vocab_size or known_vocab_size([Path(path) for path in config.data.path])
-                size = choose_micro_batch(config, ranks.world_size, memory, vocab)
+                size = choose_micro_batch(_with_known_loss(config, memory), ranks.world_size, memory, vocab)
                 config = replace(config, train=replace(config.train, micro_batch_size=size))
                 where = "a CPU" if memory is None else f"{memory / 2**30:.0f} GiB of device memory"
                 message = f"train.micro_batch_size: {size}, chosen for {where}; config.yaml keeps it"
@@ -56,6 +57,13 @@ def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = Fal
             check_config(config, ranks.world_size)
     chosen: RunConfig = broadcast_object(config if ranks.is_main else None)
     return chosen
+
+
+def _with_known_loss(config: RunConfig, memory: int | None) -> RunConfig:
+    """Returns the settings with the loss that auto falls back to if Triton cannot run here: it holds more memory."""
+    if memory is None or config.model.loss != "auto" or why_no_triton() is None:
+        return config
+    return replace(config, model=replace(config.model, loss="megatron"))
 
 
 def _smallest_memory(device: Device) -> int | None:

@@ -186,3 +186,25 @@ def settled_by_the_smallest(rank: int, config: Any) -> tuple[Any, Any]:
 def test_the_device_with_the_least_memory_decides_for_all_ranks(tmp_path: Path) -> None:
     config = tiny.tiny_config(tmp_path / "run", "none", **AUTO)
     assert run_distributed(settled_by_the_smallest, 2, config) == [(4, 1), (4, 1)]
+
+
+def settled_without_triton(rank: int, run_dir: str) -> tuple[Any, Any]:
+    """The numbers of samples with Triton and without, on a device of 24 GiB."""
+    from megatron_lion.device import Device, select_device
+    from megatron_lion.parallel import process_groups
+    from megatron_lion.train import choices
+
+    device, found = select_device("cpu"), []
+    with process_groups(device) as ranks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Device, "memory_bytes", lambda self: 24 * 2**30)
+        for reason in (None, "no C compiler"):
+            patch.setattr(choices, "why_no_triton", lambda reason=reason: reason)
+            found.append(choices.settle(RunConfig(run_dir=run_dir), device, ranks).train.micro_batch_size)
+    return found[0], found[1]
+
+
+def test_without_triton_the_estimate_is_that_of_megatrons_loss(tmp_path: Path) -> None:
+    memory = 24 * 2**30
+    chosen = [choose_micro_batch(RunConfig(model=ModelConfig(loss=loss)), 1, memory) for loss in ("fused", "megatron")]
+    assert chosen[0] > chosen[1]
+    assert run_distributed(settled_without_triton, 1, str(tmp_path / "run")) == [tuple(chosen)]
