@@ -50,6 +50,10 @@ class ModelConfig:
     """Computation of the cross-entropy, the same in value: megatron (megatron-core's, with fp32 copies of the logits), fused
     (one Triton kernel a pass, the gradient in place of the logits), chunked (GPT-2: fused, with the logits of 4,096 tokens at
     a time, computed again in the backward pass), or auto: fused on CUDA if Triton works there, else megatron."""
+    elementwise: Literal["auto", "megatron", "fused"] = "auto"
+    """Computation of LayerNorm, GELU, dropout, biases and residual sums in a layer, equal up to rounding: megatron
+    (megatron-core's operations, compiled on CUDA), fused (a Triton kernel for each place between two matrix products), or auto:
+    fused on CUDA if Triton works there and Transformer Engine's layers are not used, else megatron."""
     recompute: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
 

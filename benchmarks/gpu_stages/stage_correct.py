@@ -21,12 +21,14 @@ def run(stage: Stage) -> None:
     stage.attempt("CUDA graph", 2, lambda: graph(stage))
     stage.attempt("2^31 + 16 elements", 5, lambda: beyond_int32(stage))
     # megatron-core is imported only here: the parts above run without it.
+    from .elementwise_check import check_elementwise
     from .loss_check import check_loss
     from .modes import compare_modes, on_one_rank
     from .norm_check import check_norms
 
     stage.attempt("norm kernels", 5, lambda: on_one_rank(stage, check_norms))
     stage.attempt("loss = megatron-core's", 8, lambda: on_one_rank(stage, check_loss))
+    stage.attempt("element-wise kernels", 8, lambda: check_elementwise(stage))
     stage.attempt("DistributedOptimizer on one rank", 20, lambda: compare_modes(stage))
 
 

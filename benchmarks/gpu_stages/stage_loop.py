@@ -20,7 +20,8 @@ from .stage import Stage
 
 @dataclass(frozen=True)
 class Variant:
-    """A timed case: keys of train_step.MODELS and OPTIMIZERS, samples per micro-batch, dropout, loss, seconds on an H100."""
+    """A timed case: keys of train_step.MODELS and OPTIMIZERS, samples per micro-batch, dropout, kinds of
+    operations, seconds on an H100."""
 
     name: str
     samples: int
@@ -28,15 +29,17 @@ class Variant:
     optimizer: str = "lion split32"
     model: str = "gpt2-124m"
     loss: str = "auto"
+    elementwise: str = "auto"
     needs_s: float = 18.0
 
 
-# nanoGPT and llm.c measure with dropout 0; our configs have 0.1. megatron-core's loss and its fp32 shards are the code paths
-# before the fused loss and the fused step: each row is compared with the first one.
+# nanoGPT and llm.c measure with dropout 0; our configs have 0.1. megatron-core's loss, its element-wise operations and its
+# fp32 shards are the code paths without the fused ones: each row is compared with the first one.
 VARIANTS = (
     Variant("micro-batch 16, dropout 0", 16, 0.0),
     Variant("micro-batch 16, dropout 0.1", 16, 0.1),
     Variant("megatron-core's loss, micro-batch 16, dropout 0", 16, 0.0, loss="megatron"),
+    Variant("megatron-core's element-wise operations, micro-batch 16, dropout 0", 16, 0.0, elementwise="megatron"),
     Variant("micro-batch 8, dropout 0", 8, 0.0),
     Variant("355M, micro-batch 8, dropout 0", 8, 0.0, model="gpt2-355m", needs_s=25.0),
     Variant("fp32 shards, micro-batch 16, dropout 0", 16, 0.0, optimizer="lion fp32 shards + copy"),
@@ -70,7 +73,8 @@ def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ra
                      warmup=warmup, steps=steps - warmup, data=None)  # fmt: skip
     changes: dict[str, Any] = {
         "train.steps": steps + PROFILED + 1, "model.hidden_dropout": variant.dropout,
-        "model.attention_dropout": variant.dropout, "model.loss": variant.loss, "log.progress": False,
+        "model.attention_dropout": variant.dropout, "model.loss": variant.loss,
+        "model.elementwise": variant.elementwise, "log.progress": False,
         **(REHEARSAL if stage.rehearse else {}),
     }  # fmt: skip
     model = "gpt2-tiny" if stage.rehearse else variant.model
@@ -79,7 +83,15 @@ def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ra
     batches = built.train_batches()
     figures = time_run(built, batches, warmup, steps)
     first = {key: figures.pop(key) for key in ("tokens_per_s", "mfu", "step_ms", "section_ms")}
-    stage.row(variant.name, **first, **figures, dropout=variant.dropout, optimizer=variant.optimizer, loss=variant.loss)
+    stage.row(
+        variant.name,
+        **first,
+        **figures,
+        dropout=variant.dropout,
+        optimizer=variant.optimizer,
+        loss=variant.loss,
+        elementwise=variant.elementwise,
+    )
     profile = profile_steps(built, lambda: take_step(built, batches), PROFILED)
     # The profiler slows the host, so the idle time is computed from the step time without it.
     idle = first["step_ms"] - profile["busy_ms"] if device.kind == "cuda" else None

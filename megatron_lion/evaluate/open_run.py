@@ -103,7 +103,7 @@ class RestoredRun:
         if self._model is None:
             self.vocab_size = int(manifest["model"]["vocab_size"])
             # Scores come from logits: a loss that this machine cannot compute must not keep it from scoring.
-            config = replace(self.config, model=replace(self.config.model, loss="auto"))
+            config = replace(self.config, model=replace(self.config.model, loss="auto", elementwise="auto"))
             self._model = build_model(config, self.device, self.vocab_size)
         read_weights(self._model, checkpoint, self.ranks)
         for chunk in self._model:

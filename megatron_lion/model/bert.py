@@ -47,13 +47,17 @@ from megatron_lion.parallel import all_reduce_sum
 NUM_TOKEN_TYPES = 2
 
 
-def bert_layer_spec(attention: str) -> ModuleSpec:
-    """Returns the layer spec for an attention core, with bidirectional (padding) attention."""
+def bert_layer_spec(attention: str, elementwise: str = "megatron") -> ModuleSpec:
+    """Returns the layer spec as `gpt_layer_spec` does, with bidirectional (padding) attention."""
     if attention == "transformer_engine":
         return get_bert_layer_with_transformer_engine_spec()
     spec = copy.deepcopy(bert_layer_local_spec)  # a module-level object of megatron-core, shared by all its users
     if attention == "sdpa":
         spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    if elementwise == "fused":
+        from megatron_lion.model.fused_layer import with_fused_elementwise  # not above: it needs Triton's kernels
+
+        return with_fused_elementwise(spec)
     return spec
 
 
@@ -152,20 +156,23 @@ class FusedBert(WithFusedLoss, Bert):
     """`Bert` with the fused loss."""
 
 
-def build_bert(model: ModelConfig, settings: TransformerConfig, attention: str, loss: str, rows: int) -> Bert:
+def build_bert(
+    model: ModelConfig, settings: TransformerConfig, attention: str, elementwise: str, loss: str, rows: int
+) -> Bert:
     """Builds this pipeline stage of BERT.
 
     Args:
         model: the network's settings.
         settings: from `build_transformer_config`.
         attention: attention core, from `choose_attention`.
+        elementwise: from `choose_elementwise`.
         loss: from `choose_loss`.
         rows: rows of the embedding, padding included.
     """
     network = (FusedBert if loss == "fused" else Bert)(
         config=settings,
         num_tokentypes=NUM_TOKEN_TYPES,
-        transformer_layer_spec=bert_layer_spec(attention),
+        transformer_layer_spec=bert_layer_spec(attention, elementwise),
         vocab_size=rows,
         max_sequence_length=model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),

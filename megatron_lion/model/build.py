@@ -11,7 +11,7 @@ from megatron_lion.device import Device
 from megatron_lion.model.bert import MaskedAndOrder, build_bert
 from megatron_lion.model.gpt import NextToken, build_gpt
 from megatron_lion.model.initialize import initialize_weights
-from megatron_lion.model.loss_choice import choose_loss
+from megatron_lion.model.kernel_choice import choose_elementwise, choose_loss
 from megatron_lion.model.mcore_settings import build_transformer_config, choose_attention
 from megatron_lion.model.objective import Objective
 
@@ -32,7 +32,8 @@ def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[Dist
     build = {"gpt2": build_gpt, "bert": build_bert}[config.model.kind]
     attention, loss = choose_attention(config.model.attention, device), choose_loss(config.model.loss, device)
     rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-    network: torch.nn.Module = build(config.model, settings, attention, loss, rows)
+    elementwise = choose_elementwise(config.model.elementwise, device, attention)
+    network: torch.nn.Module = build(config.model, settings, attention, elementwise, loss, rows)
     initialize_weights(network, seed=config.seed, std=config.model.init_method_std, num_layers=config.model.num_layers)
     if device.kind == "cuda":
         network.cuda(device.index)

@@ -24,8 +24,8 @@ from megatron_lion.model.fused_loss import WithFusedLoss
 from megatron_lion.model.objective import Batch, Objective
 
 
-def gpt_layer_spec(attention: str) -> ModuleSpec:
-    """Returns the layer spec for an attention core."""
+def gpt_layer_spec(attention: str, elementwise: str = "megatron") -> ModuleSpec:
+    """Returns the layer spec for an attention core, and for "megatron" or "fused" element-wise operations."""
     if attention == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
@@ -33,6 +33,10 @@ def gpt_layer_spec(attention: str) -> ModuleSpec:
     spec = get_gpt_layer_local_spec()
     if attention == "sdpa":
         spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    if elementwise == "fused":
+        from megatron_lion.model.fused_layer import with_fused_elementwise  # not above: it needs Triton's kernels
+
+        return with_fused_elementwise(spec)
     return spec
 
 
@@ -40,19 +44,22 @@ class FusedGpt(WithFusedLoss, GPTModel):
     """megatron-core's GPTModel with the fused loss."""
 
 
-def build_gpt(model: ModelConfig, settings: TransformerConfig, attention: str, loss: str, rows: int) -> GPTModel:
+def build_gpt(
+    model: ModelConfig, settings: TransformerConfig, attention: str, elementwise: str, loss: str, rows: int
+) -> GPTModel:
     """Builds this pipeline stage of GPT-2.
 
     Args:
         model: the network's settings.
         settings: from `build_transformer_config`.
         attention: attention core, from `choose_attention`.
+        elementwise: from `choose_elementwise`.
         loss: from `choose_loss`.
         rows: rows of the embedding, padding included.
     """
     return {"megatron": GPTModel, "fused": FusedGpt, "chunked": ChunkedGpt}[loss](
         config=settings,
-        transformer_layer_spec=gpt_layer_spec(attention),
+        transformer_layer_spec=gpt_layer_spec(attention, elementwise),
         vocab_size=rows,
         max_sequence_length=model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),

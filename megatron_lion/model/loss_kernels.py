@@ -27,7 +27,7 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def _to_float32(stored: tl.tensor) -> tl.tensor:
+def to_float32(stored: tl.tensor) -> tl.tensor:
     if stored.dtype == tl.int16:
         values = (stored.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -36,7 +36,7 @@ def _to_float32(stored: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _round(values: tl.tensor, kind: tl.constexpr) -> tl.tensor:
+def round_to(values: tl.tensor, kind: tl.constexpr) -> tl.tensor:
     """float32 values rounded once, ties to even, to a logit's dtype; int16 stands for the bits of bfloat16."""
     if kind == tl.int16:
         bits = values.to(tl.uint32, bitcast=True)
@@ -89,17 +89,17 @@ def statistics_kernel(
     lane_sum = tl.zeros((BLOCK // LANE,), tl.float32)
     whole = width // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):  # without masks, which would take an instruction a logit
-        x = _to_float32(tl.load(places + start + offsets))
+        x = to_float32(tl.load(places + start + offsets))
         lane_max, lane_sum = _add(x, lane_max, lane_sum)
     if whole < width:
         mask = whole + offsets < width
-        x = _to_float32(tl.load(places + whole + offsets, mask=mask, other=0))
+        x = to_float32(tl.load(places + whole + offsets, mask=mask, other=0))
         lane_max, lane_sum = _add(tl.where(mask, x, float("-inf")), lane_max, lane_sum)
     row_max = tl.max(lane_max, axis=0)
     row_sum = tl.sum(lane_sum * tl.exp(lane_max - _finite_or_zero(row_max)), axis=0)
     target = tl.load(targets + row)
     is_here = (target >= 0) & (target < width)
-    target_logit = _to_float32(tl.load(places + tl.where(is_here, target, 0), mask=is_here, other=0))
+    target_logit = to_float32(tl.load(places + tl.where(is_here, target, 0), mask=is_here, other=0))
     tl.store(statistics + row, row_max)
     tl.store(statistics + num_rows + row, row_sum)
     tl.store(statistics + 2 * num_rows + row, target_logit)
@@ -136,7 +136,7 @@ def gradient_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        x = _to_float32(tl.load(places + columns, mask=mask, other=0))
+        x = to_float32(tl.load(places + columns, mask=mask, other=0))
         p = tl.exp(x - maximum) * inverse
         p = tl.where(columns == target, p - 1.0, p)
-        tl.store(places + columns, _round(p * factor, places.dtype.element_ty), mask=mask)
+        tl.store(places + columns, round_to(p * factor, places.dtype.element_ty), mask=mask)

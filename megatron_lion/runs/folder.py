@@ -33,9 +33,9 @@ from megatron_lion.runs.paths import (
 )
 
 # Settings that may differ between the start of a run and its continuation; all others determine what is computed.
-CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "model.loss", "data.num_workers", "data.cache", "data.path",
-              "train.micro_batch_size", "train.deterministic", "train.test_every", "train.log_every", "train.stop_after", "probe",
-              "optimizer.max_skipped_steps", "optimizer.master_weights", "optimizer.momentum_dtype", "name",
+CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "model.loss", "model.elementwise", "data.num_workers", "data.cache",
+              "data.path", "train.micro_batch_size", "train.deterministic", "train.test_every", "train.log_every",
+              "train.stop_after", "probe", "optimizer.max_skipped_steps", "optimizer.master_weights", "optimizer.momentum_dtype", "name",
               "data.tokenizer")  # fmt: skip
 
 

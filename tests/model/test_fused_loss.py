@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from megatron_lion.device import Device
 from megatron_lion.errors import EnvironmentFault
-from megatron_lion.model import loss_choice
+from megatron_lion.model import kernel_choice
 from megatron_lion.model.fused_loss import fused_cross_entropy, plain_cross_entropy
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
@@ -140,9 +140,9 @@ def on_ranks(rank: int, ranks: int) -> dict[str, Any]:
         ties = tied_logits().chunk(ranks, dim=-1)[rank]
         found["likeliest"] = likeliest_tokens(ties)
         gpu: Any = SimpleNamespace(kind="cuda", torch_device=torch.device("cpu"))
-        found["chosen"] = [loss_choice.choose_loss("auto", gpu)]
-        with patch.object(loss_choice, "why_no_triton", lambda: "no compiler" if rank == ranks - 1 else None):
-            found["chosen"].append(loss_choice.choose_loss("auto", gpu))
+        found["chosen"] = [kernel_choice.choose_loss("auto", gpu)]
+        with patch.object(kernel_choice, "why_no_triton", lambda: "no compiler" if rank == ranks - 1 else None):
+            found["chosen"].append(kernel_choice.choose_loss("auto", gpu))
     return found
 
 
@@ -277,20 +277,20 @@ def test_another_use_of_the_logits_is_refused_in_the_backward_pass() -> None:
 
 def test_the_choice_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = Device("cpu", 0, "gloo")
-    monkeypatch.setattr(loss_choice, "why_no_triton", lambda: None)
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda: None)
     for kernel, works in (("interpreted", True), ("compiled", False)):
-        monkeypatch.setattr(loss_choice, "triton_kernel", lambda kernel=kernel: kernel)
-        assert loss_choice.choose_loss("auto", cpu) == loss_choice.choose_loss("megatron", cpu) == "megatron"
+        monkeypatch.setattr(kernel_choice, "triton_kernel", lambda kernel=kernel: kernel)
+        assert kernel_choice.choose_loss("auto", cpu) == kernel_choice.choose_loss("megatron", cpu) == "megatron"
         if works:
-            assert loss_choice.choose_loss("fused", cpu) == "fused"
+            assert kernel_choice.choose_loss("fused", cpu) == "fused"
         else:
             with pytest.raises(
                 EnvironmentFault, match=r"model\.loss: fused: device cpu is used; set TRITON_INTERPRET=1"
             ):
-                loss_choice.choose_loss("fused", cpu)
-    monkeypatch.setattr(loss_choice, "why_no_triton", lambda: "no C compiler")
+                kernel_choice.choose_loss("fused", cpu)
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda: "no C compiler")
     with pytest.raises(EnvironmentFault, match=r"model\.loss: fused: no C compiler; or use auto or megatron"):
-        loss_choice.choose_loss("fused", Device("cuda", 0, "nccl"))
+        kernel_choice.choose_loss("fused", Device("cuda", 0, "nccl"))
 
 
 @pytest.mark.gpu

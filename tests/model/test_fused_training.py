@@ -79,9 +79,9 @@ def opened(rank: int, run_dir: Path) -> str:
     from unittest.mock import patch
 
     from megatron_lion.evaluate.open_run import open_run
-    from megatron_lion.model import loss_choice
+    from megatron_lion.model import kernel_choice
 
-    with patch.object(loss_choice, "why_no_triton", lambda: "none here"), open_run(run_dir, device="cpu") as run:
+    with patch.object(kernel_choice, "why_no_triton", lambda: "none here"), open_run(run_dir, device="cpu") as run:
         run.load(3)
         return run.config.model.loss
 

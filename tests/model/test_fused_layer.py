@@ -1,0 +1,150 @@
+"""Layers with the fused element-wise operations against megatron-core's, with the same weights and batches."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from distributed import run_distributed
+from elementwise_runs import DROPOUT, QUICK, assert_the_same, losses, run_jobs
+
+from megatron_lion.config import RunConfig
+from megatron_lion.config_checks import check_config
+from megatron_lion.device import Device
+from megatron_lion.errors import ConfigError, EnvironmentFault
+from megatron_lion.model import kernel_choice
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("elementwise")
+
+
+@pytest.fixture(scope="module")
+def logged(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return run_jobs(folder, list(QUICK), {name: DROPOUT[name] for name in ("dropout", "dropout TP2", "no dropout")})
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_training_is_the_same(logged: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert_the_same(logged, name)
+
+
+def test_the_operations_are_computed_apart(logged: dict[str, list[dict[str, Any]]]) -> None:
+    assert losses(logged["gpt2 bf16 fused"]) != losses(logged["gpt2 bf16 megatron"]), "they round at other places"
+
+
+def test_tensor_parallel_ranks_drop_the_same_elements(logged: dict[str, list[dict[str, Any]]]) -> None:
+    """Otherwise their residual streams differ, and the gradient norm, which counts replicated tensors once, is wrong."""
+    assert losses(logged["dropout"]) != losses(logged["no dropout"])
+    for one, two in zip(logged["dropout"], logged["dropout TP2"], strict=True):
+        if "train/loss" in one:
+            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
+            assert two["optim/grad_l2"] == pytest.approx(one["optim/grad_l2"], rel=1e-4)
+
+
+def gradients(rank: int, configs: dict[str, RunConfig], device: str = "cpu") -> dict[str, Any]:
+    """Returns the parameters' gradients, float64 for "exact", of one batch through each config's model."""
+    from megatron_lion.device import select_device
+    from megatron_lion.model.build import build_model
+    from megatron_lion.parallel import process_groups
+
+    found = {}
+    # Memory without values is then NaN: megatron-core and the kernels return it for gradients that they have added elsewhere.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    tensor_parallel = next(iter(configs.values())).parallel.tensor_model_parallel_size
+    with process_groups(
+        select_device(device), tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=1
+    ):
+        for name, config in configs.items():
+            (model,) = build_model(config, select_device(device), 64)
+            tokens = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
+            with torch.random.fork_rng():
+                torch.manual_seed(1)
+                for parameter in model.parameters():  # also biases and gains, which begin as 0 and 1
+                    parameter.data.add_(torch.randn(parameter.shape).to(parameter.dtype) * 0.05)
+            if name == "exact":
+                model = copy.deepcopy(model.module).double()
+                model.zero_grad()
+            output = model(tokens, torch.arange(16).expand(3, -1), None, labels=tokens.roll(-1, 1))
+            output.double().mean().backward()
+            core = getattr(model, "module", model)
+            found[name] = {
+                key: (p.main_grad if name != "exact" else p.grad).clone() for key, p in core.named_parameters()
+            }
+    return found
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_every_parameters_gradient_is_megatron_cores(folder: Path, tensor_parallel: int) -> None:
+    configs = {
+        kind: tiny.tiny_config(
+            folder / kind, "unused", model__elementwise=kind, model__hidden_size=32, model__num_layers=2, model__vocab_size=64,
+            model__hidden_dropout=0.0, model__attention_dropout=0.0, model__seq_length=16,
+            parallel__tensor_model_parallel_size=tensor_parallel,
+        )
+        for kind in ("megatron", "fused")
+    }  # fmt: skip
+    for found in run_distributed(gradients, tensor_parallel, configs):
+        assert found["fused"].keys() == found["megatron"].keys()
+        for name, expected in found["megatron"].items():
+            assert expected.abs().max() > 0, name
+            torch.testing.assert_close(
+                found["fused"][name], expected, rtol=2e-4, atol=float(expected.abs().max()) * 2e-6
+            )
+
+
+def test_evaluation_needs_no_gradients_and_drops_nothing(folder: Path) -> None:
+    assert run_distributed(evaluated, 1, folder) == [True]
+
+
+def evaluated(rank: int, folder: Path) -> bool:
+    from megatron_lion.device import select_device
+    from megatron_lion.model.build import build_model
+    from megatron_lion.parallel import process_groups
+
+    outputs = []
+    device = select_device("cpu")
+    for kind in ("megatron", "fused"):
+        config = tiny.tiny_config(folder / kind, "unused", model__elementwise=kind, model__vocab_size=64,
+                                  model__hidden_dropout=0.5, model__seq_length=16)  # fmt: skip
+        with process_groups(device, tensor_model_parallel_size=1, pipeline_model_parallel_size=1):
+            (model,) = build_model(config, device, 64)
+            model.eval()
+            tokens = torch.arange(32).view(2, 16)
+            with torch.no_grad():
+                outputs.append(model(tokens, torch.arange(16).expand(2, -1), None))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+    return not outputs[1].requires_grad
+
+
+def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    choose, cpu, gpu = kernel_choice.choose_elementwise, Device("cpu", 0, "gloo"), Device("cuda", 0, "nccl")
+    assert choose("auto", cpu, "sdpa") == choose("megatron", gpu, "sdpa") == "megatron"
+    assert choose("auto", gpu, "transformer_engine") == choose("megatron", gpu, "transformer_engine") == "megatron"
+    with pytest.raises(EnvironmentFault, match=r"model.elementwise: fused: Transformer Engine is installed.*sdpa"):
+        choose("fused", gpu, "transformer_engine")
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda: "no compiler")
+    with pytest.raises(EnvironmentFault, match=r"model.elementwise: fused: no compiler; or use auto or megatron"):
+        choose("fused", cpu, "sdpa")
+    # On CUDA the ranks of a group agree; here one of them has no Triton.
+    monkeypatch.setattr(kernel_choice, "all_reduce_sum", lambda failed, group: failed)
+    monkeypatch.setattr(kernel_choice.parallel_state, "get_tensor_model_parallel_group", lambda: None)
+    on_cpu = SimpleNamespace(kind="cuda", torch_device=torch.device("cpu"))
+    assert choose("auto", on_cpu, "sdpa") == "megatron"
+    assert "element-wise operations, which is slower: no compiler" in caplog.text
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda: None)
+    assert choose("auto", on_cpu, "sdpa") == "fused"
+
+
+def test_fused_layers_exclude_transformer_engine() -> None:
+    config = tiny.tiny_config("unused", "unused", model__elementwise="fused", model__attention="transformer_engine")
+    with pytest.raises(ConfigError, match=r"model\.elementwise: fused needs model.attention sdpa or unfused; use auto"):
+        check_config(config, 1)
