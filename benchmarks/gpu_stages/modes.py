@@ -50,6 +50,37 @@ def compare_modes(stage: Stage) -> None:
             compare(stage, f"clip {clip:g}: split32 = half-up master", found[SPLIT], found[HALF_UP])
 
 
+def check_section(stage: Stage) -> None:
+    """Captures the whole optimizer's section in a CUDA graph; its replay must take the step that a plain call takes."""
+    settings = tiny_settings(stage.rehearse) | {
+        "train.precision": "bf16",
+        "train.steps": 3,
+        "train.deterministic": True,
+    }
+    settings |= {"model.vocab_size": VOCABULARY, "device": stage.device, "data.split": "98,1,1"}
+    settings |= {"optimizer.master_weights": "split32", "optimizer.clip_grad": 0.1}
+    device = select_device(stage.device)
+    found = {}
+    with process_groups(device) as ranks:
+        data = random_tokens(stage.folder / "section tokens", VOCABULARY, 128)
+        for kind in ("nothing", "call", "graph"):
+            with built(tiny_config(stage.folder / f"section {kind}", data, settings), device, ranks) as (run, batches):
+                for _ in range(2):
+                    take_step(run, batches)  # compiles, uploads the tables, and leaves a gradient in the buffers
+                if kind == "graph" and device.kind == "cuda":
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        run.optimizer.start_step()
+                    graph.replay()
+                elif kind != "nothing":
+                    run.optimizer.start_step()
+                found[kind] = fingerprints(run)
+    stage.row(
+        "optimizer's section in a CUDA graph", passed=found["graph"] == found["call"] != found["nothing"],
+        captured=device.kind == "cuda",
+    )  # fmt: skip
+
+
 def train(config: Any, device: Any, ranks: Any, *, reference: bool) -> dict[str, Any]:
     """Returns losses, norms and fingerprints; with `reference`, the update uses torch operations, which the caller may patch."""
     with built(config, device, ranks) as (run, batches):

@@ -23,12 +23,13 @@ def run(stage: Stage) -> None:
     # megatron-core is imported only here: the parts above run without it.
     from .elementwise_check import check_elementwise
     from .loss_check import check_loss
-    from .modes import compare_modes, on_one_rank
+    from .modes import check_section, compare_modes, on_one_rank
     from .norm_check import check_norms
 
     stage.attempt("norm kernels", 5, lambda: on_one_rank(stage, check_norms))
     stage.attempt("loss = megatron-core's", 8, lambda: on_one_rank(stage, check_loss))
     stage.attempt("element-wise kernels", 8, lambda: check_elementwise(stage))
+    stage.attempt("optimizer's section in a CUDA graph", 8, lambda: check_section(stage))
     stage.attempt("DistributedOptimizer on one rank", 20, lambda: compare_modes(stage))
 
 
