@@ -43,9 +43,10 @@ class ModelConfig:
     """Epsilon of the layer norms."""
     gelu: Literal["tanh", "erf"] = "tanh"
     """Form of the GELU: tanh (as in GPT-2 and Megatron's fused kernel) or erf (exact, as in some published BERTs)."""
-    attention: Literal["auto", "sdpa", "unfused", "transformer_engine"] = "auto"
-    """Attention core: sdpa (torch's scaled_dot_product_attention), unfused (megatron-core's), transformer_engine,
-    or auto: Transformer Engine if it is installed and CUDA is used, else sdpa."""
+    attention: Literal["auto", "sdpa", "cudnn", "unfused", "transformer_engine"] = "auto"
+    """Attention core: sdpa (torch's scaled_dot_product_attention, with the kernel that torch chooses), cudnn (the same, with
+    cuDNN's kernel if it can run), unfused (megatron-core's), transformer_engine, or auto: Transformer Engine if it is installed
+    and CUDA is used, else sdpa."""
     loss: Literal["auto", "megatron", "fused", "chunked"] = "auto"
     """Computation of the cross-entropy, the same in value: megatron (megatron-core's, with fp32 copies of the logits), fused
     (one Triton kernel a pass, the gradient in place of the logits), chunked (GPT-2: fused, with the logits of 4,096 tokens at

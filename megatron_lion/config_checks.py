@@ -73,7 +73,7 @@ def _check_numbers(config: RunConfig) -> list[str]:
     if model.loss == "chunked" and model.kind != "gpt2":
         problems.append("model.loss: chunked needs model.kind gpt2; use fused or auto")
     if model.elementwise == "fused" and model.attention == "transformer_engine":
-        problems.append("model.elementwise: fused needs model.attention sdpa or unfused; use auto")
+        problems.append("model.elementwise: fused needs model.attention sdpa, cudnn or unfused; use auto")
     # Packed master weights exist only in LION's fused step, which works on the distributed optimizer's bf16 shards.
     packed = config.master_weights != "shards"
     if packed and (

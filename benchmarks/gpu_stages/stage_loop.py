@@ -30,6 +30,7 @@ class Variant:
     model: str = "gpt2-124m"
     loss: str = "auto"
     elementwise: str = "auto"
+    attention: str = "auto"
     needs_s: float = 18.0
 
 
@@ -44,6 +45,7 @@ VARIANTS = (
     Variant("355M, micro-batch 8, dropout 0", 8, 0.0, model="gpt2-355m", needs_s=25.0),
     Variant("fp32 shards, micro-batch 16, dropout 0", 16, 0.0, optimizer="lion fp32 shards + copy"),
     Variant("chunked loss, micro-batch 16, dropout 0", 16, 0.0, loss="chunked"),
+    Variant("cuDNN's attention, micro-batch 16, dropout 0", 16, 0.0, attention="cudnn"),
     Variant("micro-batch 8, dropout 0.1", 8, 0.1),
 )
 REHEARSED = 1
@@ -74,7 +76,7 @@ def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ra
     changes: dict[str, Any] = {
         "train.steps": steps + PROFILED + 1, "model.hidden_dropout": variant.dropout,
         "model.attention_dropout": variant.dropout, "model.loss": variant.loss,
-        "model.elementwise": variant.elementwise, "log.progress": False,
+        "model.elementwise": variant.elementwise, "model.attention": variant.attention, "log.progress": False,
         **(REHEARSAL if stage.rehearse else {}),
     }  # fmt: skip
     model = "gpt2-tiny" if stage.rehearse else variant.model

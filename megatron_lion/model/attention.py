@@ -28,6 +28,15 @@ def reproducible_kernels(device: torch.device) -> list[SDPBackend] | None:
     return [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH] if device.type == "cuda" else None
 
 
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Order of the kernels of `model.attention: cudnn`; torch takes the first one that supports the arguments and the device."""
+
+
 class SdpaAttention(MegatronModule):
     """Drop-in for `core_attention` of a megatron-core layer spec.
 
@@ -45,6 +54,9 @@ class SdpaAttention(MegatronModule):
     Raises:
         ValueError: the settings need something that this core does not support.
     """
+
+    kernels: list[SDPBackend] | None = None
+    """The kernels in the order of preference; None leaves the choice to torch."""
 
     def __init__(
         self,
@@ -97,10 +109,10 @@ class SdpaAttention(MegatronModule):
         allowed = None if causal or attention_mask is None else ~attention_mask
         dropout = self.dropout if self.training else 0.0
 
-        kernels = reproducible_kernels(query.device) if self.config.deterministic_mode else None
+        kernels = reproducible_kernels(query.device) if self.config.deterministic_mode else self.kernels
 
         def attend() -> torch.Tensor:
-            with nullcontext() if kernels is None else sdpa_kernel(kernels):
+            with nullcontext() if kernels is None else sdpa_kernel(kernels, set_priority=True):
                 return F.scaled_dot_product_attention(
                     query_BNSD,
                     key_BNSD,
@@ -121,3 +133,13 @@ class SdpaAttention(MegatronModule):
             context_BNSD = attend()
         sequence, batch = query.shape[0], query.shape[1]
         return context_BNSD.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+
+
+class CudnnAttention(SdpaAttention):
+    """SdpaAttention that prefers cuDNN's kernel, for `model.attention: cudnn`."""
+
+    kernels = CUDNN_FIRST
+
+
+SDPA_CORES = {"sdpa": SdpaAttention, "cudnn": CudnnAttention}
+"""Attention cores on scaled_dot_product_attention, by `model.attention`."""

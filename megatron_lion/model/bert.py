@@ -38,7 +38,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_lion.config import ModelConfig
-from megatron_lion.model.attention import SdpaAttention
+from megatron_lion.model.attention import SDPA_CORES
 from megatron_lion.model.fused_loss import WithFusedLoss
 from megatron_lion.model.mcore_settings import GELUS
 from megatron_lion.model.objective import Batch, Objective, mean
@@ -52,8 +52,8 @@ def bert_layer_spec(attention: str, elementwise: str = "megatron") -> ModuleSpec
     if attention == "transformer_engine":
         return get_bert_layer_with_transformer_engine_spec()
     spec = copy.deepcopy(bert_layer_local_spec)  # a module-level object of megatron-core, shared by all its users
-    if attention == "sdpa":
-        spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    if attention in SDPA_CORES:
+        spec.submodules.self_attention.submodules.core_attention = SDPA_CORES[attention]
     if elementwise == "fused":
         from megatron_lion.model.fused_layer import with_fused_elementwise  # not above: it needs Triton's kernels
 
@@ -72,7 +72,7 @@ class Bert(BertModel):
     def _sanity_check_attention_and_get_attn_mask_dimension(self) -> str:
         """Returns "b11s" for torch's attention: padding is masked as key only, so every query has keys (no NaN)."""
         core = self.transformer_layer_spec.submodules.self_attention.submodules.core_attention
-        if core is SdpaAttention:
+        if core in SDPA_CORES.values():
             return "b11s"
         return str(super()._sanity_check_attention_and_get_attn_mask_dimension())
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_lion.config import ModelConfig
-from megatron_lion.model.attention import SdpaAttention
+from megatron_lion.model.attention import SDPA_CORES
 from megatron_lion.model.chunked_loss import ChunkedGpt
 from megatron_lion.model.fused_loss import WithFusedLoss
 from megatron_lion.model.objective import Batch, Objective
@@ -31,8 +31,8 @@ def gpt_layer_spec(attention: str, elementwise: str = "megatron") -> ModuleSpec:
 
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec()
-    if attention == "sdpa":
-        spec.submodules.self_attention.submodules.core_attention = SdpaAttention
+    if attention in SDPA_CORES:
+        spec.submodules.self_attention.submodules.core_attention = SDPA_CORES[attention]
     if elementwise == "fused":
         from megatron_lion.model.fused_layer import with_fused_elementwise  # not above: it needs Triton's kernels
 

@@ -146,5 +146,7 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
 
 def test_fused_layers_exclude_transformer_engine() -> None:
     config = tiny.tiny_config("unused", "unused", model__elementwise="fused", model__attention="transformer_engine")
-    with pytest.raises(ConfigError, match=r"model\.elementwise: fused needs model.attention sdpa or unfused; use auto"):
+    with pytest.raises(
+        ConfigError, match=r"model\.elementwise: fused needs model.attention sdpa, cudnn or unfused; use auto"
+    ):
         check_config(config, 1)

@@ -74,6 +74,44 @@ def test_attention_equals_megatrons(folder: Path, corpus: str, device: str) -> N
     assert all(value is True for name, value in found.items() if name.startswith("refused"))
 
 
+def kernel_orders(rank: int, configs: dict[str, Any]) -> dict[str, list[int]]:
+    """The order of attention kernels in which torch would choose, for each config, inside of the model's attention."""
+    from unittest.mock import patch
+
+    import torch
+    from torch.nn import functional as F
+
+    found = {}
+    attend = F.scaled_dot_product_attention
+    for name, config in configs.items():
+        orders = []
+
+        def recorded(*args: Any, orders: list[Any] = orders, **options: Any) -> torch.Tensor:
+            orders.append(torch._C._get_sdp_priority_order())
+            return attend(*args, **options)
+
+        with patch.object(F, "scaled_dot_product_attention", recorded):
+            tiny.train_each(rank, {name: config})
+        assert all(order == orders[0] for order in orders)
+        found[name] = orders[0]
+    return found
+
+
+def test_cudnns_attention_is_preferred_if_it_is_asked_for(folder: Path, corpus: str) -> None:
+    from torch.nn.attention import SDPBackend
+
+    configs = {
+        name: tiny.tiny_config(folder / f"order {name}", corpus, train__steps=1, **changes)
+        for name, changes in {
+            "cudnn": {"model__attention": "cudnn"},
+            "sdpa": {"model__attention": "sdpa"},
+        }.items()
+    }  # fmt: skip
+    found = run_distributed(kernel_orders, 1, configs)[0]
+    assert found["cudnn"][0] == SDPBackend.CUDNN_ATTENTION.value
+    assert found["sdpa"][0] != SDPBackend.CUDNN_ATTENTION.value
+
+
 def both_losses(rank: int, configs: dict[str, Any]) -> dict[str, list[float]]:
     return {name: result["losses"] + result["norms"] for name, result in tiny.train_each(rank, configs).items()}
 
@@ -81,6 +119,7 @@ def both_losses(rank: int, configs: dict[str, Any]) -> dict[str, list[float]]:
 def test_attention_and_recomputation_are_a_matter_of_speed(folder: Path, corpus: str, device: str) -> None:
     variants: dict[str, dict[str, Any]] = {
         "sdpa": {"model__attention": "sdpa"},
+        "cudnn": {"model__attention": "cudnn"},
         "unfused": {"model__attention": "unfused"},
         "recompute": {"model__recompute": True, "model__hidden_dropout": 0.1, "model__attention_dropout": 0.1},
         "dropout": {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1},
@@ -94,6 +133,8 @@ def test_attention_and_recomputation_are_a_matter_of_speed(folder: Path, corpus:
     # and of one with gradients are compiled separately and may round differently; another dropout shows as 1e-2.
     unfused, again = (2e-6, 0.0) if device == "cpu" else (1.6e-5, 2e-6)
     assert found["unfused"] == pytest.approx(found["sdpa"], rel=unfused)
+    # On a CPU there is no kernel of cuDNN, so torch takes the next one.
+    assert found["cudnn"] == pytest.approx(found["sdpa"], rel=0.0 if device == "cpu" else 1.6e-5, abs=0.0)
     assert found["recompute"] == pytest.approx(found["dropout"], rel=again, abs=0.0), "dropout is drawn again"
     assert found["dropout"] != found["sdpa"]
 
