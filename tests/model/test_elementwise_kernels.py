@@ -22,7 +22,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rounding to nearest, relative; half the distance of subnormal numbers.
 ROUNDING = {torch.float32: (2**-24, 0.0), torch.bfloat16: (2**-8, 2**-134), torch.float16: (2**-11, 2**-25)}
 # Rows in the last program of 32, or of 64; columns beyond a tile, and fewer than a group of Philox.
-SHAPES = ((1, 8), (5, 3), (33, 40), (70, 264))
+CASES = [
+    *((dtype, shape) for dtype in DTYPES[:2] for shape in ((5, 3), (70, 264))),
+    (torch.bfloat16, (1, 8)),
+    (torch.float16, (33, 40)),
+]
 
 
 def draw(dtype: torch.dtype, *shape: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -49,8 +53,7 @@ def gradients(
     return [output.detach() for output in outputs], [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 @pytest.mark.parametrize("with_residual", [True, False])
 def test_layer_norm(dtype: torch.dtype, shape: tuple[int, int], with_residual: bool) -> None:
     x, dy = draw(dtype, *shape, shift=3.0), draw(dtype, *shape, seed=1)
@@ -73,8 +76,7 @@ def test_layer_norm(dtype: torch.dtype, shape: tuple[int, int], with_residual: b
         assert_rounded(found[index], expected[index], spread * shape[0])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 @pytest.mark.parametrize("form", ["tanh", "erf"])
 def test_bias_gelu(dtype: torch.dtype, shape: tuple[int, int], form: str) -> None:
     x, dy = draw(dtype, *shape, scale=3.0), draw(dtype, *shape, seed=1)
@@ -102,9 +104,8 @@ def test_gelu_of_special_numbers(form: str) -> None:
     assert dx[0, 9].isnan()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("probability", [0.0, 0.1, 0.75])
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
+@pytest.mark.parametrize("probability", [0.0, 0.1])
 def test_bias_dropout_add(dtype: torch.dtype, shape: tuple[int, int], probability: float) -> None:
     x, residual, dy = (draw(dtype, *shape, seed=seed) for seed in range(3))
     bias = draw(dtype, shape[1], seed=3)
@@ -170,7 +171,7 @@ def test_dropout_drops_the_right_share_independently() -> None:
     assert abs(both - count * share**2) < 4.5 * math.sqrt(count * share**2), "another draw is another mask"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("sequence", "batch", "heads", "channels"), [(7, 3, 2, 8), (33, 1, 3, 20), (1, 2, 1, 64)])
 @pytest.mark.parametrize("order", ["SBND", "BNSD", "BSND", "DSBN"])
 def test_join_qkv(dtype: torch.dtype, sequence: int, batch: int, heads: int, channels: int, order: str) -> None:

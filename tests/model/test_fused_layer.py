@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from distributed import run_distributed
-from elementwise_runs import DROPOUT, QUICK, assert_the_same, losses, run_jobs
+from elementwise_runs import QUICK, assert_the_same, losses, run_jobs
 
 from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
@@ -29,25 +29,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def logged(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    return run_jobs(folder, list(QUICK), {name: DROPOUT[name] for name in ("dropout", "dropout TP2", "no dropout")})
+    return run_jobs(folder, [QUICK], {})
 
 
-@pytest.mark.parametrize("name", QUICK)
-def test_training_is_the_same(logged: dict[str, list[dict[str, Any]]], name: str) -> None:
-    assert_the_same(logged, name)
+def test_training_is_the_same(logged: dict[str, list[dict[str, Any]]]) -> None:
+    assert_the_same(logged, QUICK)
 
 
 def test_the_operations_are_computed_apart(logged: dict[str, list[dict[str, Any]]]) -> None:
     assert losses(logged["gpt2 bf16 fused"]) != losses(logged["gpt2 bf16 megatron"]), "they round at other places"
-
-
-def test_tensor_parallel_ranks_drop_the_same_elements(logged: dict[str, list[dict[str, Any]]]) -> None:
-    """Otherwise their residual streams differ, and the gradient norm, which counts replicated tensors once, is wrong."""
-    assert losses(logged["dropout"]) != losses(logged["no dropout"])
-    for one, two in zip(logged["dropout"], logged["dropout TP2"], strict=True):
-        if "train/loss" in one:
-            assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-5)
-            assert two["optim/grad_l2"] == pytest.approx(one["optim/grad_l2"], rel=1e-4)
 
 
 def gradients(rank: int, configs: dict[str, RunConfig], device: str = "cpu") -> dict[str, Any]:

@@ -11,12 +11,12 @@ import torch
 from counted_bytes import CountedBytes, counted_kernels
 from distributed import run_distributed
 
-TOKENS, WIDTH = 64, 512
+TOKENS, WIDTH = 64, 256
 UNIT = 2 * TOKENS * WIDTH  # bytes of a bf16 tensor of the residual stream
 WEIGHTS = 12 * WIDTH * WIDTH
 ATTENTION = "_scaled_dot_product"
 SIZES = {
-    "model__hidden_size": WIDTH, "model__num_attention_heads": 8, "model__seq_length": 32, "model__vocab_size": 64,
+    "model__hidden_size": WIDTH, "model__num_attention_heads": 4, "model__seq_length": 32, "model__vocab_size": 64,
     "model__hidden_dropout": 0.0, "model__attention_dropout": 0.0, "train__precision": "bf16", "train__micro_batch_size": 2,
 }  # fmt: skip
 
