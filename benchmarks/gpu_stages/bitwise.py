@@ -13,8 +13,8 @@ import torch
 
 from megatron_lion.optim.lion import MASTER_CHOICES, MOMENTUM_CHOICES, Lion
 
-# Lengths around the 1,024 elements of a kernel program and the 32 of an int8 block, and an empty tensor.
-LENGTHS = (1023, 1024, 0, 1025, 1, 31, 33)
+# Lengths around the 1,024 or, with int8 momentum, 2,048 elements of a kernel program and the 32 of an int8 block; an empty tensor.
+LENGTHS = (1023, 1024, 0, 1025, 2047, 2048, 2049, 1, 31, 33)
 # ±0, the smallest and a medium subnormal, the smallest normal, bfloat16 ties of both parities, the largest number,
 # infinities, NaN.
 AWKWARD = tuple(

@@ -6,16 +6,16 @@ import triton
 import triton.language as tl
 
 from .kernels import (
-    GRAD,
+    BETA1,
     GROUP,
     GROUP_ROW,
     NUMEL,
+    ONE_MINUS_BETA1,
     ROW,
     SIGN,
     SLOT,
+    grad_and_momentum_places,
     load_grad_and_momentum,
-    momentum_places,
-    pointers,
     sign_or_nan,
 )
 
@@ -36,13 +36,12 @@ def _count_chunk(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
-    STORED_GRAD: tl.constexpr = tl.uint16 if tl.bfloat16 == GRAD_TYPE else GRAD_TYPE
-    grads = pointers(tl.load(row + GRAD), STORED_GRAD, start, offsets, ALIGNED)
+    grad, exp_avg, scale = grad_and_momentum_places(row, start, numel, GRAD_TYPE, MOMENTUM, ALIGNED)
     g, m = load_grad_and_momentum(
-        grads, exp_avgs, scales, mask, scale_mask, multiplier, second, MOMENTUM, BEGIN, MASKED
+        grad, exp_avg, scale, numel - start, multiplier, second, MOMENTUM, BEGIN, ALIGNED, BLOCK, 8, MASKED
     )
-    agrees = sign_or_nan(g, m, group) * g > 0  # masked lanes load g = 0, so they never count
+    sign = sign_or_nan(g, m, tl.load(group + BETA1), tl.load(group + ONE_MINUS_BETA1))
+    agrees = sign * g > 0  # masked lanes load g = 0, so they never count
     # Programs add in any order. The sum is an integer, so the order does not change φ; a float sum would.
     tl.atomic_add(counts + tl.load(row + SLOT), tl.sum(agrees.to(tl.int64)))
 

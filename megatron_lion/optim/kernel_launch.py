@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -24,11 +24,29 @@ from .update import PlainLayout, Slot
 if TYPE_CHECKING:
     from .lion import Lion
 
-# Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones. Every array has the same layout
-# over the threads, so they exchange no data. Compiled for sm_80 and sm_90 this takes 32 to 40 registers, so an SM holds
-# 1,536 to 2,048 threads (tests/optim/test_kernel_compiled.py reads the registers from the compiler's output).
-BLOCK = 1024
-NUM_WARPS = 8
+
+class Shape(NamedTuple):
+    """How the kernels divide a tensor.
+
+    Attributes:
+        block: elements a program.
+        part: elements that a program reads, updates and writes at a time.
+        warps: warps a program.
+    """
+
+    block: int
+    part: int
+    warps: int
+
+
+# By the form of the momentum. Every array has the same layout over the threads, so they exchange no data.
+# tests/optim/test_kernel_compiled.py reads instructions and registers from the compiler's output.
+# Four elements a thread: float32 moves in 16-byte accesses, 16-bit data in 8-byte ones. 32 registers: an SM holds all 2,048
+# threads.
+PLAIN = Shape(1024, 1024, 8)
+# int8: eight elements a thread, so that four threads hold a block of 32 and share the instructions for its scale; then eight
+# more with the same addresses and hyper-parameters.
+SHAPES = {"fp32": PLAIN, "bf16": PLAIN, "int8": Shape(2048, 1024, 4)}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 Kind = tuple[torch.device, torch.dtype, torch.dtype, str, bool]
@@ -88,7 +106,7 @@ class Fleet:
             kinds.setdefault(kind, []).append(row)
         for kind, rows in kinds.items():
             before = old.plans.get(kind) if old is not None else None
-            self.plans[kind] = update_plan(before, tuple(rows), self.groups, kind[0])
+            self.plans[kind] = update_plan(before, tuple(rows), self.groups, kind[0], self.layout.momentum)
         self.signature = _signature(optimizer)
 
     def still_holds(self, optimizer: Lion) -> bool:
@@ -104,7 +122,10 @@ class Fleet:
             found_inf: one element; if it is not 0, nothing is written. None: the step is taken.
         """
         # No tensor moved, but a hyper-parameter may have changed: a new plan if a group's rate is another tensor than before.
-        self.plans = {kind: update_plan(plan, plan.rows, self.groups, kind[0]) for kind, plan in self.plans.items()}
+        self.plans = {
+            kind: update_plan(plan, plan.rows, self.groups, kind[0], self.layout.momentum)
+            for kind, plan in self.plans.items()
+        }
         cautions = self._cautions(begin, multiplier) if self.cautious else None
         for kind, plan in self.plans.items():
             if len(plan.chunks_table):
@@ -182,6 +203,7 @@ def launch(
 ) -> None:
     """Launches the update kernel on the tensors of the plan."""
     device, param_dtype, grad_dtype, form, aligned = kind
+    shape = SHAPES[momentum]
     # Triton launches on the current device, which need not be the parameters'.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         lion_kernel[(len(plan.chunks_table),)](
@@ -202,8 +224,9 @@ def launch(
             NUM_MULTIPLIERS=0 if multiplier is None else multiplier.numel(),
             HAS_FOUND_INF=found_inf is not None,
             ALIGNED=aligned,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            BLOCK=shape.block,
+            PART=shape.part,
+            num_warps=shape.warps,
             enable_fp_fusion=False,  # a fused multiply-add rounds once instead of twice: other bits than the reference
         )
 
@@ -213,6 +236,7 @@ def count_agreement(
 ) -> None:
     """Adds to `counts` the number of elements of each tensor whose update has the sign of the gradient."""
     device, _, grad_dtype, _, aligned = kind
+    shape = SHAPES[momentum]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         agreement_kernel[(len(plan.chunks_table),)](
             plan.rows_table,
@@ -226,16 +250,20 @@ def count_agreement(
             MAXIMIZE=plan.maximizes(),
             NUM_MULTIPLIERS=0 if multiplier is None else multiplier.numel(),
             ALIGNED=aligned,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            BLOCK=shape.block,
+            num_warps=shape.warps,
             enable_fp_fusion=False,
         )
 
 
 def update_plan(
-    plan: LaunchTables | None, rows: tuple[Row, ...], groups: Sequence[dict[str, Any]], device: torch.device
+    plan: LaunchTables | None,
+    rows: tuple[Row, ...],
+    groups: Sequence[dict[str, Any]],
+    device: torch.device,
+    momentum: str,
 ) -> LaunchTables:
-    """Returns the tables for these tensors and groups; parts of the old plan that are still valid are kept."""
+    """Returns the tables for these tensors, groups and form of momentum; parts of the old plan that are still valid are kept."""
     hyper = tuple(_hyper_parameters(group, device) for group in groups)
     lrs = tuple(_lr_address(group["lr"], device) for group in groups)
     if plan is None or plan.rows != rows or plan.lrs != lrs:
@@ -247,7 +275,7 @@ def update_plan(
             (),
             lrs,
             upload(torch.tensor(rows, dtype=torch.int64), device),
-            upload(chunk_table([row[4] for row in rows], BLOCK), device),
+            upload(chunk_table([row[4] for row in rows], SHAPES[momentum].block), device),
             groups_table,
             upload(torch.tensor([lr or column for lr, column in zip(lrs, columns, strict=True)]), device),
         )

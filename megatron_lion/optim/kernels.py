@@ -5,9 +5,9 @@ pointers for each tensor, `chunks` one (row, chunk) pair for each program, and `
 parameter group. The rate is read through a pointer. So one launch covers all tensors of a kind, each with its own
 group's rate and decay. `megatron_lion.optim.kernel_launch` makes the tables.
 
-A program updates BLOCK neighbouring elements. Whole chunks load and store without masks, so that the compiler
-can move 16 bytes an instruction; a tensor's last chunk is masked. There is no autotuning: it would apply the
-update once for every configuration it tries. Addresses are computed in 64 bits.
+A program updates BLOCK neighbouring elements, PART at a time. `megatron_lion.optim.kernel_memory` loads and stores
+them, and `megatron_lion.optim.kernel_formats` has the reduced forms. There is no autotuning: it would apply the update
+once for every configuration it tries. Addresses are computed in 64 bits.
 
 The operations and their order are those of `megatron_lion.optim.lion.Lion` and `megatron_lion.optim.precision`,
 bit for bit. That needs `enable_fp_fusion=False` at launch: otherwise the compiler may fuse a multiplication into an
@@ -18,6 +18,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .kernel_formats import INT8_BLOCK, bf16_bits, bits_of, float_of, join_master, pack_int8, split_master
+from .kernel_memory import chunk_offsets, lane_numbers, load, load_upper, place, store
 
 # Columns of `rows`: int64 addresses, then the number of elements, the group's index and the tensor's.
 PARAM = tl.constexpr(0)
@@ -38,11 +41,6 @@ LR = tl.constexpr(5)
 SIGN = tl.constexpr(6)  # of the gradient: -1 to maximize; read only if a group does
 GROUP_ROW = tl.constexpr(7)
 
-INT8_BLOCK = tl.constexpr(32)
-SMALLEST_SCALE = tl.constexpr(2.0**-126)
-ONE_127TH = tl.constexpr(1 / 127)
-ROUNDING = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds |x| < 2^22 to an integer, ties to even
-
 
 @triton.jit
 def add_one_kernel(source: tl.tensor, target: tl.tensor) -> None:
@@ -51,247 +49,196 @@ def add_one_kernel(source: tl.tensor, target: tl.tensor) -> None:
 
 
 @triton.jit
-def _bits(values: tl.tensor) -> tl.tensor:
-    return values.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def _float(bits: tl.tensor) -> tl.tensor:
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _bf16_bits(values: tl.tensor) -> tl.tensor:
-    """Upper halves, as uint32, of float32 values rounded to bfloat16, ties to even; NaN stays NaN."""
-    bits = _bits(values)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # would carry NaN 0x7FFFFFFF into the sign: -0
-    return tl.where(values == values, nearest, 0x7FC0)
-
-
-@triton.jit
-def pointers(
-    address: tl.tensor, kind: tl.constexpr, start: tl.tensor, offsets: tl.tensor, ALIGNED: tl.constexpr
-) -> tl.tensor:
-    """Addresses of the elements `start` + `offsets` of an array of dtype `kind` that begins at `address`."""
-    base = address.to(tl.pointer_type(kind))
-    if ALIGNED:  # without this hint the compiler cannot prove that 16-byte accesses are allowed
-        base = tl.multiple_of(base, 16)
-    return base + start + offsets
-
-
-@triton.jit
-def _load(pointers: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
-    if MASKED:
-        # 0 beyond the end: it raises no maximum of an int8 block and counts as no agreement.
-        values = tl.load(pointers, mask=mask, other=0)
-    else:
-        values = tl.load(pointers)
-    return values
-
-
-@triton.jit
-def _store(pointers: tl.tensor, values: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> None:
-    if MASKED:
-        tl.store(pointers, values, mask=mask)
-    else:
-        tl.store(pointers, values)
-
-
-@triton.jit
-def _join_master(param: tl.tensor, remainder: tl.tensor, MASTER_WEIGHTS: tl.constexpr) -> tl.tensor:
-    """float32 from upper halves (uint16) and remainders, as `megatron_lion.optim.precision.join_master`."""
-    lo = remainder.to(tl.int32)
-    if MASTER_WEIGHTS == "split24":
-        lo = lo << 8
-    return _float((param.to(tl.uint32) << 16) + lo.to(tl.uint32, bitcast=True))
-
-
-@triton.jit
-def _split_master(values: tl.tensor, MASTER_WEIGHTS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """(uint16 upper halves, remainders) of float32 values, as `megatron_lion.optim.precision.split_master`."""
-    bits = tl.where(values == values, _bits(values), 0x7FC00000)
-    if MASTER_WEIGHTS == "split24":
-        bits = (bits + 0x80) & 0xFFFFFF00
-    hi = (bits + 0x8000) >> 16
-    lo = (bits - (hi << 16)).to(tl.int32, bitcast=True)
-    if MASTER_WEIGHTS == "split24":
-        remainder = (lo >> 8).to(tl.int8)
-    else:
-        remainder = lo.to(tl.int16)
-    return hi.to(tl.uint16), remainder
-
-
-@triton.jit
-def _pack_int8(values: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """([blocks, 32] int8, [blocks] uint16 scales), as `megatron_lion.optim.precision.pack_int8`."""
-    # Compared as integers, magnitudes have the order of the floats and NaN is the largest, so no maximum loses a NaN.
-    largest_bits = tl.max((_bits(values) & 0x7FFFFFFF).to(tl.int32, bitcast=True), axis=1)
-    finite = largest_bits < 0x7F800000
-    largest = tl.where(finite, largest_bits, 0).to(tl.float32, bitcast=True)
-    scale_bits = _bf16_bits(largest * ONE_127TH)
-    scale = _float(scale_bits << 16)
-    useful = scale >= SMALLEST_SCALE
-    # div_rn rounds to nearest as torch does; the plain division may be approximate on a device.
-    inverse = tl.where(useful, tl.div_rn(1.0, tl.where(useful, scale, 1.0)), 0.0)
-    quantised = tl.where(finite[:, None], values, 0.0) * inverse[:, None]
-    quantised = (quantised + ROUNDING) - ROUNDING
-    quantised = tl.minimum(tl.maximum(quantised, -127.0), 127.0)
-    scale_bits = tl.where(finite, tl.where(useful, scale_bits, 0), 0x7FC0)
-    return quantised.to(tl.int8), scale_bits.to(tl.uint16)
-
-
-@triton.jit
-def sign_or_nan(g: tl.tensor, m: tl.tensor, group: tl.tensor) -> tl.tensor:
+def sign_or_nan(g: tl.tensor, m: tl.tensor, beta1: tl.tensor, one_minus_beta1: tl.tensor) -> tl.tensor:
     """Sign of the interpolation c, 0 at ±0; NaN if c is NaN or ±inf."""
-    c = m * tl.load(group + BETA1) + g * tl.load(group + ONE_MINUS_BETA1)
-    sign = tl.where(c > 0, 1.0, tl.where(c < 0, -1.0, 0.0))
-    return tl.where(tl.abs(c) < float("inf"), sign, float("nan"))
+    c = m * beta1 + g * one_minus_beta1
+    zero = c - c  # NaN if c is NaN or ±inf, and then no comparison with it holds
+    return tl.where(tl.abs(c) > zero, float_of((bits_of(c) & 0x80000000) | 0x3F800000), zero)
+
+
+@triton.jit
+def scale_place(address: tl.tensor, numel: tl.tensor, start: tl.tensor) -> tl.tensor:
+    """Pointer to the scale of element `start`, a multiple of 32, of a packed momentum of `numel` elements at `address`."""
+    # Shifts and masks: a signed division would also correct negative numbers.
+    return place(address + ((numel + (INT8_BLOCK - 1)) & -INT8_BLOCK), tl.uint16, start >> 5, False)
+
+
+@triton.jit
+def grad_and_momentum_places(
+    row: tl.tensor,
+    start: tl.tensor,
+    numel: tl.tensor,
+    GRAD_TYPE: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tuple:
+    """Pointers to element `start` of gradient and momentum, and to its scale if the momentum is int8."""
+    STORED_GRAD: tl.constexpr = tl.uint16 if tl.bfloat16 == GRAD_TYPE else GRAD_TYPE
+    MOMENTUM_TYPE: tl.constexpr = tl.int8 if MOMENTUM == "int8" else tl.uint16 if MOMENTUM == "bf16" else tl.float32
+    momentum = tl.load(row + EXP_AVG)
+    exp_avg = place(momentum, MOMENTUM_TYPE, start, ALIGNED)
+    scale = exp_avg  # not read: there are no scales
+    if MOMENTUM == "int8":
+        scale = scale_place(momentum, numel, start)
+    return place(tl.load(row + GRAD), STORED_GRAD, start, ALIGNED), exp_avg, scale
 
 
 @triton.jit
 def load_grad_and_momentum(
-    grads: tl.tensor,
-    exp_avgs: tl.tensor,
-    scales: tl.tensor,
-    mask: tl.tensor,
-    scale_mask: tl.tensor,
+    grad: tl.tensor,
+    exp_avg: tl.tensor,
+    scale: tl.tensor,
+    left: tl.tensor,
     multiplier: tl.tensor,
     second: tl.tensor,
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Gradient, times `multiplier` and then `second`, and momentum, both in float32; if BEGIN, a NaN momentum becomes the gradient."""
-    g = _load(grads, mask, MASKED)
-    if grads.dtype.element_ty == tl.uint16:  # bfloat16 as its bits: Triton's interpreter misreads subnormal ones
-        g = _float(g.to(tl.uint32) << 16)
+    """Gradient, times `multiplier` and then `second`, and momentum of the next PART elements, in float32.
+
+    The three pointers are those of `grad_and_momentum_places`. If MASKED, only the first `left` elements are read. If BEGIN, a
+    NaN momentum becomes the gradient.
+    """
+    offsets = chunk_offsets(MOMENTUM, PART, WIDTH)
+    mask = offsets < left
+    if grad.dtype.element_ty == tl.uint16:  # bfloat16 as its bits: Triton's interpreter misreads subnormal ones
+        g = float_of(load_upper(grad, offsets, mask, MOMENTUM, ALIGNED, PART, WIDTH, MASKED))
+    else:
+        g = load(grad + offsets, mask, MASKED)
     g = g.to(tl.float32) * multiplier * second
     if MOMENTUM == "int8":
-        m = _load(exp_avgs, mask, MASKED).to(tl.float32)
-        m = m * _float(_load(scales, scale_mask, MASKED).to(tl.uint32) << 16)[:, None]
+        blocks = tl.arange(0, PART // INT8_BLOCK)
+        scales = load(scale + blocks, blocks * INT8_BLOCK < left, MASKED)
+        m = load(exp_avg + offsets, mask, MASKED).to(tl.float32)
+        m = m * float_of(scales.to(tl.uint32) << 16)[:, None, None]
     elif MOMENTUM == "bf16":
-        m = _float(_load(exp_avgs, mask, MASKED).to(tl.uint32) << 16)
+        m = float_of(load(exp_avg + offsets, mask, MASKED).to(tl.uint32) << 16)
     else:
-        m = _load(exp_avgs, mask, MASKED)
+        m = load(exp_avg + offsets, mask, MASKED)
     if BEGIN:
         m = tl.where(m == m, m, g)
     return g, m
 
 
 @triton.jit
-def momentum_places(
-    row: tl.tensor,
-    start: tl.tensor,
-    numel: tl.tensor,
-    MOMENTUM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """(offsets, mask) of a chunk's elements, addresses of its momentum, (addresses, mask) of the scales of int8 momentum."""
-    MOMENTUM_TYPE: tl.constexpr = tl.int8 if MOMENTUM == "int8" else tl.uint16 if MOMENTUM == "bf16" else tl.float32
-    address = tl.load(row + EXP_AVG)
-    if MOMENTUM == "int8":
-        blocks = tl.arange(0, BLOCK // INT8_BLOCK)
-        # Two-dimensional, so that the maximum over a block is a reduction along axis 1.
-        offsets = blocks[:, None] * INT8_BLOCK + tl.arange(0, INT8_BLOCK)[None, :]
-        first_scale = address + (numel + INT8_BLOCK - 1) // INT8_BLOCK * INT8_BLOCK
-        scales = pointers(first_scale, tl.uint16, start // INT8_BLOCK, blocks, False)
-        scale_mask = blocks * INT8_BLOCK < numel - start
-        exp_avgs = pointers(address, MOMENTUM_TYPE, start, offsets, ALIGNED)
-    else:
-        offsets = tl.arange(0, BLOCK)
-        exp_avgs = pointers(address, MOMENTUM_TYPE, start, offsets, ALIGNED)
-        scales, scale_mask = exp_avgs, offsets < numel - start  # not read: there are no scales
-    return offsets, offsets < numel - start, exp_avgs, scales, scale_mask
-
-
-@triton.jit
-def _lion(
-    p: tl.tensor,
-    g: tl.tensor,
-    m: tl.tensor,
-    group: tl.tensor,
-    lr: tl.tensor,
-    caution: tl.tensor,
-    CAUTIOUS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """The equations; returns parameter and momentum after the step."""
-    sign = sign_or_nan(g, m, group)
-    if CAUTIOUS:
-        sign = sign * tl.where(sign * g > 0, caution, 0.0)
-    u = sign + p * tl.load(group + WEIGHT_DECAY)
-    p = p - u * lr
-    m = m * tl.load(group + BETA2) + g * tl.load(group + ONE_MINUS_BETA2)
-    return p, m
-
-
-@triton.jit
-def _update_chunk(
-    row: tl.tensor,
-    start: tl.tensor,
-    numel: tl.tensor,
-    group: tl.tensor,
-    lr: tl.tensor,
+def _update_part(
+    places: tl.tuple,
+    left: tl.tensor,
+    hyper: tl.tuple,
     multiplier: tl.tensor,
     second: tl.tensor,
     caution: tl.tensor,
-    PARAM_TYPE: tl.constexpr,
-    GRAD_TYPE: tl.constexpr,
+    FIRST: tl.constexpr,
     MASTER_WEIGHTS: tl.constexpr,
     MOMENTUM: tl.constexpr,
     BEGIN: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> None:
-    """Reads, updates and writes the BLOCK elements from `start`; if MASKED, only those below `numel`."""
+    """Reads, updates and writes PART elements from element FIRST of the chunk; if MASKED, only the first `left` of them."""
+    param, grad, exp_avg, scale, master = places
+    weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr = hyper
+    param, grad, exp_avg, scale, master = (
+        param + FIRST, grad + FIRST, exp_avg + FIRST, scale + FIRST // INT8_BLOCK, master + FIRST
+    )  # fmt: skip
     SPLIT: tl.constexpr = MASTER_WEIGHTS == "split32" or MASTER_WEIGHTS == "split24"
+    offsets = chunk_offsets(MOMENTUM, PART, WIDTH)
+    mask = offsets < left
+    params, exp_avgs, masters = param + offsets, exp_avg + offsets, master + offsets
+
+    g, m = load_grad_and_momentum(
+        grad, exp_avg, scale, left, multiplier, second, MOMENTUM, BEGIN, ALIGNED, PART, WIDTH, MASKED
+    )
+    if SPLIT:
+        p = load(masters, mask, MASKED)
+        p = join_master(load_upper(param, offsets, mask, MOMENTUM, ALIGNED, PART, WIDTH, MASKED), p, MASTER_WEIGHTS)
+    elif MASTER_WEIGHTS == "fp32":
+        p = load(masters, mask, MASKED)
+    elif param.dtype.element_ty == tl.uint16:
+        p = float_of(load_upper(param, offsets, mask, MOMENTUM, ALIGNED, PART, WIDTH, MASKED))
+    else:
+        p = load(params, mask, MASKED).to(tl.float32)
+
+    sign = sign_or_nan(g, m, beta1, one_minus_beta1)
+    if CAUTIOUS:
+        sign = sign * tl.where(sign * g > 0, caution, 0.0)
+    u = sign + p * weight_decay
+    p = p - u * lr
+    m = m * beta2 + g * one_minus_beta2
+
+    if SPLIT:
+        hi, remainder = split_master(p, MASTER_WEIGHTS)
+        store(params, hi, mask, MASKED)
+        store(masters, remainder, mask, MASKED)
+    else:
+        if MASTER_WEIGHTS == "fp32":
+            store(masters, p, mask, MASKED)
+        if param.dtype.element_ty == tl.uint16:
+            store(params, bf16_bits(p).to(tl.uint16), mask, MASKED)
+        else:
+            store(params, p.to(param.dtype.element_ty), mask, MASKED)
+    if MOMENTUM == "int8":
+        quantised, scale_bits, has_scale = pack_int8(m)
+        has_scale = tl.broadcast_to(has_scale[:, None, None], offsets.shape)
+        if MASKED:
+            tl.store(exp_avgs, quantised, mask=has_scale & mask)
+            tl.store(exp_avgs, tl.zeros_like(quantised), mask=(has_scale == 0) & mask)
+        else:
+            tl.store(exp_avgs, quantised, mask=has_scale)
+            tl.store(exp_avgs, tl.zeros_like(quantised), mask=has_scale == 0)
+        # In the lanes' layout, and by a block's first lane: as a plain [blocks] the scales would go through shared memory.
+        elements = lane_numbers(PART, WIDTH) * WIDTH
+        is_first = elements % INT8_BLOCK == 0
+        if MASKED:
+            is_first = is_first & (elements < left)
+        tl.store(scale + elements // INT8_BLOCK, tl.broadcast_to(scale_bits[:, None], elements.shape), mask=is_first)
+    elif MOMENTUM == "bf16":
+        store(exp_avgs, bf16_bits(m).to(tl.uint16), mask, MASKED)
+    else:
+        store(exp_avgs, m, mask, MASKED)
+
+
+@triton.jit
+def _places(
+    row: tl.tensor,
+    start: tl.tensor,
+    numel: tl.tensor,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MASTER_WEIGHTS: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+) -> tl.tuple:
+    """Pointers to element `start` of parameter, gradient, momentum, its scales and the master weight."""
+    # bfloat16 is read and written as its 16 bits: Triton's interpreter rounds to it in another way than devices do.
+    STORED_TYPE: tl.constexpr = tl.uint16 if tl.bfloat16 == PARAM_TYPE else PARAM_TYPE
     MASTER_TYPE: tl.constexpr = (
         tl.int16 if MASTER_WEIGHTS == "split32" else tl.int8 if MASTER_WEIGHTS == "split24" else tl.float32
     )
-    # bfloat16 is read and written as its 16 bits: Triton's interpreter rounds to it in another way than devices do.
-    STORED_GRAD: tl.constexpr = tl.uint16 if tl.bfloat16 == GRAD_TYPE else GRAD_TYPE
-    STORED_TYPE: tl.constexpr = tl.uint16 if tl.bfloat16 == PARAM_TYPE else PARAM_TYPE
-    offsets, mask, exp_avgs, scales, scale_mask = momentum_places(row, start, numel, MOMENTUM, ALIGNED, BLOCK)
-    params = pointers(tl.load(row + PARAM), STORED_TYPE, start, offsets, ALIGNED)
-    grads = pointers(tl.load(row + GRAD), STORED_GRAD, start, offsets, ALIGNED)
+    grad, exp_avg, scale = grad_and_momentum_places(row, start, numel, GRAD_TYPE, MOMENTUM, ALIGNED)
+    param = place(tl.load(row + PARAM), STORED_TYPE, start, ALIGNED)
+    master = param  # not read if there is none
+    if MASTER_WEIGHTS != "none":
+        master = place(tl.load(row + MASTER), MASTER_TYPE, start, ALIGNED)
+    return param, grad, exp_avg, scale, master
 
-    g, m = load_grad_and_momentum(
-        grads, exp_avgs, scales, mask, scale_mask, multiplier, second, MOMENTUM, BEGIN, MASKED
-    )
-    if MASTER_WEIGHTS == "none":
-        p = _load(params, mask, MASKED)
-        if tl.bfloat16 == PARAM_TYPE:
-            p = _float(p.to(tl.uint32) << 16)
-        p = p.to(tl.float32)
-    else:
-        masters = pointers(tl.load(row + MASTER), MASTER_TYPE, start, offsets, ALIGNED)
-        p = _load(masters, mask, MASKED)
-        if SPLIT:
-            p = _join_master(_load(params, mask, MASKED), p, MASTER_WEIGHTS)
 
-    p, m = _lion(p, g, m, group, lr, caution, CAUTIOUS)
-
-    if SPLIT:
-        hi, remainder = _split_master(p, MASTER_WEIGHTS)
-        _store(params, hi, mask, MASKED)
-        _store(masters, remainder, mask, MASKED)
-    else:
-        if MASTER_WEIGHTS == "fp32":
-            _store(masters, p, mask, MASKED)
-        if tl.bfloat16 == PARAM_TYPE:
-            _store(params, _bf16_bits(p).to(tl.uint16), mask, MASKED)
-        else:
-            _store(params, p.to(PARAM_TYPE), mask, MASKED)
-    if MOMENTUM == "int8":
-        quantised, scale_bits = _pack_int8(m)
-        _store(exp_avgs, quantised, mask, MASKED)
-        _store(scales, scale_bits, scale_mask, MASKED)
-    elif MOMENTUM == "bf16":
-        _store(exp_avgs, _bf16_bits(m).to(tl.uint16), mask, MASKED)
-    else:
-        _store(exp_avgs, m, mask, MASKED)
+@triton.jit
+def _hyper(group: tl.tensor, lr: tl.tensor) -> tl.tuple:
+    """Decay, β1, 1-β1, β2, 1-β2 and rate."""
+    weight_decay = tl.load(group + WEIGHT_DECAY)
+    beta1 = tl.load(group + BETA1)
+    one_minus_beta1 = tl.load(group + ONE_MINUS_BETA1)
+    beta2 = tl.load(group + BETA2)
+    one_minus_beta2 = tl.load(group + ONE_MINUS_BETA2)
+    return weight_decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr
 
 
 @triton.jit
@@ -314,6 +261,7 @@ def lion_kernel(
     HAS_FOUND_INF: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
 ) -> None:
     """Takes one LION step for every element that `rows` and `chunks` list.
 
@@ -329,9 +277,10 @@ def lion_kernel(
         MASTER_WEIGHTS: form of the master weights; likewise MOMENTUM.
         BEGIN: whether a momentum that is NaN takes the gradient.
         CAUTIOUS: whether an element moves only if its update has the sign of the gradient.
-        MAXIMIZE: whether a group negates its gradients. Without it the int8 kernel needs 32 registers instead of 39.
+        MAXIMIZE: whether a group negates its gradients.
         ALIGNED: whether every address in `rows` is a multiple of 16.
-        BLOCK: elements a program, a multiple of 32.
+        BLOCK: elements a program, a multiple of PART.
+        PART: elements that a program reads, updates and writes at a time.
     """
     # 64 bits: in 32, start would wrap at 2^31 elements.
     program = tl.program_id(0).to(tl.int64)
@@ -352,6 +301,10 @@ def lion_kernel(
     caution = 1.0
     if CAUTIOUS:
         caution = tl.load(cautions + tl.load(row + SLOT))
+    # Of int8 momentum: eight neighbours a thread, or four if there are float32 values to write, 16 bytes a store.
+    WIDTH: tl.constexpr = 4 if MASTER_WEIGHTS == "fp32" or tl.float32 == PARAM_TYPE else 8
+    # Masks take registers and instructions for each element: the end of an int8 tensor is updated four elements a thread.
+    SMALL: tl.constexpr = PART if MOMENTUM != "int8" else PART // 2
     # Read on the device: the host would have to wait for the gradient norm.
     if HAS_FOUND_INF:
         skip = tl.load(found_inf) != 0
@@ -359,6 +312,17 @@ def lion_kernel(
         skip = False
     if not skip:
         if start + BLOCK <= numel:
-            _update_chunk(row, start, numel, group, lr, factor, second, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, False)  # fmt: skip # noqa: E501
+            places = _places(row, start, numel, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, ALIGNED)
+            hyper = _hyper(group, lr)
+            for first in tl.static_range(0, BLOCK, PART):
+                _update_part(places, numel - start, hyper, factor, second, caution, first, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, PART, WIDTH, False)  # fmt: skip # noqa: E501
+        elif SMALL == BLOCK:
+            places = _places(row, start, numel, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, ALIGNED)
+            hyper = _hyper(group, lr)
+            _update_part(places, numel - start, hyper, factor, second, caution, 0, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, PART, WIDTH, True)  # fmt: skip # noqa: E501
         else:
-            _update_chunk(row, start, numel, group, lr, factor, second, caution, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, BLOCK, True)  # fmt: skip # noqa: E501
+            hyper = _hyper(group, lr)
+            while start < numel:
+                places = _places(row, start, numel, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, ALIGNED)
+                _update_part(places, numel - start, hyper, factor, second, caution, 0, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, SMALL, 4, True)  # fmt: skip # noqa: E501
+                start += SMALL

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import pointers
+from .kernel_memory import place
 
 # Columns of `rows`: int64 address, number of elements, and 1 if the tensor counts, or 0 for a replica.
 GRAD = tl.constexpr(0)
@@ -46,7 +46,7 @@ def _squares(
     # bfloat16 is read as its bits: Triton's interpreter misreads subnormal ones.
     STORED: tl.constexpr = tl.uint16 if tl.bfloat16 == GRAD_TYPE else GRAD_TYPE
     offsets = tl.arange(0, BLOCK)
-    grads = pointers(tl.load(row + GRAD), STORED, start, offsets, ALIGNED)
+    grads = place(tl.load(row + GRAD), STORED, start, ALIGNED) + offsets
     if MASKED:
         g = tl.load(grads, mask=offsets < numel - start, other=0)
     else:

@@ -12,9 +12,9 @@ from megatron_lion.optim.lion import Lion
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 PATTERN = 0xA5
 # More than a program's elements in float32, so that a store without a mask ends inside the guard as well.
-GUARD = 8 * launch.BLOCK
-# Around an int8 block's 32 elements and a program's 1,024; whole int8 blocks that do not fill a program.
-LENGTHS = (1, 31, 32, 33, 64, 544, 992, 1023, 1024, 1025, 1056, 2016, 2048)
+GUARD = 8 * max(shape.block for shape in launch.SHAPES.values())
+# Around an int8 block's 32 elements and a program's 1,024 or 2,048; whole int8 blocks that do not fill a program.
+LENGTHS = (1, 31, 32, 33, 64, 544, 992, 1023, 1024, 1025, 1056, 1536, 2016, 2047, 2048, 2049, 4096)
 # The C++ loop hands out, and foreach blocks hold, 65,536 elements.
 LONG = (65536 - 32, 65536 + 32, 65536 + 1)
 

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 @pytest.mark.parametrize("mode", [("split32", "fp32"), ("split24", "int8"), ("fp32", "bf16")])
 def test_views_at_any_offset_are_updated_and_their_neighbours_left_alone(first, mode):
     """Shards as a rank has them: lengths close to a program's, odd offsets, an empty one."""
-    lengths = (kernel_launch.BLOCK - 1, kernel_launch.BLOCK, 0, kernel_launch.BLOCK + 1, 1, 31, 33)
+    block = kernel_launch.SHAPES[mode[1]].block
+    lengths = (block - 1, block, 0, block + 1, 1, 31, 33)
     options = {"master_weights": mode[0], "momentum": mode[1]}
     expected, found = (
         after_steps_on_views(name, lengths, first, DEVICE, **options) for name in ("reference", "triton")
@@ -34,8 +35,9 @@ def test_elements_beyond_two_to_the_31(master_weights, momentum):
     A packed int8 momentum has its scales after all elements. That case reserves 2 GiB of address space, of which only
     the pages that are written use memory.
     """
-    first = (2**31 + 16) // kernel_launch.BLOCK + 3
-    beyond, length = first * kernel_launch.BLOCK, kernel_launch.BLOCK + 77
+    block = kernel_launch.SHAPES[momentum].block
+    first = (2**31 + 16) // block + 3
+    beyond, length = first * block, block + 77
     generator = torch.Generator().manual_seed(0)
     plain = torch.nn.Parameter(torch.randn(length, generator=generator).to(DEVICE, torch.bfloat16))
     plain.decoupled_grad = torch.randn(length, generator=generator).to(DEVICE)
@@ -53,7 +55,8 @@ def test_elements_beyond_two_to_the_31(master_weights, momentum):
     sizes = [2, 4, 0 if momentum == "int8" else tail.element_size()]
     sizes.append(state["master_param"].element_size() if "master_param" in state else 0)
     addresses = [address - beyond * size for address, size in zip(row[:4], sizes, strict=True)]
-    plan = kernel_launch.update_plan(None, ((*addresses, beyond + length, 0, 0),), expected.param_groups, DEVICE)
+    rows = ((*addresses, beyond + length, 0, 0),)
+    plan = kernel_launch.update_plan(None, rows, expected.param_groups, DEVICE, momentum)
     plan.chunks_table = torch.tensor([[0, first], [0, first + 1]], dtype=torch.int32, device=DEVICE)
     kernel_launch.launch(plan, kind, momentum, False, None, None)
 

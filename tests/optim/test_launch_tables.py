@@ -43,7 +43,7 @@ def test_one_address_that_is_no_multiple_of_16_makes_a_tensor_unaligned(which, b
 
 
 def test_every_program_has_elements_and_every_element_a_program():
-    block = launch.BLOCK
+    block = launch.PLAIN.block
     chunks = launch.chunk_table([1, 0, block - 1, block, block + 1, 0, 3 * block], block)
     assert chunks.tolist() == [[0, 0], [2, 0], [3, 0], [4, 0], [4, 1], [6, 0], [6, 1], [6, 2]]
     assert launch.chunk_table([0, 0], block).shape == (0, 2)
