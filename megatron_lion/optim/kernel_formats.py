@@ -76,7 +76,7 @@ def _largest_bits(values: tl.tensor) -> tl.tensor:
         four = magnitudes
     lanes = tl.reshape(_halve(_halve(four)), [values.shape[0], values.shape[1]])
     # Compared as integers, magnitudes have the order of the floats and NaN is the largest, so no maximum loses a NaN.
-    return tl.max((bits_of(lanes) & 0x7FFFFFFF).to(tl.int32, bitcast=True), axis=1)
+    return tl.max(lanes.to(tl.int32, bitcast=True), axis=1)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lion_cases import DEVICE, MASTERS, MOMENTA, after_steps_on_views, same_bits, same_state
+from lion_cases import AWKWARD, DEVICE, MASTERS, MOMENTA, after_steps_on_views, same_bits, same_state, tensor
 
 from megatron_lion.optim import kernel_launch
 from megatron_lion.optim.layouts import PackedLayout
@@ -25,6 +25,38 @@ def test_views_at_any_offset_are_updated_and_their_neighbours_left_alone(first, 
         after_steps_on_views(name, lengths, first, DEVICE, **options) for name in ("reference", "triton")
     )
     assert same_state(expected, found)
+
+
+@pytest.mark.parametrize("begin", ["zeros", "first_gradient"])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("master_weights", MASTERS)
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_whole_chunks_of_awkward_values_are_updated_as_by_the_reference(momentum, master_weights, grad_dtype, begin):
+    """Aligned tensors of several programs, without a masked element, and one that ends within a program's second part."""
+    block = kernel_launch.SHAPES[momentum].block
+    ends = []
+    for implementation in ("reference", "triton"):
+        generator = torch.Generator().manual_seed(2)
+        params = []
+        for length in (2 * block, 2 * block - 70):
+            param = torch.nn.Parameter(torch.randn(length, generator=generator).to(DEVICE, torch.bfloat16))
+            assert param.data_ptr() % 16 == 0
+            params.append(param)
+        optimizer = Lion(
+            params, lr=0.01, weight_decay=0.1, implementation=implementation, master_weights=master_weights,
+            momentum=momentum, init_exp_avg=begin, betas=(0.9, 0.95),
+        )  # fmt: skip
+        for number in range(3):
+            for param in params:
+                grad = torch.randn(param.shape, generator=generator)
+                grad *= 2.0 ** torch.randint(-140, 60, grad.shape, generator=generator)
+                if number > 0:  # blocks with a scale lose it
+                    grad[7::64] = tensor(AWKWARD).cpu().repeat(200)[: len(grad[7::64])]
+                grad[: block // 4] = torch.randn(block // 4, generator=generator)
+                param.decoupled_grad = grad.to(DEVICE, grad_dtype)
+            optimizer.step(grad_multiplier=torch.tensor([0.37, 0.9], device=DEVICE))
+        ends.append(optimizer)
+    assert same_state(*ends)
 
 
 @pytest.mark.parametrize("master_weights", MASTERS)
