@@ -68,7 +68,7 @@ def empty(numel, dtype=torch.int32):
 
 def test_the_sign_of_every_float():
     signs = empty(len(ALL), torch.float32)
-    _sign_kernel[(len(ALL) // PART,)](given(ALL.view(np.int32)), signs, N=PART)
+    _sign_kernel[(len(ALL) // PART,)](given(ALL.view(np.int32)), signs, N=PART, enable_fp_fusion=False)
     found = signs.cpu().numpy().view(np.uint32)
     is_finite = (ALL & np.uint32(0x7F800000)) != 0x7F800000
     is_zero = (ALL & np.uint32(0x7FFFFFFF)) == 0
@@ -187,7 +187,9 @@ def test_every_scale_is_packed_as_the_definition_says(make, width):
     short = -len(blocks) % (size // 32)
     blocks = np.concatenate([blocks, np.ones((short, 32), np.float32)])
     quantised, scales = empty(blocks.size, torch.int8), empty(len(blocks))
-    _pack_kernel[(blocks.size // size,)](given(blocks.ravel()), quantised, scales, N=size, WIDTH=width)
+    _pack_kernel[(blocks.size // size,)](
+        given(blocks.ravel()), quantised, scales, N=size, WIDTH=width, enable_fp_fusion=False
+    )
     q, bits = packed_by_numpy(blocks)
     assert np.array_equal(scales.cpu().numpy(), bits)
     assert np.array_equal(quantised.cpu().numpy().reshape(-1, 32), q)
