@@ -163,6 +163,9 @@ class TrainConfig:
     share of the global batch (on a CPU at most 8); a run that resumes keeps its number if the share allows it."""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
     """bf16 and fp16 keep exact fp32 master weights; fp16 scales the loss dynamically. All run on a CPU as well."""
+    gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
+    """Add weight gradients of linear layers to the fp32 buffer inside of the matrix product, without a 16-bit copy in between.
+    auto: on CUDA in bf16 and fp16, if torch can; a run that resumes keeps what it has."""
     deterministic: bool = False
     """Make runs of the same command at the same layout bitwise reproducible on CUDA, with slower kernels; on CPU they always are."""
     test_every: int = 1000

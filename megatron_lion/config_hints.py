@@ -90,6 +90,7 @@ FOREIGN = {
     "vocab_file": "data.tokenizer",
     "tokenizer_model": "data.tokenizer",
     "transformer_impl": "model.attention",
+    "no_gradient_accumulation_fusion": "train.gradient_accumulation_fusion false",
 }
 """Names of other programs, in lower case with underscores, and this project's setting of the same meaning. A flag that is
 no setting is written in words."""

@@ -14,7 +14,7 @@ from megatron_lion.optim import update
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from gpu_stages import bitwise, modes
+from gpu_stages import bitwise, gradient_check, modes
 from gpu_stages import stage_run as run
 from gpu_stages.stage import Stage
 
@@ -95,3 +95,18 @@ def test_a_resumed_run_that_ends_elsewhere_fails(tmp_path: Path, found: dict[str
     run.same_as_undisturbed(Stage("run", tmp_path, 60.0, True, {}), tmp_path / "twin", found)
     (row,) = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
     assert row["passed"] is passed
+
+
+@pytest.mark.parametrize(("alpha", "passed"), [(1.0, True), (1.0 + 2.0**-12, False)])
+def test_a_wrong_weight_gradient_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alpha: float, passed: bool
+) -> None:
+    def scaled(values: torch.Tensor, grad: torch.Tensor, total: torch.Tensor) -> None:
+        total.addmm_(grad.float().t(), values.float(), alpha=alpha)
+
+    monkeypatch.setattr(gradient_check, "add_weight_gradient", scaled)
+    gradient_check.check_weight_gradients(Stage("correct", tmp_path, 60.0, True, {}))
+    (row,) = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["passed"] is passed
+    assert row["relative_difference"] < row["separate_difference"] < 4e-3
+    assert row["same_bits"] is True

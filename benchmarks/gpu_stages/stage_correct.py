@@ -22,6 +22,7 @@ def run(stage: Stage) -> None:
     stage.attempt("2^31 + 16 elements", 5, lambda: beyond_int32(stage))
     # megatron-core is imported only here: the parts above run without it.
     from .elementwise_check import check_elementwise
+    from .gradient_check import check_weight_gradients
     from .loss_check import check_loss
     from .modes import check_section, compare_modes, on_one_rank
     from .norm_check import check_norms
@@ -30,6 +31,7 @@ def run(stage: Stage) -> None:
     stage.attempt("loss = megatron-core's", 8, lambda: on_one_rank(stage, check_loss))
     stage.attempt("element-wise kernels", 8, lambda: check_elementwise(stage))
     stage.attempt("optimizer's section in a CUDA graph", 8, lambda: check_section(stage))
+    stage.attempt("weight gradients = float64", 4, lambda: check_weight_gradients(stage))
     stage.attempt("DistributedOptimizer on one rank", 20, lambda: compare_modes(stage))
 
 

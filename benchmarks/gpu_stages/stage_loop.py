@@ -21,7 +21,10 @@ from .stage import Stage
 @dataclass(frozen=True)
 class Variant:
     """A timed case: keys of train_step.MODELS and OPTIMIZERS, samples per micro-batch, dropout, kinds of
-    operations, seconds on an H100."""
+    operations, seconds on an H100.
+
+    `fusion` is `train.gradient_accumulation_fusion`.
+    """
 
     name: str
     samples: int
@@ -31,6 +34,7 @@ class Variant:
     loss: str = "auto"
     elementwise: str = "auto"
     attention: str = "auto"
+    fusion: str = "auto"
     needs_s: float = 18.0
 
 
@@ -43,6 +47,7 @@ VARIANTS = (
     Variant("megatron-core's element-wise operations, micro-batch 16, dropout 0", 16, 0.0, elementwise="megatron"),
     Variant("micro-batch 8, dropout 0", 8, 0.0),
     Variant("355M, micro-batch 8, dropout 0", 8, 0.0, model="gpt2-355m", needs_s=25.0),
+    Variant("16-bit weight gradients, micro-batch 16, dropout 0", 16, 0.0, fusion="false"),
     Variant("fp32 shards, micro-batch 16, dropout 0", 16, 0.0, optimizer="lion fp32 shards + copy"),
     Variant("chunked loss, micro-batch 16, dropout 0", 16, 0.0, loss="chunked"),
     Variant("cuDNN's attention, micro-batch 16, dropout 0", 16, 0.0, attention="cudnn"),
@@ -77,6 +82,7 @@ def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ra
         "train.steps": steps + PROFILED + 1, "model.hidden_dropout": variant.dropout,
         "model.attention_dropout": variant.dropout, "model.loss": variant.loss,
         "model.elementwise": variant.elementwise, "model.attention": variant.attention, "log.progress": False,
+        "train.gradient_accumulation_fusion": variant.fusion,
         **(REHEARSAL if stage.rehearse else {}),
     }  # fmt: skip
     model = "gpt2-tiny" if stage.rehearse else variant.model
@@ -86,14 +92,9 @@ def measure(stage: Stage, variant: Variant, data: str, device: Device, ranks: Ra
     figures = time_run(built, batches, warmup, steps)
     first = {key: figures.pop(key) for key in ("tokens_per_s", "mfu", "step_ms", "section_ms")}
     stage.row(
-        variant.name,
-        **first,
-        **figures,
-        dropout=variant.dropout,
-        optimizer=variant.optimizer,
-        loss=variant.loss,
-        elementwise=variant.elementwise,
-    )
+        variant.name, **first, **figures, dropout=variant.dropout, optimizer=variant.optimizer, loss=variant.loss,
+        elementwise=variant.elementwise, adds_in_the_product=built.model[0].config.gradient_accumulation_fusion,
+    )  # fmt: skip
     profile = profile_steps(built, lambda: take_step(built, batches), PROFILED)
     # The profiler slows the host, so the idle time is computed from the step time without it.
     idle = first["step_ms"] - profile["busy_ms"] if device.kind == "cuda" else None

@@ -20,6 +20,7 @@ def run(args: Any) -> None:
     from megatron_lion.installation import unsuitable
     from megatron_lion.jobs import world_size_from_env
     from megatron_lion.model.mcore_settings import choose_attention
+    from megatron_lion.model.weight_gradients import weight_gradients
     from megatron_lion.optim.triton_check import triton_kernel
     from megatron_lion.runs.folder import environment_facts
 
@@ -28,6 +29,7 @@ def run(args: Any) -> None:
     facts["attention"] = choose_attention("auto", device)
     facts["backend"] = device.backend
     facts["triton_kernel"] = triton_kernel()
+    facts["weight_gradients"] = weight_gradients(device)
     _write({**facts, "interpreter": sys.executable, "missing": [], "unsuitable": unsuitable()})
 
 
@@ -40,7 +42,7 @@ def print_without_packages() -> None:
     from megatron_lion.runs.environment import host_facts
 
     names = missing()
-    unknown = dict.fromkeys(("device", "world_size", "attention", "backend", "triton_kernel"))
+    unknown = dict.fromkeys(("device", "world_size", "attention", "backend", "triton_kernel", "weight_gradients"))
     _write({**host_facts(), **unknown, "interpreter": sys.executable, "missing": names,
             "unsuitable": unsuitable(), "install": install_command(names)})  # fmt: skip
 

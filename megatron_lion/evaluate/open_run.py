@@ -102,8 +102,11 @@ class RestoredRun:
         checkpoint = Checkpoint(step_folder(self.run_dir, step), manifest)
         if self._model is None:
             self.vocab_size = int(manifest["model"]["vocab_size"])
-            # Scores come from logits: a loss that this machine cannot compute must not keep it from scoring.
-            config = replace(self.config, model=replace(self.config.model, loss="auto", elementwise="auto"))
+            # Scores come from logits: what this machine cannot compute for training must not keep it from scoring.
+            train = replace(self.config.train, gradient_accumulation_fusion=False)
+            config = replace(
+                self.config, model=replace(self.config.model, loss="auto", elementwise="auto"), train=train
+            )
             self._model = build_model(config, self.device, self.vocab_size)
         read_weights(self._model, checkpoint, self.ranks)
         for chunk in self._model:

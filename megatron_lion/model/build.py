@@ -14,6 +14,7 @@ from megatron_lion.model.initialize import initialize_weights
 from megatron_lion.model.kernel_choice import choose_elementwise, choose_loss
 from megatron_lion.model.mcore_settings import build_transformer_config, choose_attention
 from megatron_lion.model.objective import Objective
+from megatron_lion.model.weight_gradients import choose_fusion, install, keep_tied_output_apart
 
 
 def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[DistributedDataParallel]:
@@ -28,12 +29,16 @@ def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[Dist
         Model chunks (one: no interleaved schedule) wrapped in megatron-core's DDP with contiguous fp32 gradient
         buffers.
     """
-    settings = build_transformer_config(config, device)
+    fuses_gradients = choose_fusion(config.train.gradient_accumulation_fusion, config.train.precision, device)
+    settings = build_transformer_config(config, device, fuses_gradients=fuses_gradients)
+    if fuses_gradients:
+        install()
     build = {"gpt2": build_gpt, "bert": build_bert}[config.model.kind]
     attention, loss = choose_attention(config.model.attention, device), choose_loss(config.model.loss, device)
     rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
     elementwise = choose_elementwise(config.model.elementwise, device, attention)
     network: torch.nn.Module = build(config.model, settings, attention, elementwise, loss, rows)
+    keep_tied_output_apart(network)
     initialize_weights(network, seed=config.seed, std=config.model.init_method_std, num_layers=config.model.num_layers)
     if device.kind == "cuda":
         network.cuda(device.index)

@@ -17,11 +17,16 @@ gelu_tanh = functools.partial(torch.nn.functional.gelu, approximate="tanh")
 GELUS = {"tanh": gelu_tanh, "erf": torch.nn.functional.gelu}
 
 
-def build_transformer_config(config: RunConfig, device: Device) -> TransformerConfig:
+def build_transformer_config(config: RunConfig, device: Device, *, fuses_gradients: bool = False) -> TransformerConfig:
     """Builds megatron-core's settings for a run.
 
     megatron-core's fused kernel computes the tanh form of GELU (GPT-2's `gelu_new`) if it is given F.gelu. Its unfused
     path computes the function that it is given.
+
+    Args:
+        config: the run's settings.
+        device: of the model.
+        fuses_gradients: whether matrix products add weight gradients to the buffer; see `weight_gradients`.
     """
     model, parallel = config.model, config.parallel
     fused_gelu = device.has_fused_kernels and model.gelu == "tanh"
@@ -41,7 +46,7 @@ def build_transformer_config(config: RunConfig, device: Device) -> TransformerCo
         bias_dropout_fusion=device.has_fused_kernels,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradients,
         add_bias_linear=True,
         add_qkv_bias=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

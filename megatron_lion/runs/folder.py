@@ -34,9 +34,9 @@ from megatron_lion.runs.paths import (
 
 # Settings that may differ between the start of a run and its continuation; all others determine what is computed.
 CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "model.loss", "model.elementwise", "data.num_workers", "data.cache",
-              "data.path", "train.micro_batch_size", "train.deterministic", "train.test_every", "train.log_every",
-              "train.stop_after", "probe", "optimizer.max_skipped_steps", "optimizer.master_weights", "optimizer.momentum_dtype", "name",
-              "data.tokenizer")  # fmt: skip
+              "data.path", "train.micro_batch_size", "train.deterministic", "train.gradient_accumulation_fusion", "train.test_every",
+              "train.log_every", "train.stop_after", "probe", "optimizer.max_skipped_steps", "optimizer.master_weights",
+              "optimizer.momentum_dtype", "name", "data.tokenizer")  # fmt: skip
 
 
 @contextmanager
@@ -150,6 +150,10 @@ def kept_choices(config: RunConfig, world_size: int) -> RunConfig:
     old = load_config(saved)
     if config.optimizer.master_weights == "auto":
         config = replace(config, optimizer=replace(config.optimizer, master_weights=old.master_weights))
+    if config.train.gradient_accumulation_fusion == "auto":
+        # Other roundings of the gradient: a run of an earlier version, which stores none, keeps its own.
+        fusion = old.train.gradient_accumulation_fusion is True
+        config = replace(config, train=replace(config.train, gradient_accumulation_fusion=fusion))
     size = old.train.micro_batch_size
     share = config.train.global_batch_size // config.data_parallel_size(world_size)
     if config.train.micro_batch_size == "auto" and size != "auto" and share % size == 0:

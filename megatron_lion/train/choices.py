@@ -14,6 +14,7 @@ from megatron_lion.config_checks import check_config
 from megatron_lion.data.manifest import known_vocab_size
 from megatron_lion.device import Device
 from megatron_lion.model.micro_batch import choose_micro_batch
+from megatron_lion.model.weight_gradients import choose_fusion
 from megatron_lion.optim.triton_check import why_no_triton
 from megatron_lion.parallel import Ranks, agree, broadcast_object
 from megatron_lion.runs.folder import kept_choices
@@ -23,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = False) -> RunConfig:
-    """Replaces auto in `optimizer.master_weights` and `train.micro_batch_size`; a collective call.
+    """Replaces auto in `optimizer.master_weights` and in two settings of `train`; a collective call.
+
+    These are `train.micro_batch_size` and `train.gradient_accumulation_fusion`.
 
     A run that has begun keeps what its config.yaml has, so that it computes the same as before. Its micro-batch is chosen
     again only if it does not divide a process's share at this number of processes.
@@ -46,6 +49,9 @@ def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = Fal
             if not fresh:
                 config = kept_choices(config, ranks.world_size)
             config = replace(config, optimizer=replace(config.optimizer, master_weights=config.master_weights))
+            wanted = config.train.gradient_accumulation_fusion
+            fusion = choose_fusion(wanted, config.train.precision, device)
+            config = replace(config, train=replace(config.train, gradient_accumulation_fusion=fusion))
             if config.train.micro_batch_size == "auto":
                 vocab = config.model.vocab_size or known_vocab_size([Path(path) for path in config.data.path])
                 size = choose_micro_batch(_with_known_loss(config, memory), ranks.world_size, memory, vocab)

@@ -18,6 +18,19 @@ CASES = {
     "TP2 SP": (2, {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}),
     "TP2xDP2 SP": (4, {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel": True}),
     "DP2 overlapped": (2, {"parallel__overlap_grad_reduce": True, "parallel__overlap_param_gather": True}),
+    "DP2 overlapped, added by the product": (
+        2,
+        {"parallel__overlap_grad_reduce": True, "train__gradient_accumulation_fusion": True},
+    ),
+    "TP2xPP2 SP, added by the product": (
+        4,
+        {
+            "parallel__tensor_model_parallel_size": 2,
+            "parallel__pipeline_model_parallel_size": 2,
+            "parallel__sequence_parallel": True,
+            "train__gradient_accumulation_fusion": True,
+        },
+    ),
     "DP2 not sharded": (2, {"parallel__use_distributed_optimizer": False}),
     "TP2xPP2 SP": (
         4,

@@ -25,6 +25,7 @@ from megatron.core.optimizer import optimizer as mcore_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.tensor_parallel import layers as mcore_layers
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.transformer import torch_norm
 from torch.distributed.checkpoint import filesystem as torch_filesystem
@@ -111,6 +112,18 @@ def test_a_blend_without_weights_ends_after_one_pass() -> None:
     source = inspect.getsource(BlendedMegatronDatasetBuilder._build_blended_dataset_splits)
     assert "size_i = min(self.sizes[i], sum(weights_i))" in source
     assert "size = min(self.sizes[i], sum(weights))" in source
+
+
+def test_linear_layers_ask_a_global_name_for_the_weight_gradient_product() -> None:
+    """model/weight_gradients.py sets that name and the flag beside it."""
+    assert isinstance(mcore_layers._grad_accum_fusion_available, bool)
+    backward = inspect.getsource(mcore_layers.LinearWithGradAccumulationAndAsyncCommunication.backward)
+    call = "fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_{}(total_input,grad_output,weight.main_grad)"
+    for width in ("fp32", "fp16"):
+        assert call.format(width) in "".join(backward.split())
+    names = inspect.unwrap(mcore_layers.LinearWithGradAccumulationAndAsyncCommunication.backward).__code__.co_names
+    assert "fused_weight_gradient_mlp_cuda" in names, "a global, not an import in the function"
+    assert "not _grad_accum_fusion_available" in inspect.getsource(mcore_layers.ColumnParallelLinear.__init__)
 
 
 def test_groups_are_kept_in_a_list_that_can_be_emptied() -> None:
