@@ -166,6 +166,9 @@ class TrainConfig:
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
     """Add weight gradients of linear layers to the fp32 buffer inside of the matrix product, without a 16-bit copy in between.
     auto: on CUDA in bf16 and fp16, if torch can; a run that resumes keeps what it has."""
+    accumulate_allreduce_grads_in_fp32: bool = True
+    """Sum and reduce gradients in fp32. false (with bf16 only): in bf16, which halves the buffer and the reduction's bytes, and rounds
+    the sum after each micro-batch and in the reduction; docs/performance.md has the measured error. It allows no probe in training."""
     deterministic: bool = False
     """Make runs of the same command at the same layout bitwise reproducible on CUDA, with slower kernels; on CPU they always are."""
     test_every: int = 1000

@@ -92,6 +92,15 @@ def _check_numbers(config: RunConfig) -> list[str]:
             f"optimizer.betas: beta2 must be at most {MAX_PACKED_BETA2} with optimizer.momentum_dtype {optimizer.momentum_dtype} "
             f"(rounding keeps a slower momentum from shrinking), got {optimizer.resolved_betas()[1]}; or use fp32"
         )
+    if not train.accumulate_allreduce_grads_in_fp32:
+        key = "train.accumulate_allreduce_grads_in_fp32"
+        if train.precision != "bf16":  # fp16 sums overflow; fp32 has no buffer of fewer bits
+            problems.append(f"{key}: false needs train.precision bf16; use true")
+        if probe.every:
+            problems.append(
+                f"{key}: false rounds the sums that a probe reads; set probe.every 0, and run `megatron-lion probe` on the "
+                "checkpoints (it sums in fp32), or use true"
+            )
     batches = probe.num_batches
     need(batches == "all" or batches >= 1, "probe.num_batches", batches, "an integer of at least 1, or all")
     need(batches != "all" or probe.mode == "frozen", "probe.num_batches", batches, "a number with probe.mode moving")

@@ -90,6 +90,8 @@ FOREIGN = {
     "vocab_file": "data.tokenizer",
     "tokenizer_model": "data.tokenizer",
     "transformer_impl": "model.attention",
+    "grad_reduce_in_fp32": "train.accumulate_allreduce_grads_in_fp32",
+    "grad_reduce_in_bf16": "train.accumulate_allreduce_grads_in_fp32 false",
     "no_gradient_accumulation_fusion": "train.gradient_accumulation_fusion false",
 }
 """Names of other programs, in lower case with underscores, and this project's setting of the same meaning. A flag that is

@@ -26,8 +26,8 @@ def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[Dist
         vocab_size: number of token ids before padding.
 
     Returns:
-        Model chunks (one: no interleaved schedule) wrapped in megatron-core's DDP with contiguous fp32 gradient
-        buffers.
+        Model chunks (one: no interleaved schedule) wrapped in megatron-core's DDP with contiguous gradient
+        buffers, fp32 unless `train.accumulate_allreduce_grads_in_fp32` is off.
     """
     fuses_gradients = choose_fusion(config.train.gradient_accumulation_fusion, config.train.precision, device)
     settings = build_transformer_config(config, device, fuses_gradients=fuses_gradients)
@@ -45,7 +45,7 @@ def build_model(config: RunConfig, device: Device, vocab_size: int) -> list[Dist
     if config.train.precision != "fp32":
         network = Float16Module(settings, network)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.train.accumulate_allreduce_grads_in_fp32,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
         overlap_param_gather=config.parallel.overlap_param_gather,

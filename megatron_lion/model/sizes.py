@@ -161,7 +161,7 @@ def process_memory(
     for rank in data_ranks:
         memory = {
             "parameters": buffer * width,
-            "gradients": buffer * 4,
+            "gradients": buffer * (4 if config.train.accumulate_allreduce_grads_in_fp32 else width),
             "optimizer": sum(_optimizer_bytes(config, numel) for _, numel in pieces[rank]),
         }
         if config.probe.every and config.probe.mode == "moving":

@@ -77,7 +77,12 @@ def probe_config(
         run_dir=str(run_dir),
         device=device,  # type: ignore[arg-type]
         parallel=replace(parallel, timeout_s=config.parallel.timeout_s),
-        train=replace(config.train, micro_batch_size=micro_batch_size or config.train.micro_batch_size),
+        # The sums of a probe must be exact, whatever the run's own steps are taken with.
+        train=replace(
+            config.train,
+            micro_batch_size=micro_batch_size or config.train.micro_batch_size,
+            accumulate_allreduce_grads_in_fp32=True,
+        ),
         probe=replace(config.probe, mode="frozen", **given),
     )
     check_config(config, world_size_from_env())

@@ -108,6 +108,14 @@ def _check_state(run: Run, checkpoint: Checkpoint) -> None:
                 f"{where}: a dp_reshardable checkpoint of TP {saved['tp_size']} x PP {saved['pp_size']}; resume at that layout, "
                 "or save with checkpoint.layout fully_reshardable"
             )
+        # Its tensors are named after the dtypes of weights and gradients. Only a probe has other buffers than the run.
+        key = "train.accumulate_allreduce_grads_in_fp32"
+        saved_kind = (manifest.get("settings") or {}).get(key, True)  # earlier versions had fp32 buffers only
+        if saved_kind != run.config.train.accumulate_allreduce_grads_in_fp32:
+            raise CheckpointError(
+                f"{where}: a dp_reshardable checkpoint of a run with {key} {str(saved_kind).lower()}; "
+                "save with checkpoint.layout fully_reshardable"
+            )
 
 
 def _compare_fingerprints(run: Run, checkpoint: Checkpoint) -> None:

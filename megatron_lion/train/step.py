@@ -54,8 +54,9 @@ def train_step(
 
     Gradients are sums. After the reduction they are divided by the objective's global count, so a step uses the mean over
     the global batch at every layout. megatron-core divides the buffer, or the fused kernel each gradient as it reads it;
-    both have the same bits. The host reads the losses and the norm together, after it has launched the update: a read
-    before would leave the device idle while the host prepares it. A collective call.
+    both have the same bits in an fp32 buffer, and a bf16 buffer rounds the quotient once more. The host reads the losses
+    and the norm together, after it has launched the update: a read before would leave the device idle while the host
+    prepares it. A collective call.
 
     Args:
         model: DDP-wrapped chunks.

@@ -35,6 +35,12 @@ MODES: dict[str, dict[str, Any]] = {
         }
         for master, momentum in itertools.product(("fp32", "split32", "split24"), ("fp32", "bf16", "int8"))
     },
+    **{
+        f"bf16 {name}, bf16 gradients": {
+            "train__precision": "bf16", "optimizer__name": name, "train__accumulate_allreduce_grads_in_fp32": False,
+        }
+        for name in ("lion", "adamw")
+    },
 }  # fmt: skip
 FEW = ("bf16 split24/int8", "bf16 adamw sharded", "fp32 sgd whole")
 
