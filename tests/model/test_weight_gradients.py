@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "gpt2": ("gpt2", 1, {}),
     "gpt2 recomputed": ("gpt2", 1, {"model__recompute": True}),
     "gpt2 fp16": ("gpt2", 1, {"train__precision": "fp16"}),
+    "gpt2 bf16 buffers": ("gpt2", 1, {"train__accumulate_allreduce_grads_in_fp32": False}),
     "gpt2 fused loss": ("gpt2", 1, {"model__loss": "fused"}),
     "gpt2 chunked loss": ("gpt2", 1, {"model__loss": "chunked"}),
     "bert": ("bert", 1, {"data__mask_probability": 0.18}),
@@ -51,7 +52,10 @@ def recorded_products(exact: dict[int, torch.Tensor]) -> Iterator[None]:
         exact[main_grad.data_ptr()] = exact.get(main_grad.data_ptr(), 0) + product
         plain(total_input, grad_output, main_grad)
 
-    with patch.object(TorchProducts, "wgrad_gemm_accum_fp32", staticmethod(recorded)):
+    with (
+        patch.object(TorchProducts, "wgrad_gemm_accum_fp32", staticmethod(recorded)),
+        patch.object(TorchProducts, "wgrad_gemm_accum_fp16", staticmethod(recorded)),  # for 16-bit buffers
+    ):
         yield
 
 
@@ -140,6 +144,9 @@ def test_the_buffers_are_those_of_a_run_without_it_and_closer_to_the_exact_sums(
                 continue
             scale = exact[key].norm()
             off, on = ((buffer.double() - exact[key]).norm() / scale for buffer in (separate[key], value))
+            if value.dtype == torch.bfloat16:  # one rounding a micro-batch instead of two
+                assert on < 0.9 * off < 4e-3, (key, float(on), float(off))
+                continue
             # fp32 sums of 16-bit products, against a rounding to 8 bits (11 in fp16) in each of the micro-batches.
             assert on < 2e-7 < 2e-5 < off < 4e-3, (key, float(on), float(off))
 
