@@ -16,7 +16,8 @@ from .stage import Stage
 # Outputs and inputs of a layer of GPT-2 Small: its attention's two matrices, and its MLP's.
 SHAPES = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
 MICRO_BATCHES = 4
-TOLERANCE = 1e-5
+# A tensor core may cut its fp32 sum off after each of 1,024 additions: 2^-24 each, 6e-5 in all. A 16-bit copy costs 1e-3.
+TOLERANCE = 1e-4
 REPEATS = 20
 
 
