@@ -100,12 +100,11 @@ def layer_norm_backward_kernel(
         row = program * ROWS + index
         exists = row < rows
         start = row.to(tl.int64) * width
-        inside = mask & exists  # outside, dy is 0, and so is all that it adds
+        inside = mask & exists  # outside, dy is 0, and so is all that is added
         upstream = to_float32(tl.load(dy + start + columns, mask=inside, other=0))
         inverse = tl.load(inverses + row, mask=exists, other=0.0)
         normed = to_float32(tl.load(x + start + columns, mask=inside, other=0))
         normed = (normed - tl.load(means + row, mask=exists, other=0.0)) * inverse
-        normed = tl.where(mask, normed, 0.0)
         scaled = upstream * gain
         along, total = tl.split(
             tl.sum(tl.join(scaled * normed, scaled), axis=0)
