@@ -75,7 +75,8 @@ class DataConfig:
     cache: str | None = None
     """Folder for index caches, keyed by the data's content; null takes RUN/cache."""
     num_workers: int | None = None
-    """Number of processes that read ahead; null takes 2 with CUDA and 0 on CPU."""
+    """Number of processes that read ahead, on each rank; as many more read the held-out samples and stay until the run ends.
+    null takes 2 with CUDA and 0 on CPU."""
     mask_probability: float = 0.15
     """BERT: share of the tokens that are masked, as whole words."""
     mask_max_ngram: int = 3

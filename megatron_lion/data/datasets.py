@@ -1,9 +1,7 @@
-"""Builds Megatron's datasets from a run's corpora and yields resumable micro-batches of them.
+"""Builds Megatron's datasets from a run's corpora.
 
-The sample order depends on the seed and the sample number alone. Step k reads samples [k·G, (k+1)·G) of one shuffled
-sequence at any number of processes (G: global batch size), so a resumed run continues with the next sample. Index
-caches are keyed by the content of the data: a cache keyed by path gave 152 of 289 wrong samples after the data at that
-path had been made again.
+The sample order depends on the seed and the sample number alone. Index caches are keyed by the content of the data: a
+cache keyed by path gave 152 of 289 wrong samples after the data at that path had been made again.
 """
 
 from __future__ import annotations
@@ -15,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_lion.config import ModelConfig
-from megatron_lion.data import loader_workers
 from megatron_lion.data.blends import index_contents, open_datasets
 from megatron_lion.data.corpora import Corpora, check_splits, shares
 from megatron_lion.data.index_cache import Content, index_folder
 from megatron_lion.data.indexed_check import IndexedInfo, sequence_lengths
 from megatron_lion.data.manifest import SPLITS
-from megatron_lion.device import Device
 from megatron_lion.errors import DataError
 from megatron_lion.files import storage_errors
-from megatron_lion.parallel import Ranks, agree, derive_seed
-from megatron_lion.signals import obey_only_the_parent
+from megatron_lion.parallel import agree
 
 
 class _DatasetTokenizer:
@@ -189,114 +183,3 @@ def _dataset_classes(
             "create_attention_mask": False,
         },
     )
-
-
-def sample_ids(start: int, step_samples: int, micro_batch_size: int, ranks: Ranks) -> Iterator[list[int]]:
-    """Yields the sample numbers of this data rank's micro-batches from `start` on, without end.
-
-    Micro-batch j of a global batch takes, over all data ranks, the j-th run of `micro_batch_size × dp_size` samples.
-    So the samples of a step are the same at every data-parallel size; only their distribution over ranks differs.
-
-    Args:
-        start: number of the first sample of a global batch.
-        step_samples: samples of a global batch over all ranks.
-        micro_batch_size: samples of a micro-batch on one rank.
-        ranks: this process's place; the data-parallel rank and size are used.
-
-    Example:
-        >>> one = Ranks(0, 1, 0, 1, 0, 1, 0, 1)
-        >>> batches = sample_ids(8, 4, 2, one)
-        >>> next(batches), next(batches), next(batches)
-        ([8, 9], [10, 11], [12, 13])
-    """
-    width = micro_batch_size * ranks.dp_size
-    while True:
-        for first in range(start + ranks.dp_rank * micro_batch_size, start + step_samples, width):
-            yield list(range(first, first + micro_batch_size))
-        start += step_samples
-
-
-class _Sampler:
-    def __init__(self, start: int, end: int, step_samples: int, micro_batch_size: int, ranks: Ranks) -> None:
-        self.arguments = (start, step_samples, micro_batch_size, ranks)
-        self.count = (end - start) // (micro_batch_size * ranks.dp_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        ids = sample_ids(*self.arguments)
-        for _ in range(self.count):
-            yield next(ids)
-
-    def __len__(self) -> int:
-        return self.count
-
-
-def micro_batches(
-    dataset: Any,
-    *,
-    start: int,
-    end: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    ranks: Ranks,
-    device: Device,
-    num_workers: int | None = None,
-    vocab_size: int | None = None,
-    timeout_s: float = 600,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yields this rank's micro-batches of samples [start, end) on the device, read ahead by worker processes.
-
-    The default random state does not change.
-
-    Args:
-        dataset: from `build_datasets`.
-        start, end: sample numbers, both multiples of `global_batch_size`.
-        global_batch_size: samples of a step over all ranks.
-        micro_batch_size: samples of a micro-batch on one rank.
-        ranks: this process's place among the ranks.
-        device: target device of the tensors.
-        num_workers: worker processes; None starts 2 with CUDA and none on CPU.
-        vocab_size: number of ids of the vocabulary, to detect a damaged token file; None skips this check.
-        timeout_s: longest wait for a batch of the workers, seconds.
-
-    Yields:
-        Dictionaries of (micro_batch_size, …) tensors, with the keys of the dataset's items.
-
-    Raises:
-        DataError: a token id is beyond the vocabulary.
-        WorkerError: the workers sent no batch in time.
-    """
-    workers = num_workers if num_workers is not None else (2 if device.kind == "cuda" else 0)
-    # With other ranks a little earlier than the collective in which they wait: they then name the cause.
-    limit_s = timeout_s - (min(10.0, timeout_s / 5) if ranks.world_size > 1 else 0.0)
-    loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=_Sampler(start, end, global_batch_size, micro_batch_size, ranks),
-        num_workers=workers,
-        pin_memory=device.kind == "cuda",  # only a copy from pinned memory runs beside the kernels (non_blocking below)
-        # A loader draws its workers' base seed. From the default generator, every held-out loss and every probe would
-        # advance the state that dropout uses, and a resumed run would no longer repeat bit for bit.
-        generator=torch.Generator().manual_seed(derive_seed(start, "loader")),
-        timeout=limit_s if workers else 0,
-        worker_init_fn=obey_only_the_parent,
-    )
-    for batch in loader_workers.read_batches(loader, limit_s, ranks.rank):
-        if vocab_size is not None:
-            _check_ids(batch["tokens"], vocab_size)
-        yield {
-            key: value.to(device.torch_device, non_blocking=True)
-            for key, value in batch.items()
-            if key != "dataset_id"  # which of the blended corpora each sample is from
-        }
-
-
-def _check_ids(tokens: torch.Tensor, vocab_size: int) -> None:
-    """Rejects ids beyond the vocabulary, for which the embedding fails without naming the data or reads other memory.
-
-    The tokens are on the CPU here, so the check does not wait for the device.
-    """
-    low, high = (int(end) for end in torch.aminmax(tokens))
-    if low < 0 or high >= vocab_size:
-        raise DataError(
-            f"the data holds token id {high if high >= vocab_size else low}, the vocabulary has {vocab_size}: a .bin file is damaged, "
-            "or was made with another tokenizer; prepare the data again"
-        )

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from time import monotonic
@@ -26,41 +26,64 @@ _POLL_S = 1.0
 _END_S = 5.0  # a worker whose connection is reset is about to end
 
 
-def read_batches(loader: torch.utils.data.DataLoader[Any], limit_s: float, rank: int) -> Iterator[Any]:
+def read_batches(
+    loader: torch.utils.data.DataLoader[Any], limit_s: float, rank: int, kept: list[BaseProcess] | None = None
+) -> Iterator[Any]:
     """Yields the batches of a loader; a line names from time to time what a long wait is for.
 
     Args:
         loader: its `timeout` is limit_s if it has workers.
         limit_s: longest wait for one batch, seconds.
         rank: of this process, for the lines.
+        kept: the workers of a loader that keeps them from one reading to the next. The first reading fills the list, later
+            ones use it, and `let_end` belongs before their end. None if the workers end with the reading.
 
     Raises:
         WorkerError: no batch came in time, or a worker was lost.
         MegatronLionError: a worker raised it; with the worker's message, without its traceback.
     """
     killed_because.clear()
-    before = multiprocessing.active_children()
-    # A worker calls obey_only_the_parent only after its own set-up. Without the block, a signal to the process group in
-    # these milliseconds kills it. Every held-out loss and every probe starts new workers.
-    with blocked(GROUP_SIGNALS):
-        batches = iter(loader)
-    watch = _Watch([child for child in multiprocessing.active_children() if child not in before], limit_s, rank)
-    if watch.workers:
-        watch.start()
+    watch = _Watch([] if kept is None else kept, limit_s, rank)
     try:
+        if watch.workers:  # each answers before it reads: one that was stopped since would not
+            watch.start()
+            batches = _in_time(lambda: iter(loader), watch)
+        else:
+            before = multiprocessing.active_children()
+            # A worker calls obey_only_the_parent only after its own set-up. Without the block, a signal to the process
+            # group in these milliseconds kills it. Every probe starts new workers.
+            with blocked(GROUP_SIGNALS):
+                batches = iter(loader)
+            watch.workers.extend(child for child in multiprocessing.active_children() if child not in before)
+            if watch.workers:
+                watch.start()
         while True:
             try:
-                batch = _next(batches, watch)
+                batch = _in_time(lambda: next(batches), watch)
             except StopIteration:
                 return
             yield batch
     finally:
         watch.done.set()
-        # torch asks its workers to end and waits a few seconds; a stopped one would be there after the end of the run.
-        for worker in watch.workers:
-            if worker.pid is not None and process_state(worker.pid) == "stopped":
-                with contextlib.suppress(OSError):
-                    os.kill(worker.pid, signal.SIGCONT)
+        if kept is None:
+            let_end(watch.workers)
+
+
+def let_end(workers: list[BaseProcess]) -> None:
+    """Continues stopped workers. torch asks its workers to end and waits seconds; a stopped one would be there after the run."""
+    for worker in workers:
+        if worker.pid is not None and process_state(worker.pid) == "stopped":
+            with contextlib.suppress(OSError):
+                os.kill(worker.pid, signal.SIGCONT)
+
+
+def end(workers: list[BaseProcess]) -> None:
+    """Ends the workers whose loader still exists: the traceback of an error refers to it until the process ends."""
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(_END_S)
+    workers.clear()
 
 
 class _Watch(threading.Thread):
@@ -110,10 +133,11 @@ class _Watch(threading.Thread):
         return f"{text}; stopped (SIGSTOP or a debugger): {', '.join(stopped)}" if stopped else text
 
 
-def _next(batches: Iterator[Any], watch: _Watch) -> Any:
+def _in_time(ask: Callable[[], Any], watch: _Watch) -> Any:
+    """Returns what a loader answers, while the watch limits the wait."""
     watch.notice_s, watch.began = NOTICE_S, monotonic()
     try:
-        return next(batches)
+        return ask()
     except MegatronLionError as error:
         raise _as_raised(error) from error
     except (RuntimeError, OSError, EOFError) as error:

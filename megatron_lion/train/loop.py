@@ -77,6 +77,7 @@ def pretrain(config: RunConfig, *, fresh: bool = False, fall_back: bool = False)
         run_id, latest = ckpt.newest_checkpoint(run_dir, ranks, fresh=fresh, fall_back=fall_back)
         imported = latest if latest is not None and is_import(latest) else None
         run = build_run(config, device, ranks, imported=imported)
+        stack.callback(run.close)
         run.run_id = run_id
         resumed = latest if imported is None else None
         if resumed is not None:

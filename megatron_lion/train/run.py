@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config
+from megatron_lion.data.batches import RepeatedBatches, micro_batches
 from megatron_lion.data.corpora import Corpora, open_corpora
-from megatron_lion.data.datasets import build_datasets, micro_batches
+from megatron_lion.data.datasets import build_datasets
 from megatron_lion.data.probe_samples import ProbeSamples, open_probe_samples
 from megatron_lion.device import Device
 from megatron_lion.model.build import build_model, build_objective
@@ -62,6 +63,7 @@ class Run:
     step: int = 0
     consumed_samples: int = 0
     run_id: str | None = None
+    _held_out: RepeatedBatches | None = field(default=None, init=False)
 
     @property
     def forward_step(self) -> ForwardStep:
@@ -85,9 +87,16 @@ class Run:
 
     def held_out_batches(self, split: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the same held-out micro-batches at every call; split 1 is validation, 2 is test."""
-        return self._batches(
-            self.datasets[split], 0, self.config.train.test_batches * self.config.train.global_batch_size
-        )
+        if self._held_out is None:
+            end = self.config.train.test_batches * self.config.train.global_batch_size
+            self._held_out = RepeatedBatches(self.datasets, end=end, **self._reading())
+        return self._held_out.read(split)
+
+    def close(self) -> None:
+        """Ends the processes that read held-out samples; the next reading starts others."""
+        if self._held_out is not None:
+            self._held_out.close()
+            self._held_out = None
 
     def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields the micro-batches of a probe at this step, independent of the training data position; a collective call."""
@@ -99,19 +108,19 @@ class Run:
         return self.objective.weighed(self._batches(dataset, 0, end), self.probe_weight)
 
     def _batches(self, dataset: Any, start: int, end: int) -> Iterator[dict[str, torch.Tensor]]:
-        train = self.config.train
-        return micro_batches(
-            dataset,
-            start=start,
-            end=end,
-            global_batch_size=train.global_batch_size,
-            micro_batch_size=self.config.micro_batch_size,
-            ranks=self.ranks,
-            device=self.device,
-            num_workers=self.config.data.num_workers,
-            vocab_size=self.corpora.vocab_size,
-            timeout_s=self.config.parallel.timeout_s,
-        )
+        return micro_batches(dataset, start=start, end=end, **self._reading())
+
+    def _reading(self) -> dict[str, Any]:
+        """The arguments that all readers of samples have in common."""
+        return {
+            "global_batch_size": self.config.train.global_batch_size,
+            "micro_batch_size": self.config.micro_batch_size,
+            "ranks": self.ranks,
+            "device": self.device,
+            "num_workers": self.config.data.num_workers,
+            "vocab_size": self.corpora.vocab_size,
+            "timeout_s": self.config.parallel.timeout_s,
+        }
 
 
 def build_run(

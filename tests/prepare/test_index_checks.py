@@ -12,8 +12,9 @@ import pytest
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data import indexed_check
+from megatron_lion.data.batches import micro_batches
 from megatron_lion.data.corpora import open_corpora
-from megatron_lion.data.datasets import build_datasets, micro_batches
+from megatron_lion.data.datasets import build_datasets
 from megatron_lion.data.indexed_writer import IndexedWriter, check_indexed
 from megatron_lion.device import Device
 from megatron_lion.errors import DataError

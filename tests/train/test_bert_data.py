@@ -12,9 +12,10 @@ from tiny_bert import SEQ_LENGTH, VOCAB, documents, tiny_bert, write_bert_corpus
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.config_checks import check_config
+from megatron_lion.data.batches import micro_batches
 from megatron_lion.data.bert_datasets import most_masked
 from megatron_lion.data.corpora import open_corpora
-from megatron_lion.data.datasets import build_datasets, micro_batches
+from megatron_lion.data.datasets import build_datasets
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.parallel import Ranks, process_groups

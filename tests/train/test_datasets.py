@@ -17,8 +17,9 @@ from properties import examples
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.configfile import load_config
+from megatron_lion.data.batches import micro_batches, sample_ids
 from megatron_lion.data.corpora import open_corpora
-from megatron_lion.data.datasets import _parts_in_use, build_datasets, micro_batches, sample_ids
+from megatron_lion.data.datasets import _parts_in_use, build_datasets
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, DataError

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from megatron_lion.data import loader_workers
-from megatron_lion.data.datasets import micro_batches
+from megatron_lion.data.batches import micro_batches
 from megatron_lion.device import Device
 from megatron_lion.errors import DataError, MegatronLionError
 from megatron_lion.exit_report import leave
