@@ -7,14 +7,13 @@ kernel on CUDA. Otherwise, and if neither works, torch does it.
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 from dataclasses import dataclass
 
 import torch
 
 from . import triton_check
-from .cpp_compiler import BuildError, build_library, is_kept
+from .cpp_compiler import Library
 from .precision import REMAINDER_DTYPES, join_master, split_master
 
 logger = logging.getLogger(__name__)
@@ -148,37 +147,15 @@ def _add_in_cpp(
         exponent=EXPONENTS[flat.dtype if remainder is None else torch.float32],
         threads=torch.get_num_threads(),
     )
-    (loop or library()).bit_sum(ctypes.byref(work))
+    (loop or library.load()).bit_sum(ctypes.byref(work))
 
 
 def _cpp_pays(numel: int) -> bool:
-    return (numel >= CPP_PAYS or _is_built()) and why_not() is None
+    return (numel >= CPP_PAYS or library.is_built()) and library.why_not() is None
 
 
-@functools.cache
-def _is_built() -> bool:
-    return is_kept(SOURCE)
-
-
-@functools.cache
-def why_not() -> str | None:
-    """Returns the reason the C++ library is unavailable, or None. Logged once."""
-    try:
-        library()
-    except BuildError as error:
-        logger.warning("fingerprints on the CPU are computed in torch, which is slower: %s", error)
-        return str(error)
-    return None
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Returns the compiled loop; the first call of a process builds it and compares it with the reference.
-
-    Raises:
-        BuildError: there is no compiler, it fails, or its code computes other integers than the reference.
-    """
-    built = build_library(SOURCE)
+def _differs(loop: ctypes.CDLL) -> str | None:
+    """Returns "integers" if the compiled loop computes others than the reference, otherwise None."""
     values = torch.linspace(-3, 3, 999)
     values[::100] = float("inf")
     cases: list[tuple[torch.Tensor, torch.Tensor | None]] = [(values.to(dtype), None) for dtype in EXPONENTS]
@@ -186,10 +163,11 @@ def library() -> ctypes.CDLL:
     for flat, remainder in cases:
         for place in (Placement(7, 7, 0), Placement(7, 21, 14)):
             found = torch.zeros(2, dtype=torch.int64)
-            _add_in_cpp(found, flat, 5, place, MIX2, remainder, built)
+            _add_in_cpp(found, flat, 5, place, MIX2, remainder, loop)
             whole = flat if remainder is None else join_master(flat, remainder)
             if not torch.equal(found, reference_sum(whole, 5, place, MIX2)):
-                raise BuildError(
-                    "the compiled code computes other integers than the reference; set CXX to another compiler"
-                )
-    return built
+                return "integers"
+    return None
+
+
+library = Library(SOURCE, _differs, "fingerprints on the CPU are computed in torch, which is slower", logger)

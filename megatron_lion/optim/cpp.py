@@ -9,14 +9,13 @@ takes 107 ms, with wrong bits unless `emulate_precision_casts` is set. Every mod
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 from collections.abc import Sequence
 
 import torch
 
 from .cautious import count_agreement as count_in_torch
-from .cpp_compiler import BuildError, build_library, is_kept
+from .cpp_compiler import Library
 from .foreach import foreach_step
 from .layouts import PackedLayout
 from .tensor_tables import Row, hyper_parameters, master_form, row_of
@@ -72,36 +71,6 @@ def count_agreement(
     return counts
 
 
-@functools.cache
-def why_not() -> str | None:
-    """Returns the reason the C++ library is unavailable, or None. Logged once."""
-    try:
-        library()
-    except BuildError as error:
-        logger.warning("LION on the CPU uses the slower foreach path: %s", error)
-        return str(error)
-    return None
-
-
-@functools.cache
-def is_built() -> bool:
-    """Returns whether the library was there when the process asked first, so that using it compiles nothing."""
-    return is_kept("lion.cpp")
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Returns the compiled loop; the first call of a process builds it and compares it with the reference.
-
-    Raises:
-        BuildError: there is no compiler, it fails, or its code computes other bits than the reference.
-    """
-    built = build_library("lion.cpp")
-    if not _same_bits(built):
-        raise BuildError("the compiled code computes other bits than the reference; set CXX to another compiler")
-    return built
-
-
 def _suits(slot: Slot) -> bool:
     return slot.param.dtype in DTYPES and slot.grad.dtype in DTYPES
 
@@ -144,7 +113,7 @@ def _run(
             momentum=FORMS[layout.momentum],
             threads=torch.get_num_threads(),
         )
-        (loop or library()).lion_step(ctypes.byref(work))
+        (loop or library.load()).lion_step(ctypes.byref(work))
 
 
 def _same_bits(loop: ctypes.CDLL) -> bool:
@@ -171,3 +140,11 @@ def _same_bits(loop: ctypes.CDLL) -> bool:
                 reference_step(slots, layout, False, None)
         ends.append([param.view(torch.int16), state["master_param"], state["exp_avg"]])
     return all(torch.equal(one, other) for one, other in zip(*ends, strict=True))
+
+
+library = Library(
+    "lion.cpp",
+    lambda loop: None if _same_bits(loop) else "bits",
+    "LION on the CPU uses the slower foreach path",
+    logger,
+)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,6 +34,61 @@ TIMEOUT_S = 300
 
 class BuildError(RuntimeError):
     """The library cannot be built or loaded, or it computes other bits than the reference."""
+
+
+class Library:
+    """The library of a C++ file of this folder: built when it is first needed, compared with its reference, kept for the process."""
+
+    def __init__(
+        self, name: str, differs: Callable[[ctypes.CDLL], str | None], instead: str, logger: logging.Logger
+    ) -> None:
+        """Describes the library; builds nothing.
+
+        Args:
+            name: name of the file.
+            differs: compares the loaded library with its reference; returns what it computes otherwise, or None.
+            instead: what happens without the library, for the warning.
+            logger: receives the warning.
+        """
+        self.name, self.differs, self.instead, self.logger = name, differs, instead, logger
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets what this process has found; for tests."""
+        self._loaded: ctypes.CDLL | None = None
+        self._reason: str | None = None
+        self._is_built: bool | None = None
+
+    def load(self) -> ctypes.CDLL:
+        """Returns the library; the first call of a process builds it and compares it with the reference.
+
+        Raises:
+            BuildError: there is no compiler, it fails, or its code computes something else than the reference.
+        """
+        if self._loaded is None:
+            built = build_library(self.name)
+            if other := self.differs(built):
+                raise BuildError(
+                    f"the compiled code computes other {other} than the reference; set CXX to another compiler"
+                )
+            self._loaded = built
+        return self._loaded
+
+    def why_not(self) -> str | None:
+        """Returns the reason the library is unavailable, or None. Logged once."""
+        if self._loaded is None and self._reason is None:
+            try:
+                self.load()
+            except BuildError as error:
+                self._reason = str(error)
+                self.logger.warning("%s: %s", self.instead, error)
+        return self._reason
+
+    def is_built(self) -> bool:
+        """Returns whether the library was there when the process asked first, so that using it compiles nothing."""
+        if self._is_built is None:
+            self._is_built = is_kept(self.name)
+        return self._is_built
 
 
 def build_library(name: str) -> ctypes.CDLL:

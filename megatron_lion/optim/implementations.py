@@ -54,13 +54,13 @@ def choose_implementation(implementation: str, slots: Sequence[Slot]) -> str:
     if implementation == "cpp" and not on_cpu:
         raise ValueError("implementation = 'cpp' with parameters that are not on the CPU: use 'auto'")
     if on_cpu and (implementation == "cpp" or slots):
-        from .cpp import is_built, why_not
+        from .cpp import library
 
-        pays = implementation == "cpp" or sum(slot.param.numel() for slot in slots) >= CPP_PAYS or is_built()
-        if pays and why_not() is None:
+        pays = implementation == "cpp" or sum(slot.param.numel() for slot in slots) >= CPP_PAYS or library.is_built()
+        if pays and library.why_not() is None:
             return "cpp"
         if implementation == "cpp":
-            raise RuntimeError(f"implementation = 'cpp': {why_not()}; or use implementation = 'foreach'")
+            raise RuntimeError(f"implementation = 'cpp': {library.why_not()}; or use implementation = 'foreach'")
     fits = slots and all(slot.param.is_cuda and slot.param.dtype != torch.float64 for slot in slots)
     if not fits:
         return "foreach"

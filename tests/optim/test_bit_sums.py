@@ -161,7 +161,7 @@ def test_the_library_is_built_for_large_tensors_and_used_once_it_is_there(monkey
     monkeypatch.setattr(bit_sums, "_add_in_cpp", lambda result, flat, *_: taken.append(flat.numel()))
     for is_there, numel, whole in ((False, 10, 0), (False, 99, 100), (False, 100, 0), (True, 1, 0), (True, 0, 0)):
         monkeypatch.setattr(bit_sums, "CPP_PAYS", 100)
-        monkeypatch.setattr(bit_sums, "_is_built", lambda is_there=is_there: is_there)
+        monkeypatch.setattr(bit_sums.library, "is_built", lambda is_there=is_there: is_there)
         bit_sum(torch.zeros(numel), 0, place, 1, whole_numel=whole)
     assert taken == [99, 100, 1, 0]
 
@@ -179,11 +179,9 @@ def test_is_built_once_the_library_is_in_the_cache(tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def no_memory_of_builds():
     """Clears what the process has cached about the library, before and after the test."""
-    for cache in (bit_sums.library, bit_sums.why_not):
-        cache.cache_clear()
+    bit_sums.library.forget()
     yield
-    for cache in (bit_sums.library, bit_sums.why_not):
-        cache.cache_clear()
+    bit_sums.library.forget()
 
 
 @pytest.mark.parametrize("broken", ["no compiler", "other integers"])
@@ -204,7 +202,7 @@ def test_without_a_library_that_works_torch_sums(
             def bit_sum(work: ctypes.Structure) -> None:
                 """Leaves the sum at 0."""
 
-        monkeypatch.setattr(bit_sums, "build_library", lambda name: Wrong)
+        monkeypatch.setattr(cpp_compiler, "build_library", lambda name: Wrong)
     monkeypatch.setattr(bit_sums, "CPP_PAYS", 1)
     flat, place = torch.linspace(-1, 1, 50), Placement(5, 10, 5)
     with caplog.at_level(logging.WARNING):

@@ -23,12 +23,9 @@ CHUNK = 1 << 16
 @pytest.fixture
 def no_memory_of_builds():
     """Clears what the process has cached about compilers, before and after the test."""
-    caches = (cpp.library, cpp.why_not, cpp.is_built)
-    for cache in caches:
-        cache.cache_clear()
+    cpp.library.forget()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    cpp.library.forget()
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
@@ -108,12 +105,12 @@ def test_auto_compiles_nothing_for_a_small_model(tmp_path, monkeypatch, no_memor
     assert calls.read_text() == "--version\n", "asked once a process, and not to compile"
     assert not (tmp_path / "cache").exists()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    cpp.is_built.cache_clear()
+    cpp.library.forget()
     step_of_sizes(50)
 
 
 def test_auto_asks_for_no_compiler_without_parameters_or_on_another_device(monkeypatch, no_memory_of_builds):
-    monkeypatch.setattr(cpp, "is_kept", lambda name: pytest.fail("asked"))
+    monkeypatch.setattr(cpp_compiler, "is_kept", lambda name: pytest.fail("asked"))
     assert implementations.choose_implementation("auto", []) == "foreach"
     meta = Slot(torch.ones(3, device="meta"), torch.ones(3, device="meta"), {}, {})
     assert implementations.choose_implementation("auto", [meta]) == "foreach"
@@ -124,14 +121,13 @@ def test_auto_takes_a_library_that_is_there(mode, tmp_path, monkeypatch, no_memo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = {"master_weights": mode[0], "momentum": mode[1]}
     expected = step_of_sizes(50, 7, **options)
-    cpp.library()  # as a larger model in an earlier process builds it
+    cpp.library.load()  # as a larger model in an earlier process builds it
     taken, real = [], cpp.cpp_step
     monkeypatch.setattr(cpp, "cpp_step", lambda slots, *rest: taken.append(len(slots)) or real(slots, *rest))
     assert same_state(step_of_sizes(50, 7, **options), expected)
     assert taken == [], "a process keeps to what it found first"
-    cpp.is_built.cache_clear()
+    cpp.library.forget()
     monkeypatch.setattr(cpp_compiler, "_compile", lambda *_: pytest.fail("compiled"))
-    cpp.library.cache_clear()
     assert same_state(step_of_sizes(50, 7, **options), expected)
     assert taken == [2]
 
@@ -184,13 +180,13 @@ def test_a_compiler_that_does_not_know_the_processor(tmp_path, monkeypatch, no_m
     refuses = 'case "$*" in *-march=native*) echo unknown >&2; exit 1;; esac; exec c++ "$@"'
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", script(tmp_path / "cxx", refuses) + " -O1")  # CXX may hold an argument
-    assert cpp.why_not() is None
+    assert cpp.library.why_not() is None
 
 
 def test_a_cache_that_cannot_be_written_costs_a_build_and_nothing_more(tmp_path, monkeypatch, no_memory_of_builds):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert cpp.why_not() is None
+    assert cpp.library.why_not() is None
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
@@ -199,13 +195,13 @@ def test_a_damaged_library_is_built_again(tmp_path, monkeypatch, no_memory_of_bu
     target = tmp_path / "megatron-lion" / f"lion-{cpp_compiler._fingerprint(SOURCE, cpp_compiler._compiler())}.so"
     target.parent.mkdir()
     target.write_bytes(b"\x7fELF, or so")
-    assert cpp.why_not() is None
+    assert cpp.library.why_not() is None
 
 
 def test_processes_that_build_at_once_wait_for_one_of_them(tmp_path):
     calls = tmp_path / "calls"
     compiler = script(tmp_path / "cxx", f'case "$*" in *--version*) ;; *) echo >> {calls};; esac; exec c++ "$@"')
-    code = "from megatron_lion.optim import cpp; import sys; sys.exit(cpp.why_not() is not None)"
+    code = "from megatron_lion.optim import cpp; import sys; sys.exit(cpp.library.why_not() is not None)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": compiler}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [process.wait(timeout=200) for process in processes] == [0, 0, 0]

@@ -57,7 +57,9 @@ def train_with_copies_rounded_half_up(rank: int, configs: dict[str, Any]) -> dic
     from megatron_lion.optim.precision import split_master
 
     encode = PackedLayout.encode
-    cpp.is_built = lambda: False  # the C++ step, which auto takes if it is compiled already, does not call `encode`
+    cpp.library.is_built = lambda: (
+        False
+    )  # the C++ step, which auto takes if it is compiled already, does not call `encode`
 
     def half_up(layout: Any, param: Any, state: Any, name: str, value: Any) -> None:
         encode(layout, param, state, name, value)
