@@ -93,6 +93,8 @@ FOREIGN = {
     "grad_reduce_in_fp32": "train.accumulate_allreduce_grads_in_fp32",
     "grad_reduce_in_bf16": "train.accumulate_allreduce_grads_in_fp32 false",
     "no_gradient_accumulation_fusion": "train.gradient_accumulation_fusion false",
+    "cross_entropy_loss_fusion": "model.loss",
+    "cross_entropy_fusion_impl": "model.loss",
 }
 """Names of other programs, in lower case with underscores, and this project's setting of the same meaning. A flag that is
 no setting is written in words."""

@@ -19,6 +19,7 @@ def run(args: Any) -> None:
     from megatron_lion.device import select_device
     from megatron_lion.installation import unsuitable
     from megatron_lion.jobs import world_size_from_env
+    from megatron_lion.model.kernel_choice import loss_on_this_machine
     from megatron_lion.model.mcore_settings import choose_attention
     from megatron_lion.model.weight_gradients import weight_gradients
     from megatron_lion.optim.triton_check import triton_kernel
@@ -27,6 +28,7 @@ def run(args: Any) -> None:
     device = select_device(args.device)
     facts = environment_facts(device.name(), world_size_from_env())
     facts["attention"] = choose_attention("auto", device)
+    facts["loss"] = loss_on_this_machine(device)
     facts["backend"] = device.backend
     facts["triton_kernel"] = triton_kernel()
     facts["weight_gradients"] = weight_gradients(device)
@@ -42,7 +44,9 @@ def print_without_packages() -> None:
     from megatron_lion.runs.environment import host_facts
 
     names = missing()
-    unknown = dict.fromkeys(("device", "world_size", "attention", "backend", "triton_kernel", "weight_gradients"))
+    unknown = dict.fromkeys(
+        ("device", "world_size", "attention", "loss", "backend", "triton_kernel", "weight_gradients")
+    )
     _write({**host_facts(), **unknown, "interpreter": sys.executable, "missing": names,
             "unsuitable": unsuitable(), "install": install_command(names)})  # fmt: skip
 

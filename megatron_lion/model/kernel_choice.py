@@ -66,3 +66,15 @@ def _choose(key: str, wanted: str, device: Device, consequence: str) -> str:
     # must share: one rank without a compiler decides for all.
     failed = torch.tensor([0.0 if reason is None else 1.0], device=device.torch_device)
     return "megatron" if all_reduce_sum(failed, parallel_state.get_tensor_model_parallel_group()).item() else "fused"
+
+
+def loss_on_this_machine(device: Device) -> str:
+    """Returns what "auto" is for a process alone, "fused" or "megatron", with the reason.
+
+    >>> loss_on_this_machine(Device("cpu", 0, "gloo"))
+    'megatron: the device is a CPU, on which it is faster'
+    """
+    if device.kind != "cuda":
+        return "megatron: the device is a CPU, on which it is faster"
+    reason = why_no_triton()
+    return "fused: Triton runs its kernels" if reason is None else f"megatron: no Triton, {reason}"

@@ -94,6 +94,7 @@ def test_one_value_is_a_list_of_one_in_a_file(tmp_path: Path) -> None:
         (["--bf16", "--foo"], "--bf16 (did you mean --train.precision bf16?), --foo"),
         (["--optimizer.lrr", "8"], "--optimizer.lrr (did you mean --optimizer.lr?)"),
         (["--train.step", "8"], "--train.step (did you mean --train.steps?)"),  # no abbreviations
+        (["--cross-entropy-loss-fusion"], "--cross-entropy-loss-fusion (did you mean --model.loss?)"),
     ],
 )
 def test_unknown_flags_are_answered_with_what_was_meant(
