@@ -7,6 +7,8 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import truediv
 from statistics import fmean
 
 from megatron_lion.compare.axis_ticks import spread
@@ -261,7 +263,7 @@ def _means(columns: Sequence[Sequence[float]]) -> Sequence[float]:
     """The mean over the columns at each place, in 8 bytes each: a long run has as many places as log lines."""
     if len(columns) == 1:
         return array("d", columns[0])
-    return array("d", [math.fsum(row) / len(columns) for row in zip(*columns, strict=True)])
+    return array("d", map(truediv, map(math.fsum, zip(*columns, strict=True)), repeat(len(columns))))
 
 
 def _mean_bars(found: Sequence[Mapping[int, float]], steps: Sequence[int]) -> list[float | None]:

@@ -9,6 +9,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, repeat
+from operator import mul, sub, truediv
 from pathlib import Path
 from statistics import fmean, median
 from types import UnionType
@@ -234,13 +236,11 @@ class RunRecord:
         if not rate or per_step is None:
             return None
         ends, rates = rate.steps, rate.values
+        if steps == ends:
+            return list(spent)
         found, last = [], len(ends) - 1
-        place = 0  # of the log line that covers the step, or of the last line
         for step in steps:
-            if place and step <= ends[place - 1]:
-                place = bisect_left(ends, step, 0, place)
-            while place < last and ends[place] < step:
-                place += 1
+            place = bisect_left(ends, step, 0, last)  # of the log line that covers the step, or of the last line
             found.append(spent[place] + (step - ends[place]) * per_step / rates[place] if step > 0 else 0.0)
         return found
 
@@ -251,12 +251,8 @@ class RunRecord:
         if min(rate.values, default=1.0) <= 0:
             kept = [pair for pair in zip(rate.steps, rate.values, strict=True) if pair[1] > 0]
             rate = Series(tuple(step for step, _ in kept), [value for _, value in kept])
-        spent, before, seconds = array("d"), 0, 0.0
-        for step, value in zip(rate.steps, rate.values, strict=True):
-            seconds += (step - before) * per_step / value
-            spent.append(seconds)
-            before = step
-        return rate, spent
+        tokens = map(mul, map(sub, rate.steps, (0, *rate.steps)), repeat(per_step))
+        return rate, array("d", accumulate(map(truediv, tokens, rate.values)))
 
 
 def read_run(folder: str | Path, shared: SharedSteps | None = None) -> RunRecord:

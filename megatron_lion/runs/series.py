@@ -17,9 +17,9 @@ import math
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, compress, repeat
+from itertools import accumulate, chain, compress, groupby, repeat
 from operator import lt, sub
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,8 @@ def _whole_numbers(values: Sequence[float]) -> tuple[list[int], int]:
     return [number * (unit // denominator) for number, denominator in ratios], unit
 
 
+BLOCK = 1 << 16
+"""Bytes of metrics.jsonl that are decoded at once, to the end of their last line."""
 SharedSteps = dict[tuple[int, ...], tuple[int, ...]]
 """Steps by themselves, so that series with equal steps hold them once: they take more memory than the values."""
 
@@ -121,12 +123,11 @@ def read_metrics(path: Path, shared: SharedSteps | None = None) -> dict[str, Ser
     """
     shared = {} if shared is None else shared
     tables: dict[tuple[str, ...], _Table] = {}
-    for number, entry in _entries(path):
-        keys = tuple(entry)
-        if (table := tables.get(keys)) is None:
-            table = tables[keys] = _Table(keys)
-        table.lines.append(number)
-        table.cells.extend(entry.values())
+    for number, entries in _entries(path):
+        for keys, group in groupby(entries, tuple):
+            if (table := tables.get(keys)) is None:
+                table = tables[keys] = _Table(keys)
+            number = table.add(number, list(group))
     parts: dict[str, list[_Table]] = {}
     for table in tables.values():
         table.find_steps(shared)
@@ -136,38 +137,52 @@ def read_metrics(path: Path, shared: SharedSteps | None = None) -> dict[str, Ser
     return {key: series for key, series in found if series}
 
 
-@dataclass
 class _Table:
     """The lines of metrics.jsonl that have the same keys, so that a column is read at once.
 
     Attributes:
         keys: the keys of each line, in order.
         lines: the line numbers, ascending.
-        cells: the values of all lines, one line after the other.
+        columns: of each key but "step" the values of all lines, as floats; NaN for what is not a finite number.
         steps: the step of each line.
         is_ascending: whether each step is larger than the one before.
     """
 
-    keys: tuple[str, ...]
-    lines: list[int] = field(default_factory=list)
-    cells: list[Any] = field(default_factory=list)
-    steps: tuple[int, ...] = ()
-    is_ascending: bool = True
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = keys
+        self.lines = array("q")
+        self.columns = {key: array("d") for key in keys if key != "step"}
+        self.steps: tuple[int, ...] = ()
+        self._steps: list[int] = []
+        self.is_ascending = True
 
-    def column(self, key: str) -> list[Any]:
-        """The values of a key, one for each line."""
-        return self.cells[self.keys.index(key) :: len(self.keys)]
+    def add(self, number: int, entries: Sequence[dict[str, Any]]) -> int:
+        """Adds the objects of lines with these keys; returns the number of the line after them.
+
+        Args:
+            number: line number of the first one.
+            entries: the objects of consecutive lines.
+        """
+        end = number + len(entries)
+        self.lines.extend(range(number, end))
+        for key, column in zip(self.keys, zip(*map(dict.values, entries), strict=True), strict=True):
+            if key == "step":
+                self._steps += column
+            else:
+                self.columns[key].extend(_numbers(column))
+        return end
 
     def find_steps(self, shared: SharedSteps) -> None:
-        """Sets `steps` and `is_ascending`."""
-        found = tuple(self.column("step"))
+        """Sets `steps` and `is_ascending`, when all lines are there."""
+        found = tuple(self._steps)
+        self._steps.clear()
         self.steps = shared.setdefault(found, found)
         self.is_ascending = all(map(lt, found, found[1:]))
 
 
 def _merged(key: str, tables: Sequence[_Table], shared: SharedSteps) -> Series:
     """The series of a key that some tables have: at each step the value of its last line, if this is a finite number."""
-    columns = [_numbers(table.column(key)) for table in tables]
+    columns = [table.columns[key] for table in tables]
     if len(tables) == 1 and tables[0].is_ascending:
         (steps,), (values,) = [table.steps for table in tables], columns
     else:
@@ -198,46 +213,59 @@ def _numbers(column: Sequence[Any]) -> array[float]:
     return array("d", [math.nan if (number := _finite_number(value)) is None else number for value in column])
 
 
-def _entries(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the number and the object of each line.
-
-    The objects of a file as `MetricsWriter` writes it are decoded where they stand, without a copy of their line. An object
-    counts only if it ends where its line ends; any other line is left to `parse_line`.
+def _entries(path: Path) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yields objects of consecutive lines, with the line number of the first.
 
     Raises:
         CheckpointError: the file is missing, or a line is not a JSON object with a step.
     """
     try:
-        text = read_own(path).decode("latin-1")  # a character a byte, so that positions agree
+        text = read_own(path)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent}: has no metrics.jsonl; it is not a run folder, or the run never started"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    is_ascii = text.isascii()
-    decode = json.JSONDecoder().raw_decode
-    start, number, last = 0, 0, text.count("\n") + 1
-    while number < last:
-        number += 1
-        end = text.find("\n", start)
-        if end < 0:
-            end = len(text)
-        entry: dict[str, Any] | None = None
-        if is_ascii and text.startswith("{", start):
-            try:
-                found, stop = decode(text, start)
-            except (ValueError, RecursionError):
-                stop = -1
-            if stop == end and _has_step(found):
-                entry = found
-        if entry is None and (line := text[start:end].encode("latin-1")).strip():
-            entry = parse_line(line)
-            if entry is None and number < last:
-                raise CheckpointError(f"{path}, line {number}: not a JSON object with a step")
-        if entry is not None:
-            yield number, entry
-        start = end + 1
+    start, number, last = 0, 1, text.count(b"\n") + 1
+    size = len(text) - text.endswith(b"\n")
+    while start < size:
+        end = text.find(b"\n", start + BLOCK, size)
+        block = text[start : size if end < 0 else end]
+        start += len(block) + 1
+        if (entries := _block(block)) is not None:
+            yield number, entries
+            number += len(entries)
+            continue
+        for line in block.split(b"\n"):
+            if line.strip():
+                if (entry := parse_line(line)) is not None:
+                    yield number, [entry]
+                elif number < last:
+                    raise CheckpointError(f"{path}, line {number}: not a JSON object with a step")
+            number += 1
+
+
+def _block(block: bytes) -> list[dict[str, Any]] | None:
+    """Returns the objects of whole lines if these are as `MetricsWriter` writes them: one flat object a line, with a step.
+
+    They are decoded as one array. Each line has a brace at its begin and one at its end, and there are no others. So if there
+    are as many objects as lines, each is one line.
+    """
+    count = block.count(b"\n") + 1
+    text = block.replace(b"}\n{", b"},{")
+    if not (text.isascii() and text.startswith(b"{") and text.endswith(b"}")) or b"\n" in text:
+        return None
+    if not text.count(b"{") == text.count(b"}") == count:
+        return None
+    try:
+        entries = json.loads(f"[{text.decode()}]")
+    except (ValueError, RecursionError):
+        return None
+    if len(entries) != count or set(map(type, entries)) != {dict}:
+        return None
+    steps = [entry.get("step") for entry in entries]
+    return entries if set(map(type, steps)) == {int} and min(steps) >= 0 else None
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from properties import examples
 
 from megatron_lion.errors import CheckpointError
+from megatron_lion.runs import series
 from megatron_lion.runs.series import Series, read_metrics
 
 
@@ -76,11 +78,56 @@ def test_damage_before_the_tail_names_file_and_line(tmp_path: Path) -> None:
         assert read_metrics(path) == {"a": Series((1,), (1.0,))}
 
 
+LINES = (
+    '{"step": 1, "a": 1.5}', '{"step": 2, "a": 2}', '{"a": 3.25, "step": 3}', '{"step": 2, "b": -1}', '{"step": 4, "a": "{"}',
+    '{"step": 5, "c": {"d": 1}, "a": 1}', '{"step": 6, "a": [1]}', '{"step": 7, "a": "\u00e4"}', ' {"step": 8, "a": 8}', "", "\r",
+    '{"step": 9, "a": 9}\r', '{"step": 1, "a": null}',
+)  # fmt: skip
+
+
+@examples(60)
+@given(st.lists(st.sampled_from(LINES), max_size=25), st.integers(0, 90), st.booleans())
+def test_lines_of_every_form_are_read_in_blocks_of_any_size(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], block: int, ends: bool
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    path.write_bytes(("\n".join(lines) + "\n" * ends).encode())
+    latest: dict[str, dict[int, float]] = {}
+    for entry in (json.loads(line) for line in lines if line.strip()):
+        for key in entry.keys() - {"step"}:
+            latest.setdefault(key, {})[entry["step"]] = entry[key]
+    expected = {
+        key: pairs
+        for key, every in latest.items()
+        if (pairs := {step: value for step, value in every.items() if isinstance(value, int | float)})
+    }
+    with mock.patch.object(series, "BLOCK", block):
+        found = read_metrics(path)
+    assert {key: dict(zip(one.steps, one.values, strict=True)) for key, one in found.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "damaged"),
+    [
+        (['{"step": 1},{"step": 2}', '{"step": 3, "a": [{"b": 1}', '{"b": 2}], "c": {}}'], 1),
+        (['{"step": 1}', '{"step": 2, "x}', '{": 1}'], 2),
+        (['{"step": 1}, {"step": 2', '"a": 1}', '{"step": 3}'], 1),
+        (['{"step": 1, "a":', "2}", '{"step": 3},{"step": 4}'], 1),
+        (['{"step": 1}', '{"step": 2},"{}"', '{"step": 3}'], 2),
+    ],
+)
+def test_lines_that_are_json_only_together_are_damage(lines: list[str], damaged: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*lines, '{"step": 9}', ""]))
+    with pytest.raises(CheckpointError, match=f"line {damaged}: not a JSON object with a step"):
+        read_metrics(path)
+
+
 def test_series_answers() -> None:
-    series = Series((10, 20, 30), (3.0, 1.0, 2.0))
-    assert series.best() == (20, 1.0)
-    assert series.last == 2.0
-    assert series.first_at_most(2.5) == 20
-    assert series.first_at_most(0.5) is None
-    assert list(series.smoothed(2).values) == [3.0, 2.0, 1.5]
+    found = Series((10, 20, 30), (3.0, 1.0, 2.0))
+    assert found.best() == (20, 1.0)
+    assert found.last == 2.0
+    assert found.first_at_most(2.5) == 20
+    assert found.first_at_most(0.5) is None
+    assert list(found.smoothed(2).values) == [3.0, 2.0, 1.5]
     assert Series().best() is None
