@@ -7,10 +7,17 @@ Subjects:
 
 - compare: `megatron-lion compare` with figures, over synthetic run folders with a metrics line for each step. Its sizes are the
   lines of each metrics.jsonl and the number of runs.
+- parameters: the optimizer's section of a step (the least of three), a save, a verification and a restore on one process.
+- documents: writing and opening token files, the index of their samples, and 200 samples.
+- checkpoints: listing, opening and verifying those of one run, `pretrain` of the finished run, and `compare`.
+- ranks: the start of a job, a step and a save on several processes with gloo.
 
 Each row is a separate process that ends before the next begins. CPU seconds are user and system time of that process. The peak
-is its largest resident size (ru_maxrss) in MB of 10^6 bytes. A row is printed, and appended to OUTPUT.md and OUTPUT.jsonl, as soon as
-it is measured, so that a stopped benchmark keeps its rows. Other processes of the machine change CPU seconds less than wall time.
+is its largest resident size (ru_maxrss) in MB of 10^6 bytes. Parts of a process have names such as save_s (wall seconds) and
+save_cpu_s; the parts of a job with several ranks are those of the first one. A row is printed, and appended to OUTPUT.md and
+OUTPUT.jsonl, as soon as it is measured, so that a stopped benchmark keeps its rows. After the rows of a subject come the
+exponents p of cost ~ size^p, by least squares and, in brackets, between the two largest sizes. Other processes of the machine
+change CPU seconds less than wall time.
 """
 
 from __future__ import annotations
@@ -19,44 +26,23 @@ import argparse
 import json
 import math
 import random
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+from growth_subjects import subjects
+from growth_subjects.costs import Row, exponents, metered
 from measuring import heading, surroundings
 
 from megatron_lion.compare.table import markdown_grid
 
-Row = dict[str, Any]
-"""The figures of one size by column; the same columns in every row of a subject."""
-
-# A process of its own, because ru_maxrss of a child begins with the size of the process that starts it.
-METER = """
-import json, resource, subprocess, sys, time
-start = time.perf_counter()
-done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
-wall, used = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps({"cpu_s": round(used.ru_utime + used.ru_stime, 2), "wall_s": round(wall, 2),
-                  "peak_mb": round(used.ru_maxrss * 1024 / 1e6)}))
-sys.exit(done.returncode)
-"""
 LINES, RUNS = (1_000, 10_000, 50_000), (5, 20)
 QUICK_LINES, QUICK_RUNS = (200, 400), (2,)
 SETTINGS = (("lion", 1e-3, 4.2), ("adamw", 3e-3, 4.3), ("sgd", 0.3, 6.4))
 """Optimizer, learning rate and last loss of the synthetic runs, in turn."""
-
-
-def metered(words: Sequence[str]) -> Row:
-    """Runs a command to its end; returns its CPU seconds, wall seconds and peak memory in MB."""
-    done = subprocess.run([sys.executable, "-c", METER, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}\nended with {done.returncode}: {done.stderr[-2000:]}")
-    row: Row = json.loads(done.stdout)
-    return row
 
 
 def write_run(folder: Path, lines: int, number: int) -> Path:
@@ -123,10 +109,13 @@ def compare(folder: Path, quick: bool) -> Iterator[Row]:
             words = [sys.executable, "-m", "megatron_lion", "compare", *map(str, runs[:count])]
             used = metered([*words, "--output", str(folder / f"report-{lines}-{count}")])
             megabytes = sum((run / "metrics.jsonl").stat().st_size for run in runs[:count]) / 1e6
-            yield {"runs": count, "lines a run": lines, "metrics_mb": round(megabytes, 1), **used}
+            yield {"metrics_mb": round(megabytes, 1), "runs": count, "lines a run": lines, **used}
 
 
-SUBJECTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {"compare": compare}
+SUBJECTS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
+    "compare": compare, "parameters": subjects.parameters, "documents": subjects.documents,
+    "checkpoints": subjects.checkpoints, "ranks": subjects.ranks,
+}  # fmt: skip
 """Functions from an empty folder and whether the sizes are the smallest ones to rows, one for each size."""
 
 
@@ -142,10 +131,15 @@ class Results:
 
     def subject(self, name: str, rows: Iterator[Row]) -> None:
         """Writes the table of a subject while its rows are measured."""
+        done: list[Row] = []
         for number, row in enumerate(rows):
+            done.append(row)
             grid = markdown_grid(list(row), [list(map(str, row.values()))], "r" * len(row))
             text = f"\n## {name}\n\n{grid}\n" if number == 0 else f"{grid.splitlines()[-1]}\n"
             self._add(text, {"subject": name, **row})
+        fitted = exponents(done)
+        listed = ", ".join(f"{key} {value}" for key, value in list(fitted.items())[1:])
+        self._add(f"\nExponents over {fitted['exponent over']}: {listed}\n", {"subject": name, **fitted})
 
     def _add(self, text: str, entry: dict[str, Any]) -> None:
         print(text, end="", flush=True)

@@ -1,0 +1,1 @@
+"""The subjects of growth.py beside `compare`, and how a process is metered."""
