@@ -148,7 +148,7 @@ def choose_steps(asked: str, available: Sequence[int], *, flag: str = "--steps")
             raise ConfigError(f"{flag} {asked}: give {wish}") from None
     if not available:
         raise CheckpointError("the run has no complete checkpoint yet; wait for its first save")
-    missing = [step for step in wanted if step not in available]
+    missing = sorted(set(wanted).difference(available))
     if missing:
         known = ", ".join(map(str, available))
         raise CheckpointError(f"{flag} {asked}: no complete checkpoint of step {missing[0]} (there are: {known})")
