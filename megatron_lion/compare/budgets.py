@@ -47,7 +47,7 @@ class Budget:
 def tokens_at(run: RunRecord, steps: Sequence[int]) -> Sequence[float] | None:
     """Training tokens up to each step, or None if the run does not record its tokens per step."""
     per_step = run.tokens_per_step
-    return [per_step * step for step in steps] if per_step else None
+    return list(map(per_step.__mul__, steps)) if per_step else None
 
 
 BUDGETS = (
