@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 from megatron_lion.errors import ConfigError, MegatronLionError, PeerError, StoppedOnRequest
 from megatron_lion.signals import STOP_SIGNALS, end_with_parent, handled, signal_name
@@ -143,18 +144,33 @@ def _whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else None
 
 
+class Child(Protocol):
+    """A started job, as `subprocess.Popen`."""
+
+    def terminate(self) -> None:
+        """Sends SIGTERM."""
+
+    def wait(self) -> int:
+        """Waits for its end; returns the exit code, negative if a signal ended it."""
+
+
 class Jobs:
     """Runs subcommands one after another; passes the first stop signal on to the current one as SIGTERM.
 
     Each job runs in a new session. Otherwise Ctrl-C in a terminal would reach it a second time.
 
+    Args:
+        fork: starts a job of one process, from its verb, arguments and environment, with stdout on stderr, in another way than
+            by a new interpreter.
+
     Attributes:
         asked: whether a signal arrived; no further job starts then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fork: Callable[[str, list[str], dict[str, str]], Child] | None = None) -> None:
         self.asked = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._fork = fork
+        self._process: Child | None = None
         self._handlers = ExitStack()
 
     def __enter__(self) -> Self:
@@ -178,6 +194,9 @@ class Jobs:
         Returns:
             The exit code, as `run_command`.
         """
+        if self._fork is not None and processes == 1 and stdout is sys.stderr:
+            fork = self._fork
+            return self._finish(lambda: fork(verb, words, _environment()))
         return self.run_command([sys.executable, *job_words(verb, words, processes)], stdout)
 
     def run_command(self, command: list[str], stdout: IO[Any] | None = None) -> int:
@@ -187,14 +206,17 @@ class Jobs:
             The command's exit code, negative if a signal killed it. 75, without starting the command, if a signal
             arrived before.
         """
+        return self._finish(
+            lambda: subprocess.Popen(
+                command, env=_environment(), stdout=stdout, start_new_session=True, preexec_fn=end_with_parent()
+            )
+        )
+
+    def _finish(self, start: Callable[[], Child]) -> int:
         if self.asked:
             return STOPPED
-        # launch/torchrun.sh takes this interpreter: another, such as make's PYTHON, may lack the package.
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable, NO_HINTS: "1"}
-        self._process = subprocess.Popen(
-            command, env=environment, stdout=stdout, start_new_session=True, preexec_fn=end_with_parent()
-        )
-        if self.asked:  # the signal arrived during Popen, when _ask had no process to forward it to
+        self._process = start()
+        if self.asked:  # the signal arrived during the start, when _ask had no process to forward it to
             self._process.terminate()
         code = self._process.wait()
         self._process = None
@@ -206,6 +228,11 @@ class Jobs:
         self.asked = True
         if self._process is not None:
             self._process.terminate()
+
+
+def _environment() -> dict[str, str]:
+    # launch/torchrun.sh takes this interpreter: another, such as make's PYTHON, may lack the package.
+    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHON": sys.executable, NO_HINTS: "1"}
 
 
 def child_end(code: int) -> str:

@@ -139,9 +139,13 @@ def signal_when_parent_ends(number: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def end_with_parent() -> Callable[[], None]:
-    """Returns a function for `Popen(preexec_fn=...)`: if this process ends, the child receives SIGTERM."""
-    parent = os.getpid()
+def end_with_parent(parent: int | None = None) -> Callable[[], None]:
+    """Returns a function for `Popen(preexec_fn=...)`: if the parent ends, the child receives SIGTERM.
+
+    Args:
+        parent: pid of the child's parent; by default this process's.
+    """
+    parent = parent or os.getpid()
     if sys.platform == "linux":
         import ctypes  # here and not in the child: between fork and exec it must not import
 

@@ -12,6 +12,7 @@ from megatron_lion.jobs import STOPPED, Jobs, child_failure
 from megatron_lion.streams import say
 from megatron_lion.sweep.plan import PlannedRun
 from megatron_lion.sweep.sweep_file import Entry, Sweep, write_exit
+from megatron_lion.sweep.warm_runs import WarmRun, can_fork
 
 # Causes that all runs share: the data, the disk, the installation. The sweep stops, as the next runs would fail too.
 ENDS_ALL = (DataError.exit_code, StorageError.exit_code, EnvironmentFault.exit_code)
@@ -40,7 +41,7 @@ def run_missing(sweep: Sweep, runs: Sequence[PlannedRun], processes: int) -> boo
         MegatronLionError: a run failed for a cause that the others share; it has the run's exit code.
     """
     spent: list[float] = []
-    with Jobs() as jobs:
+    with Jobs(WarmRun if can_fork() else None) as jobs:
         for place, run in enumerate(runs):
             left = f", about {_duration(sum(spent) / len(spent) * (len(runs) - place))} left" if spent else ""
             say(f"\n[{place + 1}/{len(runs)}] {run.name}{left}")

@@ -25,7 +25,7 @@ SETTINGS = {
     "train__steps": 60, "model__hidden_dropout": 0.1, "train__precision": "bf16", "train__test_every": 7, "train__test_batches": 1,
 }  # fmt: skip
 
-# Each measurement of the held-out losses starts new loader workers: two measurements are enough.
+# Two measurements of the held-out losses are enough with workers.
 WITH_WORKERS = {0: SETTINGS, 2: {**SETTINGS, "data__num_workers": 2, "train__test_every": 30}}
 
 

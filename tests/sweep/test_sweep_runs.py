@@ -21,6 +21,7 @@ from megatron_lion.cli import main
 from megatron_lion.configfile import load_config
 from megatron_lion.jobs import Jobs
 from megatron_lion.sweep.sweep_file import read_sweep
+from megatron_lion.sweep.warm_runs import can_fork
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -43,10 +44,28 @@ def swept(tmp_path_factory: pytest.TempPathFactory, corpus: str) -> tuple[list[s
     root = tmp_path_factory.mktemp("swept")
     path = config_file(root, corpus, optimizer__clip_grad=0.0)
     words = ["sweep", str(path), *GRID, "--output", str(root / "sweep")]
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_lion", *words], capture_output=True, text=True, cwd=REPO, check=False
+    # Every interpreter that starts writes its command line.
+    (root / "sitecustomize.py").write_text(
+        f"import sys\nopen({str(root / 'started')!r}, 'a').write(f'{{sys.orig_argv}}\\n')\n"
     )
+    path_before = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(root), path_before]))}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_lion", *words],
+        capture_output=True, text=True, cwd=REPO, check=False, env=environment,
+    )  # fmt: skip
     return words, done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not can_fork(), reason="with a GPU each run is a new interpreter")
+def test_all_runs_share_one_import(swept: tuple[list[str], Any]) -> None:
+    words, done = swept
+    assert done.returncode == 0, done.stderr
+    started = (Path(words[-1]).parent / "started").read_text().splitlines()
+    assert sum("forkserver" in line for line in started) == 1
+    assert not [line for line in started if "pretrain" in line], "no run is an interpreter of its own"
 
 
 @pytest.mark.slow
