@@ -11,9 +11,9 @@ cannot use; on systems other than Linux; and if the imports left a second thread
 from __future__ import annotations
 
 import glob
+import importlib
 import multiprocessing
 import os
-import runpy
 import signal
 import sys
 import threading
@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_lion.signals import end_with_parent
 
-_IMPORTS = "megatron_lion.sweep.warm_imports"
+_IMPORTS = "megatron_lion.train.warm_imports"
 _DRIVERS = ("/dev/nvidia[0-9]*", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 
@@ -80,4 +80,4 @@ def _run(words: list[str]) -> None:
     if imported is None or imported.THREADS != 1:
         os.execv(sys.executable, [sys.executable, "-m", "megatron_lion", *words])
     sys.argv = ["megatron_lion", *words]
-    runpy.run_module("megatron_lion", run_name="__main__", alter_sys=True)
+    importlib.import_module("megatron_lion.__main__").start()

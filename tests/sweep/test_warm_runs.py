@@ -25,7 +25,7 @@ def run_in_child(words: list[str], threads: int | None) -> None:
     """Is a run in the child of a server whose imports left `threads` threads, or failed."""
     imported: Any = SimpleNamespace(THREADS=threads)
     if threads is not None:
-        sys.modules["megatron_lion.sweep.warm_imports"] = imported
+        sys.modules["megatron_lion.train.warm_imports"] = imported
 
     def new_interpreter(*_: Any) -> None:
         os._exit(77)
