@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,55 +39,60 @@ def test_the_operations_are_computed_apart(logged: dict[str, list[dict[str, Any]
     assert losses(logged["gpt2 bf16 fused"]) != losses(logged["gpt2 bf16 megatron"]), "they round at other places"
 
 
-def gradients(rank: int, configs: dict[str, RunConfig], device: str = "cpu") -> dict[str, Any]:
-    """Returns the parameters' gradients, float64 for "exact", of one batch through each config's model."""
+def gradients(rank: int, configs: dict[str, RunConfig]) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the parameters' gradients, summed over two micro-batches, for each config's model."""
     from megatron_lion.device import select_device
     from megatron_lion.model.build import build_model
-    from megatron_lion.parallel import process_groups
+    from megatron_lion.parallel import process_groups, seed_everything
 
     found = {}
     # Memory without values is then NaN: megatron-core and the kernels return it for gradients that they have added elsewhere.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    tensor_parallel = next(iter(configs.values())).parallel.tensor_model_parallel_size
-    with process_groups(
-        select_device(device), tensor_model_parallel_size=tensor_parallel, pipeline_model_parallel_size=1
-    ):
+    device = select_device("cpu")
+    size = next(iter(configs.values())).parallel.tensor_model_parallel_size
+    with process_groups(device, tensor_model_parallel_size=size, pipeline_model_parallel_size=1) as ranks:
+        seed_everything(0, ranks)  # sequence parallelism has a stream of random numbers, also without dropout
         for name, config in configs.items():
-            (model,) = build_model(config, select_device(device), 64)
-            tokens = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                for parameter in model.parameters():  # also biases and gains, which begin as 0 and 1
-                    parameter.data.add_(torch.randn(parameter.shape).to(parameter.dtype) * 0.05)
-            if name == "exact":
-                model = copy.deepcopy(model.module).double()
-                model.zero_grad()
-            output = model(tokens, torch.arange(16).expand(3, -1), None, labels=tokens.roll(-1, 1))
-            output.double().mean().backward()
-            core = getattr(model, "module", model)
-            found[name] = {
-                key: (p.main_grad if name != "exact" else p.grad).clone() for key, p in core.named_parameters()
-            }
+            (model,) = build_model(config, device, 64)
+            torch.manual_seed(1)
+            for parameter in model.parameters():  # also biases and gains, which begin as 0 and 1
+                parameter.data.add_(torch.randn(parameter.shape).to(parameter.dtype) * 0.05)
+            for seed in range(2):
+                tokens = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(seed))
+                losses = model(tokens, torch.arange(16).expand(3, -1), None, labels=tokens.roll(-1, 1))
+                losses.mean().backward()
+            found[name] = {key: parameter.main_grad.clone() for key, parameter in model.module.named_parameters()}
     return found
 
 
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_every_parameters_gradient_is_megatron_cores(folder: Path, tensor_parallel: int) -> None:
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_every_parameters_gradient_is_megatron_cores(folder: Path, ranks: int, sequence_parallel: bool) -> None:
+    variants: dict[str, dict[str, Any]] = {
+        "megatron": {"model__elementwise": "megatron"},
+        "fused": {"model__elementwise": "fused"},
+        # What CUDA takes by default in 16 bits.
+        "all": {"model__elementwise": "fused", "model__loss": "fused", "train__gradient_accumulation_fusion": True},
+    }
     configs = {
-        kind: tiny.tiny_config(
-            folder / kind, "unused", model__elementwise=kind, model__hidden_size=32, model__num_layers=2, model__vocab_size=64,
-            model__hidden_dropout=0.0, model__attention_dropout=0.0, model__seq_length=16,
-            parallel__tensor_model_parallel_size=tensor_parallel,
+        name: tiny.tiny_config(
+            folder / name, "unused", model__hidden_size=32, model__num_layers=2, model__vocab_size=64, model__hidden_dropout=0.0,
+            model__attention_dropout=0.0, model__seq_length=16, parallel__tensor_model_parallel_size=ranks,
+            parallel__sequence_parallel=sequence_parallel, **changes,
         )
-        for kind in ("megatron", "fused")
+        for name, changes in variants.items()
     }  # fmt: skip
-    for found in run_distributed(gradients, tensor_parallel, configs):
-        assert found["fused"].keys() == found["megatron"].keys()
-        for name, expected in found["megatron"].items():
-            assert expected.abs().max() > 0, name
-            torch.testing.assert_close(
-                found["fused"][name], expected, rtol=2e-4, atol=float(expected.abs().max()) * 2e-6
-            )
+    for found in run_distributed(gradients, ranks, configs):
+        for kind in ("fused", "all"):
+            assert found[kind].keys() == found["megatron"].keys()
+            for name, expected in found["megatron"].items():
+                assert expected.abs().max() > 0, name
+                torch.testing.assert_close(
+                    found[kind][name],
+                    expected,
+                    rtol=2e-4,
+                    atol=float(expected.abs().max()) * 2e-6,
+                    msg=f"{kind}: {name}",
+                )
 
 
 def test_evaluation_needs_no_gradients_and_drops_nothing(folder: Path) -> None:
