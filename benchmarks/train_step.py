@@ -7,7 +7,8 @@
 
 Each row is the shipped config of a model with one optimizer, built by `build_run` and run by `train_step`, like
 `pretrain`, but nothing is logged, probed or saved. On one process two more rows train the same GPT-2 on the same batches
-by a plain PyTorch loop and by transformers (plain_loops.py). The data are random tokens unless --data names a dataset.
+by a plain PyTorch loop and by transformers (plain_loops.py). `--profile 3` adds a table of the time by group of operations
+(matrix products, attention, loss, element-wise, gradient buffers, optimizer, copies). The data are random tokens unless --data names a dataset.
 
 `section` is the work between the reduced gradient and the gathered parameters: norm, clipping, update, bf16 write-out
 and, unless it overlaps with the next forward pass, the gather. Times are medians over the steps after warm-up, on the
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gpu_stages.breakdown import profile_steps
 from measuring import heading, shown, surroundings, write_results
 from plain_loops import LOOPS, is_possible, loop_step
 
@@ -79,6 +81,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--micro-batch-size", type=int, help="samples per micro-batch; default by model")
     parser.add_argument("--num-microbatches", type=int, help="micro-batches per step; default 5 on CUDA, 2 on a CPU")
     parser.add_argument("--dropout", type=float, help="dropout of every row; default: that of the shipped config")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="profile so many further steps by group"
+    )
     parser.add_argument("--data", help="a dataset folder of `megatron-lion prepare`; default random tokens")
     parser.add_argument("--output", help="write OUTPUT.md and OUTPUT.json")
     args = parser.parse_args()
@@ -159,7 +164,7 @@ def configure(
     """
     file, samples = MODELS[model]
     micro_batch = args.micro_batch_size or samples
-    steps = args.warmup + args.steps
+    steps = args.warmup + args.steps + getattr(args, "profile", 0)
     settings: dict[str, Any] = {
         "run_dir": folder / f"{model} {optimizer}", "device": device.kind, "data.path": f"[{data}]", "train.steps": steps,
         "train.micro_batch_size": micro_batch, "train.precision": "bf16", "train.test_every": 0, "train.stop_after": "null",
@@ -178,12 +183,20 @@ def configure(
     return config
 
 
-def measure(config: RunConfig, device: Device, ranks: Ranks, warmup: int, optimizer: str) -> dict[str, Any]:
-    """Builds a run, or a loop of LOOPS beside it, and times it; see `time_run`."""
+def measure(
+    config: RunConfig, device: Device, ranks: Ranks, warmup: int, optimizer: str, profiled: int = 0
+) -> dict[str, Any]:
+    """Builds a run, or a loop of LOOPS beside it, and times it; see `time_run`.
+
+    The last `profiled` steps of a run are profiled instead: `groups_ms` has milliseconds a step by group of operations.
+    """
     run = build_run(config, device, ranks)
     batches = run.train_batches()
     take = loop_step(optimizer, run) if optimizer in LOOPS else None
-    return time_run(run, batches, warmup, config.train.steps, take)
+    row = time_run(run, batches, warmup, config.train.steps - profiled, take)
+    if profiled and take is None:
+        row["groups_ms"] = profile_steps(run, lambda: take_step(run, batches), profiled)["ms"]
+    return row
 
 
 def time_run(
@@ -301,6 +314,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             for row in mine
         ]  # fmt: skip
         lines.append(markdown_grid(head, body, "rrl" + "r" * 7))
+        if profiled := [row for row in mine if "groups_ms" in row]:
+            groups = list(profiled[0]["groups_ms"])
+            body = [[row["optimizer"], *(f"{row['groups_ms'][name]:.1f}" for name in groups)] for row in profiled]
+            lines += ["", "Milliseconds a step by group of operations, under the profiler:", ""]
+            lines.append(markdown_grid(["optimizer", *groups], body, "l" + "r" * len(groups)))
     return "\n".join(lines) + "\n"
 
 
@@ -326,7 +344,7 @@ def main() -> None:
                         torch.cuda.reset_peak_memory_stats()
                     try:
                         config = configure(args, model, optimizer, data, folder, device)
-                        row = measure(config, device, ranks, args.warmup, optimizer)
+                        row = measure(config, device, ranks, args.warmup, optimizer, args.profile)
                         rows.append({"model": model, "optimizer": optimizer, **row})
                     except (RuntimeError, MegatronLionError) as error:  # out of memory is a RuntimeError
                         if (

@@ -14,7 +14,8 @@ import torch
 from distributed import run_distributed
 
 REPO = Path(__file__).resolve().parents[2]
-ARGUMENTS = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--micro-batch-size", "1", "--num-microbatches", "1"]
+ARGUMENTS = ["--device", "cpu", "--steps", "2", "--warmup", "1", "--micro-batch-size", "1", "--num-microbatches", "1",
+             "--profile", "1"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,9 @@ def test_the_table_of_a_small_run(processes, model, optimizers, tmp_path):
         assert row["tokens_per_step"] == 128 * processes
         assert 0 < row["section_ms"] < row["step_ms"]
         assert row["tokens_per_s"] == pytest.approx(row["tokens_per_step"] / row["step_ms"] * 1e3)
+        assert ("groups_ms" in row) == ("loop" not in row["optimizer"])
+        for group in ("matrix products", "element-wise", "loss", "optimizer", "gradient buffers"):
+            assert row.get("groups_ms", {group: 1.0})[group] > 0, group
         assert row["mfu"] is None, "no peak is known of a CPU"
         assert f"| {row['optimizer']} |" in output.with_suffix(".md").read_text()
     assert "no figure here is about a GPU" in result.stdout
