@@ -8,7 +8,8 @@
 Each row is the shipped config of a model with one optimizer, built by `build_run` and run by `train_step`, like
 `pretrain`, but nothing is logged, probed or saved. On one process two more rows train the same GPT-2 on the same batches
 by a plain PyTorch loop and by transformers (plain_loops.py). `--profile 3` adds a table of the time by group of operations
-(matrix products, attention, loss, element-wise, gradient buffers, optimizer, copies). The data are random tokens unless --data names a dataset.
+(matrix products, attention, loss, element-wise, gradient buffers, optimizer, copies). The data are random tokens unless
+--data names a dataset.
 
 `section` is the work between the reduced gradient and the gathered parameters: norm, clipping, update, bf16 write-out
 and, unless it overlaps with the next forward pass, the gather. Times are medians over the steps after warm-up, on the
