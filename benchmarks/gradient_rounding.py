@@ -19,6 +19,7 @@ import torch
 from measuring import heading, surroundings
 from train_step import random_data
 
+from megatron_lion.compare.table import markdown_grid
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config
 from megatron_lion.determinism import deterministic
@@ -74,8 +75,8 @@ def measure(device: Device, ranks: Ranks, folder: Path, counts: tuple[int, ...],
 
 
 def table(rows: list[Any]) -> str:
-    lines = ["| micro-batches | relative ℓ2 error | flipped signs |", "|---:|---:|---:|"]
-    return "\n".join([*lines, *(f"| {count} | {error:.2%} | {flips:.3%} |" for count, error, flips in rows)]) + "\n"
+    body = [[str(count), f"{error:.2%}", f"{flips:.3%}"] for count, error, flips in rows]
+    return markdown_grid(["micro-batches", "relative ℓ2 error", "flipped signs"], body, "rrr") + "\n"
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ SCRIPTS = [
 ]  # not what they share
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_help(path: Path) -> None:
     done = subprocess.run(
@@ -47,8 +48,10 @@ def test_growth_writes_each_row_as_it_is_measured(tmp_path: Path) -> None:
     [
         pytest.param("parameters", {"section_s", "save_s", "restore_s"}, marks=pytest.mark.slow),  # the code of ranks
         ("documents", {"open_s", "index_s"}),
-        ("checkpoints", {"list_s", "verify_all_s", "pretrain_cpu_s", "compare_cpu_s"}),
-        ("ranks", {"build_s", "save_s"}),
+        pytest.param(
+            "checkpoints", {"list_s", "verify_all_s", "pretrain_cpu_s", "compare_cpu_s"}, marks=pytest.mark.slow
+        ),
+        pytest.param("ranks", {"build_s", "save_s"}, marks=pytest.mark.slow),
     ],
 )
 def test_growth_measures_a_subject(name: str, parts: set[str], tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def _end_with(sweep: Any) -> None:
 
 
 def _run(words: list[str]) -> None:
-    """Does in a forked child what `python -m megatron_lion WORDS` does in a new process."""
+    """Does in a forked child what a new interpreter does with these words."""
     os.setsid()  # Ctrl-C in a terminal reaches the sweep only, which passes one SIGTERM on
     end_with_parent(os.getppid())()
     # The server outlives a killed sweep: multiprocessing keeps it for as long as one of its children lives.

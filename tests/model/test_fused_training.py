@@ -59,6 +59,7 @@ def logged(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: tiny.read_metrics(folder / name) for name in jobs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_training_is_the_same(logged: dict[str, list[dict[str, Any]]], name: str) -> None:
     ours, theirs = (
@@ -86,11 +87,13 @@ def opened(rank: int, run_dir: Path) -> str:
         return run.config.model.loss
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("logged")
 def test_a_run_with_the_fused_loss_opens_without_triton(folder: Path) -> None:
     assert run_distributed(opened, 1, folder / "gpt2 fused") == ["fused"]
 
 
+@pytest.mark.slow
 def test_the_losses_are_computed_apart(logged: dict[str, list[dict[str, Any]]]) -> None:
     """Their last bits differ, so the setting has an effect."""
     losses = [

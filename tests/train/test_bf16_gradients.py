@@ -62,6 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str,
     return folder, corpus, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(LAYOUTS))
 def test_a_resumed_run_has_the_bits_of_the_whole_one(runs: Any, name: str) -> None:
     _, _, found = runs
@@ -79,6 +80,7 @@ def errors(rank: int, config: Any) -> tuple[str, str]:
     return tiny.error_of(tiny.train, config)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_buffers(runs: Any) -> None:
     folder, corpus, _ = runs
     config = tiny.tiny_config(folder / "sgd whole", corpus, **{**BF16, **OPTIMIZERS["sgd"]})
@@ -170,6 +172,7 @@ def probed(rank: int, run_dir: Path) -> tuple[set[Any], dict[str, Any]]:
     return dtypes, step.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lion split32", "lion shards"])
 def test_a_probe_of_the_checkpoints_sums_in_fp32(runs: Any, name: str) -> None:
     folder, _, found = runs
