@@ -73,6 +73,7 @@ def test_16_bit_gradients_are_near_those_of_the_fused_loss(monkeypatch: pytest.M
         assert (ours - expected).float().norm() <= torch.finfo(dtype).eps * expected.float().norm()
 
 
+@pytest.mark.slow
 def test_many_small_parts_of_a_gradient_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """700 equal rows of one chunk each: in bfloat16 their sum would stop growing at 256 times a part."""
     monkeypatch.setattr(chunked_loss, "CHUNK_ROWS", 1)
@@ -124,6 +125,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return tiny.run_all(jobs, train_in_small_chunks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RUNS))
 def test_training_is_the_same(outcomes: dict[str, Any], name: str) -> None:
     ours, theirs = (outcomes[f"{name} {loss}"] for loss in ("chunked", "megatron"))
