@@ -139,9 +139,10 @@ def assert_equal_but_for_rounding(found: dict[str, dict[str, Any]], name: str) -
 
 
 @pytest.mark.slow
-def test_a_run_with_all_defaults_of_cuda_is_the_run_of_the_cpu(folder: Path, corpus: str) -> None:
+def test_a_run_with_megatron_cores_fusions_is_the_run_of_the_cpu(folder: Path, corpus: str) -> None:
     """The fusions are compiled for the CPU here. The fused GELU is the tanh form, so the erf form must stay unfused."""
-    settings = {"train__steps": 3, "train__test_every": 2, "probe__every": 3, "probe__num_batches": 1}
+    settings = {"train__steps": 3, "train__test_every": 2, "probe__every": 3, "probe__num_batches": 1,
+                "model__elementwise": "megatron"}  # fmt: skip
     configs = {
         gelu: tiny.tiny_config(folder / gelu, corpus, model__gelu=gelu, model__init_method_std=0.2, **settings)
         for gelu in ("tanh", "erf")
@@ -159,6 +160,6 @@ def test_a_run_with_all_defaults_of_cuda_is_the_run_of_the_cpu(folder: Path, cor
 
 @pytest.mark.slow
 def test_two_stages_with_all_defaults_of_cuda_are_those_of_the_cpu(folder: Path, corpus: str) -> None:
-    """With the defaults of CUDA, two pipeline stages exchange activations in batches (batch_p2p_comm)."""
+    """Two pipeline stages exchange activations in batches (batch_p2p_comm); loss and layers are the Triton kernels."""
     config = tiny.tiny_config(folder / "stages", corpus, train__steps=3, parallel__pipeline_model_parallel_size=2)
     assert_equal_but_for_rounding(run_distributed(both_runs, 2, folder, {"": config})[0], "")
