@@ -142,7 +142,7 @@ def assert_equal_but_for_rounding(found: dict[str, dict[str, Any]], name: str) -
 def test_a_run_with_megatron_cores_fusions_is_the_run_of_the_cpu(folder: Path, corpus: str) -> None:
     """The fusions are compiled for the CPU here. The fused GELU is the tanh form, so the erf form must stay unfused."""
     settings = {"train__steps": 3, "train__test_every": 2, "probe__every": 3, "probe__num_batches": 1,
-                "model__elementwise": "megatron"}  # fmt: skip
+                "model__elementwise": "megatron", "model__loss": "megatron"}  # fmt: skip
     configs = {
         gelu: tiny.tiny_config(folder / gelu, corpus, model__gelu=gelu, model__init_method_std=0.2, **settings)
         for gelu in ("tanh", "erf")
