@@ -315,14 +315,17 @@ def lion_kernel(
             places = _places(row, start, numel, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, ALIGNED)
             hyper = _hyper(group, lr)
             for first in tl.static_range(0, BLOCK, PART):
-                _update_part(places, numel - start, hyper, factor, second, caution, first, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, PART, WIDTH, False)  # fmt: skip # noqa: E501
+                _update_part(places, numel - start, hyper, factor, second, caution, first,
+                             MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, PART, WIDTH, False)  # fmt: skip
         elif SMALL == BLOCK:
             places = _places(row, start, numel, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, ALIGNED)
             hyper = _hyper(group, lr)
-            _update_part(places, numel - start, hyper, factor, second, caution, 0, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, PART, WIDTH, True)  # fmt: skip # noqa: E501
+            _update_part(places, numel - start, hyper, factor, second, caution, 0,
+                         MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, PART, WIDTH, True)  # fmt: skip
         else:
             hyper = _hyper(group, lr)
             while start < numel:
                 places = _places(row, start, numel, PARAM_TYPE, GRAD_TYPE, MASTER_WEIGHTS, MOMENTUM, ALIGNED)
-                _update_part(places, numel - start, hyper, factor, second, caution, 0, MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, SMALL, 4, True)  # fmt: skip # noqa: E501
+                _update_part(places, numel - start, hyper, factor, second, caution, 0,
+                             MASTER_WEIGHTS, MOMENTUM, BEGIN, CAUTIOUS, ALIGNED, SMALL, 4, True)  # fmt: skip
                 start += SMALL

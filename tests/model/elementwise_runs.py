@@ -66,14 +66,20 @@ def run_jobs(folder: Path, layouts: list[str], dropout: dict[str, dict[str, Any]
 
 def assert_the_same(logged: dict[str, list[dict[str, Any]]], name: str) -> None:
     """Asserts that the layout's two runs logged the same numbers up to rounding."""
-    ours, theirs = (
-        [line for line in logged[f"{name} {kind}"] if "train/loss" in line] for kind in ("fused", "megatron")
-    )
-    assert len(ours) == len(theirs) == 2
+    ours, theirs = (logged[f"{name} {kind}"] for kind in ("fused", "megatron"))
     # megatron-core rounds after each operation, the kernels once; 2^-24, 2^-9 or 2^-11 each time.
     tolerance = {"fp32": 2e-6, "bf16": 5e-3, "fp16": 1e-3}[LAYOUTS[name][2].get("train__precision", "fp32")]
-    for line, expected in zip(ours, theirs, strict=True):
-        for key in LOGGED:
+    assert_same_steps(ours, theirs, 2, LOGGED, tolerance)
+
+
+def assert_same_steps(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], steps: int, keys: tuple[str, ...], tolerance: float
+) -> None:
+    """Asserts that the lines of `steps` steps have the same keys of `keys`, and the same numbers up to `tolerance`, relative."""
+    lines, expected_lines = ([line for line in run if "train/loss" in line] for run in (ours, theirs))
+    assert len(lines) == len(expected_lines) == steps
+    for line, expected in zip(lines, expected_lines, strict=True):
+        for key in keys:
             assert (key in line) is (key in expected)
             if key in line:
                 assert line[key] == pytest.approx(expected[key], rel=tolerance), key
