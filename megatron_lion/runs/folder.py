@@ -11,6 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import load_config, save_config
 from megatron_lion.errors import CheckpointError, ConfigError
@@ -154,6 +156,11 @@ def kept_choices(config: RunConfig, world_size: int) -> RunConfig:
         # Other roundings of the gradient: a run of an earlier version, which stores none, keeps its own.
         fusion = old.train.gradient_accumulation_fusion is True
         config = replace(config, train=replace(config.train, gradient_accumulation_fusion=fusion))
+    if config.model.elementwise == "auto":
+        # Other roundings, and other elements that dropout drops: a run of an earlier version had megatron-core's.
+        stored = yaml.safe_load(saved.read_text(encoding="utf-8")).get("model") or {}
+        kept = stored.get("elementwise", "megatron")
+        config = replace(config, model=replace(config.model, elementwise=kept))
     size = old.train.micro_batch_size
     share = config.train.global_batch_size // config.data_parallel_size(world_size)
     if config.train.micro_batch_size == "auto" and size != "auto" and share % size == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ from elementwise_runs import QUICK, assert_the_same, losses, run_jobs
 
 from megatron_lion.config import RunConfig
 from megatron_lion.config_checks import check_config
+from megatron_lion.configfile import save_config
 from megatron_lion.device import Device
 from megatron_lion.errors import ConfigError, EnvironmentFault
 from megatron_lion.model import kernel_choice
+from megatron_lion.runs.folder import kept_choices
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")
 
@@ -136,6 +139,19 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFi
     assert "element-wise operations, which is slower: no compiler" in caplog.text
     monkeypatch.setattr(kernel_choice, "why_no_triton", lambda: None)
     assert choose("auto", on_cpu, "sdpa") == "fused"
+
+
+def test_a_run_of_an_earlier_version_keeps_megatron_cores_operations(tmp_path: Path) -> None:
+    """Dropout would drop other elements in the middle of the run."""
+    config = RunConfig(run_dir=str(tmp_path))
+    (tmp_path / "checkpoints" / "step_0000003").mkdir(parents=True)
+    save_config(config, tmp_path / "config.yaml")
+    assert kept_choices(config, 1).model.elementwise == "auto"
+    lines = (tmp_path / "config.yaml").read_text().splitlines(keepends=True)
+    (tmp_path / "config.yaml").write_text("".join(line for line in lines if "elementwise" not in line))
+    assert kept_choices(config, 1).model.elementwise == "megatron"
+    asked = dataclasses.replace(config, model=dataclasses.replace(config.model, elementwise="fused"))
+    assert kept_choices(asked, 1).model.elementwise == "fused"
 
 
 def test_fused_layers_exclude_transformer_engine() -> None:
