@@ -81,8 +81,9 @@ class LogitsScorer:
         targets_BS = tokens_BT[:, -last:]
         hidden_BSH = self.hidden(tokens_BT[:, :-1], last)
         rows = ROWS[self.device.type]
+        score_rows = _RowScores()
         parts = [
-            _score_rows(self.project(hidden_NH), targets_N)
+            score_rows(self.project(hidden_NH), targets_N)
             for hidden_NH, targets_N in zip(
                 hidden_BSH.reshape(-1, hidden_BSH.shape[-1]).split(rows),
                 targets_BS.reshape(-1).split(rows),
@@ -93,12 +94,40 @@ class LogitsScorer:
         return nll_BS, greedy_BS
 
 
-def _score_rows(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the negative log likelihood (fp32) of each target and whether it is the likeliest, [N]."""
-    logits_NV = logits_NV.float()  # the sum over V would otherwise be rounded to bf16's 8 bits
-    # On a CPU log_softmax takes half the time of a logsumexp, which passes over the logits six times.
-    log_p_N = logits_NV.log_softmax(-1).gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
-    return -log_p_N, logits_NV.argmax(-1) == targets_N
+class _RowScores:
+    """The scores of rows of logits. All parts of a batch write their log probabilities to the same memory.
+
+    On a CPU a block of this size is returned to the system at each free, and the page faults of the next one take longer than
+    log_softmax itself.
+    """
+
+    def __init__(self) -> None:
+        self._log_p_NV: Tensor | None = None
+
+    def __call__(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the negative log likelihood (fp32) of each target and whether it is the likeliest, [N].
+
+        No call may have more rows than the first one.
+        """
+        logits_NV = logits_NV.float()  # the sum over V would otherwise be rounded to bf16's 8 bits
+        if self._log_p_NV is None:
+            self._log_p_NV = torch.empty_like(logits_NV)
+        log_p_NV = self._log_p_NV[: len(logits_NV)]
+        # On a CPU log_softmax takes half the time of a logsumexp, which passes over the logits six times.
+        torch.log_softmax(logits_NV, -1, out=log_p_NV)
+        nll_N = -log_p_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
+        return nll_N, _are_likeliest(logits_NV, targets_N)
+
+
+def _are_likeliest(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Returns whether each target is the argmax of its row, [N]."""
+    if logits_NV.is_cuda:  # nonzero would wait for the device
+        return logits_NV.argmax(-1) == targets_N
+    # On a CPU the largest value takes a sixth of its index's time. The index decides among equal values.
+    likeliest_N = logits_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1) == logits_NV.amax(-1)
+    rows = likeliest_N.nonzero().squeeze(-1)
+    likeliest_N[rows] = logits_NV[rows].argmax(-1) == targets_N[rows]
+    return likeliest_N
 
 
 @dataclass(frozen=True, kw_only=True)

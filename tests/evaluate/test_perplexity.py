@@ -153,6 +153,20 @@ def test_detailed_scores_report_the_likeliest_token() -> None:
     assert nll[0].tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_among_equal_logits_the_first_is_the_likeliest() -> None:
+    """As torch's argmax has it on a CPU: few levels of logits, so most rows have several largest values."""
+    random = torch.Generator().manual_seed(3)
+    logits_BSV = torch.randint(4, (2, 40, 30), generator=random).float()
+    first = (logits_BSV == logits_BSV.amax(-1, keepdim=True)).int().argmax(-1)
+    others = torch.randint(30, first.shape, generator=random)
+    targets = torch.where(torch.rand(first.shape, generator=random) < 0.5, first, others)
+    tied = logits_BSV.gather(-1, targets.unsqueeze(-1)).squeeze(-1) == logits_BSV.amax(-1)
+    assert (tied & (targets != first)).any(), "no target is a later one of the largest"
+    ids = torch.cat([torch.zeros(2, 1, dtype=torch.int64), targets], 1)
+    _, greedy = LogitsScorer(lambda ids, last: logits_BSV[:, -last:]).score(ids, 40)
+    assert torch.equal(greedy, targets == first)
+
+
 def test_progress_counts_this_ranks_windows() -> None:
     seen: list[tuple[int, int]] = []
     plan = plan_windows(50, 10, 4)
