@@ -102,6 +102,25 @@ def test_equal_hashes_of_different_words_are_no_match(monkeypatch: pytest.Monkey
     assert OverlapFinder(other).find([text.encode()]).size == 0
 
 
+def test_a_cut_word_is_no_shorter_word() -> None:
+    words = " ".join(f"w{number}" for number in range(N - 1))
+    finder = OverlapFinder(grams_of([f"{words} cat".encode()]))
+    for rest, found in (("alogue", 0), (" alogue", 1), ("", 1)):
+        long = LongDocument(finder)
+        for part in (f"{words} cat", rest):
+            long.add(part.encode())
+        assert len(long.finish()) == found
+
+
+@pytest.mark.parametrize("size", [7, 8, 9, 15, 16, 17, 63, 64, 65, 200])
+def test_words_that_differ_in_their_last_letter_are_different(size: int) -> None:
+    words = " ".join(f"w{number}" for number in range(N - 1))
+    texts = [f"{words} {'x' * (size - 1)}{last}" for last in "abc"]
+    grams = grams_of([text.encode() for text in texts])
+    assert sorted(all_words(grams)) == texts
+    assert [len(each) for each in found_in(OverlapFinder(grams), grams, texts)] == [1, 1, 1]
+
+
 def test_grams_come_back_from_their_file(tmp_path: Path) -> None:
     texts = ["日本 “a” b’s c d e f g h i j k l m n o p".encode(), b"q " * 30]
     grams = grams_of(texts)

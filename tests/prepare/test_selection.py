@@ -184,6 +184,18 @@ def test_equal_halves_of_a_hash_are_no_duplicate(
     assert prepare(options).dropped == {"duplicate": 1}
 
 
+def test_a_piece_of_several_batches(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"{number} words" for number in range(2500)]
+    for number in (5, 1300, 2400):
+        texts[number] = SECRET
+    options = PrepareOptions(
+        inputs=[write_jsonl(tmp_path / "a.jsonl", texts)], tokenizer=tokenizer, output=tmp_path / "out", split="1",
+        decontaminate=[write_jsonl(tmp_path / "given.jsonl", [SECRET])], drop_contaminated=True,
+    )  # fmt: skip
+    found = documents_of(tmp_path / "out", prepare(options))
+    assert found == {"train": [text.encode() for text in texts if text != SECRET]}
+
+
 def test_a_text_file_in_parts_is_searched_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The parts are cut in the middle of the passage, wherever that is."""
     given = tmp_path / "given.txt"
