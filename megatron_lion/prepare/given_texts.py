@@ -13,7 +13,7 @@ import numpy.typing as npt
 from megatron_lion.data.manifest import SPLITS, Overlap
 from megatron_lion.errors import DataError
 from megatron_lion.files import sha256_file
-from megatron_lion.prepare.find_files import InputFile, survey
+from megatron_lion.prepare.find_files import InputFile, input_file, kind_of, survey
 from megatron_lion.prepare.inputs import reading
 from megatron_lion.prepare.overlap import Grams, N, grams_of
 from megatron_lion.prepare.pieces import ReadCount, ReadOptions, read_files
@@ -39,16 +39,19 @@ def read_given_texts(inputs: Sequence[str | Path], key: str) -> GivenTexts:
     """Reads the texts and collects their 13-grams.
 
     Args:
-        inputs: files, folders and patterns, of the formats that `prepare` reads.
+        inputs: files, folders and patterns, of the formats that `prepare` reads. A file with another ending, such as
+            wiki.test.tokens, is one text.
         key: key or column of the text; files that do not have it are read with the key `text`.
 
     Raises:
         DataError: a file cannot be read, or none of its documents has 13 words.
     """
-    read = []
-    for file in survey(inputs).files:
+    read: list[tuple[Grams, Overlap]] = []
+    for file in _files(inputs):
         with reading(file.path):
             sha256 = sha256_file(file.path)
+        if any(overlap.sha256 == sha256 for _, overlap in read):
+            raise DataError(f"{file.path}: has the same content as an earlier text of --decontaminate; name it once")
         documents = _documents(file, key)
         own = grams_of(documents)
         if not len(own):
@@ -65,6 +68,15 @@ def read_given_texts(inputs: Sequence[str | Path], key: str) -> GivenTexts:
     )
     members = tuple(np.searchsorted(grams.hashes, own.hashes) for own, _ in read)
     return GivenTexts(grams, members, tuple(overlap for _, overlap in read))
+
+
+def _files(inputs: Sequence[str | Path]) -> list[InputFile]:
+    found: list[InputFile] = []
+    for given in inputs:
+        path = Path(given).expanduser()
+        is_text = path.is_file() and kind_of(path) is None
+        found += [input_file(path, "txt")] if is_text else survey([given]).files
+    return found
 
 
 def _documents(file: InputFile, key: str) -> list[bytes]:
