@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.errors import DataError
-from megatron_lion.files import storage_errors, write_whole
+from megatron_lion.files import storage_errors
 from megatron_lion.prepare.encoders import Encoder
 from megatron_lion.prepare.inputs import opened, reading
 from megatron_lion.prepare.lines import BadLine
@@ -100,11 +100,14 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
         with storage_errors(tokens_path, "removed"):
             tokens_path.unlink()
         return shard
-    # NAME.tokens is not synced: NAME.json contains its hash, so a file that a power loss cut short is encoded again.
-    write_whole(folder / f"{name}.documents", documents.to_bytes())
-    if shard.overlaps:
-        write_whole(folder / f"{name}.overlaps", documents.overlaps())
-    write_whole(folder / f"{name}.json", json.dumps(dataclasses.asdict(shard)).encode())
+    # Nothing is synced: NAME.json has the hashes of the others and its own end, so a piece of which a power loss cut a file
+    # short is encoded again.
+    written = {f"{name}.documents": documents.to_bytes(), f"{name}.overlaps": documents.overlaps()}
+    written[f"{name}.json"] = json.dumps(dataclasses.asdict(shard)).encode()
+    for file, data in written.items():
+        if data:
+            with storage_errors(folder / file), open(folder / file, "wb") as stream:
+                stream.write(data)
     return shard
 
 
