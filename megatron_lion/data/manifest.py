@@ -110,7 +110,7 @@ class Manifest:
         sentences: for "bert", the number of sentences, of documents with a single sentence (training skips these,
             since a sample needs two) and of sentences that were read and divided because they were too long.
         unread_files: number of files in the given folders that were not read, by kind (an ending, or the reason).
-        dropped: number of documents that were read and left out, by reason (`prepare.selection`).
+        dropped: number of documents that were read and left out, by reason (`prepare.kept_documents`).
         overlaps: what was found of the texts given with `--decontaminate`.
     """
 

@@ -102,12 +102,11 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
         return shard
     # Nothing is synced: NAME.json has the hashes of the others and its own end, so a piece of which a power loss cut a file
     # short is encoded again.
-    written = {f"{name}.documents": documents.to_bytes(), f"{name}.overlaps": documents.overlaps()}
-    written[f"{name}.json"] = json.dumps(dataclasses.asdict(shard)).encode()
-    for file, data in written.items():
-        if data:
-            with storage_errors(folder / file), open(folder / file, "wb") as stream:
-                stream.write(data)
+    overlaps = {f"{name}.overlaps": documents.overlaps()} if shard.overlaps else {}
+    last = json.dumps(dataclasses.asdict(shard)).encode()
+    for file, data in {f"{name}.documents": documents.to_bytes(), **overlaps, f"{name}.json": last}.items():
+        with storage_errors(folder / file), open(folder / file, "wb") as stream:
+            stream.write(data)
     return shard
 
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from megatron_lion.data.indexed_writer import IndexedWriter, token_dtype
 from megatron_lion.data.manifest import SPLITS, SplitInfo
+from megatron_lion.prepare.kept_documents import Selection
 from megatron_lion.prepare.progress import Progress
-from megatron_lion.prepare.selection import Selection
 from megatron_lion.prepare.shards import EncodedShard, shard_documents, shard_sentences, shard_splits, shard_tokens
 from megatron_lion.prepare.splits import assign_splits, split_names
 

@@ -14,8 +14,8 @@ from megatron_lion.data.manifest import Manifest, TokenizerInfo
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import ConfigError
 from megatron_lion.prepare.encoders import EncoderName
+from megatron_lion.prepare.kept_documents import Rules
 from megatron_lion.prepare.pieces import OnError, TxtDocuments
-from megatron_lion.prepare.selection import Rules
 from megatron_lion.prepare.sentences import SplitterName
 from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, parse_split
 

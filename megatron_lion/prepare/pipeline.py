@@ -34,6 +34,7 @@ from megatron_lion.prepare.few_documents import few_documents, total_text_bytes
 from megatron_lion.prepare.find_files import InputFile, Survey, input_file, survey
 from megatron_lion.prepare.given_texts import GivenTexts, found_overlaps, read_given_texts
 from megatron_lion.prepare.inputs import reading
+from megatron_lion.prepare.kept_documents import Selection, select_documents
 from megatron_lion.prepare.long_texts import divides_at_blanks
 from megatron_lion.prepare.merge_shards import splits_of_documents, warn_of_absent_splits, write_splits
 from megatron_lion.prepare.options import PrepareOptions, plan_manifest
@@ -42,7 +43,6 @@ from megatron_lion.prepare.pieces import Piece, ReadOptions, cut_pieces
 from megatron_lion.prepare.pool import Collector, encode_pieces, usable_cores
 from megatron_lion.prepare.positions import MIN_BYTES, shares_text
 from megatron_lion.prepare.progress import NoProgress, Progress
-from megatron_lion.prepare.selection import Selection, select_documents
 from megatron_lion.prepare.shards import EncodedShard
 from megatron_lion.prepare.size_estimate import estimate_work, warn_of_memory
 from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, auto_split, small_split_warning, split_names

@@ -15,7 +15,7 @@ from megatron_lion.cli import main
 from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, StorageError
-from megatron_lion.prepare import selection
+from megatron_lion.prepare import kept_documents
 from megatron_lion.prepare.merge_shards import write_splits
 from megatron_lion.prepare.pipeline import Manifest, PrepareOptions, prepare, read_manifest
 from megatron_lion.prepare.splits import document_hash
@@ -161,7 +161,7 @@ def test_ranges_of_hashes_find_the_same_duplicates(
     )
     once = prepare(options)
     assert once.documents == len(set(texts))
-    monkeypatch.setattr(selection, "_RANGE_DOCUMENTS", 20)
+    monkeypatch.setattr(kept_documents, "_RANGE_DOCUMENTS", 20)
     assert prepare(dataclasses.replace(options, output=tmp_path / "b")).splits == once.splits
 
 
