@@ -212,8 +212,8 @@ def summary(output: str, manifest: Manifest) -> str:
 def overlap_line(overlap: Overlap) -> str:
     """Returns one line about a text whose passages were searched: what the train split holds of it."""
     found = (
-        f"{overlap.train_documents:,} training documents contain {overlap.train_ngrams:,} of its {overlap.ngrams:,} 13-grams "
-        f"({overlap.train_ngrams / overlap.ngrams:.2%})"
+        f"{overlap.train_ngrams:,} of its {overlap.ngrams:,} 13-grams ({overlap.train_ngrams / overlap.ngrams:.2%}) are in "
+        f"{overlap.train_documents:,} training document{'s' * (overlap.train_documents != 1)}"
     )
     others = overlap.found_in_documents - overlap.train_documents
-    return f"{overlap.path}: {found}" + (f"; {others:,} more are held out or left out" if others else "")
+    return f"{overlap.path}: {found}" + (f"; others are in {others:,} that are held out or left out" if others else "")

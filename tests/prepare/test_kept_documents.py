@@ -294,4 +294,4 @@ def test_the_summary_of_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys
     assert main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
     assert "  left out: 1 fewer_tokens, 1 duplicate\n" in printed
-    assert f"  {given}: 1 training documents contain 6 of its 6 13-grams (100.00%)\n" in printed
+    assert f"  {given}: 6 of its 6 13-grams (100.00%) are in 1 training document\n" in printed
