@@ -79,7 +79,14 @@ def test_the_tables(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in manifest["splits"].values():
         assert [f"{split['prefix']}.bin", f"{split['bin_bytes']:,}", split["bin_sha256"]] in rows
     assert printed.count("\n  Text ") + printed.count(f"\n  {PASSAGE}") == 9, "three samples of each split, on one line"
-    assert "\x1b" not in printed
+
+
+def test_each_sample_is_one_line_of_what_can_be_printed(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(dataset), "--samples", "1000"]) == 0
+    printed = capsys.readouterr().out
+    assert sum(line.startswith("  ") for line in printed.splitlines()) == 121
+    assert f"\n  {PASSAGE} And \\x1b[31m more.<|endoftext|>\n" in printed
+    assert all(line.isprintable() for line in printed.splitlines())
 
 
 def test_samples_are_spread_over_the_documents(dataset: Path) -> None:

@@ -38,7 +38,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer, data = str(folder / "tokenizer"), str(folder / "data")
     train = str(folder / "train.jsonl")
     assert main(["tokenizer", "train", "--input", train, "--vocab-size", "270", "--output", tokenizer]) == 0
-    given = [str(folder / "own.txt"), str(folder / "other.tokens")]
+    (folder / "third.jsonl").write_text(json.dumps({"text": f"{PASSAGE} {PASSAGE}"}) + "\n")
+    given = [str(folder / name) for name in ("own.txt", "other.tokens", "third.jsonl")]
     words = ["--input", train, "--tokenizer", tokenizer, "--output", data, "--split", "1"]
     assert main(["prepare", *words, "--decontaminate", *given]) == 0
     run = str(folder / "run")
@@ -54,7 +55,7 @@ def evaluate(run: Path, *texts: Path) -> dict[str, Any]:
 
 
 def test_the_result_carries_the_overlap(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = evaluate(base / "run", base / "own.txt", base / "other.tokens", base / "train.jsonl")
+    found = evaluate(base / "run", base / "own.txt", base / "other.tokens", base / "third.jsonl", base / "train.jsonl")
     printed = capsys.readouterr().out
     # 18 words of the passage are in one document, and each 13 of them in a row count.
     assert len(PASSAGE.split()) == 18
@@ -62,6 +63,7 @@ def test_the_result_carries_the_overlap(base: Path, capsys: pytest.CaptureFixtur
     assert (own["train_ngrams"], own["ngrams"], own["train_documents"]) == (6, WORDS - 12, 1)
     (other,) = found["other.tokens"]["train_overlaps"]
     assert (other["train_ngrams"], other["train_documents"]) == (0, 0)
+    assert found["third.jsonl"]["train_overlaps"][0]["train_ngrams"] == 6, "known by the file's own SHA-256"
     assert found["train.jsonl"]["train_overlaps"] is None, "the data were not searched for this text"
     lines = {name: next(line for line in printed.splitlines() if name in line) for name in found}
     assert f"overlap {6 / (WORDS - 12):.2%}" in lines["own.txt"]

@@ -86,6 +86,13 @@ def test_both_decoders_agree_at_the_edges(line: bytes) -> None:
     assert outcome(line, "text") == by_rules(line, "text")
 
 
+@pytest.mark.parametrize(
+    ("depth", "kind"), [(100, "text"), (101, "too_deep"), (1100, "too_deep"), (100_000, "too_deep")]
+)
+def test_depth(depth: int, kind: str) -> None:
+    assert outcome(b'{"text": "a", "b": ' + b"[" * depth + b"]" * depth + b"}", "text")[0] == kind
+
+
 def test_the_nasty_corpus(shared_data: Path) -> None:
     lines = (shared_data / "corpus/nasty.jsonl").read_bytes().split(b"\n")
     found = [outcome(line, "text") for line in lines]
