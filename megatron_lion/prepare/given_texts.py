@@ -15,7 +15,7 @@ from megatron_lion.errors import DataError
 from megatron_lion.files import sha256_file
 from megatron_lion.prepare.find_files import InputFile, input_file, kind_of, survey
 from megatron_lion.prepare.inputs import reading
-from megatron_lion.prepare.overlap import Grams, N, grams_of
+from megatron_lion.prepare.overlap import Grams, N, grams_of, union_of
 from megatron_lion.prepare.pieces import ReadCount, ReadOptions, read_files
 from megatron_lion.prepare.shards import EncodedShard, shard_overlaps
 
@@ -63,9 +63,7 @@ def read_given_texts(inputs: Sequence[str | Path], key: str) -> GivenTexts:
             found_ngrams=0, found_in_documents=0, train_ngrams=0, train_documents=0,
         )  # fmt: skip
         read.append((own, overlap))
-    grams = (
-        read[0][0] if len(read) == 1 else grams_of(own.words(number) for own, _ in read for number in range(len(own)))
-    )
+    grams = union_of([own for own, _ in read])
     members = tuple(np.searchsorted(grams.hashes, own.hashes) for own, _ in read)
     return GivenTexts(grams, members, tuple(overlap for _, overlap in read))
 

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ _LONG_WORD = 64
 _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _FILTER_BITS = 23
+_BATCH_BYTES = 1 << 20
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -85,19 +86,58 @@ def grams_of(documents: Iterable[bytes]) -> Grams:
     Args:
         documents: their UTF-8 bytes.
     """
-    found: dict[int, bytes] = {}
+    found = [_grams(b"")]
+    for batch in _batches(documents):
+        words = _words(batch)
+        hashes = _gram_hashes(words)
+        whole = np.flatnonzero(
+            _document_of(words, np.arange(hashes.size)) == _document_of(words, np.arange(hashes.size) + N - 1)
+        )
+        distinct, places = np.unique(hashes[whole], return_index=True)
+        lines = b"".join(words.gram(first) + b"\n" for first in whole[places].tolist())
+        found.append(Grams(distinct, lines, _line_starts(lines)))
+    return union_of(found)
+
+
+def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    size = 0
     for utf8 in documents:
-        words = _words([utf8])
-        for first, value in enumerate(_gram_hashes(words).tolist()):
-            if value not in found:
-                found[value] = words.gram(first)
-    return _grams(b"".join(found[value] + b"\n" for value in sorted(found)))
+        batch.append(utf8)
+        size += len(utf8)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _document_of(words: _Words, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the document of each word of these numbers."""
+    return np.searchsorted(words.documents, words.starts[numbers], "right") - 1
+
+
+def union_of(several: Sequence[Grams]) -> Grams:
+    """Returns the 13-grams that are in any of several collections, each once.
+
+    Args:
+        several: at least one collection.
+    """
+    hashes, places = np.unique(np.concatenate([one.hashes for one in several]), return_index=True)
+    first = np.cumsum([0, *(len(one) for one in several)])
+    owners = np.searchsorted(first, places, "right") - 1
+    words = (several[owner].words(place - first[owner]) for owner, place in zip(owners, places, strict=True))
+    lines = b"".join(each + b"\n" for each in words)
+    return Grams(hashes, lines, _line_starts(lines))
+
+
+def _line_starts(lines: bytes) -> npt.NDArray[np.int64]:
+    return np.append(0, np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1)
 
 
 def _grams(lines: bytes) -> Grams:
     """Returns the 13-grams of a text that has one on each line, in the order of their hashes."""
-    starts = np.append(0, np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1)
-    return Grams(_gram_hashes(_words([lines]))[::N].copy(), lines, starts)
+    return Grams(_gram_hashes(_words([lines]))[::N].copy(), lines, _line_starts(lines))
 
 
 def save_grams(folder: Path, grams: Grams) -> str:
@@ -156,10 +196,13 @@ class OverlapFinder:
             chosen = hashes[candidates]
             places = np.minimum(np.searchsorted(self._grams.hashes, chosen), len(self._grams) - 1)
             equal = self._grams.hashes[places] == chosen
-            for first, place in zip(candidates[equal].tolist(), places[equal].tolist(), strict=True):
-                of_first, of_last = np.searchsorted(words.documents, words.starts[[first, first + N - 1]], "right")
-                if of_first == of_last and words.gram(first) == self._grams.words(place):
-                    found.add((int(of_first) - 1, place))
+            firsts = candidates[equal]
+            owners, ends = _document_of(words, firsts), _document_of(words, firsts + N - 1)
+            for first, place, owner, end in zip(
+                *(each.tolist() for each in (firsts, places[equal], owners, ends)), strict=True
+            ):
+                if owner == end and words.gram(first) == self._grams.words(place):
+                    found.add((owner, place))
         return np.array(sorted(found), dtype=np.int32).reshape(-1, 2)
 
 

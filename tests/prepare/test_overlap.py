@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from megatron_lion.prepare.overlap import (
     grams_of,
     save_grams,
     saved_finder,
+    union_of,
 )
 
 
@@ -128,6 +130,16 @@ def test_grams_come_back_from_their_file(tmp_path: Path) -> None:
     assert name == save_grams(tmp_path, grams_of(reversed(texts))), "the name depends on the content alone"
     assert saved_finder(tmp_path / name).find(texts).tolist() == OverlapFinder(grams).find(texts).tolist()
     assert len(OverlapFinder(grams).find(texts)) == len(grams) > 3
+
+
+@examples(50)
+@given(st.lists(st.lists(_SPACED, min_size=1, max_size=3), min_size=1, max_size=4))
+def test_a_union_is_that_of_all_texts(groups: list[list[str]]) -> None:
+    union = union_of([grams_of(text.encode() for text in group) for group in groups])
+    together = grams_of(text.encode() for group in groups for text in group)
+    assert union.lines == together.lines
+    assert np.array_equal(union.hashes, together.hashes)
+    assert np.array_equal(union.starts, together.starts)
 
 
 def test_no_gram_at_all() -> None:
