@@ -63,8 +63,13 @@ def _open(dataset: str) -> tuple[Manifest | None, dict[str, IndexedInfo]]:
     from megatron_lion.data.indexed_check import check_indexed
     from megatron_lion.data.inspection import prefix_of
     from megatron_lion.data.manifest import read_manifest
+    from megatron_lion.errors import DataError
 
     path = Path(dataset)
+    if path.is_file() and path.suffix not in (".bin", ".idx"):
+        raise DataError(
+            f"{path}: is a file of text or something else; give a dataset folder, or the prefix of a .bin/.idx pair"
+        )
     if not path.is_dir():
         return None, {"all": check_indexed(prefix_of(path))}
     manifest = read_manifest(path)

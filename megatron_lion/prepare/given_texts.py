@@ -16,7 +16,7 @@ from megatron_lion.files import sha256_file
 from megatron_lion.prepare.find_files import InputFile, input_file, kind_of, survey
 from megatron_lion.prepare.inputs import reading
 from megatron_lion.prepare.overlap import Grams, N, grams_of, union_of
-from megatron_lion.prepare.pieces import ReadCount, ReadOptions, read_files
+from megatron_lion.prepare.pieces import OnError, ReadCount, ReadOptions, read_files
 from megatron_lion.prepare.shards import EncodedShard, shard_overlaps
 
 
@@ -35,13 +35,14 @@ class GivenTexts:
     found: tuple[Overlap, ...]
 
 
-def read_given_texts(inputs: Sequence[str | Path], key: str) -> GivenTexts:
+def read_given_texts(inputs: Sequence[str | Path], key: str, on_error: OnError = "stop") -> GivenTexts:
     """Reads the texts and collects their 13-grams.
 
     Args:
         inputs: files, folders and patterns, of the formats that `prepare` reads. A file with another ending, such as
             wiki.test.tokens, is one text.
         key: key or column of the text; files that do not have it are read with the key `text`.
+        on_error: "stop" at a bad line, or "skip" it.
 
     Raises:
         DataError: a file cannot be read, or none of its documents has 13 words.
@@ -52,7 +53,7 @@ def read_given_texts(inputs: Sequence[str | Path], key: str) -> GivenTexts:
             sha256 = sha256_file(file.path)
         if any(overlap.sha256 == sha256 for _, overlap in read):
             raise DataError(f"{file.path}: has the same content as an earlier text of --decontaminate; name it once")
-        documents = _documents(file, key)
+        documents = _documents(file, key, on_error)
         own = grams_of(documents)
         if not len(own):
             raise DataError(
@@ -77,9 +78,9 @@ def _files(inputs: Sequence[str | Path]) -> list[InputFile]:
     return found
 
 
-def _documents(file: InputFile, key: str) -> list[bytes]:
+def _documents(file: InputFile, key: str, on_error: OnError) -> list[bytes]:
     def read(name: str) -> list[bytes]:
-        return [text.encode("utf-8") for text in read_files([file], ReadOptions(name), ReadCount())]
+        return [text.encode("utf-8") for text in read_files([file], ReadOptions(name, on_error=on_error), ReadCount())]
 
     try:
         return read(key)

@@ -99,7 +99,9 @@ def prepare(
         files += found.files
         for note in found.notes():
             logger.info("%s", note)
-        texts = read_given_texts(options.decontaminate, options.json_key) if options.decontaminate else None
+        texts = None
+        if options.decontaminate:
+            texts = read_given_texts(options.decontaminate, options.json_key, options.on_error)
         sources = _hash_sources(files, work, progress)
         planned = dataclasses.replace(planned, sources=tuple(sources), unread_files=found.unread_counts())
         planned = _divided(options, files, planned)

@@ -156,6 +156,7 @@ def test_verify_reads_everything(dataset: Path, tmp_path: Path, capsys: pytest.C
     [
         (["nothere"], 3, "nothere.idx: no such file"),
         (["empty"], 3, "empty: no manifest.json"),
+        (["a.txt"], 3, "a.txt: is a file of text or something else; give a dataset folder"),
         (["empty", "--samples", "-1"], 2, "--samples -1: must be 0 or more"),
     ],
 )
@@ -164,6 +165,7 @@ def test_mistakes(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    Path("a.txt").write_text("text")
     assert main(["inspect", *words]) == code
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1

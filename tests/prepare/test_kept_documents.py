@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_lion.cli import main
 from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_lion.errors import ConfigError, StorageError
+from megatron_lion.errors import ConfigError, DataError, StorageError
 from megatron_lion.prepare import kept_documents
 from megatron_lion.prepare.merge_shards import write_splits
 from megatron_lion.prepare.pipeline import Manifest, PrepareOptions, prepare, read_manifest
@@ -281,6 +281,18 @@ def test_refusals(
     assert main(["prepare", "--input", "a.jsonl", "--tokenizer", "tok", "--output", "out", *flags]) in (2, 3)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_lines_of_a_given_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    given = tmp_path / "given.jsonl"
+    given.write_text(json.dumps({"text": SECRET}) + "\nbroken\n")
+    source = write_jsonl(tmp_path / "a.jsonl", [f"{SECRET} end", "other"])
+    options = PrepareOptions(
+        inputs=[source], tokenizer=tokenizer, output=tmp_path / "out", split="1", decontaminate=[given]
+    )
+    with pytest.raises(DataError, match=r"given\.jsonl:2: not JSON"):
+        prepare(options)
+    assert prepare(dataclasses.replace(options, on_error="skip")).overlaps[0].train_ngrams == 6
 
 
 def test_the_summary_of_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
