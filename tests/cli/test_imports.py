@@ -44,6 +44,7 @@ WORK = {
     "tokenizer": (["train", "--input", "text.txt", "--output", "vocabulary", "--vocab-size", "300"], {"tokenizers"}, 395),
     "prepare": (["--input", "text.txt", "--tokenizer", "trained", "--encoder", "tokenizers", "--output", "prepared"],
                 {"numpy", "tokenizers"}, 526),
+    "merge": (["text", "text2", "--output", "merged"], {"numpy", "tokenizers"}, 475),
     "inspect": (["text"], {"numpy", "tokenizers"}, 475),
     "pretrain": (["--config", "gpt2-tiny", "--data.path", "[text]", "--run_dir", "run", "--dry-run"],
                  {"numpy", "tokenizers"}, 425),
@@ -76,7 +77,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["".join(letters.choices("abcdefgh", k=letters.randint(2, 7))) for _ in range(300)]
     (folder / "text.txt").write_text("\n".join(" ".join(letters.choices(words, k=40)) for _ in range(400)))
     imported(["tokenizer", "train", "--input", "text.txt", "--output", "trained", "--vocab-size", "400"], folder)
-    imported(["prepare", "--input", "text.txt", "--tokenizer", "trained", "--output", "text"], folder)
+    for name in ("text", "text2"):
+        words = ["--input", "text.txt", "--tokenizer", "trained", "--seed", name[4:] or "1", "--output", name]
+        imported(["prepare", *words], folder)
     return folder
 
 
