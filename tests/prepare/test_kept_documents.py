@@ -219,7 +219,7 @@ def test_a_text_file_in_parts_is_searched_whole(tmp_path: Path, tokenizer: Token
 
 
 def test_bert_counts_the_sentences_that_are_kept(tmp_path: Path, bert_tokenizer: Path) -> None:
-    texts = ["one two. three four.", "five.", "one two. three four.", "six seven eight. nine. ten."]
+    texts = ["One two. Three four.", "Five.", "One two. Three four.", "Six seven eight. Nine. Ten."]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     options = PrepareOptions(
         inputs=[source], tokenizer=bert_tokenizer, output=tmp_path / "out", task="bert", split="1", deduplicate=True,
@@ -234,6 +234,7 @@ def test_bert_counts_the_sentences_that_are_kept(tmp_path: Path, bert_tokenizer:
     )  # fmt: skip
     assert manifest.dropped == {"duplicate": 1}
     assert manifest.sentences == without.sentences
+    assert (manifest.sentences["sentences"], manifest.sentences["documents_of_one_sentence"]) == (6, 1)
     assert (manifest.splits, manifest.tokens) == (without.splits, without.tokens)
 
 
