@@ -29,8 +29,8 @@ def line_blocks(
     Raises:
         DataError: a line is too long.
     """
-    start = 0
-    begun: list[bytes] = []  # parts of a line that has not ended; joined once, since a line may be long
+    start = held = 0
+    begun: list[bytes] = []  # parts of a line that has not ended, `held` bytes; joined once, since a line may be long
     while True:
         block = stream.read(block_bytes)
         # Whole lines only; the rest of the last line begins the next block.
@@ -40,11 +40,12 @@ def line_blocks(
             if data:
                 yield data, not block
                 start += len(data)
-            begun = []
+            begun, held = [], 0
         if not block:
             return
         begun.append(block[cut:])
-        if sum(map(len, begun)) > max_line_bytes:
+        held += len(begun[-1])
+        if held > max_line_bytes:
             raise too_long_line(where, start, max_line_bytes)
 
 
