@@ -69,13 +69,14 @@ def _column_bytes(group: Any, key: str) -> int:
 
 def _cut_row_group(table: Any, path: Path, number: int, sizes: tuple[int, int, int], key: str) -> Iterator[TablePart]:
     """Yields a row group in parts of at least `piece_bytes` of text; they do not depend on how pyarrow divides it."""
+    compute = optional_package("pyarrow.compute", path)
     stored, size, piece_bytes = sizes
     num_rows = table.metadata.row_group(number).num_rows
     held: list[Any] = []
     held_bytes = rows = counted = 0
     for column in _row_group_columns(table, path, number, key, size):
         start = 0
-        sizes_of_rows = np.diff(_offsets(column)) if len(column) else []
+        sizes_of_rows = compute.fill_null(compute.binary_length(column), 0).to_numpy()
         while start < len(column):
             ends = held_bytes + np.cumsum(sizes_of_rows[start:])
             end = start + min(int(np.searchsorted(ends, piece_bytes)) + 1, len(column) - start)
@@ -98,11 +99,6 @@ def _row_group_columns(table: Any, path: Path, number: int, key: str, size: int)
     for batch in table.iter_batches(batch_rows, row_groups=[number], columns=[key], use_threads=False):
         # By name, because for a column named 'a.b', pyarrow also reads a structure a with a field b.
         yield _strings(pyarrow, batch.column(batch.schema.get_field_index(names[0])), names[1:])
-
-
-def _offsets(column: Any) -> Any:
-    """Returns the offsets of the values of an array of large_binary in its data, shape (N + 1,)."""
-    return np.frombuffer(column.buffers()[1], np.int64, len(column) + 1, offset=8 * column.offset)
 
 
 def _to_stream(path: Path, arrays: list[Any]) -> bytes:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_lion.evaluate.text_rows import read_rows
 from megatron_lion.prepare import tables
 from megatron_lion.prepare.find_files import input_file
 from megatron_lion.prepare.pieces import Piece, ReadCount, ReadOptions, cut_pieces, read_documents, read_piece
-from megatron_lion.prepare.pipeline import PrepareOptions, prepare
+from megatron_lion.prepare.pipeline import DIVIDED, PrepareOptions, prepare
 from megatron_lion.prepare.workfolder import work_folder
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -47,6 +48,20 @@ def texts_in(pieces: list[Piece], key: str = "text") -> list[list[str]]:
     return [list(read_piece(piece, dataclasses.replace(SKIP, json_key=key), ReadCount())) for piece in pieces]
 
 
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    tokens = [*byte_letters(), "wo", "rd", "word", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nw o\nr d\nwo rd\n", "utf-8")
+    return folder
+
+
+def hashes(output: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.glob("*_text_document.*")}
+
+
 TYPES = {
     "string": lambda held: held,
     "large_string": lambda held: held.cast(pyarrow.large_string()),
@@ -71,6 +86,34 @@ def test_large_row_groups_are_cut_and_small_ones_are_not(tmp_path: Path, kind: s
     if kind != "dictionary":  # the whole dictionary is in each row group
         assert [(piece.start, piece.data) for piece in pieces] == [(number, None) for number in range(10)]
     assert [text for part in texts_in(pieces) for text in part] == [text for text in texts if text]
+
+
+def test_only_the_column_of_the_text_counts(tmp_path: Path) -> None:
+    texts = texts_of(300_000)
+    table = pyarrow.table({"text": texts, "short": [text[:2] for text in texts], "other": texts[::-1]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert [piece.data for piece in pieces_of(tmp_path / "a.parquet", "short")] == [None]
+    assert texts_in(pieces_of(tmp_path / "a.parquet", "short"), "short") == [[text[:2] for text in texts]]
+    pieces = pieces_of(tmp_path / "a.parquet", "other")
+    assert len(pieces) > 3
+    assert [text for part in texts_in(pieces, "other") for text in part] == texts[::-1]
+
+
+def test_the_key_reaches_every_reader(tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The column `text`, the default, holds many distinct texts here, and `body` two that are divided by position."""
+    caplog.set_level("INFO")
+    books = ["".join(texts_of(300_000, seed)) for seed in (1, 2)]
+    table = pyarrow.table({"text": [f"{i} {books[0]}" for i in range(6)], "body": books * 3})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in books * 3))
+    for name in ("a.parquet", "a.jsonl"):
+        manifest = prepare(PrepareOptions(inputs=[tmp_path / name], tokenizer=tokenizer, output=tmp_path / f"of {name}",
+                                          split="8,1,1", workers=1, json_key="body"))  # fmt: skip
+        assert manifest.options[DIVIDED] == "by position"
+        assert manifest.text_bytes == 3 * sum(len(book.encode()) for book in books)
+    assert hashes(tmp_path / "of a.parquet") == hashes(tmp_path / "of a.jsonl")
+    expected = float(re.findall(r"about ([\d,]+) tokens", caplog.text)[0].replace(",", ""))
+    assert 0.5 < expected / (2 * manifest.tokens) < 2, "half of the file is the other column"
 
 
 def test_columns_in_structures_and_of_equal_names(tmp_path: Path) -> None:
@@ -163,20 +206,6 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
         assert number == 2 * len(texts)
         peaks.append(pool.max_memory() / 1e6)
     assert peaks[1] < 1.2 * peaks[0] + 1, peaks
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    tokens = [*byte_letters(), "wo", "rd", "word", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nw o\nr d\nwo rd\n", "utf-8")
-    return folder
-
-
-def hashes(output: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in output.glob("*_text_document.*")}
 
 
 def test_token_files_are_those_of_json_lines(
