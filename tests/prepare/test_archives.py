@@ -40,6 +40,7 @@ FORMS = {
     "OWT.TXZ": lambda: lzma.compress(openwebtext(TEXTS, 7)),
     "owt.tgz": lambda: gzip.compress(openwebtext(TEXTS, 7, ".gz")),
     "owt.tar.bz2": lambda: COMPRESS[".bz2"](openwebtext(TEXTS, 60, ".bz2")),
+    "owt.tar.zst": lambda: pytest.importorskip("zstandard").ZstdCompressor().compress(openwebtext(TEXTS, 7)),
     "urlsf_subset00-1_data.xz": lambda: lzma.compress(tar([(f"{i}.txt", t.encode()) for i, t in enumerate(TEXTS)])),
     "plain.tar": lambda: tar([(f"a/{i}.text", t.encode()) for i, t in enumerate(TEXTS)]),
     "lines.tar": lambda: tar([("a/a.jsonl", lines_of(TEXTS[:9])), ("b.ndjson.gz", gzip.compress(lines_of(TEXTS[9:])))]),
