@@ -37,6 +37,7 @@ MAX_DOCUMENT_BYTES = 1 << 29
 WHOLE_BYTES = 1 << 22
 """A member, or an input file, up to this size as stored (or that of a piece) is read by one worker."""
 _BLOCK_BYTES = 1 << 16
+_MEMBER_BYTES = 256  # of memory, for a member without data too
 _USUAL_RATIO = 4  # of compressed English text
 _UNKNOWN, _COUNTED = "unknown", "counted"
 _LINES, _VALUES, _VALUE_LINES = "lines", "values", "value lines"
@@ -95,7 +96,7 @@ def cut_archive(file: InputFile, piece_bytes: int) -> Iterator[tuple[tuple[Membe
                 yield tuple(held), stored.tell() - counted
                 held, size, counted = [], 0, stored.tell()
             held.append(member)
-            size += _BLOCK_BYTES // 256 + len(member.data) * (_USUAL_RATIO if member.compression else 1)
+            size += _MEMBER_BYTES + len(member.data) * (_USUAL_RATIO if member.compression else 1)
     if held:
         yield tuple(held), file.bytes - counted
 

@@ -29,7 +29,7 @@ class RatioError(ValueError):
     """Raised if so much comes out of compressed data that they are no text: a decompression bomb."""
 
 
-def decompressed(compression: str, stored: IO[bytes], where: str | Path) -> IO[bytes]:
+def decompressed(compression: str, stored: IO[bytes], where: str | Path, buffer_bytes: int = 1 << 20) -> IO[bytes]:
     """Returns the decompressed content of a stream; `stored` itself if it is not compressed.
 
     Reading it raises EOFError or ValueError if the data are damaged or cut short, and RatioError if they are a bomb.
@@ -38,6 +38,7 @@ def decompressed(compression: str, stored: IO[bytes], where: str | Path) -> IO[b
         compression: ".gz", ".zst", ".xz", ".bz2", or "".
         stored: the stored bytes.
         where: what is read, for the message.
+        buffer_bytes: number of bytes that are decompressed at once.
 
     Raises:
         EnvironmentFault: zstandard is needed and not installed.
@@ -53,7 +54,7 @@ def decompressed(compression: str, stored: IO[bytes], where: str | Path) -> IO[b
         inner = _Streams(bz2.BZ2Decompressor, counted)
     else:
         inner = _ZstdStream(optional_package("zstandard", where), counted)
-    return io.BufferedReader(_Limited(inner, counted), 1 << 20)
+    return io.BufferedReader(_Limited(inner, counted), buffer_bytes)
 
 
 class _Counted:

@@ -327,7 +327,7 @@ def holds_archive(path: Path) -> bool:
     if compression is None or kind_of(path) or kind_of(Path(path.stem)):
         return False
     try:
-        with open(path, "rb") as stored, decompressed(compression, stored, path) as stream:
+        with open(path, "rb") as stored, decompressed(compression, stored, path, buffer_bytes=512) as stream:
             return is_tar(stream.read(512))
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, EnvironmentFault):
         return False
