@@ -24,7 +24,7 @@ from megatron_lion.memory_faults import memory_fault
 from megatron_lion.signals import IN_START, stop_raises
 from megatron_lion.streams import guard_streams, lost_output, say
 
-PRINTING_VERBS = {"compare", "theory", "generate", "completion", "env", "help"}
+PRINTING_VERBS = {"compare", "inspect", "theory", "generate", "completion", "env", "help"}
 PRINTING_FLAGS = (
     "-h", "--help", "--version", "--dry-run", "--print", "--print_config", "--explain", "--fill-mask", "--sentence-order",
 )  # fmt: skip

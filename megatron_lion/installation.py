@@ -33,13 +33,15 @@ REQUIRED = {
     "transformers": "transformers",
     "huggingface_hub": "huggingface_hub",
     "safetensors": "safetensors",
+    "orjson": "orjson",
+    "gigatoken": "gigatoken",
     "filelock": "filelock",
     "psutil": "psutil",
     "absl-py": "absl",
 }
 """The dependencies in pyproject.toml, each with a module that it provides."""
 
-OPTIONAL_EXTRAS = ("data", "fast", "tensorboard", "wandb")
+OPTIONAL_EXTRAS = ("data", "tensorboard", "wandb")
 OPTIONAL = ("transformer-engine", "apex", "deepspeed")
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

@@ -47,7 +47,7 @@ def test_growth_writes_each_row_as_it_is_measured(tmp_path: Path) -> None:
     ("name", "parts"),
     [
         pytest.param("parameters", {"section_s", "save_s", "restore_s"}, marks=pytest.mark.slow),  # the code of ranks
-        ("documents", {"open_s", "index_s"}),
+        pytest.param("documents", {"open_s", "index_s"}, marks=pytest.mark.slow),
         pytest.param(
             "checkpoints", {"list_s", "verify_all_s", "pretrain_cpu_s", "compare_cpu_s"}, marks=pytest.mark.slow
         ),

@@ -133,6 +133,7 @@ def run(args: Any) -> None:
     """Measures, writes TARGET/eval/*.json and prints a table with one line for each result."""
     from megatron_lion.errors import ConfigError
     from megatron_lion.evaluate.open_target import choose_precision, open_model, split_target
+    from megatron_lion.evaluate.train_overlap import with_train_overlaps
     from megatron_lion.evaluate.wikitext import check_is_file
     from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.paths import has_config
@@ -156,7 +157,7 @@ def run(args: Any) -> None:
         args.precision = choose_precision(args.precision, args.device)
         with open_model(folder, device=args.device, precision=args.precision, tokenizer=args.tokenizer) as model:
             chosen = _chosen_steps(model, folder, steps, watch=args.watch)
-            outcomes = _evaluate(model, folder, chosen, _tasks(model, args), args)
+            outcomes = _evaluate(model, folder, chosen, with_train_overlaps(_tasks(model, args), folder), args)
             if model.rank == 0:
                 _print_outcomes(outcomes, folder, args.precision)
                 if args.explain is not None:
@@ -330,6 +331,8 @@ _PERPLEXITY = ",.6g"
 
 def _cells(outcome: Outcome) -> list[Cell]:
     """Returns the cells of a result: its step, what was measured, on which text, and the numbers."""
+    from megatron_lion.evaluate.train_overlap import overlap_text
+
     record = outcome.record
     kind = record["kind"]
     text = record["text_version"] if record["text_version"] != "unknown" else Path(record["text_path"]).name
@@ -344,6 +347,8 @@ def _cells(outcome: Outcome) -> list[Cell]:
         further = f"adjusted {_perplexity(record['adjusted_ppl']):{_PERPLEXITY}}"
     if record.get("max_tokens"):
         further += f", first {record['max_tokens']} tokens only"
+    if overlap := overlap_text(record):
+        further += f", {overlap}"
     return [record["step"], f"{kind} ({level})", text, record["stride"], record["loss"], _perplexity(ppl), log_ppl, further,
             "new" if outcome.is_new else "found"]  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from megatron_lion.data.manifest import Overlap
     from megatron_lion.prepare.pipeline import Manifest
 
 HELP = "convert text (jsonl, json, txt, parquet, arrow, tar; plain or compressed) to a dataset folder of Megatron .bin/.idx files"
@@ -75,6 +76,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         default="auto",
         help="library that encodes; the ids are the same; auto uses gigatoken if it is installed",
     )
+    add("--min-tokens", type=int, default=0, metavar="N", help="leave out documents of fewer tokens than N")
+    add("--deduplicate", action="store_true", help="leave out documents whose text equals an earlier one's")
+    add(
+        "--decontaminate",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="report which documents contain passages of these texts (13 equal words in a row), such as test sets",
+    )
+    add("--drop-contaminated", action="store_true", help="leave out the documents with passages of --decontaminate")
     add(
         "--overwrite",
         action="store_true",
@@ -138,6 +150,10 @@ def run(args: Any) -> None:
         eod_token=args.eod_token,
         encoder=args.encoder,
         overwrite=args.overwrite,
+        min_tokens=args.min_tokens,
+        deduplicate=args.deduplicate,
+        decontaminate=args.decontaminate,
+        drop_contaminated=args.drop_contaminated,
     )
     try:
         with messages_on_stderr(), ConsoleProgress() as progress:
@@ -182,10 +198,22 @@ def summary(output: str, manifest: Manifest) -> str:
     if manifest.duplicate_documents:
         lines.append(f"  {manifest.duplicate_documents:,} documents repeat an earlier one")
     for what, counts in (
+        ("left out", manifest.dropped),
         ("skipped", manifest.skipped),
         ("rejected", manifest.rejected),
         ("files not read", manifest.unread_files),
     ):
         if counts:
             lines.append(f"  {what}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
+    lines += [f"  {overlap_line(overlap)}" for overlap in manifest.overlaps]
     return "\n".join(lines) + "\n"
+
+
+def overlap_line(overlap: Overlap) -> str:
+    """Returns one line about a text whose passages were searched: what the train split holds of it."""
+    found = (
+        f"{overlap.train_ngrams:,} of its {overlap.ngrams:,} 13-grams ({overlap.train_ngrams / overlap.ngrams:.2%}) are in "
+        f"{overlap.train_documents:,} training document{'s' * (overlap.train_documents != 1)}"
+    )
+    others = overlap.found_in_documents - overlap.train_documents
+    return f"{overlap.path}: {found}" + (f"; others are in {others:,} that are held out or left out" if others else "")

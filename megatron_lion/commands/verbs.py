@@ -9,6 +9,7 @@ from typing import Any
 
 VERBS = {
     "prepare": "convert text to a dataset folder of token files",
+    "inspect": "print what a dataset holds, and verify it",
     "tokenizer": "train a tokenizer on text",
     "pretrain": "train GPT-2 or BERT with LION, SGD or AdamW; the same command resumes",
     "sweep": "run a grid of settings and pick the best of each optimizer by validation loss",

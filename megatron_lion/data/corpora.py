@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -40,6 +41,7 @@ class Corpora:
         settings: the config's data section, for settings that apply when samples are drawn (BERT's masking).
         absent: for valid and test, if a dataset folder lacks the split: what is wrong and how to make it; see
             `check_splits`.
+        overlaps: for each dataset folder, the entries of its manifest about the texts of `prepare --decontaminate`.
     """
 
     prefixes: dict[str, list[Path]]
@@ -51,6 +53,7 @@ class Corpora:
     digest: str
     settings: DataConfig = field(default_factory=DataConfig)
     absent: dict[str, str] = field(default_factory=dict)
+    overlaps: list[list[dict[str, Any]]] = field(default_factory=list)
 
     @property
     def train_tokens(self) -> int:
@@ -186,7 +189,8 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
     # From the manifests: hashing the tokens here would cost a second for every 1.9 GB.
     hashes = [[s.idx_sha256 + s.bin_sha256 for s in manifest.splits.values()] for manifest in manifests]
     digest = _digest([hashes, data.weights])
-    return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, digest, data, absent)
+    overlaps = [[dataclasses.asdict(one) for one in manifest.overlaps] for manifest in manifests]
+    return Corpora(prefixes, infos, data.weights, None, tokenizer, vocab_size, digest, data, absent, overlaps)
 
 
 def _absent(path: Path, manifest: Manifest, split: str) -> str:

@@ -54,6 +54,30 @@ class SourceInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """One text whose passages were searched in the corpus: runs of 13 words (`prepare.overlap`).
+
+    Attributes:
+        path, bytes, sha256: the file, as in `SourceInfo`.
+        documents: number of its documents.
+        ngrams: number of its distinct 13-grams.
+        found_ngrams: number of those that occur in the documents that were read, in any split or dropped.
+        found_in_documents: number of documents that have one.
+        train_ngrams, train_documents: the same for the documents of the train split as it was written.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    documents: int
+    ngrams: int
+    found_ngrams: int
+    found_in_documents: int
+    train_ngrams: int
+    train_documents: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerInfo:
     """Identity of a tokenizer, compared by training and evaluation: hash, kind, size, end-of-document token."""
 
@@ -79,13 +103,15 @@ class Manifest:
         seed: seed of the hashes that assign documents to splits.
         options: other settings that affect the result (JSON key, handling of errors, …).
         documents, tokens, text_bytes: totals over all splits; text_bytes counts UTF-8 text without markup.
-        duplicate_documents: number of documents whose text equals an earlier one's.
+        duplicate_documents: number of these documents whose text equals an earlier one's.
         skipped: number of lines and documents skipped without an error (blank, empty), by kind.
         rejected: number of lines skipped because of `--on-error skip`, by kind.
         splits: files of each split by name; a split without documents is absent.
         sentences: for "bert", the number of sentences, of documents with a single sentence (training skips these,
-            since a sample needs two) and of sentences that were divided because they were too long.
+            since a sample needs two) and of sentences that were read and divided because they were too long.
         unread_files: number of files in the given folders that were not read, by kind (an ending, or the reason).
+        dropped: number of documents that were read and left out, by reason (`prepare.kept_documents`).
+        overlaps: what was found of the texts given with `--decontaminate`.
     """
 
     version: str
@@ -106,6 +132,8 @@ class Manifest:
     splits: dict[str, SplitInfo]
     sentences: dict[str, int] = field(default_factory=dict)
     unread_files: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    overlaps: tuple[Overlap, ...] = ()
 
     def to_json(self) -> str:
         """Returns the manifest as JSON text with its format number and its own hash."""
@@ -176,8 +204,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     if stated != _digest(content):
         raise DataError(f"{path}: does not match its own sha256, so it was changed or damaged; {again}")
     del content["format"]
-    if not isinstance(content.get("sources", []), list):
-        raise DataError(f"{path}: sources: {content['sources']!r:.60} is not a list; {again}")
+    for name in ("sources", "overlaps"):
+        if not isinstance(content.get(name, []), list):
+            raise DataError(f"{path}: {name}: {content[name]!r:.60} is not a list; {again}")
     try:
         manifest = Manifest(
             **{
@@ -185,6 +214,7 @@ def read_manifest(folder: str | Path) -> Manifest:
                 "sources": tuple(SourceInfo(**source) for source in content["sources"]),
                 "tokenizer": TokenizerInfo(**content["tokenizer"]),
                 "split": tuple(content["split"]),
+                "overlaps": tuple(Overlap(**overlap) for overlap in content.get("overlaps", [])),
                 "splits": {name: SplitInfo(**split) for name, split in content["splits"].items()},
             }
         )
@@ -210,6 +240,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _wrong_types(manifest, "")
     for number, source in enumerate(manifest.sources):
         yield from _wrong_types(source, f"sources[{number}].")
+    for number, overlap in enumerate(manifest.overlaps):
+        yield from _wrong_types(overlap, f"overlaps[{number}].")
     yield from _wrong_types(manifest.tokenizer, "tokenizer.")
     for name, split in manifest.splits.items():
         if name not in SPLITS:

@@ -19,6 +19,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from megatron_lion.data.bert_vocab import (
     SPECIAL_TOKENS,
     is_cased,
@@ -211,7 +213,9 @@ def _vocabulary_files(definition: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _json_bytes(value: dict[str, Any], sort_keys: bool = False) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n").encode("utf-8")
+    # As json.dumps(indent=2) writes it, which takes half a second for GPT-2's vocabulary, because it is Python code.
+    options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | (orjson.OPT_SORT_KEYS if sort_keys else 0)
+    return orjson.dumps(value, option=options)
 
 
 def _post_processor(definition: dict[str, Any], named: dict[str, str]) -> dict[str, Any] | None:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from megatron_lion.data.bert_vocab import SPECIAL_TOKENS
 from megatron_lion.data.hub_files import hub_files
 from megatron_lion.data.tokenizer_files import (
@@ -150,7 +152,7 @@ class Tokenizer:
     @property
     def definition(self) -> dict[str, Any]:
         """The tokenizer as a parsed tokenizer.json document; a new copy at each access."""
-        parsed: dict[str, Any] = json.loads(self._definition)
+        parsed: dict[str, Any] = orjson.loads(self._definition)
         return parsed
 
     def encode(self, text: str) -> list[int]:

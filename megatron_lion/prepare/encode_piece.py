@@ -1,13 +1,7 @@
-"""Encodes one piece of a corpus into a shard: its tokens, and each document's length and hash.
+"""Encodes one piece of a corpus into a shard: its tokens, and each document's length, hash and size.
 
-A shard consists of three files in the work folder:
-
-- NAME.tokens: ids one after another;
-- NAME.documents: int32 lengths, then uint64 hashes; for BERT also the int32 number of sentences of each document and
-  the int32 lengths of the sentences; at the end, if documents are divided by position, the uint8 split of each part;
-- NAME.json, written last: counts and the SHA-256 of the other two.
-
-If NAME.json is readable and the two hashes match, the shard is complete and a later run reuses it.
+NAME.json of a shard is written last, and contains the SHA-256 of the shard's other files (`shards`). If it is readable
+and they match, the shard is complete and a later run reuses it.
 """
 
 from __future__ import annotations
@@ -25,15 +19,17 @@ import numpy.typing as npt
 
 from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.errors import DataError
-from megatron_lion.files import sha256_file, storage_errors, write_whole
+from megatron_lion.files import storage_errors
 from megatron_lion.prepare.encoders import Encoder
 from megatron_lion.prepare.inputs import opened, reading
 from megatron_lion.prepare.lines import BadLine
 from megatron_lion.prepare.long_texts import text_parts
+from megatron_lion.prepare.overlap import LongDocument, OverlapFinder, saved_finder
 from megatron_lion.prepare.pieces import Piece, ReadCount, ReadOptions, read_piece
 from megatron_lion.prepare.positions import WHOLE, Part, PartStream, divide_text, parts_of_file
 from megatron_lion.prepare.sentences import SplitterName
-from megatron_lion.prepare.splits import DocumentDigest, document_hash
+from megatron_lion.prepare.shards import EncodedShard
+from megatron_lion.prepare.splits import DocumentDigest
 
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_DOCUMENTS = 1024
@@ -51,6 +47,7 @@ class EncodeSettings:
         splitter: sentence splitter if documents are stored as sentences (BERT), else None.
         in_parts: whether a text file that is one document is encoded in parts (`long_texts.divides_at_blanks`).
         divide: shares of train, valid and test in percent by which each document is divided by position, or None.
+        overlap: name of the file of 13-grams beside the shards' folder (`overlap.save_grams`), or None.
     """
 
     read: ReadOptions
@@ -60,46 +57,11 @@ class EncodeSettings:
     splitter: SplitterName | None = None
     in_parts: bool = False
     divide: tuple[float, float, float] | None = None
+    overlap: str | None = None
 
     def reads_parts(self, piece: Piece) -> bool:
         """Whether a piece is one text that is encoded in parts."""
         return self.in_parts and piece.file.format == "txt" and self.read.txt_documents == "file"
-
-
-@dataclass(kw_only=True)
-class EncodedShard:
-    """Description of an encoded piece, as stored in NAME.json.
-
-    Attributes:
-        name: name of the shard's files, without ending.
-        documents, tokens, text_bytes: counts; text_bytes is UTF-8.
-        tokens_sha256, documents_sha256: hashes of NAME.tokens and NAME.documents.
-        read: counts of lines read, skipped and rejected.
-        sentences: number of sentences; 0, as the next two, if documents are not divided.
-        single_sentence_documents: number of documents of one sentence.
-        divided_sentences: number of sentences that were divided because they were too long.
-    """
-
-    name: str
-    documents: int
-    tokens: int
-    text_bytes: int
-    tokens_sha256: str
-    documents_sha256: str
-    read: ReadCount
-    sentences: int = 0
-    single_sentence_documents: int = 0
-    divided_sentences: int = 0
-
-    def sentence_counts(self) -> dict[str, int]:
-        """Returns the counts of sentences with the manifest's names; empty if documents are not divided."""
-        if not self.sentences:
-            return {}
-        return {
-            "sentences": self.sentences,
-            "documents_of_one_sentence": self.single_sentence_documents,
-            "divided_sentences": self.divided_sentences,
-        }
 
 
 def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings, encoder: Encoder) -> EncodedShard:
@@ -120,7 +82,7 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
         StorageError: the shard cannot be written.
     """
     tokens_path = folder / f"{name}.tokens"
-    documents = _Documents(settings)
+    documents = _Documents(settings, saved_finder(folder.parent / settings.overlap) if settings.overlap else None)
     count, digest = ReadCount(), hashlib.sha256()
     if settings.reads_parts(piece):
         contents = documents.add_parts(piece, encoder, count)
@@ -138,17 +100,21 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
         with storage_errors(tokens_path, "removed"):
             tokens_path.unlink()
         return shard
-    # NAME.tokens is not synced: NAME.json contains its hash, so a file that a power loss cut short is encoded again.
-    write_whole(folder / f"{name}.documents", documents.to_bytes())
-    write_whole(folder / f"{name}.json", json.dumps(dataclasses.asdict(shard)).encode())
+    # Nothing is synced: NAME.json has the hashes of the others and its own end, so a piece of which a power loss cut a file
+    # short is encoded again.
+    overlaps = {f"{name}.overlaps": documents.overlaps()} if shard.overlaps else {}
+    last = json.dumps(dataclasses.asdict(shard)).encode()
+    for file, data in {f"{name}.documents": documents.to_bytes(), **overlaps, f"{name}.json": last}.items():
+        with storage_errors(folder / file), open(folder / file, "wb") as stream:
+            stream.write(data)
     return shard
 
 
 class _Record(NamedTuple):
-    """Length in tokens, hash, bytes and split of a document, or of a part of it."""
+    """Length in tokens, 128-bit hash in two halves, bytes and split of a document, or of a part of it."""
 
     length: int
-    hash: int
+    hashes: tuple[int, int]
     text_bytes: int
     split: int
 
@@ -156,22 +122,26 @@ class _Record(NamedTuple):
 class _Documents:
     """Collects lengths, hashes and sentence counts of a shard's documents, batch by batch."""
 
-    def __init__(self, settings: EncodeSettings) -> None:
+    def __init__(self, settings: EncodeSettings, finder: OverlapFinder | None) -> None:
         self._seed = settings.seed
+        self._finder = finder
+        self._overlaps: list[npt.NDArray[np.int32]] = []
         dtype = token_dtype(settings.vocab_size)
         self._end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype=dtype)
         self._by_sentences = settings.splitter is not None
         self._divide = settings.divide
         self._splits: list[int] = []
         self._lengths: list[int] = []
-        self._hashes: list[int] = []
+        self._hashes: list[tuple[int, int]] = []
         self._sentences: list[int] = []
         self._sentence_lengths: list[npt.NDArray[np.int32]] = []
-        self._text_bytes = self._divided = 0
+        self._text_bytes: list[int] = []
+        self._divided = 0
 
     def add(self, texts: Sequence[str], encoder: Encoder, count: ReadCount) -> bytes:
         """Encodes and records documents; returns the bytes of their tokens for NAME.tokens."""
         parts: list[npt.NDArray[Any]] = []
+        first, recorded = len(self._lengths), []
         divided = list(self._with_splits(texts, count))
         texts = [text for text, _ in divided]
         for (text, split), encoded in zip(divided, encoder.encode_documents(texts), strict=True):
@@ -183,8 +153,13 @@ class _Documents:
                 self._sentence_lengths.append(encoded.lengths)
                 self._divided += encoded.divided
             utf8 = text.encode("utf-8")
-            self._record(_Record(encoded.ids.size + self._end.size, document_hash(utf8, self._seed), len(utf8), split))
+            digest = DocumentDigest(self._seed)
+            digest.update(utf8)
+            self._record(_Record(encoded.ids.size + self._end.size, digest.values(), len(utf8), split))
             parts += (encoded.ids, self._end)
+            recorded.append(utf8)
+        if self._finder is not None:
+            self._overlaps.append(self._finder.find(recorded) + np.array([first, 0], dtype=np.int32))
         return np.concatenate(parts).tobytes() if parts else b""
 
     def _with_splits(self, texts: Sequence[str], count: ReadCount) -> Iterator[tuple[str, int]]:
@@ -209,11 +184,12 @@ class _Documents:
             DataError: the file is damaged, or has more tokens than an int32 length can hold.
         """
         count.lines = 1
-        found: list[_Record] = []
+        found: list[tuple[_Record, npt.NDArray[np.int32]]] = []
         try:
             with reading(piece.file.path), opened(piece.file) as (stream, _):
                 for part in parts_of_file(piece.file, self._divide) if self._divide else [WHOLE]:
-                    record = yield from self._part_tokens(stream, part, encoder)
+                    long = None if self._finder is None else LongDocument(self._finder)
+                    record = yield from self._part_tokens(stream, part, encoder, long)
                     if record is None:  # the rule of `checked_text`, which needs the whole text
                         count.skip("empty_document")
                         continue
@@ -222,15 +198,18 @@ class _Documents:
                             f"{piece.file.path}: has {record.length:,} tokens, more than a document can have; divide it with "
                             "--txt-documents blank-line"
                         )
-                    found.append(record)
+                    found.append((record, np.zeros(0, dtype=np.int32) if long is None else long.finish()))
         except BadLine as bad:
             count.reject(1, bad)
             return
-        for record in found:
+        for record, grams in found:
+            self._overlaps.append(np.stack([np.full_like(grams, len(self._lengths)), grams], axis=1))
             self._record(record)
 
-    def _part_tokens(self, stream: IO[bytes], part: Part, encoder: Encoder) -> Generator[bytes, None, _Record | None]:
-        """Encodes a part of a text file, and yields the bytes of its tokens.
+    def _part_tokens(
+        self, stream: IO[bytes], part: Part, encoder: Encoder, long: LongDocument | None
+    ) -> Generator[bytes, None, _Record | None]:
+        """Encodes a part of a text file, adds its text to `long`, and yields the bytes of its tokens.
 
         Returns:
             The part's record, or None, without a token, if the part is white space only.
@@ -241,6 +220,8 @@ class _Documents:
             utf8 = text.encode("utf-8")
             digest.update(utf8)
             size += len(utf8)
+            if long is not None:
+                long.add(utf8)
             (encoded,) = encoder.encode_documents([text])
             length += encoded.ids.size
             if blank is None:
@@ -253,25 +234,34 @@ class _Documents:
         if blank is not None:
             return None
         yield self._end.tobytes()
-        return _Record(length, digest.value(), size, part.split)
+        return _Record(length, digest.values(), size, part.split)
 
     def _record(self, record: _Record) -> None:
         self._lengths.append(record.length)
-        self._hashes.append(record.hash)
-        self._text_bytes += record.text_bytes
+        self._hashes.append(record.hashes)
+        self._text_bytes.append(record.text_bytes)
         self._splits.append(record.split)
 
     def to_bytes(self) -> bytes:
         """Returns the content of NAME.documents."""
-        arrays = [np.array(self._lengths, dtype="<i4"), np.array(self._hashes, dtype="<u8")]
+        arrays: list[npt.NDArray[Any]] = [
+            np.array(self._lengths, dtype="<i4"),
+            np.array(self._hashes, dtype="<u8").reshape(-1, 2).T,
+            np.array(self._text_bytes, dtype="<i8"),
+        ]
         if self._by_sentences:
             arrays += [np.array(self._sentences, dtype="<i4"), *(part.astype("<i4") for part in self._sentence_lengths)]
         if self._divide:
             arrays.append(np.array(self._splits, dtype=np.uint8))
         return b"".join(array.tobytes() for array in arrays)
 
+    def overlaps(self) -> bytes:
+        """Returns the content of NAME.overlaps."""
+        return b"".join(each.astype("<i4").tobytes() for each in self._overlaps)
+
     def shard(self, name: str, tokens_sha256: str, count: ReadCount) -> EncodedShard:
         """Returns the shard's description."""
+        overlaps = self.overlaps()
         return EncodedShard(
             name=name,
             documents=len(self._lengths),
@@ -279,10 +269,12 @@ class _Documents:
             sentences=sum(self._sentences),
             single_sentence_documents=self._sentences.count(1),
             divided_sentences=self._divided,
-            text_bytes=self._text_bytes,
+            text_bytes=sum(self._text_bytes),
             tokens_sha256=tokens_sha256,
             documents_sha256=hashlib.sha256(self.to_bytes()).hexdigest(),
             read=count,
+            overlaps=len(overlaps) // 8,
+            overlaps_sha256=hashlib.sha256(overlaps).hexdigest() if overlaps else "",
         )
 
 
@@ -297,67 +289,3 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def load_shard(folder: Path, name: str) -> EncodedShard | None:
-    """Returns the shard of an earlier run if it is complete and undamaged, else None."""
-    try:
-        content = json.loads((folder / f"{name}.json").read_bytes())
-        shard = EncodedShard(**{**content, "read": ReadCount(**content["read"])})
-        if sha256_file(folder / f"{name}.documents") != shard.documents_sha256:
-            return None
-        return shard if sha256_file(folder / f"{name}.tokens") == shard.tokens_sha256 else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def shard_documents(folder: Path, shard: EncodedShard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
-    """Returns (lengths, hashes) of a shard's D documents, arrays of shape (D,).
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-    with storage_errors(folder / shard.name, "read"):
-        data = (folder / f"{shard.name}.documents").read_bytes()
-    return np.frombuffer(data, "<i4", shard.documents), np.frombuffer(
-        data, "<u8", shard.documents, offset=4 * shard.documents
-    )
-
-
-def shard_sentences(folder: Path, shard: EncodedShard) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None:
-    """Returns (sentences of each document (D,), lengths of the sentences (S,)), or None if documents are not divided.
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-    if not shard.sentences:
-        return None
-    with storage_errors(folder / shard.name, "read"):
-        data = (folder / f"{shard.name}.documents").read_bytes()
-    start = 12 * shard.documents  # int32 lengths and uint64 hashes come first
-    counts = np.frombuffer(data, "<i4", shard.documents, offset=start)
-    return counts, np.frombuffer(data, "<i4", shard.sentences, offset=start + 4 * shard.documents)
-
-
-def shard_splits(folder: Path, shard: EncodedShard) -> npt.NDArray[np.uint8]:
-    """Returns the split of each part of a shard whose documents are divided by position, shape (D,).
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-    with storage_errors(folder / shard.name, "read"):
-        data = (folder / f"{shard.name}.documents").read_bytes()
-    return np.frombuffer(data, np.uint8)[len(data) - shard.documents :]
-
-
-def shard_tokens(folder: Path, shard: EncodedShard, vocab_size: int) -> npt.NDArray[Any]:
-    """Returns all tokens of a shard, shape (N,), as a read-only memory map.
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-    dtype = token_dtype(vocab_size)
-    if shard.tokens == 0:  # an empty file cannot be mapped
-        return np.zeros(0, dtype=dtype)
-    with storage_errors(folder / shard.name, "read"):
-        return np.memmap(folder / f"{shard.name}.tokens", dtype=dtype, mode="r", shape=(shard.tokens,))

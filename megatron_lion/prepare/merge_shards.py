@@ -12,28 +12,55 @@ import numpy.typing as npt
 
 from megatron_lion.data.indexed_writer import IndexedWriter, token_dtype
 from megatron_lion.data.manifest import SPLITS, SplitInfo
-from megatron_lion.prepare.encode_piece import (
-    EncodedShard,
-    shard_documents,
-    shard_sentences,
-    shard_splits,
-    shard_tokens,
-)
+from megatron_lion.prepare.kept_documents import Selection
 from megatron_lion.prepare.progress import Progress
+from megatron_lion.prepare.shards import EncodedShard, shard_documents, shard_sentences, shard_splits, shard_tokens
 from megatron_lion.prepare.splits import assign_splits, split_names
 
 logger = logging.getLogger(__name__)
+
+LEFT_OUT = 255
+"""Number of the split of a document that is left out."""
+
+
+def splits_of_documents(
+    shards: Sequence[EncodedShard],
+    shards_folder: Path,
+    split: tuple[float, float, float],
+    selection: Selection,
+    divided: bool,
+) -> npt.NDArray[np.uint8]:
+    """Returns the split of each document, or `LEFT_OUT`, shape (D,).
+
+    Args:
+        shards: shards in the corpus's order.
+        shards_folder: folder of the shards.
+        split: shares of train, valid and test in percent.
+        selection: documents that are kept.
+        divided: whether the shards hold parts of documents with their splits (`positions`), not whole documents.
+
+    Raises:
+        StorageError: a shard cannot be read.
+    """
+    members = np.full(selection.kept.size, LEFT_OUT, dtype=np.uint8)
+    if divided:
+        every = np.concatenate([shard_splits(shards_folder, shard) for shard in shards])
+        members[selection.kept] = every[selection.kept]
+    else:
+        # All hashes at once: an empty split takes the nearest document of the whole corpus, whatever its piece.
+        hashes = np.concatenate([shard_documents(shards_folder, shard).hashes[0] for shard in shards])
+        members[selection.kept] = assign_splits(hashes[selection.kept], split)
+    return members
 
 
 def write_splits(
     shards: Sequence[EncodedShard],
     shards_folder: Path,
-    split: tuple[float, float, float],
+    members: npt.NDArray[np.uint8],
     vocab_size: int,
     result: Path,
     progress: Progress,
-    divided: bool = False,
-) -> tuple[dict[str, SplitInfo], int]:
+) -> dict[str, SplitInfo]:
     """Writes NAME_text_document.bin/.idx (BERT: NAME_text_sentence) for every split that has documents.
 
     Documents keep the order of the corpus.
@@ -41,31 +68,37 @@ def write_splits(
     Args:
         shards: shards in the corpus's order, with at least one document in total.
         shards_folder: folder of the shards.
-        split: shares of train, valid and test in percent.
+        members: from `splits_of_documents`.
         vocab_size: number of token ids; determines the dtype.
         result: folder to write into.
         progress: receives the number of bytes written.
-        divided: whether the shards hold parts of documents with their splits (`positions`), not whole documents.
 
     Returns:
-        (splits by name, number of documents whose text equals an earlier one's).
+        The splits by name.
 
     Raises:
         StorageError: a shard cannot be read or a token file cannot be written.
     """
-    # All hashes at once: an empty split takes the nearest document of the whole corpus, whatever its piece.
-    hashes = np.concatenate([shard_documents(shards_folder, shard)[1] for shard in shards])
-    distinct = np.unique(hashes).size
-    if divided:
-        members = np.concatenate([shard_splits(shards_folder, shard) for shard in shards])
-    else:
-        members = assign_splits(hashes, split)
     progress.stage("writing the splits", sum(shard.tokens for shard in shards) * token_dtype(vocab_size).itemsize)
     splits = {}
     for index, name in enumerate(SPLITS):
         if np.any(members == index):
             prefix = result / f"{name}_text_{'sentence' if any(shard.sentences for shard in shards) else 'document'}"
             splits[name] = _write_split(shards, shards_folder, members == index, vocab_size, prefix, progress)
+    return splits
+
+
+def warn_of_absent_splits(
+    splits: dict[str, SplitInfo], split: tuple[float, float, float], distinct: int, divided: bool
+) -> None:
+    """Prints a warning for each split with a share that got no document.
+
+    Args:
+        splits: splits that were written.
+        split: shares of train, valid and test in percent.
+        distinct: number of distinct documents that were kept.
+        divided: as for `splits_of_documents`.
+    """
     for name in split_names(split):
         if name not in splits and divided:
             logger.warning("no document is long enough for a %s split, which is left out", name)
@@ -74,7 +107,6 @@ def write_splits(
                 "only %d distinct document%s: too few for a %s split, which is left out",
                 distinct, "s" * bool(distinct > 1), name,
             )  # fmt: skip
-    return splits, int(hashes.size - distinct)
 
 
 def _write_split(
@@ -93,7 +125,7 @@ def _write_split(
             first += shard.documents
             if not mine.any():
                 continue
-            lengths, _ = shard_documents(shards_folder, shard)
+            lengths = shard_documents(shards_folder, shard).lengths
             tokens = shard_tokens(shards_folder, shard, vocab_size)
             sentences = shard_sentences(shards_folder, shard)
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_lion.data.manifest import Manifest, TokenizerInfo
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import ConfigError
 from megatron_lion.prepare.encoders import EncoderName
+from megatron_lion.prepare.kept_documents import Rules
 from megatron_lion.prepare.pieces import OnError, TxtDocuments
 from megatron_lion.prepare.sentences import SplitterName
 from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, parse_split
@@ -42,9 +44,13 @@ class PrepareOptions:
         eod_token: end-of-document token, if the tokenizer does not define it.
         encoder: "tokenizers", "gigatoken", or "auto" (gigatoken if it is installed); the ids are the same.
         overwrite: whether a dataset folder that differs is replaced.
+        min_tokens: a document of fewer tokens, without the end-of-document token, is left out.
+        deduplicate: whether a document is left out whose text equals an earlier one's.
+        decontaminate: files, folders and patterns of texts whose passages are searched in the documents (`overlap`).
+        drop_contaminated: whether documents with such a passage are left out.
 
     Raises:
-        ConfigError: `workers` is negative or a choice is unknown.
+        ConfigError: a number is negative, a choice is unknown, or `drop_contaminated` is given without texts.
     """
 
     inputs: Sequence[str | Path] = ()
@@ -64,10 +70,18 @@ class PrepareOptions:
     eod_token: str | None = None
     encoder: EncoderName = "auto"
     overwrite: bool = False
+    min_tokens: int = 0
+    deduplicate: bool = False
+    decontaminate: Sequence[str | Path] = ()
+    drop_contaminated: bool = False
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"workers {self.workers}: must be 0 (one for each core) or more")
+        if self.min_tokens < 0:
+            raise ConfigError(f"min_tokens {self.min_tokens}: must be 0 (keep all documents) or more")
+        if self.drop_contaminated and not self.decontaminate:
+            raise ConfigError("drop_contaminated: no texts are given; name them with --decontaminate FILE")
         choices = {
             "on_error": ("stop", "skip"),
             "txt_documents": ("file", "blank-line"),
@@ -92,6 +106,11 @@ class PrepareOptions:
         return LARGE_SPLIT if self.split == AUTO else parse_split(self.split)
 
     @property
+    def rules(self) -> Rules:
+        """Which documents are left out."""
+        return Rules(min_tokens=self.min_tokens, deduplicate=self.deduplicate, drop_contaminated=self.drop_contaminated)
+
+    @property
     def ends_documents(self) -> bool:
         """Whether the end-of-document token follows every document; never for BERT, whose samples have [SEP]."""
         return self.append_eod and self.task == "gpt"
@@ -108,6 +127,8 @@ def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
     """
     has_eod = options.ends_documents or tokenizer.eod_token is not None
     by_sentences = {"splitter": options.splitter} if options.task == "bert" else {}
+    # Only if they leave something out: datasets of versions without them are then the same.
+    rules = {name: value for name, value in dataclasses.asdict(options.rules).items() if value}
     return Manifest(
         version=__version__,
         encoder="",
@@ -129,6 +150,7 @@ def plan_manifest(options: PrepareOptions, tokenizer: Tokenizer) -> Manifest:
             "json_key": options.json_key,
             "on_error": options.on_error,
             "txt_documents": options.txt_documents,
+            **rules,
         },
         documents=0,
         tokens=0,

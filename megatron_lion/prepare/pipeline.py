@@ -28,19 +28,23 @@ from megatron_lion.data.manifest import (
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import sha256_file, storage_errors
-from megatron_lion.prepare.encode_piece import EncodedShard, EncodeSettings
+from megatron_lion.prepare.encode_piece import EncodeSettings
 from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
 from megatron_lion.prepare.few_documents import few_documents, total_text_bytes
 from megatron_lion.prepare.find_files import InputFile, Survey, input_file, survey
+from megatron_lion.prepare.given_texts import GivenTexts, found_overlaps, read_given_texts
 from megatron_lion.prepare.inputs import reading
+from megatron_lion.prepare.kept_documents import Selection, select_documents
 from megatron_lion.prepare.long_texts import divides_at_blanks
-from megatron_lion.prepare.merge_shards import write_splits
+from megatron_lion.prepare.merge_shards import splits_of_documents, warn_of_absent_splits, write_splits
 from megatron_lion.prepare.options import PrepareOptions, plan_manifest
+from megatron_lion.prepare.overlap import save_grams
 from megatron_lion.prepare.pieces import Piece, ReadOptions, cut_pieces
 from megatron_lion.prepare.pool import Collector, encode_pieces, usable_cores
 from megatron_lion.prepare.positions import MIN_BYTES, shares_text
 from megatron_lion.prepare.progress import NoProgress, Progress
-from megatron_lion.prepare.size_estimate import USUAL_COMPRESSION, estimate_work
+from megatron_lion.prepare.shards import EncodedShard
+from megatron_lion.prepare.size_estimate import estimate_work, warn_of_memory
 from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, auto_split, small_split_warning, split_names
 from megatron_lion.prepare.workfolder import check_free_space, check_output, locked_work_folder, publish
 
@@ -49,15 +53,13 @@ __all__ = ["Manifest", "PrepareOptions", "prepare", "read_manifest"]
 logger = logging.getLogger(__name__)
 
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES, _PIECES = 1 << 18, 1 << 24, 64
-_SHARDS_FORMAT = 1
+_SHARDS_FORMAT = 2
 # Earlier versions cut these formats at other places, so their shards have other names.
 _CUTS = {"parquet": "parquet-rows"}
-_LONG_TEXT_BYTES = 1 << 25
 DIVIDED = "divided"
 """Key of the manifest's options if documents are divided by position."""
-_MEMORY_PER_BYTE = {"gpt": 122, "bert": 42}
-"""Bytes of memory for each byte of a document, by task. Measured on 3 and 12 MB of WikiText-103 with the vocabularies
-of GPT-2 (`tokenizers`, one call) and BERT (divided into sentences)."""
+SEARCHED = "decontaminate"
+"""Key of the manifest's options for the SHA-256 of the texts whose passages were searched."""
 
 
 def prepare(
@@ -99,14 +101,20 @@ def prepare(
         files += found.files
         for note in found.notes():
             logger.info("%s", note)
+        texts = None
+        if options.decontaminate:
+            texts = read_given_texts(options.decontaminate, options.json_key, options.on_error)
         sources = _hash_sources(files, work, progress)
         planned = dataclasses.replace(planned, sources=tuple(sources), unread_files=found.unread_counts())
         planned = _divided(options, files, planned)
+        if texts is not None:
+            searched = {SEARCHED: [overlap.sha256 for overlap in texts.found]}
+            planned = dataclasses.replace(planned, options={**planned.options, **searched})
         existing = _existing(output, planned, options)
         if existing is not None:
             shutil.rmtree(work, ignore_errors=True)
             return existing
-        return _Preparation(options, tokenizer, planned, files, work, progress).run(output)
+        return _Preparation(options, tokenizer, planned, files, texts, work, progress).run(output)
 
 
 def _spool(documents: Iterable[str], work: Path, key: str) -> InputFile:
@@ -197,6 +205,7 @@ class _Preparation:
         tokenizer: Tokenizer,
         planned: Manifest,
         files: Sequence[InputFile],
+        texts: GivenTexts | None,
         work: Path,
         progress: Progress,
     ) -> None:
@@ -204,6 +213,7 @@ class _Preparation:
         self.tokenizer = tokenizer
         self.planned = planned
         self.files = files
+        self.texts = texts
         self.work = work
         self.progress = progress
         self.settings = EncodeSettings(
@@ -214,6 +224,7 @@ class _Preparation:
             vocab_size=tokenizer.vocab_size,
             in_parts=options.task == "gpt" and divides_at_blanks(tokenizer.definition),
             divide=planned.split if DIVIDED in planned.options else None,
+            overlap=save_grams(work, texts.grams) if texts is not None else None,
         )
         self.encoder: Encoder = build_encoder(options.encoder, tokenizer, self.settings.splitter)
         total = sum(file.bytes for file in files)
@@ -224,13 +235,10 @@ class _Preparation:
 
     def _shards_key(self) -> str:
         """Returns a hash of everything that the shards depend on; shards with another key are not reused."""
-        settings = dataclasses.asdict(self.settings)
-        if self.settings.divide is None:  # the key of earlier versions, whose shards are then reused
-            del settings["divide"]
         parts = (
             _SHARDS_FORMAT,
             self.planned.tokenizer.sha256,
-            settings,
+            dataclasses.asdict(self.settings),
             self.piece_bytes,
             self.encoder.name,
         )
@@ -256,10 +264,19 @@ class _Preparation:
             text_bytes / 1e6, seconds, text_bytes / 1e6 / max(seconds, 1e-9), self.encoder.name, reused,
         )  # fmt: skip
         self._check_unchanged()
+        if not any(shard.documents for shard in shards):
+            raise DataError(_no_documents(self.files, shards))
+        end_tokens = 0 if self.settings.eod_id is None else 1
+        selection = select_documents(shards, self.shards_folder, self.options.rules, end_tokens)
+        if not selection.kept.any():
+            left_out = ", ".join(f"{count:,} × {reason}" for reason, count in selection.dropped.items())
+            raise DataError(
+                f"{self.files[0].path}: every document of the input is left out ({left_out}); change these rules"
+            )
         if self.options.split == AUTO and not self.settings.divide:
-            self.planned = dataclasses.replace(self.planned, split=auto_split(text_bytes))
+            self.planned = dataclasses.replace(self.planned, split=auto_split(selection.text_bytes))
             logger.info("split: %s", shares_text(self.planned.split))
-        manifest = self._merge(collector, shards, self.work / "result")
+        manifest = self._merge(collector, shards, selection, self.work / "result")
         publish(self.work / "result", output, self.work)
         return manifest
 
@@ -272,23 +289,9 @@ class _Preparation:
             for piece in cut_pieces(file, self.piece_bytes, self.settings.read.json_key):
                 yield f"{content}-{times[content]}-{piece.number:06d}", piece
 
-    def _warn_of_memory(self) -> None:
-        """Warns of large text files that are encoded at once instead of in parts (see `long_texts`)."""
-        if self.settings.in_parts or self.options.txt_documents != "file":
-            return
-        what = "this tokenizer encodes" if self.options.task == "gpt" else "is divided into sentences"
-        for file in self.files:
-            size = file.bytes * (USUAL_COMPRESSION if file.compression else 1)
-            if file.format == "txt" and size >= _LONG_TEXT_BYTES:
-                logger.warning(
-                    "%s: is one document of %s%.0f MB, which %s at once, in about %.1f GB of memory; give --txt-documents blank-line "
-                    "to divide it at blank lines",
-                    file.path, "about " if file.compression else "", size / 1e6, what,
-                    size * _MEMORY_PER_BYTE[self.options.task] / 1e9,
-                )  # fmt: skip
-
     def _check_space(self) -> None:
-        self._warn_of_memory()
+        if not self.settings.in_parts and self.options.txt_documents == "file":
+            warn_of_memory(self.files, self.options.task)
         estimate = estimate_work(self.files, self.settings, self.encoder)
         workers = self.options.workers or usable_cores()
         logger.info(
@@ -321,32 +324,35 @@ class _Preparation:
             if (now.st_size, now.st_mtime_ns) != (source.bytes, file.modified_ns):
                 raise DataError(f"{file.path}: changed while it was read; run the same command again")
 
-    def _merge(self, collector: Collector, shards: Sequence[EncodedShard], result: Path) -> Manifest:
+    def _merge(
+        self, collector: Collector, shards: Sequence[EncodedShard], selection: Selection, result: Path
+    ) -> Manifest:
         """Writes the splits' token files, the tokenizer and the manifest into `result`."""
         shutil.rmtree(result, ignore_errors=True)  # left by a run that stopped while merging
         with storage_errors(result, "made"):
             result.mkdir()
-        if not any(shard.documents for shard in shards):
-            raise DataError(_no_documents(self.files, shards))
-        splits, duplicates = write_splits(
-            shards, self.shards_folder, self.planned.split, self.tokenizer.vocab_size, result, self.progress,
-            self.settings.divide is not None,
-        )  # fmt: skip
+        divided = self.settings.divide is not None
+        members = splits_of_documents(shards, self.shards_folder, self.planned.split, selection, divided)
+        splits = write_splits(shards, self.shards_folder, members, self.tokenizer.vocab_size, result, self.progress)
+        warn_of_absent_splits(splits, self.planned.split, int(selection.kept.sum()) - selection.duplicates, divided)
         if self.settings.divide is None and any(name not in splits for name in split_names(self.planned.split)):
             logger.warning("--divide-documents always divides each document by position, if it has %d bytes", MIN_BYTES)
         if warning := small_split_warning({name: split.tokens for name, split in splits.items()}):
             logger.warning("%s", warning)
         self.tokenizer.save(result / "tokenizer")
-        manifest = self._manifest(collector, shards, splits, duplicates)
+        overlaps = () if self.texts is None else found_overlaps(self.texts, shards, self.shards_folder, members)
+        manifest = dataclasses.replace(self._manifest(collector, shards, selection, splits), overlaps=overlaps)
         write_manifest(result, manifest)
         return manifest
 
     def _manifest(
-        self, collector: Collector, shards: Sequence[EncodedShard], splits: dict[str, SplitInfo], duplicates: int
+        self, collector: Collector, shards: Sequence[EncodedShard], selection: Selection, splits: dict[str, SplitInfo]
     ) -> Manifest:
         per_file: Counter[Path] = Counter()
-        for piece, shard in collector.shards.values():
-            per_file[piece.file.path] += shard.documents
+        first = 0
+        for _, (piece, shard) in sorted(collector.shards.items()):
+            per_file[piece.file.path] += int(selection.kept[first : first + shard.documents].sum())
+            first += shard.documents
         sources = (
             dataclasses.replace(source, documents=per_file[file.path])
             for source, file in zip(self.planned.sources, self.files, strict=True)
@@ -355,15 +361,27 @@ class _Preparation:
             self.planned,
             encoder=self.encoder.name,
             sources=tuple(sources),
-            documents=sum(shard.documents for shard in shards),
-            tokens=sum(shard.tokens for shard in shards),
-            text_bytes=sum(shard.text_bytes for shard in shards),
-            duplicate_documents=duplicates,
-            sentences=_total([shard.sentence_counts() for shard in shards]),
+            documents=int(selection.kept.sum()),
+            tokens=selection.tokens,
+            text_bytes=selection.text_bytes,
+            duplicate_documents=selection.duplicates,
+            sentences=_sentences(selection, shards),
             skipped=_total([shard.read.skipped for shard in shards]),
             rejected=_total([shard.read.rejected for shard in shards]),
+            dropped=selection.dropped,
             splits=splits,
         )
+
+
+def _sentences(selection: Selection, shards: Sequence[EncodedShard]) -> dict[str, int]:
+    """Returns the counts of sentences; empty if documents are not divided into sentences."""
+    if not selection.sentences:
+        return {}
+    return {
+        "sentences": selection.sentences,
+        "documents_of_one_sentence": selection.single_sentence_documents,
+        "divided_sentences": sum(shard.divided_sentences for shard in shards),
+    }
 
 
 def _total(counts: Iterable[dict[str, int]]) -> dict[str, int]:

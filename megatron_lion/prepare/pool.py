@@ -16,9 +16,10 @@ from pathlib import Path
 
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError, PeerError
-from megatron_lion.prepare.encode_piece import EncodedShard, EncodeSettings, encode_piece, load_shard
+from megatron_lion.prepare.encode_piece import EncodeSettings, encode_piece
 from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
 from megatron_lion.prepare.pieces import Piece, problem_message
+from megatron_lion.prepare.shards import EncodedShard, load_shard
 from megatron_lion.signals import blocked, signal_when_parent_ends
 
 # Set once in each worker process by _start_worker.

@@ -114,7 +114,12 @@ class DocumentDigest:
 
     def value(self) -> int:
         """Returns the 64-bit hash of the text so far."""
-        return int.from_bytes(self._digest.digest()[:8], "little")
+        return self.values()[0]
+
+    def values(self) -> tuple[int, int]:
+        """Returns a 128-bit hash of the text so far, in two halves; the first is `value`."""
+        digest = self._digest.digest()
+        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, float]) -> npt.NDArray[np.uint8]:
@@ -133,23 +138,23 @@ def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, flo
     """
     bounds = [0, round(split[0] / 100 * _END), round((split[0] + split[1]) / 100 * _END), _END]
     bounds = [min(bound, _END) for bound in bounds]  # rounded shares can sum to a little more than 100
-    # Duplicates share a hash, so a split is chosen for each distinct hash and copied to all documents with it.
-    texts, inverse = np.unique(hashes, return_inverse=True)
-    members = np.zeros(texts.size, dtype=np.uint8)
+    members = np.zeros(hashes.size, dtype=np.uint8)
     for index in (1, 2):
         if split[index] > 0 and bounds[index] < _END:
-            members[texts >= np.uint64(bounds[index])] = index
+            members[hashes >= np.uint64(bounds[index])] = index
     for index in range(3):
-        counts = np.bincount(members, minlength=3)
-        donor = int(counts.argmax())
-        if split[index] == 0 or counts[index] > 0 or counts[donor] < 2:
+        if split[index] == 0 or np.any(members == index):
+            continue
+        texts, places = np.unique(hashes, return_index=True)  # equal texts have equal hashes, and stay together
+        donor = int(np.bincount(members[places], minlength=3).argmax())
+        candidates = texts[members[places] == donor]
+        if candidates.size < 2:
             continue
         low, high = (np.uint64(min(bound, _END - 1)) for bound in (bounds[index], bounds[index + 1]))
         # uint64 has no negative numbers: each difference is taken on the side where it is not below 0.
-        distance = np.where(texts < low, low - texts, texts - np.minimum(texts, high))
-        candidates = np.flatnonzero(members == donor)
-        members[candidates[distance[candidates].argmin()]] = index
-    return members[inverse]
+        distance = np.where(candidates < low, low - candidates, candidates - np.minimum(candidates, high))
+        members[hashes == candidates[distance.argmin()]] = index
+    return members
 
 
 def split_names(split: tuple[float, float, float]) -> list[str]:

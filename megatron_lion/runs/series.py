@@ -24,6 +24,8 @@ from operator import lt, sub
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from megatron_lion.errors import CheckpointError
 from megatron_lion.files import read_own
 from megatron_lion.plain_text import plain
@@ -259,8 +261,8 @@ def _block(block: bytes) -> list[dict[str, Any]] | None:
     if not text.count(b"{") == text.count(b"}") == count:
         return None
     try:
-        entries = json.loads(f"[{text.decode()}]")
-    except (ValueError, RecursionError):
+        entries = orjson.loads(b"[%b]" % text)
+    except orjson.JSONDecodeError:
         return None
     if len(entries) != count or set(map(type, entries)) != {dict}:
         return None

@@ -321,6 +321,7 @@ def describe_run(run: Run) -> None:
         "tokens_per_step": config.train.global_batch_size * config.model.seq_length,
         "data_digest": run.corpora.digest, "tokenizer_sha256": tokenizer.sha256 if tokenizer else None,
         "world_size": run.ranks.world_size, "precision": config.train.precision, "device": run.device.name(),
+        "train_overlaps": run.corpora.overlaps,
     })  # fmt: skip
     write_sealed(environment_file(run.run_dir), environment_facts(run.device.name(), run.ranks.world_size))
     folder = tokenizer_folder(run.run_dir)

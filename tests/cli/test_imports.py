@@ -44,6 +44,7 @@ WORK = {
     "tokenizer": (["train", "--input", "text.txt", "--output", "vocabulary", "--vocab-size", "300"], {"tokenizers"}, 395),
     "prepare": (["--input", "text.txt", "--tokenizer", "trained", "--encoder", "tokenizers", "--output", "prepared"],
                 {"numpy", "tokenizers"}, 526),
+    "inspect": (["text"], {"numpy", "tokenizers"}, 475),
     "pretrain": (["--config", "gpt2-tiny", "--data.path", "[text]", "--run_dir", "run", "--dry-run"],
                  {"numpy", "tokenizers"}, 425),
 }  # fmt: skip

@@ -207,7 +207,7 @@ def test_output_is_written_again_until_the_run_has_ended(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the PATH")
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.slow), 390])
 def test_nothing_is_cut_in_a_browser(half: Path, tmp_path: Path, width: int) -> None:
     others = [cut_at(write_run(tmp_path / name, optimizer=name), 300) for name in ("sgd", "adamw")]
     page = tmp_path / "watch.html"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from compiled_kernels import run_compiling
 
+pytestmark = pytest.mark.slow  # a minute of compiling; test_kernel_compiled.py holds the optimizer's kernels
+
 COMPILE = r"""
 import json, re, sys
 import triton

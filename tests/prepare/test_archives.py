@@ -19,6 +19,7 @@ from megatron_lion.errors import DataError
 from megatron_lion.evaluate.text_rows import read_all_documents, read_rows
 from megatron_lion.prepare import archives
 from megatron_lion.prepare.find_files import input_file, survey
+from megatron_lion.prepare.given_texts import read_given_texts
 from megatron_lion.prepare.pieces import ReadOptions, cut_pieces, read_documents
 from megatron_lion.prepare.tar_entries import tar_entries
 
@@ -283,3 +284,12 @@ def test_text_for_a_run_and_for_evaluation(tmp_path: Path) -> None:
     (tmp_path / "b.tar").write_bytes(tar([("a.jsonl", b"oops\n")]))
     with pytest.raises(DataError, match=r"b\.tar: member a\.jsonl:1: not JSON"):
         list(read_all_documents(input_file(tmp_path / "b.tar"), "text"))
+
+
+def test_an_archive_of_texts_to_search(tmp_path: Path) -> None:
+    """`--decontaminate` reads a file with an unknown ending as one text, unless it is an archive."""
+    texts = [f"{text} {' '.join(f'word{i}of{n}' for n in range(20))}" for i, text in enumerate(TEXTS)]
+    (tmp_path / "my_data.xz").write_bytes(
+        lzma.compress(tar([(f"{i}.txt", text.encode()) for i, text in enumerate(texts)]))
+    )
+    assert [found.documents for found in read_given_texts([tmp_path / "my_data.xz"], "text").found] == [len(TEXTS)]

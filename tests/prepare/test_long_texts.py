@@ -267,7 +267,7 @@ def test_a_text_that_is_encoded_at_once_is_named_with_its_memory(
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("the end of the text\n" * 500, "utf-8")
     (tmp_path / "in/b.txt").write_text("the end", "utf-8")
-    monkeypatch.setattr("megatron_lion.prepare.pipeline._LONG_TEXT_BYTES", 5000)
+    monkeypatch.setattr("megatron_lion.prepare.size_estimate._LONG_TEXT_BYTES", 5000)
     prepared(tmp_path, "parts")
     assert "at once" not in caplog.text
     monkeypatch.setattr("megatron_lion.prepare.pipeline.divides_at_blanks", lambda definition: False)

@@ -237,6 +237,12 @@ def test_documents_without_end_marker(tmp_path: Path, tokenizer: Path) -> None:
     assert read_split(tmp_path / "out", manifest, "train") == loaded.encode_batch(TEXTS[:5])
 
 
+def test_copies_of_a_text_are_no_reason_to_take_from_its_split() -> None:
+    quarter = 1 << 62
+    hashes = np.array([1, 2, *[2 * quarter + 1] * 10], dtype=np.uint64)  # two texts of train, one of valid ten times
+    assert assign_splits(hashes, (50.0, 25.0, 25.0)).tolist() == [0, 2, *[1] * 10]
+
+
 def test_small_corpora_fill_every_split_they_can(
     tmp_path: Path, tokenizer: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
