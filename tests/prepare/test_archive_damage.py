@@ -92,15 +92,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-@pytest.mark.parametrize("level", ["plain", ".xz", "inner"])
+@pytest.mark.parametrize("level", ["plain", "inner"])
 def test_damage_is_never_silent(tmp_path: Path, case: str, level: str, cutting: int) -> None:
     data, said = DAMAGED[case]
     name, where = "a.tar", "a.tar: "
-    if level == ".xz":
-        name, where, data = "a.tar.xz", "a.tar.xz: ", lzma.compress(data)
-    elif level == "inner":
-        data = tar([("ok.txt", b"ok"), ("in.tar", data), ("more.txt", b"more")])
-        where = "a.tar: member in.tar: "
+    if level == "inner":
+        data = tar([("ok.txt", b"ok"), ("in.tar.xz", lzma.compress(data)), ("more.txt", b"more")])
+        where = "a.tar: member in.tar.xz: "
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError) as caught:
         read(tmp_path / name, SKIP, cutting)

@@ -30,9 +30,8 @@ from megatron_lion.prepare.workfolder import work_folder
 
 def noise(number: int, size: int) -> str:
     """A text that does not compress well."""
-    return f"{number} " + " ".join(
-        f"{random.Random(number + i).getrandbits(40):x}" for i in range(0, size * 9973, 9973)
-    )
+    draw = random.Random(number)
+    return f"{number} " + " ".join(f"{draw.getrandbits(40):x}" for _ in range(size))
 
 
 TEXTS = [noise(number, 150 + 7 * (number % 40)) for number in range(330)]
@@ -148,10 +147,11 @@ def test_the_pieces_that_are_encoded_do_not_keep_their_bytes(made: Path, tmp_pat
             super().__init__(*given)
             held.append(self)
 
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines_of(TEXTS)))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines_of(TEXTS[:90])))
+    (tmp_path / "b.tar").write_bytes(openwebtext(TEXTS[:90], 11))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "Collector", Collector)
-        prepare(options(made, "owt.tar.xz", tmp_path / "out", inputs=[made / "owt.tar.xz", tmp_path / "a.jsonl.gz"]))
+        prepare(options(tmp_path, "*.*", tmp_path / "out", tokenizer=made))
     pieces = [piece for piece, _ in held[0].shards.values()]
     assert {piece.unit for piece in pieces} == {"line", "member"}
     assert all(piece.data is None and piece.members is None for piece in pieces)
