@@ -7,7 +7,7 @@
 # The same command continues an interrupted preparation. docs/data.md describes every option.
 set -euo pipefail
 
-INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by spaces: .jsonl (.zst, .gz, .xz), .txt, .parquet
+INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by spaces: .tar.xz, .tar, .jsonl.zst, .txt, .parquet, …
 JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) of the text
 TOKENIZER=${TOKENIZER:-gpt2}             # folder with GPT-2's vocab.json and merges.txt
 OUTPUT=${OUTPUT:-data/openwebtext}       # dataset folder to make

@@ -7,7 +7,7 @@
 # The same command continues an interrupted preparation. docs/bert.md describes what training needs of the data.
 set -euo pipefail
 
-INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by spaces: .jsonl (.zst, .gz, .xz), .txt, .parquet
+INPUT=${INPUT:-openwebtext}              # files, folders or patterns, separated by spaces: .tar.xz, .tar, .jsonl.zst, .txt, .parquet, …
 JSON_KEY=${JSON_KEY:-text}               # key (jsonl) or column (parquet) of the text
 VOCAB=${VOCAB:-vocab.txt}                # BERT's WordPiece vocabulary, one token a line
 SPLITTER=${SPLITTER:-rules}              # sentence splitter: rules, or punkt (needs NLTK, slower)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,14 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 @pytest.mark.parametrize("name", ["openwebtext.sh", "own_text.sh"])
 def test_gpt_recipe_makes_a_dataset_that_training_opens(tmp_path: Path, name: str) -> None:
     texts = prose(120)
-    files = [write_jsonl(tmp_path / "text" / f"part-{part}.jsonl", texts[part::2]) for part in (0, 1)]
+    files = [write_jsonl(tmp_path / "text" / "part.jsonl", texts[::2]), tmp_path / "openwebtext.tar.xz"]
+    with tarfile.open(files[1], "w:xz") as outer:  # as it is published: an archive of compressed archives of text files
+        (tmp_path / "documents").mkdir()
+        for number, text in enumerate(texts[1::2]):
+            (tmp_path / f"documents/{number:07d}.txt").write_text(text, encoding="utf-8")
+        with tarfile.open(tmp_path / "urlsf_subset00-1_data.xz", "w:xz") as inner:
+            inner.add(tmp_path / "documents", "documents")
+        outer.add(tmp_path / "urlsf_subset00-1_data.xz", "openwebtext/urlsf_subset00-1_data.xz")
     train_bpe(files, 300, tmp_path / "gpt2")
     inputs = " ".join(map(str, files))
     done = recipe(name, tmp_path, INPUT=inputs, TOKENIZER="gpt2", OUTPUT="made", SPLIT="80,10,10", WORKERS="1")

@@ -82,7 +82,9 @@ def open_text(inputs: Sequence[str], world_size: int) -> OwnText:
     files = find_inputs(inputs)
     text_bytes = total_text_bytes(files, ReadOptions())
     if text_bytes < MIN_BYTES:
-        field = "" if files[0].format == "txt" else "; text is read from the field or column 'text' of each row"
+        field = (
+            "" if files[0].format in ("txt", "tar") else "; text is read from the field or column 'text' of each row"
+        )
         raise DataError(
             f"--text {files[0].path}: {text_bytes:,} bytes of text are too few to train on; give at least {MIN_BYTES:,}, better "
             f"1,000,000{field}"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from megatron_lion.data.manifest import Overlap
     from megatron_lion.prepare.pipeline import Manifest
 
-HELP = "convert text (jsonl, json, txt, parquet, arrow; plain or compressed) to a dataset folder of Megatron .bin/.idx files"
+HELP = "convert text (jsonl, json, txt, parquet, arrow, tar; plain or compressed) to a dataset folder of Megatron .bin/.idx files"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -112,7 +112,7 @@ def add_reading_flags(parser: ArgumentParser) -> None:
     )
     add(
         "--format",
-        type=Literal["auto", "jsonl", "txt", "parquet", "arrow"],
+        type=Literal["auto", "jsonl", "txt", "parquet", "arrow", "tar"],
         default="auto",
         help="format of the input files; auto detects it by their endings",
     )

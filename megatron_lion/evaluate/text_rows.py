@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megatron_lion.errors import DataError
@@ -12,19 +11,10 @@ from megatron_lion.prepare.find_files import TABLES, InputFile
 from megatron_lion.prepare.inputs import opened, reading
 from megatron_lion.prepare.json_values import HEAD_BYTES, holds_values, value_lines
 from megatron_lion.prepare.lines import BOM, BadLine, Skip, checked_text, decode_utf8, text_of_line
-from megatron_lion.prepare.pieces import ReadCount, ReadOptions, cut_pieces, read_piece
+from megatron_lion.prepare.pieces import ReadCount, ReadOptions, cut_pieces, place, read_piece
 from megatron_lion.prepare.tables import cut_table, table_texts
 
 _BLOCK_BYTES = 1 << 24
-
-
-def place(path: Path, number: int, unit: str) -> str:
-    """Returns the name of a line, row or value in a message.
-
-    >>> place(Path("a.jsonl"), 3, "line"), place(Path("a.parquet"), 3, "row")
-    ('a.jsonl:3', 'a.parquet: row 3')
-    """
-    return f"{path}:{number}" if unit == "line" else f"{path}: {unit} {number}"
 
 
 def read_all_documents(file: InputFile, key: str) -> Iterator[str]:
@@ -33,14 +23,14 @@ def read_all_documents(file: InputFile, key: str) -> Iterator[str]:
     Unlike `prepare`, evaluation cannot skip bad lines: a perplexity is of a whole text.
 
     Args:
-        file: a JSON, Parquet or Arrow file.
+        file: a JSON, Parquet or Arrow file, or an archive.
         key: key or column of the text.
 
     Raises:
         DataError: a line is bad; the message names it. Or the file is damaged.
     """
     before = 0
-    for piece in cut_pieces(file, _BLOCK_BYTES):
+    for piece in cut_pieces(file, _BLOCK_BYTES, key):
         count = ReadCount()
         yield from read_piece(piece, ReadOptions(json_key=key), count)
         for line, kind, what in count.problems:
@@ -60,6 +50,8 @@ def read_rows(file: InputFile, key: str) -> Iterator[tuple[str, str]]:
     Raises:
         DataError: a row has no text, such as a null; the message names it. Or the file is damaged.
     """
+    if file.format == "tar":
+        raise DataError(f"{file.path}: is an archive; give a JSON, Parquet or Arrow file of its rows")
     unit, values = ("row", _of_table(file, key)) if file.format in TABLES else _of_json(file)
     for number, value in enumerate(values, start=1):
         try:
@@ -76,8 +68,8 @@ def _refusal(where: str, kind: str, what: str) -> DataError:
 
 def _of_table(file: InputFile, key: str) -> Iterator[bytes | None]:
     with reading(file.path):
-        for start, end, _ in cut_table(file, _BLOCK_BYTES):
-            yield from table_texts(file, start, end, key)
+        for start, end, _, rows in cut_table(file, _BLOCK_BYTES, key):
+            yield from table_texts(file, start, end, key, rows)
 
 
 def _of_json(file: InputFile) -> tuple[str, Iterator[bytes]]:

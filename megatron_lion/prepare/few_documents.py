@@ -54,7 +54,7 @@ def total_text_bytes(files: Sequence[InputFile], read: ReadOptions) -> int:
         if file.format == "txt":
             total += text_size(file)
         else:
-            for piece in cut_pieces(file, _PIECE_BYTES):
+            for piece in cut_pieces(file, _PIECE_BYTES, read.json_key):
                 total += sum(len(text.encode("utf-8")) for text in read_piece(piece, _lenient(read), ReadCount()))
     return total
 
@@ -67,7 +67,7 @@ def _documents(file: InputFile, source: SourceInfo, read: ReadOptions) -> Iterat
         if head.strip() or len(head) == _HEAD_BYTES:
             yield source.sha256, text_size(file)
         return
-    for piece in cut_pieces(file, _PIECE_BYTES):
+    for piece in cut_pieces(file, _PIECE_BYTES, read.json_key):
         count = ReadCount()
         for text in read_piece(piece, read, count):
             utf8 = text.encode("utf-8")

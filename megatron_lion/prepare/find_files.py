@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import glob
 import json
+import lzma
 import os
 import re
 import stat
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_lion.errors import ConfigError, DataError
+from megatron_lion.errors import ConfigError, DataError, EnvironmentFault
+from megatron_lion.prepare.decompression import decompressed
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -22,13 +25,16 @@ FORMATS = {
     ".text": "txt",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".tar": "tar",
 }
 COMPRESSIONS = {".gz": ".gz", ".zst": ".zst", ".zstd": ".zst", ".xz": ".xz", ".bz2": ".bz2"}
+SHORT_TAR = {".tgz": ".gz", ".txz": ".xz", ".tbz2": ".bz2", ".tbz": ".bz2", ".tzst": ".zst"}
+"""Endings of compressed archives, as `.tar.gz`, with their compressions."""
 TABLES = ("parquet", "arrow")
 """Formats with rows and columns; their files are not compressed as a whole."""
 
-# Files that Hugging Face's `datasets` writes beside its data.
-_OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that Hugging Face's `datasets` writes beside its data."""
 HIDDEN, LINKED_AGAIN = "hidden", "linked again"
 UNLISTED, CACHE = "not in state.json", "cache of datasets"
 
@@ -39,7 +45,7 @@ class InputFile:
 
     Attributes:
         path: path of the file.
-        format: "jsonl", "txt", "parquet" or "arrow".
+        format: "jsonl", "txt", "parquet", "arrow" or "tar".
         compression: ".gz", ".zst", ".xz", ".bz2", or "".
         bytes: size as stored.
         modified_ns: time of the last modification in nanoseconds.
@@ -79,7 +85,7 @@ class Survey:
         return dict(sorted(sum(self.unread.values(), Counter()).items()))
 
 
-FORMAT_ADVICE = "; or give --format jsonl|txt|parquet|arrow"
+FORMAT_ADVICE = "; or give --format jsonl|txt|parquet|arrow|tar"
 """The part of a message that names a flag of `prepare`, which `pretrain --text` does not have."""
 
 
@@ -91,15 +97,15 @@ def find_inputs(inputs: Sequence[str | Path], format: str = "auto") -> list[Inpu
 def survey(inputs: Sequence[str | Path], format: str = "auto") -> Survey:
     """Finds the files that a list of files, folders and glob patterns names.
 
-    Folders are searched to any depth for known endings, without regard to case. Links are followed. A file that is
-    reached twice in one folder is read once, under its path without links if it has one there. Names that begin with a
-    dot are skipped, and so are the files that `datasets` writes beside its data. The folders that a pattern matches are
-    searched in the same way, all together. The files of a folder or pattern are sorted by path; the order of the list
-    is kept.
+    Folders are searched to any depth for known endings, without regard to case, and for compressed archives with other
+    names, such as `a.xz`. Links are followed. A file that is reached twice in one folder is read once, under its path
+    without links if it has one there. Names that begin with a dot are skipped, and so are the files that `datasets`
+    writes beside its data. The folders that a pattern matches are searched in the same way, all together. The files of
+    a folder or pattern are sorted by path; the order of the list is kept.
 
     Args:
         inputs: files, folders or glob patterns.
-        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow" for all files.
+        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow", "tar" for all files.
 
     Raises:
         ConfigError: the list is empty.
@@ -225,13 +231,16 @@ def _kind_of_unread(path: Path) -> str | None:
     """Returns the kind under which an unread file of a folder is counted, or None if the file is read."""
     if path.name.startswith("."):
         return HIDDEN
-    if path.name in _OF_DATASETS:
+    if path.name in OF_DATASETS:
         return path.name
     kind = _kind_of_no_file(path)
     if kind is not None:
         return kind
-    if kind_of(path) is not None:
-        return None
+    return None if kind_of(path) or holds_archive(path) else ending_of(path)
+
+
+def ending_of(path: Path) -> str:
+    """Returns the kind under which a file with an unknown ending is counted, such as ".zip" or ".csv.gz"."""
     ending = path.suffix.lower() or "without ending"
     inner = Path(path.stem).suffix.lower()
     return inner + ending if ending in COMPRESSIONS and inner else ending
@@ -299,10 +308,29 @@ def _not_of_the_dataset(paths: Sequence[Path]) -> dict[Path, str]:
 
 def kind_of(path: Path) -> tuple[str, str] | None:
     """Returns (format, compression) by a path's endings, or None if the ending is unknown."""
+    if path.suffix.lower() in SHORT_TAR:
+        return "tar", SHORT_TAR[path.suffix.lower()]
     compression = COMPRESSIONS.get(path.suffix.lower(), "")
     ending = Path(path.stem).suffix if compression else path.suffix
     kind = FORMATS.get(ending.lower())
     return None if kind is None or (kind in TABLES and compression) else (kind, compression)
+
+
+def is_tar(head: bytes) -> bool:
+    """Whether data are an archive, by their first 512 bytes."""
+    return head[257:262] == b"ustar"
+
+
+def holds_archive(path: Path) -> bool:
+    """Whether a compressed file such as `a.xz`, whose inner ending is unknown, is an archive by its content."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    if compression is None or kind_of(path) or kind_of(Path(path.stem)):
+        return False
+    try:
+        with open(path, "rb") as stored, decompressed(compression, stored, path, buffer_bytes=512) as stream:
+            return is_tar(stream.read(512))
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, EnvironmentFault):
+        return False
 
 
 def input_file(path: Path, format: str = "auto") -> InputFile:
@@ -315,12 +343,14 @@ def input_file(path: Path, format: str = "auto") -> InputFile:
     Raises:
         DataError: the file cannot be read, or its ending is unknown with "auto".
     """
-    kind = kind_of(path)
+    suffix = path.suffix.lower()
     if format != "auto":
-        kind = (format, "" if format in TABLES else COMPRESSIONS.get(path.suffix.lower(), ""))
+        endings = SHORT_TAR | COMPRESSIONS if format == "tar" else COMPRESSIONS
+        kind: tuple[str, str] | None = (format, "" if format in TABLES else endings.get(suffix, ""))
+    else:
+        kind = kind_of(path) or (("tar", COMPRESSIONS[suffix]) if holds_archive(path) else None)
     if kind is None:
-        endings = ", ".join(FORMATS)
-        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {endings}{FORMAT_ADVICE}")
+        raise DataError(f"{path}: unknown ending {path.suffix!r}; known: {', '.join(FORMATS)}{FORMAT_ADVICE}")
     try:
         status = path.stat()
     except OSError as error:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from megatron_lion.data.manifest import SPLITS, Overlap
 from megatron_lion.errors import DataError
 from megatron_lion.files import sha256_file
-from megatron_lion.prepare.find_files import InputFile, input_file, kind_of, survey
+from megatron_lion.prepare.find_files import InputFile, holds_archive, input_file, kind_of, survey
 from megatron_lion.prepare.inputs import reading
 from megatron_lion.prepare.overlap import Grams, N, grams_of, union_of
 from megatron_lion.prepare.pieces import OnError, ReadCount, ReadOptions, read_files
@@ -73,7 +73,7 @@ def _files(inputs: Sequence[str | Path]) -> list[InputFile]:
     found: list[InputFile] = []
     for given in inputs:
         path = Path(given).expanduser()
-        is_text = path.is_file() and kind_of(path) is None
+        is_text = path.is_file() and kind_of(path) is None and not holds_archive(path)
         found += [input_file(path, "txt")] if is_text else survey([given]).files
     return found
 

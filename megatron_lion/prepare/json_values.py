@@ -49,13 +49,13 @@ def holds_values(head: bytes) -> bool:
     return False
 
 
-def value_lines(path: Path, stream: IO[bytes], piece_bytes: int) -> Iterator[bytes]:
+def value_lines(path: str | Path, stream: IO[bytes], piece_bytes: int) -> Iterator[bytes]:
     """Yields the values of an array, or of a sequence of values, as JSON lines, in blocks of about `piece_bytes`.
 
     A line contains the value as in the file, with blanks in place of line breaks, which JSON strings cannot contain.
 
     Args:
-        path: the file, for messages.
+        path: the file, or a name of it, for messages.
         stream: its decompressed bytes, at the beginning.
         piece_bytes: approximate size of a block.
 
@@ -77,7 +77,7 @@ def value_lines(path: Path, stream: IO[bytes], piece_bytes: int) -> Iterator[byt
 class _Text:
     """The text of a stream, one part of which is in memory."""
 
-    def __init__(self, path: Path, stream: IO[bytes]) -> None:
+    def __init__(self, path: str | Path, stream: IO[bytes]) -> None:
         self.path, self._stream = path, stream
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.held, self.at, self.ended = "", 0, False
@@ -128,7 +128,7 @@ class _Text:
             return found
 
 
-def _values(path: Path, stream: IO[bytes]) -> Iterator[str]:
+def _values(path: str | Path, stream: IO[bytes]) -> Iterator[str]:
     """Yields the values of an array, or of a file that is a sequence of values."""
     text, number = _Text(path, stream), 0
     in_array = text.next() == "["

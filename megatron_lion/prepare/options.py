@@ -40,7 +40,7 @@ class PrepareOptions:
             splits; "always" and "never" do not depend on their number.
         task: "gpt" (one sequence for each document) or "bert" (one for each sentence, WordPiece).
         splitter: sentence splitter for "bert": "rules" or "punkt".
-        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow".
+        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow", "tar".
         eod_token: end-of-document token, if the tokenizer does not define it.
         encoder: "tokenizers", "gigatoken", or "auto" (gigatoken if it is installed); the ids are the same.
         overwrite: whether a dataset folder that differs is replaced.
@@ -86,7 +86,7 @@ class PrepareOptions:
             "on_error": ("stop", "skip"),
             "txt_documents": ("file", "blank-line"),
             "divide_documents": ("auto", "always", "never"),
-            "format": ("auto", "jsonl", "txt", "parquet", "arrow"),
+            "format": ("auto", "jsonl", "txt", "parquet", "arrow", "tar"),
             "encoder": ("auto", "tokenizers", "gigatoken"),
             "task": ("gpt", "bert"),
             "splitter": ("rules", "punkt"),

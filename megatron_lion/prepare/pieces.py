@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import IO, Literal
 
 from megatron_lion.errors import DataError
+from megatron_lion.prepare.archives import Member, archive_texts, cut_archive, is_one_piece
 from megatron_lion.prepare.find_files import TABLES, InputFile, find_inputs
 from megatron_lion.prepare.inputs import opened, reading
 from megatron_lion.prepare.json_values import HEAD_BYTES, holds_values, value_lines
-from megatron_lion.prepare.lines import BOM, BadLine, Skip, checked_text, decode_utf8, text_of_line
+from megatron_lion.prepare.lines import BOM, BadLine, Skip, checked_text, decode_utf8
 from megatron_lion.prepare.tables import cut_table, table_texts
+from megatron_lion.prepare.text_streams import Candidate, json_texts, line_blocks, paragraphs, too_long_line, whole_text
 
 MAX_LINE_BYTES = 1 << 29
 KEPT_PROBLEMS = 5
@@ -33,9 +35,12 @@ class Piece:
         number: number of the piece in the file, from 0.
         start, end: range of (decompressed) bytes in which the piece's lines begin; of row groups for Parquet, of record
             batches for Arrow.
-        data: the piece's lines if the file can only be read from its beginning, such as a compressed one; else None.
+        data: the piece's lines if the file can only be read from its beginning, such as a compressed one, or its rows if they
+            are a part of a row group (see `tables`); else None.
         stored_bytes: size of the piece in the stored file, for progress.
-        unit: what line numbers count: "line", "row" of a table, or "value" of JSON that is not JSON lines.
+        unit: what line numbers count: "line", "row" of a table, "value" of JSON that is not JSON lines, or "member": the
+            lines and members of an archive, whose descriptions name them.
+        members: of an archive, the members of the piece; None if the piece is the whole archive.
     """
 
     file: InputFile
@@ -44,7 +49,8 @@ class Piece:
     end: int
     data: bytes | None
     stored_bytes: int
-    unit: Literal["line", "row", "value"] = "line"
+    unit: Literal["line", "row", "value", "member"] = "line"
+    members: tuple[Member, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,24 +95,28 @@ class ReadCount:
             self.problems.append((line, bad.kind, bad.what))
 
 
-def cut_pieces(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
+def cut_pieces(file: InputFile, piece_bytes: int, key: str = "text") -> Iterator[Piece]:
     """Yields the pieces of one file, in order.
 
     Plain JSON lines are cut at byte offsets and read by the workers. Compressed ones are decompressed here, once, and
-    passed on as bytes. A text file is one piece. Parquet is cut at its row groups, Arrow at its record batches. JSON
-    that is an array, or objects over several lines, is passed on as one line for each value.
+    passed on as bytes. A text file is one piece. Parquet is cut at its row groups, and inside large ones; Arrow at its
+    record batches. JSON that is an array, or objects over several lines, is passed on as one line for each value. An
+    archive is cut between its members.
 
     Args:
         file: input file.
         piece_bytes: approximate size of a piece in bytes of text.
+        key: key or column of the text.
 
     Raises:
         DataError: the file is damaged or cannot be read.
     """
     with reading(file.path):
         if file.format in TABLES:
-            for number, (start, end, stored) in enumerate(cut_table(file, piece_bytes)):
-                yield Piece(file, number, start, end, None, stored, "row")
+            for number, (start, end, stored, rows) in enumerate(cut_table(file, piece_bytes, key)):
+                yield Piece(file, number, start, end, rows, stored, "row")
+        elif file.format == "tar":
+            yield from _cut_archive(file, piece_bytes)
         elif file.format == "txt":
             yield Piece(file, 0, 0, file.bytes, None, file.bytes)
         elif _holds_values(file):
@@ -134,32 +144,22 @@ def _cut_values(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
 
 
 def _cut_stream(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
-    start = number = counted = 0
+    start = counted = 0
     with opened(file) as (stream, stored):
-        begun: list[bytes] = []  # parts of a line that has not ended; joined once, since a line may be long
-        while True:
-            block = stream.read(piece_bytes)
-            # Whole lines only; the rest of the last line begins the next piece.
-            cut = block.rfind(b"\n") + 1
-            if cut or not block:
-                data = b"".join([*begun, block[:cut]])
-                if data:
-                    read = stored.tell() if block else file.bytes
-                    yield Piece(file, number, start, start + len(data), data, read - counted)
-                    start, number, counted = start + len(data), number + 1, read
-                begun = []
-            if not block:
-                return
-            begun.append(block[cut:])
-            if sum(map(len, begun)) > MAX_LINE_BYTES:
-                raise _too_long(file, start)
+        for number, (data, last) in enumerate(line_blocks(stream, piece_bytes, MAX_LINE_BYTES, file.path)):
+            read = file.bytes if last else stored.tell()
+            yield Piece(file, number, start, start + len(data), data, read - counted)
+            start, counted = start + len(data), read
 
 
-def _too_long(file: InputFile, offset: int) -> DataError:
-    return DataError(
-        f"{file.path}: the line that begins at byte {offset} is longer than {MAX_LINE_BYTES >> 20} MiB; "
-        "JSON lines with one document on each line are needed"
-    )
+def _cut_archive(file: InputFile, piece_bytes: int) -> Iterator[Piece]:
+    if is_one_piece(file, piece_bytes):
+        yield Piece(file, 0, 0, 0, None, file.bytes, "member")
+        return
+    start = 0
+    for number, (members, stored) in enumerate(cut_archive(file, piece_bytes)):
+        yield Piece(file, number, start, start + len(members), None, stored, "member", members)
+        start += len(members)
 
 
 def read_piece(piece: Piece, options: ReadOptions, count: ReadCount) -> Iterator[str]:
@@ -178,10 +178,13 @@ def read_piece(piece: Piece, options: ReadOptions, count: ReadCount) -> Iterator
     """
     if piece.file.format in TABLES:
         candidates = _table_texts(piece, options)
+    elif piece.file.format == "tar":
+        by_paragraph = options.txt_documents == "blank-line"
+        candidates = enumerate(archive_texts(piece.file, piece.members, options.json_key, by_paragraph), start=1)
     elif piece.file.format == "txt":
         candidates = _txt_texts(piece, options)
     else:
-        candidates = _jsonl_texts(piece, options)
+        candidates = json_texts(_lines_of(piece), options.json_key)
     for line, result in candidates:
         count.lines = line
         if isinstance(result, str):
@@ -192,17 +195,6 @@ def read_piece(piece: Piece, options: ReadOptions, count: ReadCount) -> Iterator
             count.reject(line, result)
             if options.on_error == "stop":
                 return
-
-
-Candidate = tuple[int, str | Skip | BadLine]
-
-
-def _jsonl_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
-    for number, line in enumerate(_lines_of(piece), start=1):
-        try:
-            yield number, text_of_line(line, options.json_key)
-        except (BadLine, Skip) as reason:
-            yield number, reason
 
 
 def _lines_of(piece: Piece) -> Iterator[bytes]:
@@ -229,7 +221,7 @@ def _lines_of_range(piece: Piece) -> Iterator[bytes]:
             if not line:
                 return
             if len(line) > MAX_LINE_BYTES:
-                raise _too_long(piece.file, position)
+                raise too_long_line(piece.file.path, position, MAX_LINE_BYTES)
             position += len(line)
             yield line
 
@@ -246,46 +238,13 @@ def _skip_line(stream: IO[bytes]) -> int:
 def _txt_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
     with reading(piece.file.path), opened(piece.file) as (stream, _):
         if options.txt_documents == "file":
-            data = stream.read(MAX_LINE_BYTES + 1)
-            if len(data) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{piece.file.path}: is longer than {MAX_LINE_BYTES >> 20} MiB and would be one document; give --txt-documents "
-                    "blank-line"
-                )
-            try:
-                yield 1, checked_text(decode_utf8(data.removeprefix(BOM)), "the file")
-            except (BadLine, Skip) as reason:
-                yield 1, reason
-            return
-        paragraph: list[bytes] = []
-        begin = number = size = 0
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
-            size = len(line) + (size if paragraph else 0)
-            if size > MAX_LINE_BYTES:
-                raise DataError(
-                    f"{piece.file.path}:{begin if paragraph else number}: the paragraph that begins here is longer than "
-                    f"{MAX_LINE_BYTES >> 20} MiB; blank lines must divide the documents"
-                )
-            content = line.removeprefix(BOM) if number == 1 else line
-            if content.strip():
-                begin = begin if paragraph else number
-                paragraph.append(content)
-            elif paragraph:
-                yield begin, _paragraph_text(paragraph)
-                paragraph = []
-        if paragraph:
-            yield begin, _paragraph_text(paragraph)
-
-
-def _paragraph_text(lines: list[bytes]) -> str | Skip | BadLine:
-    try:
-        return checked_text(decode_utf8(b"".join(lines).rstrip(b"\r\n")), "the paragraph")
-    except (BadLine, Skip) as reason:
-        return reason
+            yield 1, whole_text(stream, MAX_LINE_BYTES, piece.file.path)
+        else:
+            yield from paragraphs(stream, MAX_LINE_BYTES, piece.file.path)
 
 
 def _table_texts(piece: Piece, options: ReadOptions) -> Iterator[Candidate]:
-    values = table_texts(piece.file, piece.start, piece.end, options.json_key)
+    values = table_texts(piece.file, piece.start, piece.end, options.json_key, piece.data)
     for number, data in enumerate(values, start=1):
         try:
             yield number, checked_text(None if data is None else decode_utf8(data), options.json_key)
@@ -306,8 +265,18 @@ def problem_message(path: Path, line: int, what: str, unit: str = "line") -> str
         what: description of the error.
         unit: `Piece.unit` of the piece.
     """
-    where = f"{path}:{line}" if unit == "line" else f"{path}: {unit} {line}"
-    return f"{where}: {what}; fix it{SKIP_ADVICE.format(unit=unit)}"
+    return f"{place(path, line, unit)}: {what}; fix it{SKIP_ADVICE.format(unit=unit)}"
+
+
+def place(path: Path, number: int, unit: str) -> str:
+    """Returns the name of a line, row or value in a message; for a member of an archive, what follows names it.
+
+    >>> place(Path("a.jsonl"), 3, "line"), place(Path("a.parquet"), 3, "row"), place(Path("a.tar"), 3, "member")
+    ('a.jsonl:3', 'a.parquet: row 3', 'a.tar')
+    """
+    if unit == "member":
+        return str(path)
+    return f"{path}:{number}" if unit == "line" else f"{path}: {unit} {number}"
 
 
 def read_documents(
@@ -343,7 +312,7 @@ def read_files(
     """
     for file in files:
         lines_before = 0
-        for piece in cut_pieces(file, piece_bytes):
+        for piece in cut_pieces(file, piece_bytes, options.json_key):
             part = ReadCount()
             yield from read_piece(piece, options, part)
             if on_piece is not None:

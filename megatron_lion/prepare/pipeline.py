@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 _MIN_PIECE_BYTES, _MAX_PIECE_BYTES, _PIECES = 1 << 18, 1 << 24, 64
 _SHARDS_FORMAT = 2
+# Earlier versions cut these formats at other places, so their shards have other names.
+_CUTS = {"parquet": "parquet-rows"}
 DIVIDED = "divided"
 """Key of the manifest's options if documents are divided by position."""
 SEARCHED = "decontaminate"
@@ -282,9 +284,9 @@ class _Preparation:
         """Yields (shard name, piece). The name contains the file's hash, so only a changed file is encoded again."""
         times: Counter[str] = Counter()
         for source, file in zip(self.planned.sources, self.files, strict=True):
-            content = f"{source.sha256[:24]}-{file.format}{file.compression}"
+            content = f"{source.sha256[:24]}-{_CUTS.get(file.format, file.format)}{file.compression}"
             times[content] += 1
-            for piece in cut_pieces(file, self.piece_bytes):
+            for piece in cut_pieces(file, self.piece_bytes, self.settings.read.json_key):
                 yield f"{content}-{times[content]}-{piece.number:06d}", piece
 
     def _check_space(self) -> None:

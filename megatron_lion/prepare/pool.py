@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -63,7 +64,7 @@ class Collector:
     """Collects shards as they are completed, and finds the first bad line of the corpus.
 
     Attributes:
-        shards: (piece, shard) by the piece's position in the corpus.
+        shards: (piece, shard) by the piece's position in the corpus; the pieces are without their bytes.
         reused: number of shards from an earlier run.
         stopped: whether a bad line ends the preparation.
     """
@@ -76,8 +77,8 @@ class Collector:
         self._stop = stop_on_problem
 
     def take(self, place: int, piece: Piece, shard: EncodedShard) -> None:
-        """Records the shard of the piece at position `place` in the corpus."""
-        self.shards[place] = piece, shard
+        """Records the shard of the piece at position `place` in the corpus, without the bytes that the piece carries."""
+        self.shards[place] = dataclasses.replace(piece, data=None, members=None), shard
         self.stopped |= self._stop and bool(shard.read.problems)
         self._on_shard(piece, shard)
 

@@ -58,26 +58,32 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         DataError: the largest file is damaged at its beginning.
     """
     file = max(files, key=lambda candidate: candidate.bytes)
-    piece = next(cut_pieces(file, _SAMPLE_BYTES), None)
+    piece = next(cut_pieces(file, _SAMPLE_BYTES, settings.read.json_key), None)
     if piece is None:
         return Estimate(0.0, _FIXED_BYTES, 0.0)
     texts: list[str] = []
-    characters = 0
+    characters = text_bytes = 0
     # The estimate skips bad lines; the preparation itself reports them with their line numbers.
     lenient = dataclasses.replace(settings.read, on_error="skip")
     for text in _texts(piece, dataclasses.replace(settings, read=lenient)):
-        texts.append(text[:_SAMPLE_BYTES])
-        characters += len(texts[-1])
-        if characters >= _SAMPLE_BYTES:
+        if characters < _SAMPLE_BYTES:
+            texts.append(text[:_SAMPLE_BYTES])
+            characters += len(texts[-1])
+        text_bytes += len(text.encode("utf-8"))
+        # Of an archive, all of the piece is read, to know how much text its stored bytes give.
+        if characters >= _SAMPLE_BYTES and file.format != "tar":
             break
     began = time.monotonic()
     num_tokens = sum(document.ids.size for document in encoder.encode_documents(texts)) + len(texts)
     seconds = time.monotonic() - began
     sample_bytes = max(sum(len(text.encode("utf-8")) for text in texts), 1)
     growth = 1.0
-    if file.compression or file.format in TABLES:
-        known = piece.data is not None and piece.stored_bytes > 0
-        growth = (piece.end - piece.start) / piece.stored_bytes if known else USUAL_COMPRESSION
+    if piece.data is not None and piece.stored_bytes > 0:
+        growth = len(piece.data) / piece.stored_bytes
+    elif file.format == "tar":
+        growth = text_bytes / max(piece.stored_bytes, 1)
+    elif file.compression or file.format in TABLES:
+        growth = USUAL_COMPRESSION
     scale = sum(each.bytes for each in files) * growth / sample_bytes
     tokens, documents = num_tokens * scale, len(texts) * scale
     # Tokens and documents are stored in shards (28 bytes a document) and merged (20); 10 % more for the rest of the text.

@@ -6,60 +6,143 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_lion.errors import DataError
+from megatron_lion.prepare.decompression import optional_package
 from megatron_lion.prepare.find_files import InputFile
-from megatron_lion.prepare.inputs import optional_package, reading
+from megatron_lion.prepare.inputs import reading
+
+STREAMED_BYTES = 1 << 16
+"""A row group of Parquet up to this size is one piece, however small the pieces are."""
+_BATCH_BYTES = 1 << 20
+_MAX_BATCH_ROWS = 1 << 16
+
+TablePart = tuple[int, int, int, bytes | None]
+"""First part of a file, end, size in bytes of the stored file, and the rows themselves if they are a part of a row group."""
 
 
-def cut_table(file: InputFile, piece_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """Yields (first part, end, size in bytes) of each piece; parts are row groups of Parquet, record batches of Arrow.
+def cut_table(file: InputFile, piece_bytes: int, key: str) -> Iterator[TablePart]:
+    """Yields the pieces of a file; parts are row groups of Parquet, record batches of Arrow.
+
+    A row group whose column is larger than two pieces is read here, a few rows at a time, because workers that began
+    inside it would have to decode what is before.
 
     Args:
         file: a Parquet or Arrow file.
-        piece_bytes: approximate size of a piece of an Arrow file in bytes; a row group of Parquet is a piece.
+        piece_bytes: approximate size of a piece in bytes of text.
+        key: name of the column, as for `table_texts`.
+
+    Raises:
+        DataError: the file is damaged, or a large row group does not have exactly one string column of this name.
     """
     if file.format == "parquet":
-        groups = optional_package("pyarrow.parquet", file.path).ParquetFile(file.path).num_row_groups
-        for number in range(groups):
-            yield number, number + 1, file.bytes // groups
+        with _parquet_file(file.path) as table:
+            for number in range(table.num_row_groups):
+                stored = file.bytes // table.num_row_groups
+                size = _column_bytes(table.metadata.row_group(number), key)
+                if size > max(2 * piece_bytes, STREAMED_BYTES):
+                    yield from _cut_row_group(table, file.path, number, (stored, size, piece_bytes), key)
+                else:
+                    yield number, number + 1, stored, None
         return
     start = size = end = 0
     for end, batch in enumerate(_arrow_batches(file.path), start=1):  # maps the file, reads only its headers
         size += batch.nbytes
         if size >= piece_bytes:
-            yield start, end, size
+            yield start, end, size, None
             start, size = end, 0
     if end > start:
-        yield start, end, size
+        yield start, end, size, None
 
 
-def table_texts(file: InputFile, start: int, end: int, key: str) -> Iterator[bytes | None]:
+def _parquet_file(path: Path) -> Any:
+    # Without pre_buffer, which would hold the column of a whole row group.
+    return optional_package("pyarrow.parquet", path).ParquetFile(path, pre_buffer=False, buffer_size=_BATCH_BYTES)
+
+
+def _column_bytes(group: Any, key: str) -> int:
+    """Returns the decompressed size of a column in a row group; a dictionary counts once."""
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == key)
+
+
+def _cut_row_group(table: Any, path: Path, number: int, sizes: tuple[int, int, int], key: str) -> Iterator[TablePart]:
+    """Yields a row group in parts of at least `piece_bytes` of text; they do not depend on how pyarrow divides it."""
+    compute = optional_package("pyarrow.compute", path)
+    stored, size, piece_bytes = sizes
+    num_rows = table.metadata.row_group(number).num_rows
+    held: list[Any] = []
+    held_bytes = rows = counted = 0
+    for column in _row_group_columns(table, path, number, key, size):
+        start = 0
+        sizes_of_rows = compute.fill_null(compute.binary_length(column), 0).to_numpy()
+        while start < len(column):
+            ends = held_bytes + np.cumsum(sizes_of_rows[start:])
+            end = start + min(int(np.searchsorted(ends, piece_bytes)) + 1, len(column) - start)
+            held.append(column[start:end])
+            held_bytes = int(ends[end - start - 1])
+            rows += end - start
+            start = end
+            if held_bytes >= piece_bytes or rows == num_rows:
+                done = stored * rows // num_rows
+                yield number, number + 1, done - counted, _to_stream(path, held)
+                held, held_bytes, counted = [], 0, done
+
+
+def _row_group_columns(table: Any, path: Path, number: int, key: str, size: int) -> Iterator[Any]:
+    """Yields the column of a row group as arrays of large_binary, of about `_BATCH_BYTES` each."""
+    pyarrow = optional_package("pyarrow", path)
+    names = _column(path, table.schema_arrow, key)
+    num_rows = table.metadata.row_group(number).num_rows
+    batch_rows = min(max(num_rows * _BATCH_BYTES // max(size, 1), 1), _MAX_BATCH_ROWS)
+    for batch in table.iter_batches(batch_rows, row_groups=[number], columns=[key], use_threads=False):
+        # By name, because for a column named 'a.b', pyarrow also reads a structure a with a field b.
+        yield _strings(pyarrow, batch.column(batch.schema.get_field_index(names[0])), names[1:])
+
+
+def _to_stream(path: Path, arrays: list[Any]) -> bytes:
+    """Returns arrays as an Arrow stream of one column, for `table_texts`."""
+    pyarrow = optional_package("pyarrow", path)
+    sink = pyarrow.BufferOutputStream()
+    schema = pyarrow.schema([("", pyarrow.large_binary())])
+    with pyarrow.ipc.new_stream(sink, schema) as writer:
+        for array in arrays:
+            writer.write_batch(pyarrow.record_batch([array], schema=schema))
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def table_texts(file: InputFile, start: int, end: int, key: str, rows: bytes | None = None) -> Iterator[bytes | None]:
     """Yields the UTF-8 bytes of a column's strings in parts `start` to `end` of a file, None for a null.
 
     Args:
         file: a Parquet or Arrow file.
-        start, end: from `cut_table`.
+        start, end, rows: from `cut_table`.
         key: name of the column, or names of a structure and its fields with dots between them.
 
     Raises:
         DataError: the file is damaged, or does not have exactly one string column of this name.
     """
-    pyarrow = optional_package("pyarrow", file.path)
     with reading(file.path):
-        if file.format == "parquet":
-            table = optional_package("pyarrow.parquet", file.path).ParquetFile(file.path)
-            names = _column(file.path, table.schema_arrow, key)
-            # select, because for a column named 'a.b', pyarrow also reads a structure a with a field b.
-            part = table.read_row_group(start, columns=[key]).select([names[0]])
-            columns = [part.column(0)]
-        else:
-            chosen = [batch for number, batch in enumerate(_arrow_batches(file.path)) if start <= number < end]
-            names = _column(file.path, chosen[0].schema, key)
-            columns = [batch.column(batch.schema.get_field_index(names[0])) for batch in chosen]
-        values = [_strings(pyarrow, column, names[1:]) for column in columns]
-    for column in values:
-        for chunk in getattr(column, "chunks", [column]):
-            yield from chunk.to_pylist()
+        for column in _columns(file, start, end, key, rows):
+            for chunk in getattr(column, "chunks", [column]):
+                yield from chunk.to_pylist()
+
+
+def _columns(file: InputFile, start: int, end: int, key: str, rows: bytes | None) -> Iterator[Any]:
+    pyarrow = optional_package("pyarrow", file.path)
+    if rows is not None:
+        yield from (batch.column(0) for batch in pyarrow.ipc.open_stream(rows))
+    elif file.format == "parquet":
+        with _parquet_file(file.path) as table:
+            for number in range(start, end):
+                size = _column_bytes(table.metadata.row_group(number), key)
+                yield from _row_group_columns(table, file.path, number, key, size)
+    else:
+        for number, batch in enumerate(_arrow_batches(file.path)):
+            if start <= number < end:
+                names = _column(file.path, batch.schema, key)
+                yield _strings(pyarrow, batch.column(batch.schema.get_field_index(names[0])), names[1:])
 
 
 def _strings(pyarrow: Any, column: Any, fields: list[str]) -> Any:

@@ -36,7 +36,7 @@ class TrainOptions:
         output: folder to make.
         kind: "bpe" (GPT-2's byte-level BPE: vocab.json, merges.txt) or "wordpiece" (BERT's, uncased: vocab.txt).
         json_key: key (JSON) or column (Parquet, Arrow) of the text.
-        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow".
+        format: "auto" for the format of each file's ending, or "jsonl", "txt", "parquet", "arrow", "tar".
         on_error: "stop" at the first bad line, or "skip" bad lines; of a bad .txt file, only the rest is skipped.
         at_most: whether a text with too few pairs for `vocab_size` gives a smaller vocabulary; otherwise it is an error.
         overwrite: whether another tokenizer in the folder is replaced.
