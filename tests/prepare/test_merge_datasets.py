@@ -172,7 +172,8 @@ def test_bert_keeps_its_sentences(tmp_path: Path) -> None:
     )
     draw = random.Random(0)
     texts = [
-        " ".join(f"{draw.choice(words).upper()} {draw.choice(words)}." for _ in range(draw.randrange(1, 5))) for _ in range(40)
+        " ".join(f"{draw.choice(words).upper()} {draw.choice(words)}." for _ in range(draw.randrange(1, 5)))
+        for _ in range(40)
     ]
     tokenizer = load_tokenizer(tmp_path / "vocab.txt")
     common = {"task": "bert", "split": "1", "divide_documents": "never"}
