@@ -16,7 +16,8 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
 
 from megatron_lion.config import DataConfig
-from megatron_lion.data.indexed_check import HEADER, IndexedInfo
+from megatron_lion.data.index_arrays import open_arrays, unusable_documents
+from megatron_lion.data.indexed_check import IndexedInfo
 from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError
 
@@ -166,26 +167,16 @@ def check_sentences(info: IndexedInfo, begin: float, end: float) -> None:
     Raises:
         DataError: the part has no usable document.
     """
-    sentences, longest = _documents(info)
-    usable = (sentences >= 2) & (longest <= LONGEST_SENTENCE)
     first, last = round(begin * info.num_documents), round(end * info.num_documents)
-    part = slice(first, last)
-    if not usable[part].any():
-        single, long = int((sentences[part] == 1).sum()), int((longest[part] > LONGEST_SENTENCE).sum())
+    try:
+        with open_arrays(info.idx_path, info.num_sequences, info.num_documents + 1) as arrays:
+            unusable = unusable_documents(arrays, first, last, LONGEST_SENTENCE)
+    except OSError as error:
+        raise DataError(f"{info.idx_path}: cannot be read: {error.strerror}") from None
+    if unusable is not None:
+        single, long = unusable
         raise DataError(
             f"{info.prefix}: none of its documents {first} to {last} can be used: {single} have one sentence (sentence order "
             f"needs two), {long} have a sentence of more than {LONGEST_SENTENCE} tokens; make the data with `megatron-lion "
             "prepare --task bert`, or give more text or larger shares for the splits"
         )
-
-
-def _documents(info: IndexedInfo) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(number of sentences, tokens of the longest sentence) of each document, two (D,) arrays."""
-    index = info.idx_path.read_bytes()
-    lengths = np.frombuffer(index, "<i4", info.num_sequences, HEADER.size).astype(np.int64)
-    boundaries = np.frombuffer(index, "<i8", info.num_documents + 1, HEADER.size + 12 * info.num_sequences)
-    sentences = np.diff(boundaries)
-    longest = np.zeros(info.num_documents, np.int64)
-    filled = np.flatnonzero(sentences)  # reduceat gives an empty document its neighbour's first length
-    longest[filled] = np.maximum.reduceat(lengths, boundaries[filled])
-    return sentences, longest
