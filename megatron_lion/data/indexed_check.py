@@ -17,11 +17,12 @@ Source: megatron.core.datasets.indexed_dataset (megatron-core 0.19.2), byte for 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +40,15 @@ DTYPE_CODES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 READABLE_CODES = {**DTYPE_CODES, 1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 5: np.dtype("<i8")}
 """All integer dtypes that Megatron reads."""
 UINT16_VOCAB_LIMIT = 65500
-_SCAN_TOKENS = 1 << 22
+_SCAN_TOKENS = 1 << 19
+
+
+class TokenContent(NamedTuple):
+    """SHA-256 of a token file in hexadecimal, and its smallest and largest id."""
+
+    sha256: str
+    low: int
+    high: int
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -93,15 +102,21 @@ class IndexedInfo:
         return sha256_file(self.idx_path)
 
     @cached_property
+    def content(self) -> TokenContent:
+        """Hash and range of the ids of PREFIX.bin; the first access reads the file, once for both.
+
+        Raises:
+            DataError: the file cannot be read, or has another size than when it was checked.
+        """
+        try:
+            return _read_content(self.bin_path, self.dtype, self.bin_bytes)
+        except OSError as error:
+            raise DataError(f"{self.bin_path}: cannot be read: {error.strerror}") from None
+
+    @property
     def token_range(self) -> tuple[int, int]:
-        """Smallest and largest token id; the first access reads the whole of PREFIX.bin."""
-        # Mapped and scanned in parts of 4 Mi tokens: the file may be larger than memory.
-        tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-        parts = (tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS))
-        ends = [
-            (int(part.min()), int(part.max())) for part in parts
-        ]  # one pass: each part is in the cache for the second
-        return min(low for low, _ in ends), max(high for _, high in ends)
+        """Smallest and largest token id; see `content`."""
+        return self.content.low, self.content.high
 
     @property
     def max_token(self) -> int:
@@ -128,6 +143,21 @@ class IndexedInfo:
                     f"{path}: sha256 is {found[:16]}…, in {MANIFEST_NAME} {stated[:16]}…: changed or damaged; "
                     f"{rebuild or rebuild_hint(self.prefix)}"
                 )
+
+
+def _read_content(path: Path, dtype: np.dtype[Any], size: int) -> TokenContent:
+    digest, done, ends = hashlib.sha256(), 0, []
+    tokens = np.empty(_SCAN_TOKENS, dtype)  # in parts: the file may be larger than memory
+    block = memoryview(tokens.view(np.uint8))
+    with open(path, "rb") as stream:
+        while found := stream.readinto(block):  # buffered: each part but the last one is full
+            digest.update(block[:found])
+            part = tokens[: found // dtype.itemsize]
+            ends += [int(part.min()), int(part.max())] if part.size else []
+            ends, done = [min(ends), max(ends)] if ends else [], done + found
+    if done != size or not ends:
+        raise DataError(f"{path}: has {done} bytes now, {size} a moment ago; wait until its writer has finished")
+    return TokenContent(digest.hexdigest(), *ends)
 
 
 def sequence_lengths(info: IndexedInfo) -> npt.NDArray[np.int32]:

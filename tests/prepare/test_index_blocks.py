@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from test_index_checks import write_pair
+from index_pairs import write_pair
 
 from megatron_lion.data import index_arrays
 from megatron_lion.data.bert_datasets import check_sentences
