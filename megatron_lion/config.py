@@ -83,6 +83,10 @@ class DataConfig:
     """BERT: largest number of consecutive words that are masked together."""
     short_sequence_probability: float = 0.1
     """BERT: share of the samples that are cut to a random shorter length."""
+    masking: Literal["auto", "megatron", "vectorized"] = "auto"
+    """BERT: how masked words are drawn: vectorized (Megatron's rule in few numpy calls), megatron (its own function, with other
+    draws and slower), or auto: vectorized for a new run; a run that has begun keeps what it has, and one of an earlier version,
+    which stores none, has megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,8 @@ UINT16_VOCAB_LIMIT = 65500
 _SCAN_TOKENS = 1 << 19
 
 
-class TokenContent(NamedTuple):
+@dataclass(frozen=True)
+class TokenContent:
     """SHA-256 of a token file in hexadecimal, and its smallest and largest id."""
 
     sha256: str

@@ -23,6 +23,7 @@ import hashlib
 import logging
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def known_content(info: IndexedInfo, cache: Path) -> TokenContent:
         changed = max(before["mtime_ns"], before["ctime_ns"]) / 1e9
         if began - changed > _SETTLED_S and _stamp(info) == before:
             make_folder(cache)
-            write_sealed(memory, {"format": _FORMAT, "path": str(path), "stamp": before, "tokens": content._asdict()})
+            write_sealed(memory, {"format": _FORMAT, "path": str(path), "stamp": before, "tokens": asdict(content)})
     except (OSError, ValueError, StorageError) as error:
         _logger.info("%s: not remembered: %s", path, error)
     return content

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -49,7 +50,7 @@ def write(prefix: Path, seed: int) -> np.ndarray:
 def content_of(prefix: Path, cache: Path) -> tuple[str, int, int]:
     """Opens a prefix as a start does."""
     found = open_corpora(DataConfig(path=[str(prefix)], split="100,0,0"), MODEL, cache=cache)
-    return tuple(found.infos[prefix].content)
+    return dataclasses.astuple(found.infos[prefix].content)
 
 
 def expected_of(prefix: Path) -> tuple[str, int, int]:
