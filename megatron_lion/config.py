@@ -292,9 +292,10 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """Returns the same settings with the values that null stands for, as far as they do not depend on data or device."""
-        model, optimizer = self.model, self.optimizer
+        model, optimizer, data = self.model, self.optimizer, self.data
         return dataclasses.replace(
             self,
+            data=dataclasses.replace(data, masking="vectorized" if data.masking == "auto" else data.masking),
             model=dataclasses.replace(model, ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size),
             optimizer=dataclasses.replace(
                 optimizer, betas=optimizer.resolved_betas(), master_weights=self.master_weights

@@ -41,7 +41,7 @@ CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "model.loss"
               "optimizer.momentum_dtype", "name", "data.tokenizer")  # fmt: skip
 
 
-BEFORE = {"data.masking": "megatron"}
+BEFORE: dict[str, Any] = {"data.masking": "megatron"}
 """Values of settings in runs of versions that did not store them, if they are not the default."""
 
 
@@ -53,8 +53,9 @@ def load_saved(path: Path) -> RunConfig:
     """
     config = load_config(path)
     stored = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
-    masking = stored.get("masking", BEFORE["data.masking"])
-    return replace(config, data=replace(config.data, masking="vectorized" if masking == "auto" else masking))
+    if "masking" in stored:
+        return config
+    return replace(config, data=replace(config.data, masking=BEFORE["data.masking"]))
 
 
 @contextmanager

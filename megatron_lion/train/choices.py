@@ -49,8 +49,7 @@ def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = Fal
             if not fresh:
                 config = kept_choices(config, ranks.world_size)
             config = replace(config, optimizer=replace(config.optimizer, master_weights=config.master_weights))
-            if config.data.masking == "auto":
-                config = replace(config, data=replace(config.data, masking="vectorized"))
+            config = replace(config, data=config.resolved().data)
             wanted = config.train.gradient_accumulation_fusion
             fusion = choose_fusion(wanted, config.train.precision, device)
             config = replace(config, train=replace(config.train, gradient_accumulation_fusion=fusion))

@@ -63,6 +63,11 @@ DIFFERENT = [
         {"model__kind": "bert"},
         "data.mask_probability 0.2, 0.15",
     ),
+    (
+        {"model__kind": "bert", "data__masking": "vectorized"},
+        {"model__kind": "bert", "data__masking": "megatron"},
+        "data.masking vectorized, megatron",
+    ),
 ]
 
 
