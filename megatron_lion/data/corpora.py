@@ -103,12 +103,10 @@ def open_corpora(
         )
     if folders:
         return _open_folders(paths, data, model, contents=checked is None)
-    if checked is None:
-        infos = {path: check_indexed(path) for path in paths}
-    else:
-        infos = {path: check_indexed(path, contents=False) for path in paths}
-        for path, info in infos.items():
-            info.__dict__.update(idx_sha256=checked[path].idx_sha256, content=checked[path].tokens)
+    checked = checked or {}
+    infos = {path: check_indexed(path, contents=path not in checked) for path in paths}
+    for path, found in checked.items():
+        infos[path].__dict__.update(idx_sha256=found.idx_sha256, content=found.tokens)
     return _open_prefixes(infos, data, model, cache)
 
 

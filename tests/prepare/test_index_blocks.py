@@ -45,10 +45,10 @@ def random_index(random: np.random.Generator) -> tuple[npt.NDArray[np.int32], np
 
 
 def test_blocks_give_the_result_of_whole_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over indexes with up to two changed numbers, at sizes around multiples of the block."""
+    """Over indexes with up to two changes, at sizes around multiples of the block."""
     random = np.random.default_rng(5)
     found: dict[str, int] = {}
-    for _ in range(500):
+    for _ in range(300):
         monkeypatch.setattr(index_arrays, "BLOCK", int(random.choice([1, 2, 4, 8])))
         lengths, pointers, boundaries = random_index(random)
         tokens = int(lengths.sum())
@@ -69,7 +69,7 @@ def test_blocks_give_the_result_of_whole_arrays(tmp_path: Path, monkeypatch: pyt
         expected = expected or "truncated, or of another dataset"  # a valid index of other tokens
         assert expected in str(error.value)
         found[expected.split()[0]] = found.get(expected.split()[0], 0) + 1
-    assert min(found[name] for name in ("intact", "sequence", "document")) > 50, found
+    assert min(found[name] for name in ("intact", "sequence", "document")) > 20, found
 
 
 def test_sentences_in_blocks_give_the_result_of_whole_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

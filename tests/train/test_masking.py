@@ -109,11 +109,11 @@ def statistics(text: np.ndarray, first: int, places: Any, shown: Any) -> list[fl
 
 
 def test_the_masks_have_the_statistics_of_megatrons() -> None:
-    """Means over 2,500 texts, each with its own draws on both sides, within five standard errors of their difference."""
+    """Means over 1,800 texts, each with its own draws on both sides, within five standard errors of their difference."""
     random = np.random.default_rng(1)
     masking = Masking(TOKENS, MASK, 3)
     ours, theirs = [], []
-    for number in range(2500):
+    for number in range(1800):
         text, first = random_segments(random, 20, 60)
         places, shown = megatron(text, first, 125, 3, np.random.RandomState(number))
         theirs.append(statistics(text, first, places, shown))
@@ -169,10 +169,10 @@ def build(path: str, cache: Path, masking: Any, count: int, seed: int = 7) -> An
 
 def test_the_samples_are_megatrons_but_for_the_masks(corpus: str, tmp_path: Path) -> None:
     """Segments, order, cuts, types and padding are those of Megatron's dataset, bit for bit."""
-    ours, theirs = (build(corpus, tmp_path, name, 1500) for name in ("vectorized", "megatron"))
+    ours, theirs = (build(corpus, tmp_path, name, 1000) for name in ("vectorized", "megatron"))
     assert len(list(tmp_path.glob("*/*sample_index.npy"))) == 1, "both use the same index"
     other_masks = 0
-    for number in range(1500):
+    for number in range(1000):
         one, other = ours[number], theirs[number]
         assert {key: np.asarray(value).shape for key, value in one.items()} == {
             key: np.asarray(value).shape for key, value in other.items()
@@ -185,7 +185,7 @@ def test_the_samples_are_megatrons_but_for_the_masks(corpus: str, tmp_path: Path
             assert np.array_equal(one[key], other[key]), (number, key)
         other_masks += not np.array_equal(one["positions"], other["positions"])
         assert one["loss_mask"].sum() <= most_masked(64, PROBABILITY)
-    assert other_masks > 1000
+    assert other_masks > 700
 
 
 def test_no_draw_outside_of_the_sample_has_an_effect(corpus: str, tmp_path: Path) -> None:
