@@ -83,6 +83,10 @@ class DataConfig:
     """BERT: largest number of consecutive words that are masked together."""
     short_sequence_probability: float = 0.1
     """BERT: share of the samples that are cut to a random shorter length."""
+    masking: Literal["auto", "megatron", "vectorized"] = "auto"
+    """BERT: how masked words are drawn: vectorized (Megatron's rule in few numpy calls), megatron (its own function, with other
+    draws and slower), or auto: vectorized for a new run; a run that has begun keeps what it has, and one of an earlier version,
+    which stores none, has megatron."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +292,10 @@ class RunConfig:
 
     def resolved(self) -> RunConfig:
         """Returns the same settings with the values that null stands for, as far as they do not depend on data or device."""
-        model, optimizer = self.model, self.optimizer
+        model, optimizer, data = self.model, self.optimizer, self.data
         return dataclasses.replace(
             self,
+            data=dataclasses.replace(data, masking="vectorized" if data.masking == "auto" else data.masking),
             model=dataclasses.replace(model, ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size),
             optimizer=dataclasses.replace(
                 optimizer, betas=optimizer.resolved_betas(), master_weights=self.master_weights

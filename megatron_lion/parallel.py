@@ -254,6 +254,16 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     return box[0]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Returns the plain Python values of all ranks in order; a collective call."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    mark()
+    return values
+
+
 @contextmanager
 def agree(what: str) -> Iterator[None]:
     """Runs a block that may fail on some ranks only; if it fails on any, raises the error on all ranks.

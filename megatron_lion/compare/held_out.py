@@ -10,7 +10,7 @@ from typing import Any
 from megatron_lion.compare.labels import by_model, show
 from megatron_lion.compare.table import one_line
 from megatron_lion.config import RunConfig
-from megatron_lion.runs.folder import flatten
+from megatron_lion.runs.folder import BEFORE, flatten
 from megatron_lion.runs.record import RunRecord
 
 MOST_VALUES = 4
@@ -20,17 +20,17 @@ _NUMBER = "number of samples"
 # all corpora, which a path does not.
 _FACTS = {"data_digest": "data digest", "tokenizer_sha256": "tokenizer"}
 _DRAWN = ("model.kind", "model.seq_length", "data.weights", "data.split")
-_MASKED = ("data.mask_probability", "data.mask_max_ngram", "data.short_sequence_probability")
+_MASKED = ("data.mask_probability", "data.mask_max_ngram", "data.short_sequence_probability", "data.masking")
 _COUNTS = ("train.test_batches", "train.global_batch_size")
 
 
 @cache
 def _defaults() -> dict[str, Any]:
-    return flatten(asdict(RunConfig()))
+    return flatten(asdict(RunConfig())) | BEFORE
 
 
 def _setting(run: RunRecord, key: str) -> Any:
-    """A setting; its default if config.yaml lacks it, and None if there is no config.yaml."""
+    """A setting; its default, or the value from before, if config.yaml lacks it, and None if there is no config.yaml."""
     return run.settings.get(key, _defaults()[key]) if run.settings else None
 
 

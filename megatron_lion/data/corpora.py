@@ -15,9 +15,10 @@ from typing import Any
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.config_hints import NO_DATA
-from megatron_lion.data.indexed_check import IndexedInfo, check_indexed, rebuild_hint, with_ending
+from megatron_lion.data.indexed_check import IndexedInfo, TokenContent, check_indexed, rebuild_hint, with_ending
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.data.manifest import SPLITS, Manifest, read_manifest
+from megatron_lion.data.token_memory import known_content
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer, load_tokenizer_of
 from megatron_lion.errors import ConfigError, DataError
 
@@ -62,12 +63,32 @@ class Corpora:
         return total if self.split is None else int(total * shares(self.split)[0])
 
 
-def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
+@dataclass(frozen=True)
+class PairContent:
+    """What the checks of a plain pair of token files found: the hash of its index, and its tokens'."""
+
+    idx_sha256: str
+    tokens: TokenContent
+
+
+def open_corpora(
+    data: DataConfig,
+    model: ModelConfig,
+    *,
+    cache: Path | None = None,
+    checked: dict[Path, PairContent] | None = None,
+) -> Corpora:
     """Opens and checks everything that `data.path` names.
 
     Of prepared folders it reads manifests and index files. Plain prefixes have no manifest, so their tokens are read
     as well, for the content hash and the largest id. A dataset folder may lack valid or test; `check_splits` refuses that
     if they are read.
+
+    Args:
+        data, model: settings.
+        cache: folder that keeps what was read of plain token files, see `known_content`; None reads them.
+        checked: what another process of this node found for each plain prefix, {} for dataset folders; it has made the checks
+            that read index files and tokens, and they are not repeated. None makes them.
 
     Raises:
         ConfigError: no path is given, or folders are mixed with prefixes.
@@ -83,7 +104,13 @@ def open_corpora(data: DataConfig, model: ModelConfig) -> Corpora:
         raise ConfigError(
             f"data.path: {other} has no {MANIFEST_NAME} while {folders[0]} is a prepared dataset folder; give only folders or only prefixes"
         )
-    return _open_folders(paths, data, model) if folders else _open_prefixes(paths, data, model)
+    if folders:
+        return _open_folders(paths, data, model, contents=checked is None)
+    checked = checked or {}
+    infos = {path: check_indexed(path, contents=path not in checked) for path in paths}
+    for path, found in checked.items():
+        infos[path].__dict__.update(idx_sha256=found.idx_sha256, content=found.tokens)
+    return _open_prefixes(infos, data, model, cache)
 
 
 def check_paths(given: Sequence[str]) -> None:
@@ -147,7 +174,7 @@ def _is_there(path: str) -> bool:
     return Path(path).exists() or with_ending(path, ".idx").exists()
 
 
-def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -> Corpora:
+def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig, *, contents: bool) -> Corpora:
     manifests: list[Manifest] = [read_manifest(path) for path in paths]
     prefixes: dict[str, list[Path]] = {split: [] for split in SPLITS}
     infos: dict[Path, IndexedInfo] = {}
@@ -166,7 +193,7 @@ def _open_folders(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -
             prefix = path / info.prefix
             _check_inside(path, prefix)
             prefixes[split].append(prefix)
-            infos[prefix] = check_indexed(prefix)
+            infos[prefix] = check_indexed(prefix, contents=contents)
     absent: dict[str, str] = {}
     for path, manifest in zip(paths, manifests, strict=True):
         for split in SPLITS:
@@ -234,8 +261,7 @@ def _check_inside(folder: Path, prefix: Path) -> None:
             )
 
 
-def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) -> Corpora:
-    infos = {path: check_indexed(path) for path in paths}
+def _open_prefixes(infos: dict[Path, IndexedInfo], data: DataConfig, model: ModelConfig, cache: Path | None) -> Corpora:
     for path, info in infos.items():
         _check_sequences(path, info, model.kind)
     tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
@@ -249,19 +275,21 @@ def _open_prefixes(paths: Sequence[Path], data: DataConfig, model: ModelConfig) 
         )
     wanted = model.vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     for path, info in infos.items():
-        if info.num_tokens and info.token_range[0] < 0:
+        if cache is not None:
+            info.__dict__["content"] = known_content(info, cache)
+        if info.token_range[0] < 0:
             raise DataError(
                 f"{path}.bin holds token id {info.token_range[0]}, ids begin at 0: the file is damaged; prepare it again"
             )
-        if info.num_tokens and info.max_token >= wanted:
+        if info.max_token >= wanted:
             raise DataError(
                 f"{path}.bin holds token id {info.max_token}, the vocabulary has {wanted} ids; "
                 "give the tokenizer the data was made with, or a larger model.vocab_size"
             )
     shares(data.split)
-    hashes = [info.idx_sha256 + info.bin_sha256 for info in infos.values()]
+    hashes = [info.idx_sha256 + info.content.sha256 for info in infos.values()]
     digest = _digest([hashes, data.weights, data.split])
-    prefixes = {split: list(paths) for split in SPLITS}
+    prefixes = {split: [Path(path) for path in data.path] for split in SPLITS}
     return Corpora(prefixes, infos, data.weights, data.split, tokenizer, wanted, digest, data)
 
 

@@ -18,7 +18,7 @@ Source: megatron.core.datasets.indexed_dataset (megatron-core 0.19.2), byte for 
 from __future__ import annotations
 
 import hashlib
-import struct
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lion.data.index_arrays import HEADER, IndexArrays, find_fault
 from megatron_lion.data.manifest import NAME as MANIFEST_NAME
 from megatron_lion.data.manifest import SplitInfo, read_manifest
 from megatron_lion.errors import DataError
@@ -34,13 +35,21 @@ from megatron_lion.files import sha256_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES: dict[int, np.dtype[Any]] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 """The dtypes that this project writes, by Megatron's code."""
 READABLE_CODES = {**DTYPE_CODES, 1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 5: np.dtype("<i8")}
 """All integer dtypes that Megatron reads."""
 UINT16_VOCAB_LIMIT = 65500
-_SCAN_TOKENS = 1 << 22
+_SCAN_TOKENS = 1 << 19
+
+
+@dataclass(frozen=True)
+class TokenContent:
+    """SHA-256 of a token file in hexadecimal, and its smallest and largest id."""
+
+    sha256: str
+    low: int
+    high: int
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -94,15 +103,21 @@ class IndexedInfo:
         return sha256_file(self.idx_path)
 
     @cached_property
+    def content(self) -> TokenContent:
+        """Hash and range of the ids of PREFIX.bin; the first access reads the file, once for both.
+
+        Raises:
+            DataError: the file cannot be read, or has another size than when it was checked.
+        """
+        try:
+            return _read_content(self.bin_path, self.dtype, self.bin_bytes)
+        except OSError as error:
+            raise DataError(f"{self.bin_path}: cannot be read: {error.strerror}") from None
+
+    @property
     def token_range(self) -> tuple[int, int]:
-        """Smallest and largest token id; the first access reads the whole of PREFIX.bin."""
-        # Mapped and scanned in parts of 4 Mi tokens: the file may be larger than memory.
-        tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-        parts = (tokens[start : start + _SCAN_TOKENS] for start in range(0, len(tokens), _SCAN_TOKENS))
-        ends = [
-            (int(part.min()), int(part.max())) for part in parts
-        ]  # one pass: each part is in the cache for the second
-        return min(low for low, _ in ends), max(high for _, high in ends)
+        """Smallest and largest token id; see `content`."""
+        return self.content.low, self.content.high
 
     @property
     def max_token(self) -> int:
@@ -131,6 +146,21 @@ class IndexedInfo:
                 )
 
 
+def _read_content(path: Path, dtype: np.dtype[Any], size: int) -> TokenContent:
+    digest, done, ends = hashlib.sha256(), 0, []
+    tokens = np.empty(_SCAN_TOKENS, dtype)  # in parts: the file may be larger than memory
+    block = memoryview(tokens.view(np.uint8))
+    with open(path, "rb") as stream:
+        while found := stream.readinto(block):  # buffered: each part but the last one is full
+            digest.update(block[:found])
+            part = tokens[: found // dtype.itemsize]
+            ends += [int(part.min()), int(part.max())] if part.size else []
+            ends, done = [min(ends), max(ends)] if ends else [], done + found
+    if done != size or not ends:
+        raise DataError(f"{path}: has {done} bytes now, {size} a moment ago; wait until its writer has finished")
+    return TokenContent(digest.hexdigest(), *ends)
+
+
 def sequence_lengths(info: IndexedInfo) -> npt.NDArray[np.int32]:
     """Returns the number of tokens of each sequence, an (S,) array mapped from PREFIX.idx."""
     return np.memmap(info.idx_path, dtype="<i4", mode="r", offset=HEADER.size, shape=(info.num_sequences,))
@@ -153,7 +183,7 @@ def rebuild_hint(prefix: str | Path) -> str:
     return f"make it again: megatron-lion prepare --input FILE --tokenizer PATH --output {folder} --overwrite"
 
 
-def check_indexed(prefix: str | Path, rebuild: str | None = None) -> IndexedInfo:
+def check_indexed(prefix: str | Path, rebuild: str | None = None, *, contents: bool = True) -> IndexedInfo:
     """Opens PREFIX.bin and PREFIX.idx and checks everything that does not need the tokens.
 
     It checks magic, version, dtype, both sizes, every length, pointer and document boundary. If a manifest.json beside
@@ -164,6 +194,8 @@ def check_indexed(prefix: str | Path, rebuild: str | None = None) -> IndexedInfo
     Args:
         prefix: path without ending; an ending .bin or .idx is removed.
         rebuild: command that makes the files again, for messages; None builds one from the prefix.
+        contents: whether to read and hash the index; otherwise only the header, the last sequence and the sizes are read,
+            because another process of this node checks the rest.
 
     Raises:
         DataError: a file is missing, damaged or of another dataset; names the file and the command that makes it again.
@@ -176,11 +208,17 @@ def check_indexed(prefix: str | Path, rebuild: str | None = None) -> IndexedInfo
         if not path.is_file():
             raise DataError(f"{path}: no such file; PREFIX.bin and PREFIX.idx are needed; {again}")
     try:
-        index, bin_bytes = idx_path.read_bytes(), bin_path.stat().st_size
-        dtype, num_sequences, num_boundaries = _read_header(index, idx_path, bin_path, again)
-        num_tokens = _check_index(index, dtype, num_sequences, num_boundaries, idx_path, again)
+        bin_bytes = bin_path.stat().st_size
+        with open(idx_path, "rb", buffering=0) as stream:
+            idx_bytes = os.fstat(stream.fileno()).st_size
+            header = stream.read(HEADER.size)
+            dtype, num_sequences, num_boundaries = _read_header(header, idx_bytes, idx_path, bin_path, again)
+            arrays = IndexArrays(stream.fileno(), num_sequences, num_boundaries)
+            num_tokens, fault = find_fault(arrays, dtype.itemsize) if contents else (_end(arrays, dtype.itemsize), None)
     except OSError as error:
-        raise DataError(f"{error.filename or prefix}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{error.filename or idx_path}: cannot be read: {error.strerror}") from None
+    if fault is not None:
+        raise DataError(f"{idx_path}: {fault}: damaged; {again}")
     if num_tokens == 0:
         raise DataError(f"{idx_path}: contains no tokens, only empty sequences ({num_sequences}); {again}")
     # Megatron does not compare the two: from a short .bin, read without mmap, it returns uninitialised memory as tokens.
@@ -191,13 +229,26 @@ def check_indexed(prefix: str | Path, rebuild: str | None = None) -> IndexedInfo
             f"{dtype.itemsize} bytes = {needed}: truncated, or of another dataset; {again}"
         )
     listed = _listed(prefix)
-    found = (num_boundaries - 1, num_tokens, bin_bytes)
+    info = IndexedInfo(prefix, dtype, num_boundaries - 1, num_sequences, num_tokens, bin_bytes, idx_bytes, listed)
     if listed is not None and (
-        (listed.documents, listed.tokens, listed.bin_bytes) != found
-        or listed.idx_sha256 != hashlib.sha256(index).hexdigest()
+        (listed.documents, listed.tokens, listed.bin_bytes) != (info.num_documents, num_tokens, bin_bytes)
+        or (contents and listed.idx_sha256 != _idx_sha256(info))
     ):
         raise DataError(f"{idx_path}: not the file that {MANIFEST_NAME} beside it lists (sha256 differs); {again}")
-    return IndexedInfo(prefix, dtype, num_boundaries - 1, num_sequences, num_tokens, bin_bytes, len(index), listed)
+    return info
+
+
+def _idx_sha256(info: IndexedInfo) -> str:
+    try:
+        return info.idx_sha256
+    except OSError as error:
+        raise DataError(f"{info.idx_path}: cannot be read: {error.strerror}") from None
+
+
+def _end(arrays: IndexArrays, itemsize: int) -> int:
+    """Number of tokens by the last sequence of checked arrays."""
+    last = arrays.num_sequences - 1
+    return int(arrays.pointers(last, last + 1)[0]) // itemsize + int(arrays.lengths(last, last + 1)[0])
 
 
 def _listed(prefix: Path) -> SplitInfo | None:
@@ -207,11 +258,13 @@ def _listed(prefix: Path) -> SplitInfo | None:
     return next((split for split in splits if split.prefix == prefix.name), None)
 
 
-def _read_header(index: bytes, idx_path: Path, bin_path: Path, again: str) -> tuple[np.dtype[Any], int, int]:
+def _read_header(
+    header: bytes, idx_bytes: int, idx_path: Path, bin_path: Path, again: str
+) -> tuple[np.dtype[Any], int, int]:
     """Checks the 34 bytes before the arrays; returns (dtype, number of sequences, number of document boundaries)."""
-    if len(index) < HEADER.size:
-        raise DataError(f"{idx_path}: {len(index)} bytes, the header alone has {HEADER.size}: truncated; {again}")
-    magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(index)
+    if idx_bytes < HEADER.size:
+        raise DataError(f"{idx_path}: {idx_bytes} bytes, the header alone has {HEADER.size}: truncated; {again}")
+    magic, version, code, num_sequences, num_boundaries = HEADER.unpack(header)
     if magic != MAGIC:
         with open(bin_path, "rb") as stream:
             swapped = stream.read(len(MAGIC)) == MAGIC
@@ -225,35 +278,14 @@ def _read_header(index: bytes, idx_path: Path, bin_path: Path, again: str) -> tu
     if num_sequences == 0 or num_boundaries < 2:
         raise DataError(f"{idx_path}: holds no documents; {again}")
     expected = HEADER.size + 12 * num_sequences + 8 * num_boundaries
-    if len(index) == expected + num_sequences:
+    if idx_bytes == expected + num_sequences:
         raise DataError(
             f"{idx_path}: has a mode for each sequence, as Megatron writes for multimodal data; this project reads only text; write the "
             "text without modes"
         )
-    if len(index) != expected:
+    if idx_bytes != expected:
         raise DataError(
-            f"{idx_path}: {len(index)} bytes, but its header ({num_sequences} sequences, "
+            f"{idx_path}: {idx_bytes} bytes, but its header ({num_sequences} sequences, "
             f"{num_boundaries - 1} documents) needs {expected}: truncated or damaged; {again}"
         )
     return READABLE_CODES[code], num_sequences, num_boundaries
-
-
-def _check_index(
-    index: bytes, dtype: np.dtype[Any], num_sequences: int, num_boundaries: int, idx_path: Path, again: str
-) -> int:
-    """Checks the three arrays against each other; returns the number of tokens."""
-    lengths = np.frombuffer(index, "<i4", num_sequences, HEADER.size)
-    pointers = np.frombuffer(index, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
-    boundaries = np.frombuffer(index, "<i8", num_boundaries, HEADER.size + 12 * num_sequences)
-    if lengths.min() < 0:
-        raise DataError(f"{idx_path}: sequence {int(lengths.argmin())} has length {lengths.min()}: damaged; {again}")
-    # int64: the byte offsets of more than 2³¹ bytes of tokens overflow the int32 of the lengths.
-    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
-    wrong = np.flatnonzero(pointers != ends - lengths.astype(np.int64) * dtype.itemsize)
-    if wrong.size:
-        raise DataError(
-            f"{idx_path}: sequence {int(wrong[0])} does not begin where the one before ends: damaged; {again}"
-        )
-    if boundaries[0] != 0 or boundaries[-1] != num_sequences or np.any(boundaries[1:] < boundaries[:-1]):
-        raise DataError(f"{idx_path}: document boundaries do not run from 0 to {num_sequences}: damaged; {again}")
-    return int(ends[-1]) // dtype.itemsize

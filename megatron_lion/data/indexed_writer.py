@@ -12,9 +12,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lion.data.index_arrays import HEADER
 from megatron_lion.data.indexed_check import (
     DTYPE_CODES,
-    HEADER,
     MAGIC,
     VERSION,
     IndexedInfo,

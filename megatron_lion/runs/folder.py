@@ -41,6 +41,23 @@ CHANGEABLE = ("run_dir", "device", "log", "checkpoint", "parallel", "model.loss"
               "optimizer.momentum_dtype", "name", "data.tokenizer")  # fmt: skip
 
 
+BEFORE: dict[str, Any] = {"data.masking": "megatron"}
+"""Values of settings in runs of versions that did not store them, if they are not the default."""
+
+
+def load_saved(path: Path) -> RunConfig:
+    """Reads the config.yaml of a run; a setting that it does not store has the value that the run's version used.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    config = load_config(path)
+    stored = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
+    if "masking" in stored:
+        return config
+    return replace(config, data=replace(config.data, masking=BEFORE["data.masking"]))
+
+
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Locks the run folder against a second writer during the block; see `file_lock`.
@@ -123,7 +140,10 @@ def check_settings(config: RunConfig, *, may_differ: bool = False) -> None:
     saved = config_file(Path(config.run_dir))
     if not saved.is_file() or not _is_trained(saved.parent):
         return
-    different = differences(load_config(saved), config)
+    old = load_saved(saved)
+    if config.data.masking == "auto":
+        config = replace(config, data=replace(config.data, masking=old.data.masking))
+    different = differences(old, config)
     blocked = {key: text for key, text in different if not changeable(key)}
     if blocked:
         longer = (
@@ -149,7 +169,9 @@ def kept_choices(config: RunConfig, world_size: int) -> RunConfig:
     saved = config_file(Path(config.run_dir))
     if not saved.is_file() or not _is_trained(saved.parent):
         return config
-    old = load_config(saved)
+    old = load_saved(saved)
+    if config.data.masking == "auto":
+        config = replace(config, data=replace(config.data, masking=old.data.masking))
     if config.optimizer.master_weights == "auto":
         config = replace(config, optimizer=replace(config.optimizer, master_weights=old.master_weights))
     if config.train.gradient_accumulation_fusion == "auto":
@@ -297,7 +319,7 @@ def read_config(run_dir: Path) -> RunConfig:
         raise CheckpointError(
             f"{run_dir}: not a run folder (no config.yaml); give the run_dir of a `megatron-lion pretrain`"
         )
-    return load_config(config_file(run_dir))
+    return load_saved(config_file(run_dir))
 
 
 def changeable(key: str) -> bool:

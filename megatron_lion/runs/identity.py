@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.config import RunConfig
-from megatron_lion.configfile import load_config
 from megatron_lion.errors import CheckpointError
 from megatron_lion.files import write_whole
 from megatron_lion.jobs import rank_from_env
 from megatron_lion.logs import warn
 from megatron_lion.runs.checkpoint_manifest import GO_BACK, MANIFEST, manifest_bytes, printable, read_manifest
-from megatron_lion.runs.folder import changeable, flatten
+from megatron_lion.runs.folder import BEFORE, changeable, flatten, load_saved
 from megatron_lion.runs.paths import config_file, facts_file, has_config
 from megatron_lion.runs.sealed_json import read_sealed
 
@@ -104,7 +103,7 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
 @cache
 def _settings_of(text: str, path: Path) -> dict[str, Any]:
     # By content: a checkpoint is opened several times in a command, and parsing takes 0.15 s.
-    return deciding_settings(load_config(path))
+    return deciding_settings(load_saved(path))
 
 
 def check_identity(manifest: dict[str, Any], folder: Path, run_dir: Path, step: int) -> None:
@@ -148,9 +147,10 @@ def _different(manifest: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     batch, steps = settings["train.global_batch_size"], settings["train.steps"]
     expected = {"seed": (manifest.get("seed", settings["seed"]), settings["seed"])}
     if manifest.get("settings") is not None:
-        # A setting that is newer than the manifest has its default, and null the value that it stands for.
+        # A setting that is newer than the manifest has its default or the value from before, and null the value that it stands for.
         default = {
             **deciding_settings(RunConfig()),
+            **BEFORE,
             "model.ffn_hidden_size": 4 * manifest["settings"].get("model.hidden_size", 0),
         }
         before = {

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = False) -> RunConfig:
-    """Replaces auto in `optimizer.master_weights` and in two settings of `train`; a collective call.
+    """Replaces auto in `optimizer.master_weights`, `data.masking` and two settings of `train`; a collective call.
 
-    These are `train.micro_batch_size` and `train.gradient_accumulation_fusion`.
+    The two are `train.micro_batch_size` and `train.gradient_accumulation_fusion`.
 
     A run that has begun keeps what its config.yaml has, so that it computes the same as before. Its micro-batch is chosen
     again only if it does not divide a process's share at this number of processes.
@@ -49,6 +49,7 @@ def settle(config: RunConfig, device: Device, ranks: Ranks, *, fresh: bool = Fal
             if not fresh:
                 config = kept_choices(config, ranks.world_size)
             config = replace(config, optimizer=replace(config.optimizer, master_weights=config.master_weights))
+            config = replace(config, data=config.resolved().data)
             wanted = config.train.gradient_accumulation_fusion
             fusion = choose_fusion(wanted, config.train.precision, device)
             config = replace(config, train=replace(config.train, gradient_accumulation_fusion=fusion))

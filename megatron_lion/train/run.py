@@ -13,15 +13,16 @@ import torch
 from megatron_lion.config import RunConfig
 from megatron_lion.configfile import dump_config
 from megatron_lion.data.batches import RepeatedBatches, micro_batches
-from megatron_lion.data.corpora import Corpora, open_corpora
+from megatron_lion.data.corpora import Corpora
 from megatron_lion.data.datasets import build_datasets
+from megatron_lion.data.node_opening import open_once_a_node
 from megatron_lion.data.probe_samples import ProbeSamples, open_probe_samples
 from megatron_lion.device import Device
 from megatron_lion.model.build import build_model, build_objective
 from megatron_lion.model.objective import Objective
 from megatron_lion.optim.distributed_optimizer import StatefulDistributedOptimizer
 from megatron_lion.optim.train_optimizer import TrainOptimizer, build_optimizer
-from megatron_lion.parallel import Ranks, agree, derive_seed, seed_everything
+from megatron_lion.parallel import Ranks, derive_seed, seed_everything
 from megatron_lion.peers import alone
 from megatron_lion.runs.identity import deciding_settings
 from megatron_lion.runs.steps import Checkpoint
@@ -142,10 +143,9 @@ def build_run(
         ConfigError, DataError: the settings or the data are invalid.
         CheckpointError: the imported weights are damaged or belong to another model.
     """
-    with agree("opening the data"):
-        corpora = open_corpora(config.data, config.model)
     train = config.train
     cache = Path(config.data.cache) if config.data.cache else Path(config.run_dir) / "cache"
+    corpora = open_once_a_node(config.data, config.model, cache)
     held_out = train.test_batches * train.global_batch_size if train.test_every else 0
     datasets: list[Any] = [None, None, None]
     probe_samples = None

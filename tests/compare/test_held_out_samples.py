@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from synthetic_runs import write_run
 
 from megatron_lion.cli import main
 from megatron_lion.compare.best import best_table, choose_best
+from megatron_lion.compare.held_out import differences
 from megatron_lion.compare.panels import panels
 from megatron_lion.compare.run_tables import build_tables
 from megatron_lion.compare.selection import read_runs
@@ -63,7 +65,23 @@ DIFFERENT = [
         {"model__kind": "bert"},
         "data.mask_probability 0.2, 0.15",
     ),
+    (
+        {"model__kind": "bert", "data__masking": "vectorized"},
+        {"model__kind": "bert", "data__masking": "megatron"},
+        "data.masking vectorized, megatron",
+    ),
 ]
+
+
+def test_a_run_of_an_earlier_version_has_megatrons_masks(tmp_path: Path) -> None:
+    """Its config.yaml has no data.masking."""
+    settings = [{"model__kind": "bert", "data__masking": name} for name in ("megatron", "vectorized")]
+    old, new = pair(tmp_path, *settings)
+    earlier = dataclasses.replace(
+        old, settings={key: old.settings[key] for key in old.settings if key != "data.masking"}
+    )
+    assert differences([earlier, old]) == []
+    assert differences([earlier, new]) == ["data.masking megatron, vectorized"]
 
 
 @pytest.mark.parametrize(("first", "second", "named"), DIFFERENT, ids=[named for *_, named in DIFFERENT])

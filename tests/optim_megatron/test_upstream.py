@@ -13,9 +13,11 @@ import pytest
 import tiny
 import torch
 from distributed import run_distributed
+from index_pairs import write_pair
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
@@ -112,6 +114,14 @@ def test_a_blend_without_weights_ends_after_one_pass() -> None:
     source = inspect.getsource(BlendedMegatronDatasetBuilder._build_blended_dataset_splits)
     assert "size_i = min(self.sizes[i], sum(weights_i))" in source
     assert "size = min(self.sizes[i], sum(weights))" in source
+
+
+def test_a_sentence_is_read_on_into_the_next_one(tmp_path: Path) -> None:
+    """data/bert_datasets.py reads all sentences of a sample in one call."""
+    write_pair(tmp_path / "a", [2, 3, 1], [0, 3], range(6))
+    reader = IndexedDataset(str(tmp_path / "a"))
+    assert reader.get(1, 0, 4).tolist() == [2, 3, 4, 5]
+    del reader
 
 
 def test_linear_layers_ask_a_global_name_for_the_weight_gradient_product() -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from index_pairs import index_bytes, write_pair
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data import indexed_check
@@ -20,24 +19,7 @@ from megatron_lion.device import Device
 from megatron_lion.errors import DataError
 from megatron_lion.parallel import Ranks
 
-CODES = {"<u2": 8, "<i4": 4}
 MODEL = ModelConfig(seq_length=8, vocab_size=300, make_vocab_size_divisible_by=4)
-
-
-def index_bytes(lengths: list[int], boundaries: list[int], dtype: str = "<u2") -> bytes:
-    """Builds an index with the layout documented in indexed_check.py, using Python integers."""
-    size = {"<u2": 2, "<i4": 4}[dtype]
-    pointers = [size * sum(lengths[:number]) for number in range(len(lengths))]
-    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, CODES[dtype], len(lengths), len(boundaries))
-    parts = struct.pack(f"<{len(lengths)}i", *lengths), struct.pack(f"<{len(pointers)}q", *pointers)
-    return head + b"".join(parts) + struct.pack(f"<{len(boundaries)}q", *boundaries)
-
-
-def write_pair(prefix: Path, lengths: list[int], boundaries: list[int], tokens: Any = None, dtype: str = "<u2") -> None:
-    """Writes an index and a token file with the given tokens (zeros if none are given)."""
-    Path(f"{prefix}.idx").write_bytes(index_bytes(lengths, boundaries, dtype))
-    values = np.zeros(sum(lengths)) if tokens is None else tokens
-    Path(f"{prefix}.bin").write_bytes(np.asarray(values, dtype).tobytes())
 
 
 @pytest.mark.parametrize(

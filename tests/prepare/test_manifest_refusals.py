@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -213,9 +214,9 @@ def test_token_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Mon
         writer.add_document([1, 2])
         writer.finalize()
 
-    def refuse(path: Path) -> bytes:
-        raise OSError(5, "Input/output error", str(path))
+    def refuse(descriptor: int, buffers: Any, offset: int) -> int:
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(DataError, match=r"a\.idx: cannot be read: Input/output error"):
         check_indexed(tmp_path / "a")
