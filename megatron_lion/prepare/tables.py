@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_lion.errors import DataError
 from megatron_lion.prepare.decompression import optional_package
 from megatron_lion.prepare.find_files import InputFile
@@ -69,6 +67,8 @@ def _column_bytes(group: Any, key: str) -> int:
 
 def _cut_row_group(table: Any, path: Path, number: int, sizes: tuple[int, int, int], key: str) -> Iterator[TablePart]:
     """Yields a row group in parts of at least `piece_bytes` of text; they do not depend on how pyarrow divides it."""
+    import numpy as np  # here, because `tokenizer train` needs it for tables only
+
     compute = optional_package("pyarrow.compute", path)
     stored, size, piece_bytes = sizes
     num_rows = table.metadata.row_group(number).num_rows
