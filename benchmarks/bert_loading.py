@@ -30,8 +30,7 @@ ROUNDS, IN_A_ROUND = 15, 200
 
 def open_datasets(folder: Path) -> dict[str, Any]:
     """The training samples of a dataset folder with each kind of masks."""
-    from megatron_lion.compare.table import markdown_grid
-from megatron_lion.config import DataConfig, ModelConfig
+    from megatron_lion.config import DataConfig, ModelConfig
     from megatron_lion.data.corpora import open_corpora
     from megatron_lion.data.datasets import build_datasets
     from megatron_lion.device import Device
@@ -115,11 +114,17 @@ def open_sentences(folder: Path, sentences: int) -> dict[str, float]:
 
 def table(samples: dict[str, list[float]], opening: dict[str, float], sentences: int) -> str:
     """The measurements as Markdown."""
+    from megatron_lion.compare.table import markdown_grid
+
     body = []
     for name, times in samples.items():
         middle = statistics.median(times)
         body.append([name, f"{middle:.2f} ({min(times):.2f} to {max(times):.2f})", f"{SEQ_LENGTH / middle * 1e3:,.0f}"])
-    columns = ["masks", f"ms of a sample of {SEQ_LENGTH} tokens: median (least to most of {ROUNDS} rounds)", "tokens a core-second"]
+    columns = [
+        "masks",
+        f"ms of a sample of {SEQ_LENGTH} tokens: median (least to most of {ROUNDS} rounds)",
+        "tokens a core-second",
+    ]
     lines = [
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {date.today()}; load average "
         f"{os.getloadavg()[0]:.1f} at the end.", "",
