@@ -101,8 +101,10 @@ def choose(bounds: list[int], order: list[int], lengths: list[int], most: int) -
         lengths: number of words drawn for each, in the same order.
         most: largest number of masked tokens.
 
+    The run of three words from word 1 on is refused, because word 3 is masked:
+
     >>> choose([0, 2, 3, 4, 5], [3, 1, 0], [2, 3, 1], 4)
-    [4, 2, 3, 0, 1]
+    [4, 0, 1]
     """
     places: list[int] = []
     is_masked = bytearray(len(order) + 1)
