@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _FILTER_BITS = 23
 _BATCH_BYTES = 1 << 20
+_BATCH_LINES = 1 << 14
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -137,7 +139,11 @@ def _line_starts(lines: bytes) -> npt.NDArray[np.int64]:
 
 def _grams(lines: bytes) -> Grams:
     """Returns the 13-grams of a text that has one on each line, in the order of their hashes."""
-    return Grams(_gram_hashes(_words([lines]))[::N].copy(), lines, _line_starts(lines))
+    starts = _line_starts(lines)
+    # In ranges: the words of all lines at once would take ten times the memory of the lines.
+    edges = [*range(0, starts.size - 1, _BATCH_LINES), starts.size - 1]
+    hashes = [_gram_hashes(_words([lines[starts[a] : starts[b]]]))[::N] for a, b in itertools.pairwise(edges)]
+    return Grams(np.concatenate([np.zeros(0, dtype=np.uint64), *hashes]), lines, starts)
 
 
 def save_grams(folder: Path, grams: Grams) -> str:

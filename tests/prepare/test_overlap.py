@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
+from megatron_lion.prepare import overlap
 from megatron_lion.prepare.overlap import (
     Grams,
     LongDocument,
@@ -130,6 +131,15 @@ def test_grams_come_back_from_their_file(tmp_path: Path) -> None:
     assert name == save_grams(tmp_path, grams_of(reversed(texts))), "the name depends on the content alone"
     assert saved_finder(tmp_path / name).find(texts).tolist() == OverlapFinder(grams).find(texts).tolist()
     assert len(OverlapFinder(grams).find(texts)) == len(grams) > 3
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 7, 100])
+def test_grams_come_back_in_ranges_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: int) -> None:
+    text = " ".join(f"w{number}" for number in range(18)).encode()
+    name = save_grams(tmp_path, grams_of([text]))
+    monkeypatch.setattr(overlap, "_BATCH_LINES", lines)
+    saved_finder.cache_clear()
+    assert saved_finder(tmp_path / name).find([text]).tolist() == [[0, number] for number in range(6)]
 
 
 @examples(50)
