@@ -365,7 +365,7 @@ def definition_sha256(definition: dict[str, Any], *, as_before: bool = False) ->
     vocab = definition["model"]["vocab"]
     if isinstance(vocab, dict):
         ids = {**vocab, **{token["content"]: token["id"] for token in added}}
-        table: list[Any] = sorted(([index, token] for token, index in ids.items()), key=lambda row: (row[0], row[1]))
+        table: list[Any] = sorted((index, token) for token, index in ids.items())
     else:  # Unigram: a list of (token, score) pairs, ordered by id
         table = [vocab, sorted([token["id"], token["content"]] for token in added)]
     # A tokenizer.json stores a pair as one string "a b" or as a list, depending on the version that wrote it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ DEFAULT_EOD = "<|endoftext|>"
 class Tokenizer:
     """A loaded tokenizer.
 
-    It is pickled as the contents of its files, so a worker process rebuilds the same tokenizer.
+    It is pickled without the library's object, which another process builds from the same definition at the first use.
 
     Attributes:
         kind: type of the model in `tokenizers`: "BPE", "WordPiece", "Unigram" or "WordLevel".
@@ -69,34 +70,33 @@ class Tokenizer:
             DataError: the files are damaged or contradict each other, the vocabulary lacks `eod_token`, or the
                 tokenizer cannot encode every text.
         """
-        import tokenizers
-
         definition = build_definition(files, source, as_before=as_before)
-        self._definition = text = json.dumps(definition)
+        self._definition = json.dumps(definition)
         try:
-            self._backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(text)
+            backend = self.backend
+        except ImportError:
+            raise
         except Exception as error:  # for a rejected definition, the library raises a plain Exception
             raise DataError(f"{source}: the tokenizers library rejects these files: {error}") from None
         if not as_before:
             check_complete(definition, source)
-        self._backend.encode_special_tokens = True  # encodes a marker inside a document as text
         for token in definition.get("added_tokens") or []:
             # The library numbers added tokens itself, after the vocabulary.
-            if self._backend.token_to_id(token["content"]) != token["id"]:
+            if backend.token_to_id(token["content"]) != token["id"]:
                 raise DataError(
                     f"{source}: added token {token['content']!r} has id {token['id']}, but the ids of added tokens follow those of the "
-                    f"vocabulary without a gap, so it would get {self._backend.token_to_id(token['content'])}; correct its id"
+                    f"vocabulary without a gap, so it would get {backend.token_to_id(token['content'])}; correct its id"
                 )
         self._files, self._as_before = dict(files), as_before
         self.source = source
         self.kind = str(definition["model"].get("type") or "BPE")
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.sha256 = definition_sha256(definition, as_before=as_before)
         self.eod_token = self._find_eod(eod_token)
 
     def _find_eod(self, wanted: str | None) -> str | None:
         if wanted is not None:
-            if self._backend.token_to_id(wanted) is None:
+            if self.backend.token_to_id(wanted) is None:
                 raise DataError(
                     f"{self.source}: end-of-document token {wanted!r} is not in the vocabulary of "
                     f"{self.vocab_size} tokens; give one that is (--eod-token)"
@@ -105,7 +105,7 @@ class Tokenizer:
         eos = side_settings(self._files, self.source).named.get("eos_token")
         # Earlier versions preferred <|endoftext|>, and it ends the documents of their datasets.
         for token in (DEFAULT_EOD, eos) if self._as_before else (eos, DEFAULT_EOD):
-            if token is not None and self._backend.token_to_id(token) is not None:
+            if token is not None and self.backend.token_to_id(token) is not None:
                 return token
         return None
 
@@ -121,7 +121,7 @@ class Tokenizer:
                 f"{self.source}: the vocabulary has no {DEFAULT_EOD}, and no eos_token is named beside it (tokenizer_config.json, "
                 "special_tokens_map.json); name the token that ends a document (--eod-token)"
             )
-        index = self._backend.token_to_id(self.eod_token)
+        index = self.backend.token_to_id(self.eod_token)
         assert index is not None, "eod_token was found in the vocabulary when the tokenizer was built"
         return index
 
@@ -135,7 +135,7 @@ class Tokenizer:
             raise DataError(
                 f"{self.source}: is a {self.kind} tokenizer; BERT needs a WordPiece vocabulary (vocab.txt, one token a line)"
             )
-        ids = {token: self._backend.token_to_id(token) for token in SPECIAL_TOKENS}
+        ids = {token: self.backend.token_to_id(token) for token in SPECIAL_TOKENS}
         absent = [token for token, index in ids.items() if index is None]
         if absent:
             raise DataError(
@@ -144,10 +144,14 @@ class Tokenizer:
             )
         return {token: int(index) for token, index in ids.items() if index is not None}
 
-    @property
+    @cached_property
     def backend(self) -> tokenizers.Tokenizer:
         """The wrapped `tokenizers.Tokenizer`."""
-        return self._backend
+        import tokenizers
+
+        backend: tokenizers.Tokenizer = tokenizers.Tokenizer.from_str(self._definition)
+        backend.encode_special_tokens = True  # encodes a marker inside a document as text
+        return backend
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -170,7 +174,7 @@ class Tokenizer:
             DataError: a text has half of a surrogate pair, which is not valid Unicode.
         """
         try:
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         except TypeError:
             raise DataError(
                 f"{self.source}: a text to encode is not a str of valid Unicode (a lone surrogate?)"
@@ -186,7 +190,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids; includes special tokens and skips ids beyond the vocabulary."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+        return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes the tokenizer's files into `folder`; `load_tokenizer(folder)` has the same `sha256`.
@@ -211,16 +215,12 @@ class Tokenizer:
             written.append(folder / name)
         return written
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._files, self.source, self.eod_token, self._as_before)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "backend"}
 
     def __repr__(self) -> str:
         what = f"kind={self.kind}, vocab_size={self.vocab_size}, sha256={self.sha256[:12]}…"
         return f"Tokenizer({self.source!r}, {what})"
-
-
-def _rebuild(files: dict[str, bytes], source: str, eod_token: str | None, as_before: bool) -> Tokenizer:
-    return Tokenizer(files, source=source, eod_token=eod_token, as_before=as_before)
 
 
 def load_tokenizer_of(sha256: str | None, source: str | Path) -> Tokenizer:

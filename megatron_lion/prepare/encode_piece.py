@@ -111,10 +111,10 @@ def encode_piece(piece: Piece, folder: Path, name: str, settings: EncodeSettings
 
 
 class _Record(NamedTuple):
-    """Length in tokens, 128-bit hash in two halves, bytes and split of a document, or of a part of it."""
+    """Length in tokens, 128-bit hash, bytes and split of a document, or of a part of it."""
 
     length: int
-    hashes: tuple[int, int]
+    hash: bytes
     text_bytes: int
     split: int
 
@@ -126,13 +126,13 @@ class _Documents:
         self._seed = settings.seed
         self._finder = finder
         self._overlaps: list[npt.NDArray[np.int32]] = []
-        dtype = token_dtype(settings.vocab_size)
-        self._end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype=dtype)
+        self._dtype = token_dtype(settings.vocab_size)
+        self._end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype=self._dtype)
         self._by_sentences = settings.splitter is not None
         self._divide = settings.divide
         self._splits: list[int] = []
         self._lengths: list[int] = []
-        self._hashes: list[tuple[int, int]] = []
+        self._hashes: list[bytes] = []
         self._sentences: list[int] = []
         self._sentence_lengths: list[npt.NDArray[np.int32]] = []
         self._text_bytes: list[int] = []
@@ -143,8 +143,8 @@ class _Documents:
         parts: list[npt.NDArray[Any]] = []
         first, recorded = len(self._lengths), []
         divided = list(self._with_splits(texts, count))
-        texts = [text for text, _ in divided]
-        for (text, split), encoded in zip(divided, encoder.encode_documents(texts), strict=True):
+        contents = [utf8 for utf8, _ in divided]
+        for (utf8, split), encoded in zip(divided, encoder.encode_documents(contents), strict=True):
             if self._by_sentences:
                 if not encoded.lengths.size:  # a text of control characters alone has no token, so it is no document
                     count.skip("document without a token")
@@ -152,24 +152,24 @@ class _Documents:
                 self._sentences.append(encoded.lengths.size)
                 self._sentence_lengths.append(encoded.lengths)
                 self._divided += encoded.divided
-            utf8 = text.encode("utf-8")
             digest = DocumentDigest(self._seed)
             digest.update(utf8)
-            self._record(_Record(encoded.ids.size + self._end.size, digest.values(), len(utf8), split))
+            self._record(_Record(encoded.ids.size + self._end.size, digest.first_bytes(), len(utf8), split))
             parts += (encoded.ids, self._end)
             recorded.append(utf8)
         if self._finder is not None:
             self._overlaps.append(self._finder.find(recorded) + np.array([first, 0], dtype=np.int32))
-        return np.concatenate(parts).tobytes() if parts else b""
+        # The encoders' ids are below the size of the vocabulary, so the cast keeps them.
+        return np.concatenate(parts, dtype=self._dtype, casting="unsafe").tobytes() if parts else b""
 
-    def _with_splits(self, texts: Sequence[str], count: ReadCount) -> Iterator[tuple[str, int]]:
-        """Yields (text, split) of each document, or of each part of it if documents are divided by position."""
+    def _with_splits(self, texts: Sequence[str], count: ReadCount) -> Iterator[tuple[bytes, int]]:
+        """Yields (UTF-8, split) of each document, or of each part of it if documents are divided by position."""
         for text in texts:
             for part, split in divide_text(text, self._divide) if self._divide else [(text, 0)]:
                 if part.isspace():
                     count.skip("empty_document")
                 else:
-                    yield part, split
+                    yield part.encode("utf-8"), split
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -222,23 +222,24 @@ class _Documents:
             size += len(utf8)
             if long is not None:
                 long.add(utf8)
-            (encoded,) = encoder.encode_documents([text])
+            (encoded,) = encoder.encode_documents([utf8])
             length += encoded.ids.size
+            tokens = encoded.ids.astype(self._dtype).tobytes()
             if blank is None:
-                yield encoded.ids.tobytes()
+                yield tokens
             elif text.isspace():
-                blank.append(encoded.ids.tobytes())
+                blank.append(tokens)
             else:
-                yield from (*blank, encoded.ids.tobytes())
+                yield from (*blank, tokens)
                 blank = None
         if blank is not None:
             return None
         yield self._end.tobytes()
-        return _Record(length, digest.values(), size, part.split)
+        return _Record(length, digest.first_bytes(), size, part.split)
 
     def _record(self, record: _Record) -> None:
         self._lengths.append(record.length)
-        self._hashes.append(record.hashes)
+        self._hashes.append(record.hash)
         self._text_bytes.append(record.text_bytes)
         self._splits.append(record.split)
 
@@ -246,7 +247,7 @@ class _Documents:
         """Returns the content of NAME.documents."""
         arrays: list[npt.NDArray[Any]] = [
             np.array(self._lengths, dtype="<i4"),
-            np.array(self._hashes, dtype="<u8").reshape(-1, 2).T,
+            np.frombuffer(b"".join(self._hashes), dtype="<u8").reshape(-1, 2).T,
             np.array(self._text_bytes, dtype="<i8"),
         ]
         if self._by_sentences:

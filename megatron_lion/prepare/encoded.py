@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+NO_SENTENCES: npt.NDArray[np.int32] = np.zeros(0, dtype=np.int32)
 
-@dataclass(frozen=True)
-class EncodedDocument:
+
+class EncodedDocument(NamedTuple):
     """Token ids of a document.
 
     Attributes:
-        ids: (N,) token ids in the dtype of the token files.
+        ids: (N,) token ids in any integer dtype.
         lengths: (S,) tokens of each sentence, all above 0; empty if documents are not divided into sentences.
         divided: number of sentences that were divided because they were too long.
     """
 
     ids: npt.NDArray[Any]
-    lengths: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    lengths: npt.NDArray[np.int32] = NO_SENTENCES
     divided: int = 0

@@ -25,6 +25,7 @@ BOM = b"\xef\xbb\xbf"
 
 # Numbers in other fields are not used. Parsed as floats they have no limit; Python refuses an int of over 4,300 digits.
 _DECODER = json.JSONDecoder(parse_int=float)
+_CONTAINERS = frozenset([dict, list])
 _JSON_NAMES = {
     dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false",
 }  # fmt: skip
@@ -75,7 +76,7 @@ def text_of_line(line: bytes, key: str = "text") -> str:
         # What orjson accepts, the rules accept with the same strings. It refuses more: NaN, 1e999, half surrogates.
         value, is_unicode = _value_of_line(line), False
     inner = value.values() if isinstance(value, dict) else [value]
-    if any(isinstance(one, dict | list) for one in inner) and _deeper_than(value, MAX_DEPTH):
+    if not _CONTAINERS.isdisjoint(map(type, inner)) and _deeper_than(value, MAX_DEPTH):
         raise BadLine("too_deep", f"nested more than {MAX_DEPTH} deep")
     if not isinstance(value, dict):
         raise BadLine("not_an_object", f'is {_name(value)}; an object {{"{key}": "…"}} is needed')

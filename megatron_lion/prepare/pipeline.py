@@ -29,7 +29,7 @@ from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import sha256_file, storage_errors
 from megatron_lion.prepare.encode_piece import EncodeSettings
-from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
+from megatron_lion.prepare.encoders import Encoder, build_encoder
 from megatron_lion.prepare.few_documents import few_documents, total_text_bytes
 from megatron_lion.prepare.find_files import InputFile, Survey, input_file, survey
 from megatron_lion.prepare.given_texts import GivenTexts, found_overlaps, read_given_texts
@@ -308,13 +308,10 @@ class _Preparation:
         def on_shard(piece: Piece, _: EncodedShard) -> None:
             self.progress.advance(piece.stored_bytes)
 
-        encoder: EncoderName = "gigatoken" if self.encoder.name.startswith("gigatoken") else "tokenizers"
         workers = self.options.workers or usable_cores()
         if sum(file.bytes for file in self.files) < 2 * _MIN_PIECE_BYTES:
             workers = 1  # below 512 KiB, starting processes takes longer than encoding
-        return encode_pieces(
-            self._named_pieces(), self.shards_folder, self.settings, self.tokenizer, encoder, workers, on_shard
-        )
+        return encode_pieces(self._named_pieces(), self.shards_folder, self.settings, self.encoder, workers, on_shard)
 
     def _check_unchanged(self) -> None:
         """Rejects files that changed since they were hashed; the manifest would describe other content than the tokens."""

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 
-from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError, PeerError
 from megatron_lion.prepare.encode_piece import EncodeSettings, encode_piece
-from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
+from megatron_lion.prepare.encoders import Encoder
 from megatron_lion.prepare.pieces import Piece, problem_message
 from megatron_lion.prepare.shards import EncodedShard, load_shard
 from megatron_lion.signals import blocked, signal_when_parent_ends
@@ -31,7 +30,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, encoder: EncoderName) -> None:
+def _start_worker(parent: int, settings: EncodeSettings, encoder: Encoder) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # should anything in the worker unblock it
     signal_when_parent_ends(signal.SIGKILL)  # a killed parent must not leave workers behind
@@ -39,7 +38,7 @@ def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Tokenizer, e
     if sys.platform == "linux" and os.getppid() != parent:
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
-    _worker = settings, build_encoder(encoder, tokenizer, settings.splitter)
+    _worker = settings, encoder
 
 
 @contextmanager
@@ -97,8 +96,7 @@ def encode_pieces(
     pieces: Iterable[tuple[str, Piece]],
     folder: Path,
     settings: EncodeSettings,
-    tokenizer: Tokenizer,
-    encoder: EncoderName,
+    encoder: Encoder,
     workers: int,
     on_shard: Callable[[Piece, EncodedShard], None],
 ) -> Collector:
@@ -107,7 +105,8 @@ def encode_pieces(
     Args:
         pieces: (shard name, piece) in the corpus's order.
         folder: folder of the shards.
-        settings, tokenizer, encoder: arguments of each worker.
+        settings: settings of each worker.
+        encoder: encoder of this process; each worker gets a copy.
         workers: number of processes; 1 encodes in this process.
         on_shard: called for every shard when it is complete, in any order.
 
@@ -121,15 +120,14 @@ def encode_pieces(
     """
     collector = Collector(on_shard, settings.read.on_error == "stop")
     if workers == 1:
-        mine = build_encoder(encoder, tokenizer, settings.splitter)
         for place, (name, piece) in enumerate(pieces):
             shard = load_shard(folder, name)
             collector.reused += shard is not None
-            collector.take(place, piece, shard or encode_piece(piece, folder, name, settings, mine))
+            collector.take(place, piece, shard or encode_piece(piece, folder, name, settings, encoder))
             if collector.stopped:
                 break
     else:
-        _encode_in_pool(pieces, folder, (settings, tokenizer, encoder), workers, collector)
+        _encode_in_pool(pieces, folder, (settings, encoder), workers, collector)
     collector.raise_first_problem()
     return collector
 
@@ -137,7 +135,7 @@ def encode_pieces(
 def _encode_in_pool(
     pieces: Iterable[tuple[str, Piece]],
     folder: Path,
-    given: tuple[EncodeSettings, Tokenizer, EncoderName],
+    given: tuple[EncodeSettings, Encoder],
     workers: int,
     collector: Collector,
 ) -> None:

@@ -78,6 +78,7 @@ class SentenceEncoder:
         tokenizer.bert_special_ids()  # raises DataError if the tokenizer is not suitable
         self.name = f"tokenizers {importlib.metadata.version('tokenizers')} by words, sentences by {splitter}"
         self.split = load_splitter(splitter)
+        self._splitter = splitter
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._continues = _continuation_ids(tokenizer)
@@ -85,10 +86,14 @@ class SentenceEncoder:
         self._sample_every = sample_every
         self._seen = 0
 
-    def encode_documents(self, texts: Sequence[str]) -> list[EncodedDocument]:
-        """Returns the ids and sentence lengths of each text; a text without tokens has no sentences."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SentenceEncoder, (self._tokenizer, self._splitter, self._sample_every)  # without the table of words
+
+    def encode_documents(self, texts: Sequence[bytes]) -> list[EncodedDocument]:
+        """Returns the ids and sentence lengths of each text, given in UTF-8; a text without tokens has no sentences."""
         documents = []
-        for text in texts:
+        for utf8 in texts:
+            text = utf8.decode("utf-8")
             sentences = self.split(text)
             plain = _DROPPED.isdisjoint(text)
             encoded = self._by_words(sentences) if plain else self._by_reference(sentences)

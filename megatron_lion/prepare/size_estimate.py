@@ -61,14 +61,15 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
     piece = next(cut_pieces(file, _SAMPLE_BYTES, settings.read.json_key), None)
     if piece is None:
         return Estimate(0.0, _FIXED_BYTES, 0.0)
-    texts: list[str] = []
+    texts: list[bytes] = []
     characters = text_bytes = 0
     # The estimate skips bad lines; the preparation itself reports them with their line numbers.
     lenient = dataclasses.replace(settings.read, on_error="skip")
     for text in _texts(piece, dataclasses.replace(settings, read=lenient)):
         if characters < _SAMPLE_BYTES:
-            texts.append(text[:_SAMPLE_BYTES])
-            characters += len(texts[-1])
+            beginning = text[:_SAMPLE_BYTES]
+            texts.append(beginning.encode("utf-8"))
+            characters += len(beginning)
         text_bytes += len(text.encode("utf-8"))
         # Of an archive, all of the piece is read, to know how much text its stored bytes give.
         if characters >= _SAMPLE_BYTES and file.format != "tar":
@@ -76,7 +77,7 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
     began = time.monotonic()
     num_tokens = sum(document.ids.size for document in encoder.encode_documents(texts)) + len(texts)
     seconds = time.monotonic() - began
-    sample_bytes = max(sum(len(text.encode("utf-8")) for text in texts), 1)
+    sample_bytes = max(sum(map(len, texts)), 1)
     growth = 1.0
     if piece.data is not None and piece.stored_bytes > 0:
         growth = len(piece.data) / piece.stored_bytes

@@ -114,12 +114,11 @@ class DocumentDigest:
 
     def value(self) -> int:
         """Returns the 64-bit hash of the text so far."""
-        return self.values()[0]
+        return int.from_bytes(self._digest.digest()[:8], "little")
 
-    def values(self) -> tuple[int, int]:
-        """Returns a 128-bit hash of the text so far, in two halves; the first is `value`."""
-        digest = self._digest.digest()
-        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+    def first_bytes(self) -> bytes:
+        """Returns the 16 bytes of a 128-bit hash of the text so far; the first 8 are `value`, little-endian."""
+        return self._digest.digest()[:16]
 
 
 def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, float]) -> npt.NDArray[np.uint8]:

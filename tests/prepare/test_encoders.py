@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,12 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return load_tokenizer(tmp_path)
 
 
+def in_utf8(texts: Sequence[str]) -> list[bytes]:
+    return [text.encode() for text in texts]
+
+
 def test_reference_gives_the_tokenizers_ids(tokenizer: Tokenizer) -> None:
-    found = ReferenceEncoder(tokenizer).encode(HARD_TEXTS)
+    found = ReferenceEncoder(tokenizer).encode(in_utf8(HARD_TEXTS))
     assert [ids.tolist() for ids in found] == tokenizer.encode_batch(HARD_TEXTS)
     assert {ids.dtype for ids in found} == {np.dtype(np.uint16)}
 
@@ -39,8 +45,8 @@ def test_gigatoken_is_token_identical_on_real_and_hard_text(shared_data: Path) -
     # Every character of the basic multilingual plane in four contexts.
     characters = [chr(code) for code in range(0x10000) if not 0xD800 <= code <= 0xDFFF]
     texts += ["".join(f"{c}a {c}1{c}!{c}" for c in characters[i : i + 500]) for i in range(0, len(characters), 500)]
-    found, expected = GigatokenEncoder(gpt2).encode(texts), ReferenceEncoder(gpt2).encode(texts)
-    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    found, expected = GigatokenEncoder(gpt2).encode(in_utf8(texts)), ReferenceEncoder(gpt2).encode(in_utf8(texts))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_gigatoken_is_not_used_beside_added_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -59,7 +65,9 @@ def test_gigatoken_is_not_used_beside_added_tokens(tokenizer: Tokenizer, tmp_pat
     loaded = load_tokenizer(tmp_path / "b")
     texts = ["E    <y>url 12", "curly curls url", "the"]
     encoder = build_encoder("auto", loaded)
-    assert [document.ids.tolist() for document in encoder.encode_documents(texts)] == loaded.encode_batch(texts)
+    assert [document.ids.tolist() for document in encoder.encode_documents(in_utf8(texts))] == loaded.encode_batch(
+        texts
+    )
     assert encoder.name.startswith("tokenizers")
     with pytest.raises(EnvironmentFault, match="has added tokens, so gigatoken is not used; use --encoder tokenizers"):
         build_encoder("gigatoken", loaded)
@@ -72,9 +80,9 @@ class Backend:
     def __init__(self, tokenizer: Tokenizer, wrong_after: int) -> None:
         self.tokenizer, self.left = tokenizer, wrong_after
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: bytes) -> np.ndarray:
         self.left -= 1
-        ids = np.array(self.tokenizer.encode(text), dtype=np.uint32)
+        ids = np.array(self.tokenizer.encode(text.decode()), dtype=np.uint32)
         return ids if self.left >= 0 else ids[::-1]
 
 
@@ -104,14 +112,26 @@ def test_a_wrong_library_is_found_at_once_or_by_the_sample(
     install(monkeypatch, tokenizer, wrong_after=len(HARD_TEXTS) + 20)
     encoder = GigatokenEncoder(tokenizer, sample_every=10)
     texts = [f"the text {i}" for i in range(15)]
-    assert [ids.tolist() for ids in encoder.encode(texts)] == tokenizer.encode_batch(texts)
+    assert [ids.tolist() for ids in encoder.encode(in_utf8(texts))] == tokenizer.encode_batch(texts)
     with pytest.raises(DataError, match="begins 'the text 5'"):
-        encoder.encode(texts[:10])  # the 16th to 25th: the 21st is compared
+        encoder.encode(in_utf8(texts[:10]))  # the 16th to 25th: the 21st is compared
     install(monkeypatch, tokenizer, wrong_after=len(HARD_TEXTS))
     options = PrepareOptions(tokenizer=tokenizer, output=tmp_path / "out", encoder="gigatoken")
     with pytest.raises(DataError, match="different ids"):
         prepare(options, documents=texts)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_in_another_process_is_compared_too(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tokenizer, wrong_after=100)
+    encoder = GigatokenEncoder(tokenizer, sample_every=10)
+    texts = [f"the text {i}" for i in range(8)]
+    assert [ids.tolist() for ids in encoder.encode(in_utf8(texts))] == tokenizer.encode_batch(texts)
+    install(monkeypatch, tokenizer, wrong_after=3)
+    copy = pickle.loads(pickle.dumps(encoder))  # noqa: S301
+    assert copy.name == encoder.name
+    with pytest.raises(DataError, match="begins 'the text 5'"):
+        copy.encode(in_utf8(texts))
 
 
 def test_special_tokens_are_kept_from_the_fast_encoder(
@@ -135,7 +155,7 @@ def test_memory_is_bounded_by_starting_afresh(tokenizer: Tokenizer, monkeypatch:
     monkeypatch.setattr("megatron_lion.prepare.encoders._RENEW_BYTES", 50)
     encoder = GigatokenEncoder(tokenizer)
     for _ in range(6):
-        encoder.encode(["x" * 30])
+        encoder.encode([b"x" * 30])
     assert len(given) == 1 + 3
 
 

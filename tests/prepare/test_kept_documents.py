@@ -170,7 +170,7 @@ def test_equal_halves_of_a_hash_are_no_duplicate(
 ) -> None:
     """64 bits alone would take two of 8 million documents for equal once in half a million corpora."""
     monkeypatch.setattr(
-        "megatron_lion.prepare.splits.DocumentDigest.values", lambda self: (5, self._digest.digest()[0])
+        "megatron_lion.prepare.splits.DocumentDigest.first_bytes", lambda self: bytes(8) + self._digest.digest()[:8]
     )
     source = write_jsonl(tmp_path / "a.jsonl", ["one", "two", "one", "three"])
     options = PrepareOptions(

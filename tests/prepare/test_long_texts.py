@@ -186,7 +186,7 @@ def test_a_long_document_of_a_batch_is_encoded_in_parts(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         Tokenizer, "encode_batch", lambda self, batch: longest.append(max(map(len, batch))) or encode_batch(self, batch)
     )
-    assert [ids.tolist() for ids in ReferenceEncoder(loaded).encode(texts)] == expected
+    assert [ids.tolist() for ids in ReferenceEncoder(loaded).encode([text.encode() for text in texts])] == expected
     assert max(longest) <= 200
     with pytest.raises(BadLine, match="not UTF-8 between bytes 65537 and 65540"):
         list(text_parts(io.BytesIO(b"a" * 65536 + b"b\xffcd")))
