@@ -258,7 +258,7 @@ def _write(result: Path, parts: Sequence[_Part], vocab_size: int, progress: Prog
                 place += int(lengths[sequence:first].sum(dtype=np.int64))
                 size = int(lengths[first:last].sum(dtype=np.int64))
                 sequences = np.diff(boundaries[begin : end + 1])
-                writer.add_documents(tokens[place : place + size], lengths[first:last], sequences)
+                writer.add_documents([tokens[place : place + size]], lengths[first:last], sequences)
                 progress.advance(size * info.dtype.itemsize)
                 place, sequence = place + size, last
         info = writer.finalize()

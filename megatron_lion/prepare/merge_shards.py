@@ -59,6 +59,7 @@ def write_splits(
     members: npt.NDArray[np.uint8],
     vocab_size: int,
     result: Path,
+    threads: int,
     progress: Progress,
 ) -> dict[str, SplitInfo]:
     """Writes NAME_text_document.bin/.idx (BERT: NAME_text_sentence) for every split that has documents.
@@ -71,6 +72,7 @@ def write_splits(
         members: from `splits_of_documents`.
         vocab_size: number of token ids; determines the dtype.
         result: folder to write into.
+        threads: number of threads (`IndexedWriter`).
         progress: receives the number of bytes written.
 
     Returns:
@@ -84,7 +86,7 @@ def write_splits(
     for index, name in enumerate(SPLITS):
         if np.any(members == index):
             prefix = result / f"{name}_text_{'sentence' if any(shard.sentences for shard in shards) else 'document'}"
-            splits[name] = _write_split(shards, shards_folder, members == index, vocab_size, prefix, progress)
+            splits[name] = _write_split(shards, shards_folder, members == index, vocab_size, prefix, threads, progress)
     return splits
 
 
@@ -115,30 +117,29 @@ def _write_split(
     chosen: npt.NDArray[Any],
     vocab_size: int,
     prefix: Path,
+    threads: int,
     progress: Progress,
 ) -> SplitInfo:
-    """Copies the chosen documents; each run of neighbours is one write."""
+    """Copies the chosen documents, those of a shard at once."""
     first = 0
-    with IndexedWriter(prefix, vocab_size) as writer:
+    with IndexedWriter(prefix, vocab_size, threads) as writer:
         for shard in shards:
             mine = chosen[first : first + shard.documents]
             first += shard.documents
             if not mine.any():
                 continue
-            lengths = shard_documents(shards_folder, shard).lengths
+            lengths: npt.NDArray[Any] = shard_documents(shards_folder, shard).lengths
             tokens = shard_tokens(shards_folder, shard, vocab_size)
             sentences = shard_sentences(shards_folder, shard)
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
             edges = np.flatnonzero(np.diff(mine, prepend=False, append=False))
-            for begin, end in edges.reshape(-1, 2):
-                run = tokens[offsets[begin] : offsets[end]]
-                if sentences is None:
-                    writer.add_documents(run, lengths[begin:end])
-                else:
-                    counts, sentence_lengths = sentences
-                    first_sentence, end_sentence = counts[:begin].sum(), counts[:end].sum()
-                    writer.add_documents(run, sentence_lengths[first_sentence:end_sentence], counts[begin:end])
-                progress.advance(run.nbytes)
+            runs = [tokens[offsets[begin] : offsets[end]] for begin, end in edges.reshape(-1, 2)]
+            if sentences is None:
+                writer.add_documents(runs, lengths[mine])
+            else:
+                counts, sentence_lengths = sentences
+                writer.add_documents(runs, sentence_lengths[np.repeat(mine, counts)], counts[mine])
+            progress.advance(sum(run.nbytes for run in runs))
         info = writer.finalize()
     return SplitInfo(
         prefix=prefix.name,

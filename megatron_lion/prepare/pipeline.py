@@ -20,14 +20,13 @@ from megatron_lion.data.indexed_writer import check_indexed
 from megatron_lion.data.manifest import (
     NAME,
     Manifest,
-    SourceInfo,
     SplitInfo,
     read_manifest,
     write_manifest,
 )
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError
-from megatron_lion.files import sha256_file, storage_errors
+from megatron_lion.files import storage_errors
 from megatron_lion.prepare.encode_piece import EncodeSettings
 from megatron_lion.prepare.encoders import Encoder, build_encoder
 from megatron_lion.prepare.few_documents import few_documents, total_text_bytes
@@ -45,6 +44,7 @@ from megatron_lion.prepare.positions import MIN_BYTES, shares_text
 from megatron_lion.prepare.progress import NoProgress, Progress
 from megatron_lion.prepare.shards import EncodedShard
 from megatron_lion.prepare.size_estimate import estimate_work, warn_of_memory
+from megatron_lion.prepare.sources import hash_sources
 from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, auto_split, small_split_warning, split_names
 from megatron_lion.prepare.workfolder import check_free_space, check_output, locked_work_folder, publish
 
@@ -104,7 +104,7 @@ def prepare(
         texts = None
         if options.decontaminate:
             texts = read_given_texts(options.decontaminate, options.json_key, options.on_error)
-        sources = _hash_sources(files, work, progress)
+        sources = hash_sources(files, work, options.workers or usable_cores(), progress)
         planned = dataclasses.replace(planned, sources=tuple(sources), unread_files=found.unread_counts())
         planned = _divided(options, files, planned)
         if texts is not None:
@@ -124,17 +124,6 @@ def _spool(documents: Iterable[str], work: Path, key: str) -> InputFile:
         for text in documents:
             stream.write(json.dumps({key: text}) + "\n")
     return input_file(path, "jsonl")
-
-
-def _hash_sources(files: Sequence[InputFile], work: Path, progress: Progress) -> list[SourceInfo]:
-    progress.stage("hashing the input", sum(file.bytes for file in files))
-    sources = []
-    for file in files:
-        with reading(file.path):
-            digest = sha256_file(file.path, progress.advance)
-        path = file.path.name if file.path.parent == work else str(file.path)  # the work folder is removed
-        sources.append(SourceInfo(path=path, bytes=file.bytes, sha256=digest, documents=0))
-    return sources
 
 
 def _divided(options: PrepareOptions, files: Sequence[InputFile], planned: Manifest) -> Manifest:
@@ -228,6 +217,8 @@ class _Preparation:
         )
         self.encoder: Encoder = build_encoder(options.encoder, tokenizer, self.settings.splitter)
         total = sum(file.bytes for file in files)
+        # Below 512 KiB, starting processes takes longer than encoding.
+        self.workers = (options.workers or usable_cores()) if total >= 2 * _MIN_PIECE_BYTES else 1
         # A power of two: after a small change of the corpus, the other files are cut at the same places and their shards
         # are reused.
         self.piece_bytes = min(max(1 << (total // _PIECES).bit_length(), _MIN_PIECE_BYTES), _MAX_PIECE_BYTES)
@@ -293,10 +284,9 @@ class _Preparation:
         if not self.settings.in_parts and self.options.txt_documents == "file":
             warn_of_memory(self.files, self.options.task)
         estimate = estimate_work(self.files, self.settings, self.encoder)
-        workers = self.options.workers or usable_cores()
         logger.info(
             "about %s tokens, %s MB of disk while working, %.0f s on %d processes",
-            f"{estimate.tokens:,.0f}", f"{estimate.disk_bytes / 1e6:,.0f}", estimate.core_seconds / workers, workers,
+            f"{estimate.tokens:,.0f}", f"{estimate.disk_bytes / 1e6:,.0f}", estimate.core_seconds / self.workers, self.workers,
         )  # fmt: skip
         # Shards of an earlier run already occupy part of the estimated space.
         there = sum(path.stat().st_size for path in self.shards_folder.iterdir())
@@ -308,10 +298,9 @@ class _Preparation:
         def on_shard(piece: Piece, _: EncodedShard) -> None:
             self.progress.advance(piece.stored_bytes)
 
-        workers = self.options.workers or usable_cores()
-        if sum(file.bytes for file in self.files) < 2 * _MIN_PIECE_BYTES:
-            workers = 1  # below 512 KiB, starting processes takes longer than encoding
-        return encode_pieces(self._named_pieces(), self.shards_folder, self.settings, self.encoder, workers, on_shard)
+        return encode_pieces(
+            self._named_pieces(), self.shards_folder, self.settings, self.encoder, self.workers, on_shard
+        )
 
     def _check_unchanged(self) -> None:
         """Rejects files that changed since they were hashed; the manifest would describe other content than the tokens."""
@@ -330,7 +319,9 @@ class _Preparation:
             result.mkdir()
         divided = self.settings.divide is not None
         members = splits_of_documents(shards, self.shards_folder, self.planned.split, selection, divided)
-        splits = write_splits(shards, self.shards_folder, members, self.tokenizer.vocab_size, result, self.progress)
+        splits = write_splits(
+            shards, self.shards_folder, members, self.tokenizer.vocab_size, result, self.workers, self.progress
+        )
         warn_of_absent_splits(splits, self.planned.split, int(selection.kept.sum()) - selection.duplicates, divided)
         if self.settings.divide is None and any(name not in splits for name in split_names(self.planned.split)):
             logger.warning("--divide-documents always divides each document by position, if it has %d bytes", MIN_BYTES)

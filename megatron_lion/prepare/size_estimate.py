@@ -75,7 +75,8 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         if characters >= _SAMPLE_BYTES and file.format != "tar":
             break
     began = time.monotonic()
-    num_tokens = sum(document.ids.size for document in encoder.encode_documents(texts)) + len(texts)
+    encoded = encoder.encode_documents(texts)
+    num_tokens = sum(document.ids.size for document in encoded) + len(texts)
     seconds = time.monotonic() - began
     sample_bytes = max(sum(map(len, texts)), 1)
     growth = 1.0
@@ -87,8 +88,10 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         growth = USUAL_COMPRESSION
     scale = sum(each.bytes for each in files) * growth / sample_bytes
     tokens, documents = num_tokens * scale, len(texts) * scale
-    # Tokens and documents are stored in shards (28 bytes a document) and merged (20); 10 % more for the rest of the text.
-    peak = 1.1 * (2 * tokens * token_dtype(settings.vocab_size).itemsize + 48 * documents)
+    sentences = sum(document.lengths.size for document in encoded) * scale
+    # Tokens are stored in shards and merged; documents and sentences in shards (28 and 4 bytes), in the index (20 and 12) and
+    # in its temporary files (12 and 4). 10 % more for the rest of the text.
+    peak = 1.1 * (2 * tokens * token_dtype(settings.vocab_size).itemsize + 60 * documents + 20 * sentences)
     return Estimate(tokens, int(peak) + _FIXED_BYTES, seconds * scale)
 
 

@@ -14,6 +14,7 @@ from megatron_lion.data import indexed_check
 from megatron_lion.data.batches import micro_batches
 from megatron_lion.data.corpora import open_corpora
 from megatron_lion.data.datasets import build_datasets
+from megatron_lion.data.hashed_file import HashedFile
 from megatron_lion.data.indexed_writer import IndexedWriter, check_indexed
 from megatron_lion.device import Device
 from megatron_lion.errors import DataError
@@ -93,15 +94,17 @@ def test_tokens_beyond_2_and_4_gib(tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, "<u2"), (70_000, "<i4")])
-def test_the_writer_points_beyond_4_gib(tmp_path: Path, vocab_size: int, dtype: str) -> None:
-    lengths = [2**30, 2**30 + 1, 2**30, 3]
+def test_the_writer_points_beyond_4_gib(
+    tmp_path: Path, vocab_size: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.array([2**30, 2**30 + 1, 2**30, 3])
+    # The file has holes instead of tokens, which are one number in memory.
+    monkeypatch.setattr(HashedFile, "write", lambda self, make, size: self._stream.truncate(size))
     with IndexedWriter(tmp_path / "a", vocab_size) as writer:
-        writer._lengths.append(np.array(lengths, dtype=np.int32))  # as if that many tokens had been added
-        writer._sequences_per_document.append(np.array([1, 3]))
-        writer._stream.truncate(sum(lengths) * np.dtype(dtype).itemsize)
+        writer.add_documents([np.broadcast_to(np.zeros(1, dtype), lengths.sum())], lengths, np.array([1, 3]))
         info = writer.finalize()
     assert info.num_tokens == sum(lengths)
-    assert (tmp_path / "a.idx").read_bytes() == index_bytes(lengths, [0, 1, 4], dtype)
+    assert (tmp_path / "a.idx").read_bytes() == index_bytes(lengths.tolist(), [0, 1, 4], dtype)
 
 
 @pytest.mark.parametrize("surplus", [1, 2, 2**32])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,10 @@ from megatron_lion.errors import DataError, StorageError
 documents_of_ids = st.lists(st.lists(st.integers(0, 299), min_size=0, max_size=20), min_size=1, max_size=12)
 
 
-def write(prefix: Path, documents: list[list[int]], vocab_size: int = 300) -> None:
-    with IndexedWriter(prefix, vocab_size) as writer:
-        flat = np.array([token for document in documents for token in document], dtype=np.int64)
-        writer.add_documents(flat, np.array([len(document) for document in documents]))
+def write(prefix: Path, documents: list[list[int]], vocab_size: int = 300, threads: int = 1) -> None:
+    with IndexedWriter(prefix, vocab_size, threads) as writer:
+        runs = [np.array(document, dtype=np.int64) for document in documents]
+        writer.add_documents(runs, np.array([len(document) for document in documents]))
         writer.finalize()
 
 
@@ -71,9 +72,10 @@ def test_byte_identical_to_megatron_and_read_by_it(
     assert [read[i].tolist() for i in range(len(read))] == documents
     assert (info.num_documents, info.num_tokens) == (len(documents), sum(map(len, documents)))
     assert info.max_token == vocab_size - 1
-    write(folder / "at_once", documents, vocab_size)
-    assert (folder / "at_once.bin").read_bytes() == (folder / "ours.bin").read_bytes()
-    assert (folder / "at_once.idx").read_bytes() == (folder / "ours.idx").read_bytes()
+    for threads in (1, 3):
+        write(folder / "at_once", documents, vocab_size, threads)
+        assert (folder / "at_once.bin").read_bytes() == (folder / "ours.bin").read_bytes()
+        assert (folder / "at_once.idx").read_bytes() == (folder / "ours.idx").read_bytes()
 
 
 def test_sentences_and_empty_documents_as_megatron_writes_them(tmp_path: Path) -> None:
@@ -91,13 +93,26 @@ def test_sentences_and_empty_documents_as_megatron_writes_them(tmp_path: Path) -
     assert (info.num_documents, info.num_sequences, info.num_tokens) == (3, 3, 5)
 
 
-def test_writer_refuses_what_does_not_fit(tmp_path: Path) -> None:
-    for bad in ([300], [-1]):
-        with (
-            pytest.raises(DataError, match="do not fit a vocabulary of 300"),
-            IndexedWriter(tmp_path / "a", 300) as writer,
-        ):
-            writer.add_document(bad)
+def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> None:
+    """OpenWebText has 380 million sentences."""
+    peaks = []
+    for blocks in (60, 300):
+        tracemalloc.start()
+        with IndexedWriter(tmp_path / f"{blocks}", 300) as writer:
+            for _ in range(blocks):
+                writer.add_documents([np.ones(10_000, np.uint16)], np.ones(10_000, np.int32))
+            assert writer.finalize().num_documents == blocks * 10_000
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 2e6
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_writer_refuses_what_does_not_fit(tmp_path: Path, threads: int) -> None:
+    for bad in (300, -1):
+        with pytest.raises(DataError, match="do not fit a vocabulary of 300"):
+            write(tmp_path / "a", [[1], [2, bad]], threads=threads)
+        assert list(tmp_path.iterdir()) == []
     with pytest.raises(DataError, match="holds no documents"), IndexedWriter(tmp_path / "a", 300) as writer:
         writer.finalize()
     with pytest.raises(StorageError, match="No such file or directory"):
