@@ -15,7 +15,7 @@ from megatron_lion.errors import DataError
 from megatron_lion.files import sha256_file
 from megatron_lion.prepare.find_files import InputFile, holds_archive, input_file, kind_of, survey
 from megatron_lion.prepare.inputs import reading
-from megatron_lion.prepare.overlap import Grams, N, grams_of, union_of
+from megatron_lion.prepare.overlap import Hashes, N, grams_of, save_grams, union_of
 from megatron_lion.prepare.pieces import OnError, ReadCount, ReadOptions, read_files
 from megatron_lion.prepare.shards import EncodedShard, shard_overlaps
 
@@ -25,29 +25,36 @@ class GivenTexts:
     """Texts that are searched.
 
     Attributes:
-        grams: the 13-grams of all texts.
-        members: for each text, the numbers of its 13-grams in `grams`, sorted.
+        grams: name of the file of the 13-grams of all texts (`overlap.save_grams`).
+        size: their number.
+        members: for each text, the numbers of its 13-grams among them, sorted.
         found: for each text, its description; nothing has been found yet.
     """
 
-    grams: Grams
+    grams: str
+    size: int
     members: tuple[npt.NDArray[np.int64], ...]
     found: tuple[Overlap, ...]
 
 
-def read_given_texts(inputs: Sequence[str | Path], key: str, on_error: OnError = "stop") -> GivenTexts:
-    """Reads the texts and collects their 13-grams.
+def read_given_texts(
+    inputs: Sequence[str | Path], folder: Path, key: str = "text", on_error: OnError = "stop"
+) -> GivenTexts:
+    """Reads the texts and writes their 13-grams to a file.
 
     Args:
         inputs: files, folders and patterns, of the formats that `prepare` reads. A file with another ending, such as
             wiki.test.tokens, is one text.
+        folder: folder for the file.
         key: key or column of the text; files that do not have it are read with the key `text`.
         on_error: "stop" at a bad line, or "skip" it.
 
     Raises:
         DataError: a file cannot be read, or none of its documents has 13 words.
+        StorageError: the file of 13-grams cannot be written.
     """
-    read: list[tuple[Grams, Overlap]] = []
+    grams = grams_of([])
+    read: list[tuple[Hashes, Overlap]] = []
     for file in _files(inputs):
         with reading(file.path):
             sha256 = sha256_file(file.path)
@@ -63,10 +70,11 @@ def read_given_texts(inputs: Sequence[str | Path], key: str, on_error: OnError =
             path=str(file.path), bytes=file.bytes, sha256=sha256, documents=len(documents), ngrams=len(own),
             found_ngrams=0, found_in_documents=0, train_ngrams=0, train_documents=0,
         )  # fmt: skip
-        read.append((own, overlap))
-    grams = union_of([own for own, _ in read])
-    members = tuple(np.searchsorted(grams.hashes, own.hashes) for own, _ in read)
-    return GivenTexts(grams, members, tuple(overlap for _, overlap in read))
+        read.append((own.hashes, overlap))
+        grams = union_of([grams, own])
+        del own, documents  # not held beside those of the next text
+    members = tuple(np.searchsorted(grams.hashes, hashes) for hashes, _ in read)
+    return GivenTexts(save_grams(folder, grams), len(grams), members, tuple(overlap for _, overlap in read))
 
 
 def _files(inputs: Sequence[str | Path]) -> list[InputFile]:
@@ -109,8 +117,8 @@ def found_overlaps(
         StorageError: a shard cannot be read.
     """
     first = 0
-    in_all = [(np.zeros(len(texts.grams), dtype=np.bool_), set[int]()) for _ in texts.found]
-    in_train = [(np.zeros(len(texts.grams), dtype=np.bool_), set[int]()) for _ in texts.found]
+    in_all = [(np.zeros(texts.size, dtype=np.bool_), set[int]()) for _ in texts.found]
+    in_train = [(np.zeros(texts.size, dtype=np.bool_), set[int]()) for _ in texts.found]
     for shard in shards:
         pairs = shard_overlaps(folder, shard)
         train = members[first + pairs[:, 0]] == SPLITS.index("train")

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +34,6 @@ _MASKS = np.array([(1 << 8 * size) - 1 for size in range(9)], dtype=np.uint64)
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _FILTER_BITS = 23
 _BATCH_BYTES = 1 << 20
-_BATCH_LINES = 1 << 14
 
 Hashes = npt.NDArray[np.uint64]
 
@@ -46,20 +44,21 @@ class Grams:
 
     Attributes:
         hashes: (G,) uint64, sorted.
-        lines: words of each 13-gram in the same order, joined by blanks, each followed by a line feed.
-        starts: (G + 1,) int64, place at which each begins in `lines`.
+        text: the texts' words in lower case, joined by blanks, and a line feed after each document.
+        starts, ends: (G,) int64, place of each 13-gram in `text`.
     """
 
     hashes: Hashes
-    lines: bytes
+    text: bytes
     starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return self.hashes.size
 
     def words(self, number: int) -> bytes:
         """Returns the words of one 13-gram, joined by blanks."""
-        return self.lines[self.starts[number] : self.starts[number + 1] - 1]
+        return self.text[self.starts[number] : self.ends[number]]
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,17 @@ def grams_of(documents: Iterable[bytes]) -> Grams:
     Args:
         documents: their UTF-8 bytes.
     """
-    found = [_grams(b"")]
+    found = [Grams(np.zeros(0, np.uint64), b"", np.zeros(0, np.int64), np.zeros(0, np.int64))]
     for batch in _batches(documents):
-        words = _words(batch)
+        lines = [b" ".join(_lower(utf8).replace(b"\0", b" ").split()) for utf8 in batch]
+        words = _words(lines)
         hashes = _gram_hashes(words)
-        whole = np.flatnonzero(
-            _document_of(words, np.arange(hashes.size)) == _document_of(words, np.arange(hashes.size) + N - 1)
-        )
+        first = np.arange(hashes.size)
+        whole = np.flatnonzero(_document_of(words, first) == _document_of(words, first + N - 1))
         distinct, places = np.unique(hashes[whole], return_index=True)
-        lines = b"".join(words.gram(first) + b"\n" for first in whole[places].tolist())
-        found.append(Grams(distinct, lines, _line_starts(lines)))
+        first = whole[places]
+        text = b"".join(line + b"\n" for line in lines)
+        found.append(Grams(distinct, text, words.starts[first], words.ends[first + N - 1]))
     return union_of(found)
 
 
@@ -126,34 +126,22 @@ def union_of(several: Sequence[Grams]) -> Grams:
         several: at least one collection.
     """
     hashes, places = np.unique(np.concatenate([one.hashes for one in several]), return_index=True)
-    first = np.cumsum([0, *(len(one) for one in several)])
-    owners = np.searchsorted(first, places, "right") - 1
-    words = (several[owner].words(place - first[owner]) for owner, place in zip(owners, places, strict=True))
-    lines = b"".join(each + b"\n" for each in words)
-    return Grams(hashes, lines, _line_starts(lines))
-
-
-def _line_starts(lines: bytes) -> npt.NDArray[np.int64]:
-    return np.append(0, np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1)
-
-
-def _grams(lines: bytes) -> Grams:
-    """Returns the 13-grams of a text that has one on each line, in the order of their hashes."""
-    starts = _line_starts(lines)
-    # In ranges: the words of all lines at once would take ten times the memory of the lines.
-    edges = [*range(0, starts.size - 1, _BATCH_LINES), starts.size - 1]
-    hashes = [_gram_hashes(_words([lines[starts[a] : starts[b]]]))[::N] for a, b in itertools.pairwise(edges)]
-    return Grams(np.concatenate([np.zeros(0, dtype=np.uint64), *hashes]), lines, starts)
+    offsets = np.cumsum([0, *(len(one.text) for one in several)])
+    starts, ends = (
+        np.concatenate([each + offset for each, offset in zip(arrays, offsets[:-1], strict=True)])[places]
+        for arrays in ([one.starts for one in several], [one.ends for one in several])
+    )
+    return Grams(hashes, b"".join(one.text for one in several), starts, ends)
 
 
 def save_grams(folder: Path, grams: Grams) -> str:
-    """Writes 13-grams to a file that is named after their content, and returns its name.
+    """Writes the text of 13-grams to a file that is named after their hashes, and returns its name.
 
     Raises:
         StorageError: the file cannot be written.
     """
-    name = f"{hashlib.sha256(grams.lines).hexdigest()[:32]}.grams"
-    write_whole(folder / name, grams.lines)
+    name = f"{hashlib.sha256(grams.hashes.tobytes()).hexdigest()[:32]}.grams"
+    write_whole(folder / name, grams.text)
     return name
 
 
@@ -165,7 +153,7 @@ def saved_finder(path: Path) -> OverlapFinder:
         StorageError: the file cannot be read.
     """
     with storage_errors(path, "read"):
-        return OverlapFinder(_grams(path.read_bytes()))
+        return OverlapFinder(grams_of(path.read_bytes().splitlines()))
 
 
 class OverlapFinder:
@@ -248,15 +236,19 @@ class LongDocument:
 def _words(documents: Sequence[bytes]) -> _Words:
     """Finds the words of documents, none of which reaches over a document's end."""
     text = b"\n".join(documents)
-    content = text.translate(_TABLE)
-    if not text.isascii():
-        content = _without_other_marks(content)
+    content = _lower(text)
     is_word = np.zeros(len(content) + 2, dtype=np.bool_)
     np.not_equal(np.frombuffer(content, np.uint8), 0, out=is_word[1:-1])
     edges = np.flatnonzero(is_word[1:] != is_word[:-1])
     lengths = np.array([len(each) + 1 for each in documents], dtype=np.int64)
     begins = np.cumsum(lengths) - lengths
     return _Words(content + bytes(8), edges[0::2], edges[1::2], begins)
+
+
+def _lower(utf8: bytes) -> bytes:
+    """Returns a text with ASCII letters in lower case, and 0 for each byte that is no part of a word."""
+    content = utf8.translate(_TABLE)
+    return content if utf8.isascii() else _without_other_marks(content)
 
 
 @functools.cache

@@ -37,7 +37,6 @@ from megatron_lion.prepare.kept_documents import Selection, select_documents
 from megatron_lion.prepare.long_texts import divides_at_blanks
 from megatron_lion.prepare.merge_shards import splits_of_documents, warn_of_absent_splits, write_splits
 from megatron_lion.prepare.options import PrepareOptions, plan_manifest
-from megatron_lion.prepare.overlap import save_grams
 from megatron_lion.prepare.pieces import Piece, ReadOptions, cut_pieces
 from megatron_lion.prepare.pool import Collector, encode_pieces, usable_cores
 from megatron_lion.prepare.positions import MIN_BYTES, shares_text
@@ -103,7 +102,7 @@ def prepare(
             logger.info("%s", note)
         texts = None
         if options.decontaminate:
-            texts = read_given_texts(options.decontaminate, options.json_key, options.on_error)
+            texts = read_given_texts(options.decontaminate, work, options.json_key, options.on_error)
         sources = hash_sources(files, work, options.workers or usable_cores(), progress)
         planned = dataclasses.replace(planned, sources=tuple(sources), unread_files=found.unread_counts())
         planned = _divided(options, files, planned)
@@ -213,7 +212,7 @@ class _Preparation:
             vocab_size=tokenizer.vocab_size,
             in_parts=options.task == "gpt" and divides_at_blanks(tokenizer.definition),
             divide=planned.split if DIVIDED in planned.options else None,
-            overlap=save_grams(work, texts.grams) if texts is not None else None,
+            overlap=texts.grams if texts is not None else None,
         )
         self.encoder: Encoder = build_encoder(options.encoder, tokenizer, self.settings.splitter)
         total = sum(file.bytes for file in files)

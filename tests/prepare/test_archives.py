@@ -292,4 +292,4 @@ def test_an_archive_of_texts_to_search(tmp_path: Path) -> None:
     (tmp_path / "my_data.xz").write_bytes(
         lzma.compress(tar([(f"{i}.txt", text.encode()) for i, text in enumerate(texts)]))
     )
-    assert [found.documents for found in read_given_texts([tmp_path / "my_data.xz"], "text").found] == [len(TEXTS)]
+    assert [found.documents for found in read_given_texts([tmp_path / "my_data.xz"], tmp_path).found] == [len(TEXTS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from megatron_lion.prepare import overlap
 from megatron_lion.prepare.overlap import (
     Grams,
     LongDocument,
@@ -100,7 +100,7 @@ def test_no_passage_reaches_over_the_end_of_a_document() -> None:
 def test_equal_hashes_of_different_words_are_no_match(monkeypatch: pytest.MonkeyPatch) -> None:
     text = " ".join(f"w{number}" for number in range(N))
     grams = grams_of([text.encode()])
-    other = Grams(grams.hashes, b"x" + grams.lines[1:], grams.starts)
+    other = Grams(grams.hashes, b"x" + grams.text[1:], grams.starts, grams.ends)
     assert found_in(OverlapFinder(grams), grams, [text]) == [{text}]
     assert OverlapFinder(other).find([text.encode()]).size == 0
 
@@ -133,13 +133,17 @@ def test_grams_come_back_from_their_file(tmp_path: Path) -> None:
     assert len(OverlapFinder(grams).find(texts)) == len(grams) > 3
 
 
-@pytest.mark.parametrize("lines", [1, 2, 3, 7, 100])
-def test_grams_come_back_in_ranges_of_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: int) -> None:
-    text = " ".join(f"w{number}" for number in range(18)).encode()
-    name = save_grams(tmp_path, grams_of([text]))
-    monkeypatch.setattr(overlap, "_BATCH_LINES", lines)
-    saved_finder.cache_clear()
-    assert saved_finder(tmp_path / name).find([text]).tolist() == [[0, number] for number in range(6)]
+def test_grams_take_the_memory_of_their_text() -> None:
+    """The words of each 13-gram for itself would take 13 times that of the text."""
+    text = " ".join(f"word{number}" for number in range(100_000)).encode()
+    grams_of([text])  # fills the caches of the module
+    tracemalloc.start()
+    grams = grams_of([text])
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(grams) == 100_000 - N + 1
+    assert held < len(text) + 24 * len(grams) + 2e6
+    assert peak < 20 * len(text)
 
 
 @examples(50)
@@ -147,9 +151,8 @@ def test_grams_come_back_in_ranges_of_lines(tmp_path: Path, monkeypatch: pytest.
 def test_a_union_is_that_of_all_texts(groups: list[list[str]]) -> None:
     union = union_of([grams_of(text.encode() for text in group) for group in groups])
     together = grams_of(text.encode() for group in groups for text in group)
-    assert union.lines == together.lines
     assert np.array_equal(union.hashes, together.hashes)
-    assert np.array_equal(union.starts, together.starts)
+    assert all_words(union) == all_words(together)
 
 
 def test_no_gram_at_all() -> None:
