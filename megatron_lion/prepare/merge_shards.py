@@ -15,7 +15,7 @@ from megatron_lion.data.manifest import SPLITS, SplitInfo
 from megatron_lion.prepare.kept_documents import Selection
 from megatron_lion.prepare.progress import Progress
 from megatron_lion.prepare.shards import EncodedShard, shard_documents, shard_sentences, shard_splits, shard_tokens
-from megatron_lion.prepare.splits import assign_splits, split_names
+from megatron_lion.prepare.splits import assign_splits, split_names, splits_by_range
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +42,15 @@ def splits_of_documents(
     Raises:
         StorageError: a shard cannot be read.
     """
-    members = np.full(selection.kept.size, LEFT_OUT, dtype=np.uint8)
-    if divided:
-        every = np.concatenate([shard_splits(shards_folder, shard) for shard in shards])
-        members[selection.kept] = every[selection.kept]
-    else:
+    found = [
+        shard_splits(shards_folder, shard)
+        if divided
+        else splits_by_range(shard_documents(shards_folder, shard).hashes[0], split)
+        for shard in shards
+    ]
+    members = np.concatenate(found)
+    members[~selection.kept] = LEFT_OUT
+    if not divided and any(split[index] > 0 and not np.any(members == index) for index in range(len(SPLITS))):
         # All hashes at once: an empty split takes the nearest document of the whole corpus, whatever its piece.
         hashes = np.concatenate([shard_documents(shards_folder, shard).hashes[0] for shard in shards])
         members[selection.kept] = assign_splits(hashes[selection.kept], split)

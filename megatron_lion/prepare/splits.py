@@ -135,12 +135,8 @@ def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, flo
     Returns:
         (D,) uint8. A split can still be empty if there are fewer distinct texts than splits.
     """
-    bounds = [0, round(split[0] / 100 * _END), round((split[0] + split[1]) / 100 * _END), _END]
-    bounds = [min(bound, _END) for bound in bounds]  # rounded shares can sum to a little more than 100
-    members = np.zeros(hashes.size, dtype=np.uint8)
-    for index in (1, 2):
-        if split[index] > 0 and bounds[index] < _END:
-            members[hashes >= np.uint64(bounds[index])] = index
+    bounds = _bounds(split)
+    members = splits_by_range(hashes, split)
     for index in range(3):
         if split[index] == 0 or np.any(members == index):
             continue
@@ -154,6 +150,21 @@ def assign_splits(hashes: npt.NDArray[np.uint64], split: tuple[float, float, flo
         distance = np.where(candidates < low, low - candidates, candidates - np.minimum(candidates, high))
         members[hashes == candidates[distance.argmin()]] = index
     return members
+
+
+def splits_by_range(hashes: npt.NDArray[np.uint64], split: tuple[float, float, float]) -> npt.NDArray[np.uint8]:
+    """Returns the split of each document by its hash alone, (D,) uint8: `assign_splits` if it leaves no split empty."""
+    bounds = _bounds(split)
+    members = np.zeros(hashes.size, dtype=np.uint8)
+    for index in (1, 2):
+        if split[index] > 0 and bounds[index] < _END:
+            members[hashes >= np.uint64(bounds[index])] = index
+    return members
+
+
+def _bounds(split: tuple[float, float, float]) -> list[int]:
+    bounds = [0, round(split[0] / 100 * _END), round((split[0] + split[1]) / 100 * _END), _END]
+    return [min(bound, _END) for bound in bounds]  # rounded shares can sum to a little more than 100
 
 
 def split_names(split: tuple[float, float, float]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from byte_bpe import write_byte_bpe
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lion.cli import main
@@ -18,7 +19,6 @@ from megatron_lion.data import inspection
 from megatron_lion.data.indexed_check import check_indexed
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.data.inspection import lengths_of, spread_samples
-from megatron_lion.data.tokenizer_files import byte_letters
 
 PASSAGE = "The quick brown fox jumps over the lazy dog while nine zebras drink cold tea by the river."
 
@@ -27,10 +27,7 @@ PASSAGE = "The quick brown fox jumps over the lazy dog while nine zebras drink c
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inspect")
     vocabulary = folder / "vocabulary"
-    vocabulary.mkdir()
-    tokens = [*byte_letters(), "wo", "<|endoftext|>"]
-    (vocabulary / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (vocabulary / "merges.txt").write_text("#version: 0.2\nw o\n", "utf-8")
+    write_byte_bpe(vocabulary, "w o")
     draw = random.Random(3)
     texts = [f"Text {number}:\n" + "x" * draw.randrange(1, 2000) for number in range(120)]
     lines = [json.dumps({"text": text}) for text in [*texts, texts[0], "tiny", f"{PASSAGE} And \x1b[31m more."]]

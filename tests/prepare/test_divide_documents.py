@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_bpe import write_byte_bpe
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
@@ -32,14 +33,8 @@ BOOK = "\n\n".join(
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
     """GPT-2's kind: one id for each byte, a few merges, and the end marker."""
-    from megatron_lion.data.tokenizer_files import byte_letters
 
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    tokens = [*byte_letters(), "Th", "The", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nT h\nTh e\n", "utf-8")
-    return folder
+    return write_byte_bpe(tmp_path / "tokenizer", "T h", "Th e")
 
 
 def book(folder: Path, text: str = BOOK) -> Path:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from byte_bpe import write_byte_bpe
 
-from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError, EnvironmentFault
 from megatron_lion.prepare.encoders import HARD_TEXTS, GigatokenEncoder, ReferenceEncoder, build_encoder
@@ -21,9 +21,7 @@ from megatron_lion.prepare.pipeline import PrepareOptions, prepare
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Tokenizer:
-    tokens = [*byte_letters(), "th", "the", "<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (tmp_path / "merges.txt").write_text("t h\nth e\n", "utf-8")
+    write_byte_bpe(tmp_path, "t h", "th e")
     return load_tokenizer(tmp_path)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from byte_bpe import write_byte_bpe
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_lion.cli import main
@@ -16,8 +19,11 @@ from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError, StorageError
 from megatron_lion.prepare import kept_documents
-from megatron_lion.prepare.merge_shards import write_splits
+from megatron_lion.prepare.kept_documents import Rules, select_documents
+from megatron_lion.prepare.merge_shards import splits_of_documents, write_splits
+from megatron_lion.prepare.pieces import ReadCount
 from megatron_lion.prepare.pipeline import Manifest, PrepareOptions, prepare, read_manifest
+from megatron_lion.prepare.shards import EncodedShard, shard_documents
 from megatron_lion.prepare.splits import document_hash
 from megatron_lion.prepare.workfolder import work_folder
 
@@ -28,9 +34,7 @@ SECRET = "The quick brown fox jumps over the lazy dog while nine zebras drink co
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokens = [*byte_letters(), "Āā", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nĀ ā\n", "utf-8")
+    write_byte_bpe(folder, "Ā ā")
     return load_tokenizer(folder)  # one token for each byte of a text without \0\1
 
 
@@ -308,3 +312,37 @@ def test_the_summary_of_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys
     printed = capsys.readouterr().out
     assert "  left out: 1 fewer_tokens, 1 duplicate\n" in printed
     assert f"  {given}: 6 of its 6 13-grams (100.00%) are in 1 training document\n" in printed
+
+
+def test_selection_takes_few_bytes_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenWebText has 8 million documents; their 128-bit hashes alone take 128 MB."""
+    monkeypatch.setattr(kept_documents, "_RANGE_DOCUMENTS", 1 << 14)
+    count, each = 800, 1000
+    draw = np.random.default_rng(0)
+    shards = []
+    for number in range(count):
+        hashes = draw.integers(0, 1 << 64, (2, each), dtype=np.uint64)
+        if number == 5:
+            hashes[:, :10] = shard_documents(tmp_path, shards[0]).hashes[:, :10]
+        parts = np.full(each, 7, "<i4"), hashes.astype("<u8"), np.full(each, 20, "<i8")
+        (tmp_path / f"{number}.documents").write_bytes(b"".join(part.tobytes() for part in parts))
+        shards.append(
+            EncodedShard(
+                name=f"{number}",
+                documents=each,
+                tokens=7 * each,
+                text_bytes=20 * each,
+                tokens_sha256="",
+                documents_sha256="",
+                read=ReadCount(),
+            )
+        )
+    tracemalloc.start()
+    selection = select_documents(shards, tmp_path, Rules(deduplicate=True), 1)
+    members = splits_of_documents(shards, tmp_path, (98.0, 1.0, 1.0), selection, divided=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert selection.dropped == {"duplicate": 10}
+    assert np.bincount(members, minlength=256)[[0, 1, 2, 255]].sum() == count * each
+    assert np.flatnonzero(members == 255).tolist() == list(range(5000, 5010))
+    assert peak < 5 * count * each + 3e6

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_bpe import write_byte_bpe
 
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.corpora import open_corpora
 from megatron_lion.data.indexed_writer import IndexedWriter, check_indexed
 from megatron_lion.data.manifest import Manifest, TokenizerInfo, read_manifest, write_manifest
-from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.errors import DataError
 from megatron_lion.prepare.options import PrepareOptions
 from megatron_lion.prepare.pipeline import prepare
@@ -75,9 +75,7 @@ def test_manifests_of_another_form_are_refused(path: Path, change: Callable[[dic
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset folder of `prepare` with three splits."""
     folder = tmp_path_factory.mktemp("dataset")
-    tokens = [*byte_letters(), "do", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nd o\n", "utf-8")
+    write_byte_bpe(folder, "d o")
     texts = [f"document {number}" for number in range(40)]
     prepare(PrepareOptions(tokenizer=folder, output=folder / "data", split="80,10,10", workers=1), texts)
     return folder / "data"

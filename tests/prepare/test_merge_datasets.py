@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from byte_bpe import write_byte_bpe
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -21,7 +21,6 @@ from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.corpora import open_corpora
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.data.manifest import Manifest, SplitInfo, read_manifest, write_manifest
-from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.prepare import merge_datasets as module
@@ -32,17 +31,9 @@ from megatron_lion.prepare.workfolder import work_folder
 TEXTS = [f"Document {number} " + "word " * (number % 13) for number in range(300)]
 
 
-def small_tokenizer(folder: Path, *more: str) -> Tokenizer:
-    folder.mkdir()
-    tokens = [*byte_letters(), "wo", *more, "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nw o\n" + "r d\n" * len(more), "utf-8")
-    return load_tokenizer(folder)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return small_tokenizer(tmp_path_factory.mktemp("t") / "tokenizer")
+    return load_tokenizer(write_byte_bpe(tmp_path_factory.mktemp("t") / "tokenizer", "w o"))
 
 
 def make(folder: Path, tokenizer: Tokenizer, texts: list[str], **options: Any) -> Path:
@@ -195,7 +186,7 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     copy = shutil.copytree(parts[1], tmp_path / "copy")
     with open(copy / "train_text_document.bin", "ab") as stream:
         stream.write(b"x")
-    other = small_tokenizer(tmp_path / "other", "rd")
+    other = load_tokenizer(write_byte_bpe(tmp_path / "other", "w o", "r d"))
     make(tmp_path / "c", other, TEXTS[:50])
     make(tmp_path / "d", tokenizer, TEXTS[:50], append_eod=False)
     (tmp_path / "file").write_text("x")

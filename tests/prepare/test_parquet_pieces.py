@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_bpe import write_byte_bpe
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 
-from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.errors import DataError, StorageError
 from megatron_lion.evaluate.text_rows import read_rows
 from megatron_lion.prepare import tables
@@ -50,12 +50,7 @@ def texts_in(pieces: list[Piece], key: str = "text") -> list[list[str]]:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    tokens = [*byte_letters(), "wo", "rd", "word", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nw o\nr d\nwo rd\n", "utf-8")
-    return folder
+    return write_byte_bpe(tmp_path / "tokenizer", "w o", "r d", "wo rd")
 
 
 def hashes(output: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from byte_bpe import write_byte_bpe
 from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
@@ -18,7 +19,6 @@ from properties import examples
 from megatron_lion.config import DataConfig, ModelConfig
 from megatron_lion.data.corpora import check_splits, open_corpora
 from megatron_lion.data.indexed_writer import check_indexed
-from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import load_tokenizer
 from megatron_lion.errors import BusyError, ConfigError, DataError, StorageError
 from megatron_lion.prepare.merge_shards import write_splits
@@ -31,12 +31,7 @@ TEXTS = [f"Document {i}: " + " ".join(f"word{(i * j) % 97}" for j in range(i % 5
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    tokens = [*byte_letters(), "wo", "rd", "word", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nw o\nr d\nwo rd\n", "utf-8")
-    return folder
+    return write_byte_bpe(tmp_path / "tokenizer", "w o", "r d", "wo rd")
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:

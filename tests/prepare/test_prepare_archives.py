@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import json
 import lzma
 import random
 import re
@@ -16,10 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+from byte_bpe import write_byte_bpe
 from tar_files import COMPRESS, SKIP, lines_of, openwebtext, read, tar
 
 from megatron_lion.cli import main
-from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.errors import DataError
 from megatron_lion.prepare import archives, decompression, pool
 from megatron_lion.prepare.pieces import ReadOptions, read_documents
@@ -41,9 +40,7 @@ TEXTS = [noise(number, 150 + 7 * (number % 40)) for number in range(330)]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer, and the same documents as an archive and as JSON lines."""
     folder = tmp_path_factory.mktemp("made")
-    tokens = [*byte_letters(), "12", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n1 2\n", "utf-8")
+    write_byte_bpe(folder, "1 2")
     (folder / "owt.tar.xz").write_bytes(lzma.compress(openwebtext(TEXTS, 11), preset=0))
     (folder / "owt.jsonl").write_bytes(lines_of(TEXTS))
     assert (folder / "owt.tar.xz").stat().st_size > 1 << 19, "large enough for worker processes"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from byte_bpe import write_byte_bpe
 
 from megatron_lion.data.manifest import read_manifest
-from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.prepare.workfolder import work_folder
 
 DOCUMENTS = 1500
@@ -26,9 +26,7 @@ DOCUMENTS = 1500
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer and a corpus of several pieces, which take some seconds to encode on one core."""
     folder = tmp_path_factory.mktemp("corpus")
-    tokens = [*byte_letters(), "wo", "rd", "word", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}), "utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\nw o\nr d\nwo rd\n", "utf-8")
+    write_byte_bpe(folder, "w o", "r d", "wo rd")
     with open(folder / "a.jsonl", "w", encoding="ascii") as stream:
         for i in range(DOCUMENTS):
             text = " ".join(f"word{(i * j) % 9973}x{j}" for j in range(200))
