@@ -15,13 +15,14 @@ SPLIT=${SPLIT:-99.9,0.05,0.05}           # shares of documents: training, valida
 SEED=${SEED:-1234}                       # seed of the hashes that determine a document's split
 WORKERS=${WORKERS:-0}                    # number of processes; 0: one for each core
 ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and report it, or skip and count it
+MORE=${MORE:-}                           # more flags of prepare, such as --deduplicate --decontaminate wiki.test.tokens
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
 
-# INPUT is not quoted: each of its words is one input. set -f leaves patterns to prepare, because bash reads ** as *.
+# INPUT and MORE are not quoted: each word of INPUT is one input. set -f leaves patterns to prepare, because bash reads ** as *.
 set -f
 # shellcheck disable=SC2086
 "$PYTHON" -m megatron_lion prepare --task gpt --input $INPUT --json-key "$JSON_KEY" --tokenizer "$TOKENIZER" --output "$OUTPUT" \
-    --split "$SPLIT" --seed "$SEED" --workers "$WORKERS" --on-error "$ON_ERROR"
+    --split "$SPLIT" --seed "$SEED" --workers "$WORKERS" --on-error "$ON_ERROR" $MORE
 echo "next: launch/torchrun.sh configs/gpt2_small.yaml --data.path '[$OUTPUT]' --dry-run" >&2

@@ -17,11 +17,12 @@ VOCAB_SIZE=${VOCAB_SIZE:-2048}           # ids of the trained tokenizer: 2048 fo
 SPLIT=${SPLIT:-auto}                     # shares of train,valid,test, such as 90,5,5; auto: by the size of the text
 SEED=${SEED:-1234}                       # seed of the hashes that determine a document's split
 WORKERS=${WORKERS:-0}                    # number of processes; 0: one for each core
+MORE=${MORE:-}                           # more flags of prepare, such as --deduplicate --min-tokens 50
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 PYTHON=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
 
-# INPUT is not quoted: each of its words is one input. set -f leaves patterns to prepare, because bash reads ** as *.
+# INPUT and MORE are not quoted: each word of INPUT is one input. set -f leaves patterns to prepare, because bash reads ** as *.
 set -f
 if [ -z "$TOKENIZER" ]; then
     TOKENIZER="$OUTPUT-tokenizer"
@@ -31,5 +32,5 @@ if [ -z "$TOKENIZER" ]; then
 fi
 # shellcheck disable=SC2086
 "$PYTHON" -m megatron_lion prepare --task gpt --input $INPUT --json-key "$JSON_KEY" --txt-documents "$TXT_DOCUMENTS" \
-    --divide-documents "$DIVIDE" --tokenizer "$TOKENIZER" --output "$OUTPUT" --split "$SPLIT" --seed "$SEED" --workers "$WORKERS"
+    --divide-documents "$DIVIDE" --tokenizer "$TOKENIZER" --output "$OUTPUT" --split "$SPLIT" --seed "$SEED" --workers "$WORKERS" $MORE
 echo "next: megatron-lion pretrain --config configs/gpt2_tiny.yaml --data.path '$OUTPUT' --dry-run" >&2

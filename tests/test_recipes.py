@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -58,6 +59,12 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
 @pytest.mark.parametrize("name", ["openwebtext.sh", "own_text.sh"])
 def test_gpt_recipe_makes_a_dataset_that_training_opens(tmp_path: Path, name: str) -> None:
     texts = prose(120)
@@ -108,6 +115,46 @@ def test_gpt_recipes_on_real_text_count_transformers_tokens(tmp_path: Path) -> N
         assert done.returncode == 0, done.stderr
         manifest = json.loads((tmp_path / f"made by {name}" / "manifest.json").read_text())
         assert (manifest["documents"], manifest["tokens"]) == (150, expected)
+
+
+@needs_samples
+def test_every_form_of_openwebtext_gives_the_same_files(tmp_path: Path) -> None:
+    """As published (archives in an archive), as Parquet, and as `datasets` saves it to disk, with the flags of MORE."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with open(SAMPLES / "corpus" / "sample.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in itertools.islice(lines, 150)]
+    texts += texts[:10]
+    (tmp_path / "passage.txt").write_text(texts[3][:2000], encoding="utf-8")
+    with tarfile.open(tmp_path / "openwebtext.tar.xz", "w:xz", preset=0) as outer:
+        for number in range(2):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w:xz", preset=0) as members:
+                for place, text in enumerate(texts[80 * number : 80 * (number + 1)]):
+                    add_member(members, f"{80 * number + place:07d}-a.txt", text.encode())
+            add_member(outer, f"openwebtext/urlsf_subset{number:02d}-1_data.xz", inner.getvalue())
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    (tmp_path / "saved/train").mkdir(parents=True)
+    with (
+        pyarrow.OSFile(str(tmp_path / "saved/train/data-00000-of-00001.arrow"), "wb") as stream,
+        pyarrow.ipc.new_stream(stream, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=40)
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train"]}')
+    more = "--deduplicate --decontaminate passage.txt --drop-contaminated"
+    found = []
+    for number, given in enumerate(["openwebtext.tar.xz", "train-00000-of-00001.parquet", "saved"]):
+        output = f"made{number}"
+        words = {"INPUT": given, "TOKENIZER": SAMPLES / "gpt2", "OUTPUT": output, "SPLIT": "8,1,1", "MORE": more}
+        done = recipe("openwebtext.sh", tmp_path, **words)
+        assert done.returncode == 0, done.stderr
+        manifest = json.loads((tmp_path / output / "manifest.json").read_text())
+        assert manifest["dropped"] == {"contaminated": 1, "duplicate": 10}
+        found.append((manifest["documents"], {name: split["bin_sha256"] for name, split in manifest["splits"].items()}))
+    assert found[0][0] == 149
+    assert found[0] == found[1] == found[2]
 
 
 @needs_samples

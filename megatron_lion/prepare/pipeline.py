@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import shutil
 import time
 from collections import Counter
@@ -284,8 +285,9 @@ class _Preparation:
             warn_of_memory(self.files, self.options.task)
         estimate = estimate_work(self.files, self.settings, self.encoder)
         logger.info(
-            "about %s tokens, %s MB of disk while working, %.0f s on %d processes",
-            f"{estimate.tokens:,.0f}", f"{estimate.disk_bytes / 1e6:,.0f}", estimate.core_seconds / self.workers, self.workers,
+            "about %s tokens, %s MB of disk while working, %d s on %d process%s",
+            f"{estimate.tokens:,.0f}", f"{estimate.disk_bytes / 1e6:,.0f}", math.ceil(estimate.core_seconds / self.workers), self.workers,
+            "es" * (self.workers > 1),
         )  # fmt: skip
         # Shards of an earlier run already occupy part of the estimated space.
         there = sum(path.stat().st_size for path in self.shards_folder.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,12 @@ from megatron_lion.prepare.inputs import opened, reading
 from megatron_lion.prepare.lines import BadLine
 from megatron_lion.prepare.long_texts import text_parts
 from megatron_lion.prepare.pieces import Piece, ReadCount, cut_pieces, read_piece
+from megatron_lion.prepare.tables import column_bytes
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 18
+_GROWTH_BYTES = 1 << 23
 # Used if the beginning of a compressed file does not show its ratio: English text shrinks to about a quarter.
 USUAL_COMPRESSION = 4.0
 _FIXED_BYTES = 1 << 22
@@ -38,7 +41,7 @@ class Estimate:
     Attributes:
         tokens: number of tokens of the whole corpus.
         disk_bytes: disk space in bytes at the peak, when both shards and merged files exist.
-        core_seconds: time of encoding on one core, in seconds.
+        core_seconds: time of reading, hashing and encoding on one core, in seconds.
     """
 
     tokens: float
@@ -61,6 +64,48 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
     piece = next(cut_pieces(file, _SAMPLE_BYTES, settings.read.json_key), None)
     if piece is None:
         return Estimate(0.0, _FIXED_BYTES, 0.0)
+    # Twice: the first time, packages are loaded and the encoder learns its words.
+    for _ in range(2):
+        began = time.monotonic()
+        texts, text_bytes = _sample(file, piece, settings)
+        encoded = encoder.encode_documents(texts)
+        for text in texts:
+            hashlib.sha256(text)
+        seconds = time.monotonic() - began
+    num_tokens = sum(document.ids.size for document in encoded) + len(texts)
+    sample_bytes = max(sum(map(len, texts)), 1)
+    growth = 1.0
+    if file.format in TABLES:
+        growth = column_bytes(file, settings.read.json_key) / file.bytes
+    elif piece.data is not None:
+        growth = _growth(file, settings.read.json_key)
+    elif file.format == "tar":
+        growth = text_bytes / max(piece.stored_bytes, 1)
+    elif file.compression:
+        growth = USUAL_COMPRESSION
+    scale = sum(each.bytes for each in files) * growth / sample_bytes
+    tokens, documents = num_tokens * scale, len(texts) * scale
+    sentences = sum(document.lengths.size for document in encoded) * scale
+    # Tokens are stored in shards and merged; documents and sentences in shards (28 and 4 bytes), in the index (20 and 12) and
+    # in its temporary files (12 and 4). 10 % more for the rest of the text.
+    peak = 1.1 * (2 * tokens * token_dtype(settings.vocab_size).itemsize + 60 * documents + 20 * sentences)
+    return Estimate(tokens, int(peak) + _FIXED_BYTES, seconds * scale)
+
+
+def _growth(file: InputFile, key: str) -> float:
+    """Returns the decompressed bytes for each stored one, of compressed JSON lines."""
+    size = stored = 0
+    for piece in cut_pieces(file, _SAMPLE_BYTES, key):
+        size += len(piece.data or b"")
+        stored += piece.stored_bytes
+        # A decompressor reads up to 1 MiB ahead, more than the first pieces need.
+        if stored >= _GROWTH_BYTES:
+            break
+    return size / max(stored, 1)
+
+
+def _sample(file: InputFile, piece: Piece, settings: EncodeSettings) -> tuple[list[bytes], int]:
+    """Returns the first texts of a piece in UTF-8, cut to the sample's size, and the bytes of all text that was read."""
     texts: list[bytes] = []
     characters = text_bytes = 0
     # The estimate skips bad lines; the preparation itself reports them with their line numbers.
@@ -74,25 +119,7 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         # Of an archive, all of the piece is read, to know how much text its stored bytes give.
         if characters >= _SAMPLE_BYTES and file.format != "tar":
             break
-    began = time.monotonic()
-    encoded = encoder.encode_documents(texts)
-    num_tokens = sum(document.ids.size for document in encoded) + len(texts)
-    seconds = time.monotonic() - began
-    sample_bytes = max(sum(map(len, texts)), 1)
-    growth = 1.0
-    if piece.data is not None and piece.stored_bytes > 0:
-        growth = len(piece.data) / piece.stored_bytes
-    elif file.format == "tar":
-        growth = text_bytes / max(piece.stored_bytes, 1)
-    elif file.compression or file.format in TABLES:
-        growth = USUAL_COMPRESSION
-    scale = sum(each.bytes for each in files) * growth / sample_bytes
-    tokens, documents = num_tokens * scale, len(texts) * scale
-    sentences = sum(document.lengths.size for document in encoded) * scale
-    # Tokens are stored in shards and merged; documents and sentences in shards (28 and 4 bytes), in the index (20 and 12) and
-    # in its temporary files (12 and 4). 10 % more for the rest of the text.
-    peak = 1.1 * (2 * tokens * token_dtype(settings.vocab_size).itemsize + 60 * documents + 20 * sentences)
-    return Estimate(tokens, int(peak) + _FIXED_BYTES, seconds * scale)
+    return texts, text_bytes
 
 
 def warn_of_memory(files: Sequence[InputFile], task: Literal["gpt", "bert"]) -> None:
