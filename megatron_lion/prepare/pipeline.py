@@ -33,6 +33,7 @@ from megatron_lion.prepare.encoders import Encoder, build_encoder
 from megatron_lion.prepare.few_documents import few_documents, total_text_bytes
 from megatron_lion.prepare.find_files import InputFile, Survey, input_file, survey
 from megatron_lion.prepare.given_texts import GivenTexts, found_overlaps, read_given_texts
+from megatron_lion.prepare.hash_inputs import hash_sources
 from megatron_lion.prepare.inputs import reading
 from megatron_lion.prepare.kept_documents import Selection, select_documents
 from megatron_lion.prepare.long_texts import divides_at_blanks
@@ -44,7 +45,6 @@ from megatron_lion.prepare.positions import MIN_BYTES, shares_text
 from megatron_lion.prepare.progress import NoProgress, Progress
 from megatron_lion.prepare.shards import EncodedShard
 from megatron_lion.prepare.size_estimate import estimate_work, warn_of_memory
-from megatron_lion.prepare.sources import hash_sources
 from megatron_lion.prepare.splits import AUTO, LARGE_SPLIT, auto_split, small_split_warning, split_names
 from megatron_lion.prepare.workfolder import check_free_space, check_output, locked_work_folder, publish
 

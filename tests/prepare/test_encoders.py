@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import pickle
 import sys
 import types
 from collections.abc import Sequence
@@ -126,10 +126,10 @@ def test_a_copy_in_another_process_is_compared_too(tokenizer: Tokenizer, monkeyp
     texts = [f"the text {i}" for i in range(8)]
     assert [ids.tolist() for ids in encoder.encode(in_utf8(texts))] == tokenizer.encode_batch(texts)
     install(monkeypatch, tokenizer, wrong_after=3)
-    copy = pickle.loads(pickle.dumps(encoder))  # noqa: S301
-    assert copy.name == encoder.name
+    other = copy.copy(encoder)  # by the methods that pickle calls
+    assert other.name == encoder.name
     with pytest.raises(DataError, match="begins 'the text 5'"):
-        copy.encode(in_utf8(texts))
+        other.encode(in_utf8(texts))
 
 
 def test_special_tokens_are_kept_from_the_fast_encoder(

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_lion.errors import DataError
 from megatron_lion.prepare.find_files import input_file
+from megatron_lion.prepare.hash_inputs import hash_sources
 from megatron_lion.prepare.progress import NoProgress
-from megatron_lion.prepare.sources import hash_sources
 
 
 class Bytes(NoProgress):
