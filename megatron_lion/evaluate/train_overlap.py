@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ def with_train_overlaps(tasks: Sequence[Task], run_dir: Path) -> list[Task]:
         sha256s = (
             {task.conditions["text_sha256"], sha256_file(Path(task.conditions["text_path"]))} if datasets else set()
         )
-        of_text = [next((one for one in dataset if one.sha256 in sha256s), None) for dataset in datasets]
-        known = [dataclasses.asdict(one) for one in of_text if one is not None]
-        complete = datasets and len(known) == len(datasets)
+        # A dataset of `merge` has an entry for each of the datasets that it was joined from.
+        of_text = [[dataclasses.asdict(one) for one in dataset if one.sha256 in sha256s] for dataset in datasets]
+        known = list(itertools.chain.from_iterable(of_text))
+        complete = datasets and all(of_text)
         found.append(dataclasses.replace(task, conditions={**task.conditions, KEY: known if complete else None}))
     return found
 

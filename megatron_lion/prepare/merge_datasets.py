@@ -24,7 +24,7 @@ from megatron_lion import __version__
 from megatron_lion.data.indexed_check import IndexedInfo, check_indexed, sequence_lengths
 from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.data.inspection import boundaries_of, document_lengths
-from megatron_lion.data.manifest import NAME, SPLITS, Manifest, SplitInfo, read_manifest, write_manifest
+from megatron_lion.data.manifest import NAME, SPLITS, Manifest, Overlap, SplitInfo, read_manifest, write_manifest
 from megatron_lion.data.tokenizers import load_tokenizer_of
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import storage_errors
@@ -115,6 +115,8 @@ def merge_datasets(
             raise DataError(f"{output}: no document would be left in the train split; the datasets repeat each other")
         load_tokenizer_of(planned.tokenizer.sha256, folders[0] / "tokenizer").save(result / "tokenizer")
         manifest = _finished(planned, manifests, splits, parts, dropped, repeats)
+        if not dropped:  # else fewer passages may be left than the datasets had
+            manifest = dataclasses.replace(manifest, overlaps=_overlaps(manifests))
         write_manifest(result, manifest)
         publish(result, output, work)
     return manifest
@@ -172,8 +174,15 @@ def _planned(manifests: Sequence[Manifest], deduplicate: bool) -> Manifest:
         skipped=_sums(one.skipped for one in manifests),
         rejected=_sums(one.rejected for one in manifests),
         unread_files=_sums(one.unread_files for one in manifests),
-        overlaps=(),  # datasets may hold different passages of a text, and their union is not known
+        overlaps=(),
     )
+
+
+def _overlaps(manifests: Sequence[Manifest]) -> tuple[Overlap, ...]:
+    """Returns all entries about the texts for which every dataset was searched; the union of their passages is not known."""
+    searched = [{overlap.sha256 for overlap in one.overlaps} for one in manifests]
+    everywhere = set.intersection(*searched)
+    return tuple(overlap for one in manifests for overlap in one.overlaps if overlap.sha256 in everywhere)
 
 
 def _sums(counts: Iterator[dict[str, int]]) -> dict[str, int]:

@@ -84,8 +84,9 @@ def test_several_datasets(base: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     run = Path(shutil.copytree(base / "run", tmp_path / "run", ignore=shutil.ignore_patterns("eval")))
     facts = read_sealed(run / "run.json")
     (dataset,) = facts["train_overlaps"]
-    write_sealed(run / "run.json", {**facts, "train_overlaps": [dataset, dataset]})
-    assert len(evaluate(run, base / "own.txt")["own.txt"]["train_overlaps"]) == 2
+    joined = [[*dataset, *dataset], dataset]  # the first as `merge` makes it
+    write_sealed(run / "run.json", {**facts, "train_overlaps": joined})
+    assert len(evaluate(run, base / "own.txt")["own.txt"]["train_overlaps"]) == 3
     assert f"overlap ≥ {6 / (WORDS - 12):.2%}" in capsys.readouterr().out
     # A dataset that was not searched may hold anything, and a run of an earlier version does not state it.
     for stored in ([dataset, []], [], None, [{"path": 1}], "x"):

@@ -205,3 +205,20 @@ def test_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.Captur
     assert main(["merge", *parts, "--output", parts[0]]) == 2
     assert "is the output too" in capsys.readouterr().err
     assert main(["merge", *parts, "--output", str(tmp_path / "file")]) == 2
+
+
+def test_passages_of_given_texts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Each dataset's own entry, of the texts for which all were searched; none if documents are left out."""
+    words = " ".join(f"w{number}" for number in range(40))
+    for name, text in (("one.txt", words), ("two.txt", words.replace("w", "v"))):
+        (tmp_path / name).write_text(text)
+    given = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    texts = [f"{words} in the first", *TEXTS[:50]], [f"{words[:60]} in the second", *TEXTS[50:]]
+    for name, mine, searched in (("a", texts[0], given), ("b", texts[1], given[:1]), ("c", texts[0], given)):
+        options = PrepareOptions(tokenizer=tokenizer, output=tmp_path / name, split="1", decontaminate=searched)
+        prepare(options, documents=mine)
+    joined = merge_datasets([tmp_path / "a", tmp_path / "b"], tmp_path / "ab")
+    found = [(Path(one.path).name, one.train_ngrams, one.train_documents) for one in joined.overlaps]
+    assert found == [("one.txt", 28, 1), ("one.txt", 5, 1)]
+    assert read_manifest(tmp_path / "ab") == joined
+    assert merge_datasets([tmp_path / "a", tmp_path / "c"], tmp_path / "ac", deduplicate=True).overlaps == ()
