@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_lion.prepare.equal_hashes import equal_hashes
 from megatron_lion.prepare.shards import EncodedShard, shard_documents, shard_overlaps, shard_sentences
 
 FEW_TOKENS, DUPLICATE, CONTAMINATED = "fewer_tokens", "duplicate", "contaminated"
 """Names under which the documents that are left out are counted."""
-
-_RANGE_DOCUMENTS = 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,26 +103,6 @@ def select_documents(shards: Sequence[EncodedShard], folder: Path, rules: Rules,
 def _repeated(shards: Sequence[EncodedShard], folder: Path, count: int) -> npt.NDArray[np.bool_]:
     """Returns which of the `count` documents have the 128-bit hash of an earlier one, shape (D,)."""
     repeated = np.zeros(count, dtype=np.bool_)
-    # A power of two of ranges of the first half's leading bits, each of about half a million documents.
-    bits = max(0, (count // _RANGE_DOCUMENTS).bit_length())
-    for number in range(1 << bits):
-        hashes, places = _of_range(shards, folder, bits, number)
-        order = np.lexsort((places, hashes[1], hashes[0]))
-        equal = np.all(hashes[:, order[1:]] == hashes[:, order[:-1]], axis=0)
-        repeated[places[order[1:][equal]]] = True
+    for places, equal in equal_hashes(lambda: (shard_documents(folder, shard).hashes for shard in shards), count):
+        repeated[places[equal]] = True
     return repeated
-
-
-def _of_range(
-    shards: Sequence[EncodedShard], folder: Path, bits: int, number: int
-) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """Returns (hashes (2, K), places in the corpus (K,)) of the documents whose hash begins with the bits of `number`."""
-    hashes, places, first = [], [], 0
-    for shard in shards:
-        mine = shard_documents(folder, shard).hashes
-        # In two shifts, because a shift by all 64 bits is undefined.
-        chosen = np.flatnonzero(mine[0] >> np.uint64(1) >> np.uint64(63 - bits) == number)
-        hashes.append(mine[:, chosen])
-        places.append(chosen + first)
-        first += shard.documents
-    return np.concatenate(hashes, axis=1), np.concatenate(places)

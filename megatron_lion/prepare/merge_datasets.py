@@ -28,6 +28,7 @@ from megatron_lion.data.manifest import NAME, SPLITS, Manifest, Overlap, SplitIn
 from megatron_lion.data.tokenizers import load_tokenizer_of
 from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import storage_errors
+from megatron_lion.prepare.equal_hashes import Halves, equal_hashes
 from megatron_lion.prepare.kept_documents import DUPLICATE
 from megatron_lion.prepare.progress import NoProgress, Progress
 from megatron_lion.prepare.workfolder import check_free_space, check_output, locked_work_folder, publish
@@ -38,8 +39,6 @@ HELD_OUT = "in_a_held_out_split"
 """Name under which documents are counted that equal one of a later split."""
 MERGED = "merged"
 """Key of the manifest's options for the datasets that were joined, and for the rule."""
-
-_HASH = np.dtype("S16")  # all have 16 bytes, so it is no loss that numpy drops zero bytes at their end
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def merge_datasets(
         size = sum(info.bin_bytes + info.idx_bytes for found in infos.values() for info in found)
         check_free_space(work, size)
         progress.stage("comparing documents", sum(info.bin_bytes for found in infos.values() for info in found))
-        parts, dropped, repeats = _selected(infos, deduplicate, progress)
+        parts, dropped, repeats = _selected(infos, work, deduplicate, progress)
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)  # left by a run that was killed
         with storage_errors(result, "made"):
@@ -214,42 +213,55 @@ def _existing(output: Path, planned: Manifest, overwrite: bool) -> Manifest | No
 
 
 def _selected(
-    infos: Mapping[str, Sequence[IndexedInfo]], deduplicate: bool, progress: Progress
+    infos: Mapping[str, Sequence[IndexedInfo]], work: Path, deduplicate: bool, progress: Progress
 ) -> tuple[dict[str, list[_Part]], dict[str, int], int]:
     """Returns (parts by split, number of documents that are left out by reason, number of repeats that are kept)."""
-    parts: dict[str, list[_Part]] = {}
-    dropped: Counter[str] = Counter()
-    repeats = 0
-    later = np.zeros(0, dtype=_HASH)
-    for name in reversed(list(infos)):
-        hashes = [_hashes(info, progress) for info in infos[name]]
-        every = np.concatenate(hashes)
-        kept = ~np.isin(every, later)
-        dropped[HELD_OUT] += int((~kept).sum())
-        repeated = np.ones(every.size, dtype=np.bool_)
-        repeated[np.unique(every, return_index=True)[1]] = False  # the first of each
-        if deduplicate:
-            dropped[DUPLICATE] += int((repeated & kept).sum())
-            kept &= ~repeated
-        repeats += int((repeated & kept).sum())
-        later = np.union1d(later, every)
-        ends = np.cumsum([one.size for one in hashes])
-        parts[name] = [_Part(info, mine) for info, mine in zip(infos[name], np.split(kept, ends[:-1]), strict=True)]
-    return {name: parts[name] for name in infos}, {reason: count for reason, count in dropped.items() if count}, repeats
+    # In this order, a document that equals one before it equals one of a later split or an earlier one of its own.
+    names = [*reversed([*infos])]
+    every = [info for name in names for info in infos[name]]
+    files = [work / f"hashes-{number}" for number in range(len(every))]
+    for info, path in zip(every, files, strict=True):
+        _write_hashes(info, path, progress)
+    ends = np.cumsum([info.num_documents for info in every])
+    first_of_split = np.cumsum([0, *(sum(info.num_documents for info in infos[name]) for name in names)])
+    held_out, repeated = (np.zeros(int(ends[-1]), dtype=np.bool_) for _ in range(2))
+    for places, equal in equal_hashes(lambda: map(_read_hashes, files), int(ends[-1])):
+        split = np.searchsorted(first_of_split, places, "right")
+        group = np.cumsum(~equal) - 1
+        held_out[places[split[~equal][group] != split]] = True
+        repeated[places[equal]] = True
+    for path in files:
+        with storage_errors(path, "removed"):
+            path.unlink()
+    dropped = {HELD_OUT: int(held_out.sum()), DUPLICATE: int((repeated & ~held_out).sum()) if deduplicate else 0}
+    kept = ~held_out & ~(repeated & deduplicate)
+    of_info = {id(info): mine for info, mine in zip(every, np.split(kept, ends[:-1]), strict=True)}
+    parts = {name: [_Part(info, of_info[id(info)]) for info in found] for name, found in infos.items()}
+    return parts, {reason: count for reason, count in dropped.items() if count}, int((repeated & kept).sum())
 
 
-def _hashes(info: IndexedInfo, progress: Progress) -> npt.NDArray[Any]:
-    """Returns the hash of each document's tokens, (D,)."""
-    found = np.empty(info.num_documents, dtype=_HASH)
-    number = 0
-    with storage_errors(info.bin_path, "read"), open(info.bin_path, "rb", buffering=1 << 20) as stream:
+def _write_hashes(info: IndexedInfo, path: Path, progress: Progress) -> None:
+    """Writes a 128-bit hash of each document's tokens to a file."""
+    with (
+        storage_errors(info.bin_path, "read"),
+        open(info.bin_path, "rb", buffering=1 << 20) as stream,
+        storage_errors(path),
+        open(path, "wb") as hashes,
+    ):
         for lengths in document_lengths(info):
-            for length in lengths.tolist():
-                content = stream.read(length * info.dtype.itemsize)
-                found[number : number + 1] = np.frombuffer(hashlib.blake2b(content, digest_size=16).digest(), _HASH)
-                number += 1
-                progress.advance(len(content))
-    return found
+            found = bytearray()
+            with storage_errors(info.bin_path, "read"):
+                for length in lengths.tolist():
+                    content = stream.read(length * info.dtype.itemsize)
+                    found += hashlib.blake2b(content, digest_size=16).digest()
+                    progress.advance(len(content))
+            hashes.write(found)
+
+
+def _read_hashes(path: Path) -> Halves:
+    """Returns the halves of the hashes in a file, (2, D)."""
+    with storage_errors(path, "read"):
+        return np.fromfile(path, dtype="<u8").reshape(-1, 2).T
 
 
 def _write(result: Path, parts: Sequence[_Part], vocab_size: int, progress: Progress) -> SplitInfo:

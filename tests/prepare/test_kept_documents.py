@@ -18,7 +18,7 @@ from megatron_lion.cli import main
 from megatron_lion.data.tokenizer_files import byte_letters
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError, StorageError
-from megatron_lion.prepare import kept_documents
+from megatron_lion.prepare import equal_hashes
 from megatron_lion.prepare.kept_documents import Rules, select_documents
 from megatron_lion.prepare.merge_shards import splits_of_documents, write_splits
 from megatron_lion.prepare.pieces import ReadCount
@@ -165,7 +165,7 @@ def test_ranges_of_hashes_find_the_same_duplicates(
     )
     once = prepare(options)
     assert once.documents == len(set(texts))
-    monkeypatch.setattr(kept_documents, "_RANGE_DOCUMENTS", 20)
+    monkeypatch.setattr(equal_hashes, "_RANGE_DOCUMENTS", 20)
     assert prepare(dataclasses.replace(options, output=tmp_path / "b")).splits == once.splits
 
 
@@ -316,7 +316,7 @@ def test_the_summary_of_the_command(tmp_path: Path, tokenizer: Tokenizer, capsys
 
 def test_selection_takes_few_bytes_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenWebText has 8 million documents; their 128-bit hashes alone take 128 MB."""
-    monkeypatch.setattr(kept_documents, "_RANGE_DOCUMENTS", 1 << 14)
+    monkeypatch.setattr(equal_hashes, "_RANGE_DOCUMENTS", 1 << 14)
     count, each = 800, 1000
     draw = np.random.default_rng(0)
     shards = []

@@ -23,6 +23,7 @@ from megatron_lion.data.indexed_writer import IndexedWriter
 from megatron_lion.data.manifest import Manifest, SplitInfo, read_manifest, write_manifest
 from megatron_lion.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_lion.errors import ConfigError, DataError
+from megatron_lion.prepare import equal_hashes
 from megatron_lion.prepare import merge_datasets as module
 from megatron_lion.prepare.merge_datasets import merge_datasets
 from megatron_lion.prepare.pipeline import PrepareOptions, prepare
@@ -148,6 +149,7 @@ def test_any_datasets(
         later.update(every)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module._runs, "__defaults__", (most,))
+        patch.setattr(equal_hashes, "_RANGE_DOCUMENTS", most)
         if not expected["train"]:
             with pytest.raises(DataError, match="no document would be left in the train split"):
                 merge_datasets(folders, base / "merged", deduplicate=deduplicate)
