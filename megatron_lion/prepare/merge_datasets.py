@@ -30,6 +30,7 @@ from megatron_lion.errors import ConfigError, DataError
 from megatron_lion.files import storage_errors
 from megatron_lion.prepare.equal_hashes import Halves, equal_hashes
 from megatron_lion.prepare.kept_documents import DUPLICATE
+from megatron_lion.prepare.pool import usable_cores
 from megatron_lion.prepare.progress import NoProgress, Progress
 from megatron_lion.prepare.workfolder import check_free_space, check_output, locked_work_folder, publish
 
@@ -96,7 +97,8 @@ def merge_datasets(
         }
         infos = {name: found for name, found in infos.items() if found}
         size = sum(info.bin_bytes + info.idx_bytes for found in infos.values() for info in found)
-        check_free_space(work, size)
+        hashes = 16 * sum(info.num_documents for found in infos.values() for info in found)
+        check_free_space(work, size + hashes)
         progress.stage("comparing documents", sum(info.bin_bytes for found in infos.values() for info in found))
         parts, dropped, repeats = _selected(infos, work, deduplicate, progress)
         result = work / "result"
@@ -267,7 +269,7 @@ def _read_hashes(path: Path) -> Halves:
 def _write(result: Path, parts: Sequence[_Part], vocab_size: int, progress: Progress) -> SplitInfo:
     """Writes the documents of a split that are kept; each run of neighbours is one write."""
     prefix = result / parts[0].info.prefix.name
-    with IndexedWriter(prefix, vocab_size) as writer:
+    with IndexedWriter(prefix, vocab_size, threads=usable_cores()) as writer:
         for part in parts:
             info, lengths, boundaries = part.info, sequence_lengths(part.info), boundaries_of(part.info)
             place = sequence = 0
