@@ -41,7 +41,7 @@ DEFAULT_EOD = "<|endoftext|>"
 class Tokenizer:
     """A loaded tokenizer.
 
-    It is pickled without the library's object, which another process builds from the same definition at the first use.
+    It is pickled, and written by `to_json`, without the library's object, which another process builds at the first use.
 
     Attributes:
         kind: type of the model in `tokenizers`: "BPE", "WordPiece", "Unigram" or "WordLevel".
@@ -217,6 +217,20 @@ class Tokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "backend"}
+
+    def to_json(self) -> str:
+        """Returns the tokenizer as JSON, for `from_json` in another process of the same command."""
+        files = {name: content.decode("latin-1") for name, content in self._files.items()}
+        return json.dumps(self.__getstate__() | {"_files": files})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Tokenizer:
+        """Returns the tokenizer of `to_json`."""
+        state = json.loads(text)
+        loaded = cls.__new__(cls)
+        files = {name: content.encode("latin-1") for name, content in state["_files"].items()}
+        loaded.__dict__.update(state | {"_files": files})
+        return loaded
 
     def __repr__(self) -> str:
         what = f"kind={self.kind}, vocab_size={self.vocab_size}, sha256={self.sha256[:12]}…"

@@ -49,10 +49,7 @@ HARD_TEXTS = (
 
 
 class Encoder(Protocol):
-    """Interface of an encoder for batches of documents; `name` contains the library and its version.
-
-    It can be pickled, for worker processes.
-    """
+    """Interface of an encoder for batches of documents; `name` contains the library and its version."""
 
     name: str
 
@@ -98,13 +95,15 @@ class GigatokenEncoder(_WholeDocuments):
     Args:
         tokenizer: tokenizer to encode with.
         sample_every: the reference also encodes one document in this many.
+        compared: whether another process has compared it with the reference before its first use. The reference, which is
+            then built at the first sample, is used half of `sample_every` documents later.
 
     Raises:
         EnvironmentFault: gigatoken is not installed or does not support this tokenizer.
         DataError: gigatoken gives other ids than the reference.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sample_every: int = _SAMPLE_EVERY) -> None:
+    def __init__(self, tokenizer: Tokenizer, sample_every: int = _SAMPLE_EVERY, compared: bool = False) -> None:
         self.name = f"gigatoken {_gigatoken_version()}"
         self._reference = ReferenceEncoder(tokenizer)
         self._source = tokenizer.source
@@ -115,21 +114,13 @@ class GigatokenEncoder(_WholeDocuments):
         # gigatoken would encode a marker inside a document as the special id; `Tokenizer` encodes it as text.
         self._definition = json.dumps({**definition, "added_tokens": []})
         self._sample_every = sample_every
-        self._seen = 0
+        self._seen = sample_every // 2 if compared else 0
         self._renew()
+        if compared:
+            return
         hard = [text.encode("utf-8") for text in HARD_TEXTS]
         for text, expected in zip(hard, self._reference.encode(hard), strict=True):
             self._compare(text, self._backend.encode(text), expected)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # The process that made the encoder compared it with the reference, so another process, which would have to build
-        # the reference first, begins in the middle between two samples.
-        self._seen = self._sample_every // 2
-        self._renew()
 
     def _renew(self) -> None:
         try:
@@ -170,13 +161,16 @@ def _gigatoken_version() -> str:
         raise EnvironmentFault(f"gigatoken is not installed: pip install gigatoken{_REMEDY}") from None
 
 
-def build_encoder(name: EncoderName, tokenizer: Tokenizer, splitter: SplitterName | None = None) -> Encoder:
+def build_encoder(
+    name: EncoderName, tokenizer: Tokenizer, splitter: SplitterName | None = None, compared: bool = False
+) -> Encoder:
     """Builds the encoder of a name; "auto" uses gigatoken if it is installed and supports the tokenizer.
 
     Args:
         name: "auto", "tokenizers" or "gigatoken"; ignored if a splitter is given.
         tokenizer: tokenizer to encode with.
         splitter: splitter that divides documents into sentences, as BERT needs; None keeps each document whole.
+        compared: as for `GigatokenEncoder`.
 
     Raises:
         EnvironmentFault: gigatoken or punkt was requested and cannot be used.
@@ -187,7 +181,7 @@ def build_encoder(name: EncoderName, tokenizer: Tokenizer, splitter: SplitterNam
     if name == "tokenizers":
         return ReferenceEncoder(tokenizer)
     try:
-        return GigatokenEncoder(tokenizer)
+        return GigatokenEncoder(tokenizer, compared=compared)
     except (EnvironmentFault, DataError) as error:
         if name == "gigatoken":
             raise

@@ -300,7 +300,13 @@ class _Preparation:
             self.progress.advance(piece.stored_bytes)
 
         return encode_pieces(
-            self._named_pieces(), self.shards_folder, self.settings, self.encoder, self.workers, on_shard
+            self._named_pieces(),
+            self.shards_folder,
+            self.settings,
+            self.tokenizer,
+            self.encoder,
+            self.workers,
+            on_shard,
         )
 
     def _check_unchanged(self) -> None:

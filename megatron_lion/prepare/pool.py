@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+from megatron_lion.data.tokenizers import Tokenizer
 from megatron_lion.errors import DataError, PeerError
+from megatron_lion.files import write_whole
 from megatron_lion.prepare.encode_piece import EncodeSettings, encode_piece
-from megatron_lion.prepare.encoders import Encoder
+from megatron_lion.prepare.encoders import Encoder, EncoderName, build_encoder
 from megatron_lion.prepare.pieces import Piece, problem_message
 from megatron_lion.prepare.shards import EncodedShard, load_shard
 from megatron_lion.signals import blocked, signal_when_parent_ends
@@ -30,7 +32,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(parent: int, settings: EncodeSettings, encoder: Encoder) -> None:
+def _start_worker(parent: int, settings: EncodeSettings, tokenizer: Path, encoder: EncoderName) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # should anything in the worker unblock it
     signal_when_parent_ends(signal.SIGKILL)  # a killed parent must not leave workers behind
@@ -38,7 +40,8 @@ def _start_worker(parent: int, settings: EncodeSettings, encoder: Encoder) -> No
     if sys.platform == "linux" and os.getppid() != parent:
         os._exit(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
-    _worker = settings, encoder
+    loaded = Tokenizer.from_json(tokenizer.read_bytes())
+    _worker = settings, build_encoder(encoder, loaded, settings.splitter, compared=True)
 
 
 @contextmanager
@@ -96,6 +99,7 @@ def encode_pieces(
     pieces: Iterable[tuple[str, Piece]],
     folder: Path,
     settings: EncodeSettings,
+    tokenizer: Tokenizer,
     encoder: Encoder,
     workers: int,
     on_shard: Callable[[Piece, EncodedShard], None],
@@ -106,7 +110,8 @@ def encode_pieces(
         pieces: (shard name, piece) in the corpus's order.
         folder: folder of the shards.
         settings: settings of each worker.
-        encoder: encoder of this process; each worker gets a copy.
+        tokenizer: tokenizer of the encoder.
+        encoder: encoder of this process; each worker builds one of the same library.
         workers: number of processes; 1 encodes in this process.
         on_shard: called for every shard when it is complete, in any order.
 
@@ -127,7 +132,12 @@ def encode_pieces(
             if collector.stopped:
                 break
     else:
-        _encode_in_pool(pieces, folder, (settings, encoder), workers, collector)
+        # In a file: while a process starts, its parent waits until it has read its arguments, and would wait without end
+        # if the process was killed, because the arguments are larger than what a pipe holds.
+        path = folder.parent / "tokenizer.json"
+        write_whole(path, tokenizer.to_json().encode())
+        library: EncoderName = "gigatoken" if encoder.name.startswith("gigatoken") else "tokenizers"
+        _encode_in_pool(pieces, folder, (settings, path, library), workers, collector)
     collector.raise_first_problem()
     return collector
 
@@ -135,7 +145,7 @@ def encode_pieces(
 def _encode_in_pool(
     pieces: Iterable[tuple[str, Piece]],
     folder: Path,
-    given: tuple[EncodeSettings, Encoder],
+    given: tuple[EncodeSettings, Path, EncoderName],
     workers: int,
     collector: Collector,
 ) -> None:

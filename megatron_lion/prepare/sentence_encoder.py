@@ -78,16 +78,12 @@ class SentenceEncoder:
         tokenizer.bert_special_ids()  # raises DataError if the tokenizer is not suitable
         self.name = f"tokenizers {importlib.metadata.version('tokenizers')} by words, sentences by {splitter}"
         self.split = load_splitter(splitter)
-        self._splitter = splitter
         self._tokenizer = tokenizer
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._continues = _continuation_ids(tokenizer)
         self._table = _WordTable(tokenizer, self._dtype)
         self._sample_every = sample_every
         self._seen = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SentenceEncoder, (self._tokenizer, self._splitter, self._sample_every)  # without the table of words
 
     def encode_documents(self, texts: Sequence[bytes]) -> list[EncodedDocument]:
         """Returns the ids and sentence lengths of each text, given in UTF-8; a text without tokens has no sentences."""

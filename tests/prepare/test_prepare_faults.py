@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -254,3 +255,26 @@ def test_command_refuses_on_one_line_with_the_tables_code(corpus: Path, tmp_path
         assert "Traceback" not in ended.stderr
     skipped = finish(corpus, tmp_path / "out", "--input", str(tmp_path / "bad.jsonl"), "--on-error", "skip")
     assert "rejected: 1 missing_key" in skipped.stdout
+
+
+def test_a_worker_that_is_killed_while_it_starts(corpus: Path, tmp_path: Path) -> None:
+    """Its arguments were larger than a pipe holds, so the parent waited without end for a reader."""
+    letters = string.ascii_letters
+    vocabulary = write_byte_bpe(tmp_path / "large", *(f"{first} {second}" for first in letters for second in letters))
+    output = tmp_path / "out"
+    words = command(corpus, output)
+    words[words.index("--tokenizer") + 1] = str(vocabulary)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        parent, deadline = psutil.Process(process.pid), time.monotonic() + 100
+        workers: list[psutil.Process] = []
+        while not workers and time.monotonic() < deadline:
+            workers = [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+        workers[0].kill()
+        try:
+            _, stderr = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 8, stderr
+    assert "a worker process of prepare was killed" in stderr
+    assert "Traceback" not in stderr
+    assert finish(corpus, output).returncode == 0

@@ -78,7 +78,12 @@ def test_marker_inside_a_document_is_text(gpt2: Tokenizer, tmp_path: Path) -> No
     assert 50256 not in from_json.encode(f"a{marker}b")
     assert from_json.decode([50256]) == marker
     assert from_json.sha256 == gpt2.sha256, "the same vocabulary and merges in the other form"
-    assert pickle.loads(pickle.dumps(from_json)).encode(marker) == gpt2.encode(marker)  # noqa: S301
+    copies = pickle.loads(pickle.dumps(from_json)), Tokenizer.from_json(from_json.to_json())  # noqa: S301
+    for copy in copies:
+        assert copy.encode(marker) == gpt2.encode(marker)
+        assert (copy.sha256, copy.vocab_size, copy.eod_id) == (gpt2.sha256, gpt2.vocab_size, gpt2.eod_id)
+        copy.save(tmp_path / "saved")
+        assert load_tokenizer(tmp_path / "saved").sha256 == gpt2.sha256
 
 
 def test_sha256_follows_content_not_path(tmp_path: Path) -> None:
