@@ -216,13 +216,14 @@ class LongDocument:
         """Adds the next part of the text, whole characters; a word may continue in the next part."""
         text = self._held + utf8
         words = _words([text])
-        # What follows the last complete word may be the beginning of a longer one, and is looked at with the next part.
+        # A word that ends with the text may be the beginning of a longer one, and is looked at with the next part.
         complete = int(np.searchsorted(words.ends, len(text)))
         if complete:
             self._take(text[: words.ends[complete - 1]])
-            self._held = text[words.starts[max(0, complete - N + 1)] :]
-        else:
-            self._held = text
+        # The last words alone, since there may be any amount of other characters between them.
+        first = max(0, complete - N + 1)
+        held = [words.content[a:b] for a, b in zip(words.starts[first:], words.ends[first:], strict=True)]
+        self._held = b" ".join(held if len(words.ends) > complete else [*held, b""])
 
     def _take(self, utf8: bytes) -> None:
         self._found.update(self._finder.find([utf8])[:, 1].tolist())

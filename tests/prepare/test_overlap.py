@@ -115,6 +115,16 @@ def test_a_cut_word_is_no_shorter_word() -> None:
         assert len(long.finish()) == found
 
 
+def test_few_words_among_many_other_characters_take_no_memory() -> None:
+    long = LongDocument(OverlapFinder(grams_of([b"a b c d e f g h i j k l m"])))
+    for word in b"a b c d e f g h i j k l m".split():
+        long.add(word)
+        for _ in range(5):
+            long.add(b"- | \n" * 5000)
+        assert len(long._held) < 30
+    assert len(long.finish()) == 1
+
+
 @pytest.mark.parametrize("size", [7, 8, 9, 15, 16, 17, 63, 64, 65, 200])
 def test_words_that_differ_in_their_last_letter_are_different(size: int) -> None:
     words = " ".join(f"w{number}" for number in range(N - 1))
