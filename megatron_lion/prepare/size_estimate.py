@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_lion.data.indexed_writer import token_dtype
 from megatron_lion.prepare.encode_piece import EncodeSettings
 from megatron_lion.prepare.encoders import Encoder
-from megatron_lion.prepare.find_files import TABLES, InputFile
+from megatron_lion.prepare.find_files import InputFile
 from megatron_lion.prepare.inputs import opened, reading
 from megatron_lion.prepare.lines import BadLine
 from megatron_lion.prepare.long_texts import text_parts
@@ -24,7 +25,8 @@ from megatron_lion.prepare.tables import column_bytes
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 18
-_GROWTH_BYTES = 1 << 23
+_READ_BYTES = 1 << 21
+_MOST_BYTES = 1 << 26
 # Used if the beginning of a compressed file does not show its ratio: English text shrinks to about a quarter.
 USUAL_COMPRESSION = 4.0
 _FIXED_BYTES = 1 << 22
@@ -61,65 +63,101 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
         DataError: the largest file is damaged at its beginning.
     """
     file = max(files, key=lambda candidate: candidate.bytes)
-    piece = next(cut_pieces(file, _SAMPLE_BYTES, settings.read.json_key), None)
-    if piece is None:
-        return Estimate(0.0, _FIXED_BYTES, 0.0)
-    # Twice: the first time, packages are loaded and the encoder learns its words.
+    sample = _text_sample(file, settings) if file.format == "txt" else _sample(file, settings)
+    # Twice: the first time, the encoder learns its words.
     for _ in range(2):
         began = time.monotonic()
-        texts, text_bytes = _sample(file, piece, settings)
-        encoded = encoder.encode_documents(texts)
-        for text in texts:
+        encoded = encoder.encode_documents(sample.texts)
+        for text in sample.texts:
             hashlib.sha256(text)
         seconds = time.monotonic() - began
-    num_tokens = sum(document.ids.size for document in encoded) + len(texts)
-    sample_bytes = max(sum(map(len, texts)), 1)
-    growth = 1.0
-    if file.format in TABLES:
-        growth = column_bytes(file, settings.read.json_key) / file.bytes
-    elif piece.data is not None:
-        growth = _growth(file, settings.read.json_key)
-    elif file.format == "tar":
-        growth = text_bytes / max(piece.stored_bytes, 1)
-    elif file.compression:
-        growth = USUAL_COMPRESSION
-    scale = sum(each.bytes for each in files) * growth / sample_bytes
-    tokens, documents = num_tokens * scale, len(texts) * scale
+    stored = sum(each.bytes for each in files)
+    text_bytes, documents = stored * sample.text_share, stored * sample.document_share
+    scale = text_bytes / max(sum(map(len, sample.texts)), 1)
+    tokens = sum(document.ids.size for document in encoded) * scale + documents
     sentences = sum(document.lengths.size for document in encoded) * scale
     # Tokens are stored in shards and merged; documents and sentences in shards (28 and 4 bytes), in the index (20 and 12) and
     # in its temporary files (12 and 4). 10 % more for the rest of the text.
     peak = 1.1 * (2 * tokens * token_dtype(settings.vocab_size).itemsize + 60 * documents + 20 * sentences)
-    return Estimate(tokens, int(peak) + _FIXED_BYTES, seconds * scale)
+    return Estimate(tokens, int(peak) + _FIXED_BYTES, seconds * scale + stored * sample.read_seconds)
 
 
-def _growth(file: InputFile, key: str) -> float:
-    """Returns the decompressed bytes for each stored one, of compressed JSON lines."""
-    size = stored = 0
-    for piece in cut_pieces(file, _SAMPLE_BYTES, key):
-        size += len(piece.data or b"")
-        stored += piece.stored_bytes
-        # A decompressor reads up to 1 MiB ahead, more than the first pieces need.
-        if stored >= _GROWTH_BYTES:
-            break
-    return size / max(stored, 1)
+class _Sample(NamedTuple):
+    """Texts from the beginning of a file, in UTF-8, and what each of its stored bytes gives.
+
+    Attributes:
+        texts: texts of about `_SAMPLE_BYTES` together; the last one can be cut.
+        text_share: bytes of text for each stored byte.
+        document_share: documents for each stored byte.
+        read_seconds: time of reading for each stored byte.
+    """
+
+    texts: list[bytes]
+    text_share: float
+    document_share: float
+    read_seconds: float
 
 
-def _sample(file: InputFile, piece: Piece, settings: EncodeSettings) -> tuple[list[bytes], int]:
-    """Returns the first texts of a piece in UTF-8, cut to the sample's size, and the bytes of all text that was read."""
+def _sample(file: InputFile, settings: EncodeSettings) -> _Sample:
+    """Reads the first pieces of a file, whole, until there is text and the share of text is known well enough."""
     texts: list[bytes] = []
-    characters = text_bytes = 0
     # The estimate skips bad lines; the preparation itself reports them with their line numbers.
     lenient = dataclasses.replace(settings.read, on_error="skip")
-    for text in _texts(piece, dataclasses.replace(settings, read=lenient)):
-        if characters < _SAMPLE_BYTES:
-            beginning = text[:_SAMPLE_BYTES]
-            texts.append(beginning.encode("utf-8"))
-            characters += len(beginning)
-        text_bytes += len(text.encode("utf-8"))
-        # Of an archive, all of the piece is read, to know how much text its stored bytes give.
-        if characters >= _SAMPLE_BYTES and file.format != "tar":
+    read_ahead = file.compression or file.format == "tar"  # a decompressor reads up to 1 MiB more than the pieces need
+    characters = text_bytes = documents = stored = first = 0
+    began = time.monotonic()
+    for piece in _spread(file, settings.read.json_key):
+        enough = _READ_BYTES * (4 if read_ahead else 16 if piece.unit == "value" else 1)
+        for text in read_piece(piece, lenient, ReadCount()):
+            if characters < _SAMPLE_BYTES:
+                beginning = text[:_SAMPLE_BYTES]
+                texts.append(beginning.encode("utf-8"))
+                characters += len(beginning)
+            text_bytes += len(text.encode("utf-8"))
+            documents += 1
+        stored += piece.stored_bytes
+        if (stored >= enough and characters >= _SAMPLE_BYTES) or stored >= _MOST_BYTES:
             break
-    return texts, text_bytes
+        if not first:
+            first, began = stored, time.monotonic()  # the first piece loads packages
+    seconds = (time.monotonic() - began) / max(stored - first, _SAMPLE_BYTES)
+    text_share = text_bytes / max(stored, 1)
+    if file.format == "parquet" and text_bytes:  # its metadata are better than a part of the rows
+        text_share = column_bytes(file, settings.read.json_key) / file.bytes or text_share
+    return _Sample(texts, text_share, text_share * documents / max(text_bytes, 1), seconds)
+
+
+def _spread(file: InputFile, key: str) -> Iterator[Piece]:
+    """Yields the pieces of a file; of plain JSON lines, first some that are spread over it, since its parts may differ."""
+    pieces = cut_pieces(file, _SAMPLE_BYTES, key)
+    first = next(pieces, None)
+    if first is None:
+        return
+    if file.format != "jsonl" or first.data is not None:
+        yield from itertools.chain([first], pieces)
+        return
+    every = [first, *pieces]
+    step = max(len(every) * _SAMPLE_BYTES // _READ_BYTES, 1)
+    yield from every[::step]
+    yield from (piece for piece in every if piece.number % step)
+
+
+def _text_sample(file: InputFile, settings: EncodeSettings) -> _Sample:
+    """Reads the beginning of a text file, which is one piece."""
+    texts: list[bytes] = []
+    characters = 0
+    began = time.monotonic()
+    piece = next(cut_pieces(file, _SAMPLE_BYTES))
+    for text in _texts(piece, settings):
+        texts.append(text[:_SAMPLE_BYTES].encode("utf-8"))
+        characters += len(text)
+        if characters >= _SAMPLE_BYTES:
+            break
+    size = sum(map(len, texts))
+    share = USUAL_COMPRESSION if file.compression else 1.0
+    in_parts = settings.reads_parts(piece) or settings.read.txt_documents == "file"
+    documents = 1 / max(file.bytes, 1) if in_parts else len(texts) * share / max(size, 1)
+    return _Sample(texts, share if size else 0.0, documents, (time.monotonic() - began) * share / max(size, 1))
 
 
 def warn_of_memory(files: Sequence[InputFile], task: Literal["gpt", "bert"]) -> None:

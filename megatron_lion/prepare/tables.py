@@ -55,17 +55,15 @@ def cut_table(file: InputFile, piece_bytes: int, key: str) -> Iterator[TablePart
 
 
 def column_bytes(file: InputFile, key: str) -> int:
-    """Returns the size of a column's text in bytes, as the metadata of a Parquet file has it, or that of an Arrow file.
+    """Returns the size of a column's text in bytes as the metadata of a Parquet file has it; 0 if there is none.
 
     Args:
-        file: a Parquet or Arrow file.
+        file: a Parquet file.
         key: name of the column, as for `table_texts`.
 
     Raises:
         DataError: the file is damaged.
     """
-    if file.format != "parquet":
-        return file.bytes
     with reading(file.path), _parquet_file(file.path) as table:
         return sum(_column_bytes(table.metadata.row_group(number), key) for number in range(table.num_row_groups))
 
