@@ -17,6 +17,7 @@ VOCAB_SIZE=${VOCAB_SIZE:-2048}           # ids of the trained tokenizer: 2048 fo
 SPLIT=${SPLIT:-auto}                     # shares of train,valid,test, such as 90,5,5; auto: by the size of the text
 SEED=${SEED:-1234}                       # seed of the hashes that determine a document's split
 WORKERS=${WORKERS:-0}                    # number of processes; 0: one for each core
+ON_ERROR=${ON_ERROR:-stop}               # at a bad line: stop and report it, or skip and count it
 MORE=${MORE:-}                           # more flags of prepare, such as --deduplicate --min-tokens 50
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -28,9 +29,10 @@ if [ -z "$TOKENIZER" ]; then
     TOKENIZER="$OUTPUT-tokenizer"
     # shellcheck disable=SC2086
     "$PYTHON" -m megatron_lion tokenizer train --input $INPUT --json-key "$JSON_KEY" --vocab-size "$VOCAB_SIZE" \
-        --output "$TOKENIZER" >&2
+        --on-error "$ON_ERROR" --output "$TOKENIZER" >&2
 fi
 # shellcheck disable=SC2086
 "$PYTHON" -m megatron_lion prepare --task gpt --input $INPUT --json-key "$JSON_KEY" --txt-documents "$TXT_DOCUMENTS" \
-    --divide-documents "$DIVIDE" --tokenizer "$TOKENIZER" --output "$OUTPUT" --split "$SPLIT" --seed "$SEED" --workers "$WORKERS" $MORE
+    --divide-documents "$DIVIDE" --tokenizer "$TOKENIZER" --output "$OUTPUT" --split "$SPLIT" --seed "$SEED" --workers "$WORKERS" \
+    --on-error "$ON_ERROR" $MORE
 echo "next: megatron-lion pretrain --config configs/gpt2_tiny.yaml --data.path '$OUTPUT' --dry-run" >&2

@@ -229,8 +229,10 @@ def test_patterns_reach_every_folder(tmp_path: Path) -> None:
 def test_the_next_command_holds_a_folder_with_blanks(tmp_path: Path) -> None:
     """Without TOKENIZER one is trained on the text; the same command finds both again."""
     text = write_jsonl(tmp_path / "text.jsonl", prose(120))
+    text.write_text(text.read_text() + "a bad line\n")
+    words = {"INPUT": text, "VOCAB_SIZE": "300", "OUTPUT": "my data", "WORKERS": "1", "ON_ERROR": "skip"}
     for _ in range(2):
-        done = recipe("own_text.sh", tmp_path, INPUT=text, VOCAB_SIZE="300", OUTPUT="my data", WORKERS="1")
+        done = recipe("own_text.sh", tmp_path, **words)
         assert done.returncode == 0, done.stderr
         assert next_data(done.stderr) == ["my data"]
     manifest = json.loads((tmp_path / "my data" / "manifest.json").read_text())

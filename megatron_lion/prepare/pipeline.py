@@ -108,7 +108,7 @@ def prepare(
         planned = dataclasses.replace(planned, sources=tuple(sources), unread_files=found.unread_counts())
         planned = _divided(options, files, planned)
         if texts is not None:
-            searched = {SEARCHED: [overlap.sha256 for overlap in texts.found]}
+            searched = {SEARCHED: sorted(overlap.sha256 for overlap in texts.found)}
             planned = dataclasses.replace(planned, options={**planned.options, **searched})
         existing = _existing(output, planned, options)
         if existing is not None:
@@ -245,7 +245,11 @@ class _Preparation:
         with storage_errors(self.shards_folder, "made"):
             self.shards_folder.mkdir(exist_ok=True)
         self._check_space()
-        collector = self._encode()
+        try:
+            collector = self._encode()
+        except DataError:
+            self._check_unchanged()  # the file may have changed while it was read, which is then the reason
+            raise
         seconds = time.monotonic() - began
         shards = [shard for _, (_, shard) in sorted(collector.shards.items())]
         text_bytes = sum(shard.text_bytes for shard in shards)

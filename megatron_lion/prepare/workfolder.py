@@ -88,6 +88,6 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
         free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise StorageError(
-            f"{folder}: {free / 1e9:.1f} GB free, about {needed_bytes / 1e9:.1f} GB needed (the tokens "
+            f"{folder}: {free / 1e6:,.0f} MB free, about {needed_bytes / 1e6:,.0f} MB needed (the tokens "
             "twice, while shards are merged); make room or choose an --output on another disk"
         )

@@ -346,3 +346,16 @@ def test_selection_takes_few_bytes_a_document(tmp_path: Path, monkeypatch: pytes
     assert np.bincount(members, minlength=256)[[0, 1, 2, 255]].sum() == count * each
     assert np.flatnonzero(members == 255).tolist() == list(range(5000, 5010))
     assert peak < 5 * count * each + 3e6
+
+
+def test_the_order_of_the_given_texts_does_not_matter(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    given = [tmp_path / "b.txt", tmp_path / "a.txt"]
+    for path in given:
+        path.write_text(f"{SECRET} {path.name}")
+    source = write_jsonl(tmp_path / "a.jsonl", ["one", "two", SECRET])
+    for order in (given, given[::-1]):
+        options = PrepareOptions(
+            inputs=[source], tokenizer=tokenizer, output=tmp_path / "out", split="1", decontaminate=order
+        )
+        manifest = prepare(options)
+    assert [one.path for one in manifest.overlaps] == [str(path) for path in given], "the first dataset is kept"

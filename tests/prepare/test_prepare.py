@@ -217,7 +217,7 @@ def test_refusals(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPat
         prepare(options)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(StorageError, match=r"0\.0 GB free, about .* GB needed"):
+    with pytest.raises(StorageError, match=r"\d MB free, about .* MB needed"):
         prepare(options)
     for wrong in ({"workers": -1}, {"on_error": "ignore"}, {"format": "csv"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
@@ -302,3 +302,24 @@ def test_a_dataset_of_fewer_documents_than_splits_names_the_remedy(
     prepare(dataclasses.replace(options, divide_documents="always", overwrite=True))
     assert "too few" not in caplog.text
     check_splits(open_corpora(data, model), [1, 1, 1])
+
+
+class CutsShort:
+    """Progress that removes the file's end before the file is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def stage(self, name: str, total_bytes: int) -> None:
+        if name == "encoding":
+            os.truncate(self.path, self.path.stat().st_size - 20)
+
+    def advance(self, num_bytes: int) -> None:
+        """Does nothing."""
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_no_bad_line(tmp_path: Path, tokenizer: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    options = PrepareOptions(inputs=[path], tokenizer=tokenizer, output=tmp_path / "out")
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read"):
+        prepare(options, progress=CutsShort(path))
