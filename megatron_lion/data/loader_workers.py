@@ -97,6 +97,7 @@ class _Watch(threading.Thread):
         super().__init__(name="loader-watch", daemon=True)
         self.workers, self.limit_s, self.rank = workers, limit_s, rank
         self.done, self.expired = threading.Event(), False
+        self._because, self._lock = "", threading.Lock()
         self.began: float | None = None
         self.notice_s = NOTICE_S
 
@@ -107,8 +108,8 @@ class _Watch(threading.Thread):
             began = self.began
             waited = monotonic() - began if began is not None else 0.0
             if began is not None and waited >= self.limit_s:
-                self.expired = True
                 killed_because.append(self.reason())
+                self.expired = True
                 for worker in self.workers:
                     worker.kill()
                 return
@@ -119,11 +120,13 @@ class _Watch(threading.Thread):
                 )
 
     def reason(self) -> str:
-        """The message if no batch came in time."""
-        return (
-            f"waited {self.limit_s:g} s (parallel.timeout_s) for a batch of the data loader's {self.names()}; were they stopped, "
-            "or is the file system of the data stuck? The same command continues from what is saved"
-        )
+        """The message if no batch came in time, with the state of the workers at the first call: later they are killed."""
+        with self._lock:  # torch's own limit can be over in the main thread at the same moment
+            self._because = self._because or (
+                f"waited {self.limit_s:g} s (parallel.timeout_s) for a batch of the data loader's {self.names()}; were they "
+                "stopped, or is the file system of the data stuck? The same command continues from what is saved"
+            )
+            return self._because
 
     def names(self) -> str:
         """The workers, and which of them are stopped."""

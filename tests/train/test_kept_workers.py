@@ -156,6 +156,24 @@ def test_an_idle_worker_that_is_killed_or_stopped_is_reported() -> None:
     assert left == []
 
 
+def test_the_reason_states_how_the_workers_were_before_they_are_killed() -> None:
+    """Two threads ask for it, one of which kills the workers; each must state the same."""
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    worker.start()
+    try:
+        watch = loader_workers._Watch([worker], 1.0, rank=0)
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGSTOP)
+        while process_state(worker.pid) != "stopped":
+            time.sleep(0.01)
+        first = watch.reason()
+        assert f"stopped (SIGSTOP or a debugger): {worker.pid}" in first
+    finally:
+        worker.kill()
+        worker.join(60)
+    assert watch.reason() == first
+
+
 def close_with_a_stopped_worker(pipe: Connection) -> None:
     batches = opened(2)
     tokens(batches.read(1))
