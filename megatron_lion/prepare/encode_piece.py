@@ -126,7 +126,7 @@ class _Documents:
         self._seed = settings.seed
         self._finder = finder
         self._overlaps: list[npt.NDArray[np.int32]] = []
-        self._dtype = token_dtype(settings.vocab_size)
+        self._vocab_size, self._dtype = settings.vocab_size, token_dtype(settings.vocab_size)
         self._end = np.array([] if settings.eod_id is None else [settings.eod_id], dtype=self._dtype)
         self._by_sentences = settings.splitter is not None
         self._divide = settings.divide
@@ -159,8 +159,15 @@ class _Documents:
             recorded.append(utf8)
         if self._finder is not None:
             self._overlaps.append(self._finder.find(recorded) + np.array([first, 0], dtype=np.int32))
-        # The encoders' ids are below the size of the vocabulary, so the cast keeps them.
-        return np.concatenate(parts, dtype=self._dtype, casting="unsafe").tobytes() if parts else b""
+        return self._content(np.concatenate(parts)) if parts else b""
+
+    def _content(self, ids: npt.NDArray[Any]) -> bytes:
+        """Returns ids in the dtype of the token files, which would make another id of one that is too large for it."""
+        if ids.size and int(ids.max()) >= self._vocab_size:
+            raise DataError(
+                f"the encoder gave id {ids.max()}, beyond the vocabulary of {self._vocab_size}; use --encoder tokenizers"
+            )
+        return ids.astype(self._dtype).tobytes()
 
     def _with_splits(self, texts: Sequence[str], count: ReadCount) -> Iterator[tuple[bytes, int]]:
         """Yields (UTF-8, split) of each document, or of each part of it if documents are divided by position."""
@@ -224,7 +231,7 @@ class _Documents:
                 long.add(utf8)
             (encoded,) = encoder.encode_documents([utf8])
             length += encoded.ids.size
-            tokens = encoded.ids.astype(self._dtype).tobytes()
+            tokens = self._content(encoded.ids)
             if blank is None:
                 yield tokens
             elif text.isspace():

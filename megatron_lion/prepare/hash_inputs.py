@@ -48,7 +48,9 @@ def hash_sources(files: Sequence[InputFile], work: Path, threads: int, progress:
     with ThreadPoolExecutor(min(threads, max(len(files), 1)), "hash") as pool:
         try:
             return list(pool.map(source, files))
-        except BaseException:
+        except (
+            BaseException
+        ):  # an interrupt too: the threads would read their files to the end before this one continues
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise

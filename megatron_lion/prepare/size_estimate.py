@@ -52,7 +52,7 @@ class Estimate:
 
 
 def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder: Encoder) -> Estimate:
-    """Encodes the first 256 KiB of the largest file and scales the result to the corpus.
+    """Reads parts of the largest file, encodes 256 KiB of their text, and scales the result to the corpus.
 
     Args:
         files: input files, at least one.

@@ -128,6 +128,22 @@ def test_an_encoder_that_another_process_compared_is_compared_too(
         encoder.encode(in_utf8([f"the text {i}" for i in range(8)]))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("more", [1 << 16, 259])
+def test_an_id_beyond_the_vocabulary_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, more: int
+) -> None:
+    """65,536 more would be the same id in uint16, and 259 more another one."""
+    encoder = ReferenceEncoder(tokenizer)
+    plain = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda texts: [ids.astype(np.uint32) + more for ids in plain(texts)])
+    monkeypatch.setattr("megatron_lion.prepare.pipeline.build_encoder", lambda *_: encoder)
+    (tmp_path / name).write_text(json.dumps({"text": "the text"}) + "\n")
+    options = PrepareOptions(inputs=[tmp_path / name], tokenizer=tokenizer, output=tmp_path / "out", workers=1)
+    with pytest.raises(DataError, match=r"gave id \d+, beyond the vocabulary of 259"):
+        prepare(options)
+
+
 def test_special_tokens_are_kept_from_the_fast_encoder(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
