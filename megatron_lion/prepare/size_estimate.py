@@ -83,7 +83,7 @@ def estimate_work(files: Sequence[InputFile], settings: EncodeSettings, encoder:
 
 
 class _Sample(NamedTuple):
-    """Texts from the beginning of a file, in UTF-8, and what each of its stored bytes gives.
+    """Some texts of a file in UTF-8, and what each of its stored bytes gives.
 
     Attributes:
         texts: texts of about `_SAMPLE_BYTES` together; the last one can be cut.
