@@ -234,6 +234,11 @@ def read_with_faults(pipe: Connection) -> None:
         found["in the wait"] = error_of(killed_in_the_wait)
         with mock.patch.object(loader_workers, "write_line", told.append):
             found["stopped"] = error_of(stopped)
+        # A run ends after such an error; here, torch's handler must not report a killed worker again in the next reading.
+        for worker in multiprocessing.active_children():
+            while worker.exitcode is None:
+                with contextlib.suppress(RuntimeError):
+                    worker.join(60)
         with mock.patch.object(loader_workers, "write_line", continue_them):
             found["read"] = stopped_for_a_while()
         for worker in multiprocessing.active_children():
