@@ -236,9 +236,9 @@ def read_with_faults(pipe: Connection) -> None:
             found["stopped"] = error_of(stopped)
         # A run ends after such an error; here, torch's handler must not report a killed worker again in the next reading.
         for worker in multiprocessing.active_children():
-            while worker.exitcode is None:
+            for _ in range(4):  # the handler can interrupt it once for each killed worker
                 with contextlib.suppress(RuntimeError):
-                    worker.join(60)
+                    worker.join(10)
         with mock.patch.object(loader_workers, "write_line", continue_them):
             found["read"] = stopped_for_a_while()
         for worker in multiprocessing.active_children():
