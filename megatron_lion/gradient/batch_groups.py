@@ -8,74 +8,19 @@ groups remain, the groups are kept: leaving out one of them at a time gives stan
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
+from megatron_lion.gradient.batch_sums import BatchGroups, Prefix, Sums
+from megatron_lion.gradient.part_sums import PartSums, Segments, contrasts_of, group_table
 from megatron_lion.gradient.sketch import GradientSketch
 
 MOST_GROUPS = 32
 """Most groups that are kept; a standard error from 32 groups has itself an error of 1/√(2·31) = 13 %."""
 MOST_FOLDS = 8
 """Most groups of `BatchGroups.folds`: with more, the products of the signs and the groups scatter more."""
-
-
-@dataclass(frozen=True)
-class Sums:
-    """The gradient sum over some batches.
-
-    Attributes:
-        num_batches, count: number of batches, and the loss's count over them.
-        l1, squares: ‖·‖₁ and ‖·‖₂² of the mean gradient (the sum divided by `count`).
-        scatter: Σ ‖g_i‖₂²/c_i over the batches, for gradient sums g_i with counts c_i.
-        aligned: mean over the groups j of ⟨sign(G − G_j), ḡ_j⟩, with the sum G of all groups and the mean gradient ḡ_j
-            of one. Its expectation is at most ‖∇f‖₁ for noise of any distribution, because the signs do not depend on
-            ḡ_j. Only in `BatchGroups.folds`; else NaN.
-    """
-
-    num_batches: int
-    count: int
-    l1: float
-    squares: float
-    scatter: float
-    aligned: float
-
-
-@dataclass(frozen=True)
-class Prefix(Sums):
-    """The sum over the first batches.
-
-    Attributes:
-        without: the same without each of the disjoint groups that make up these batches; empty for a single group.
-        aligned_by_group: ⟨sign(G − G_j), ḡ_j⟩ of each group j, or empty.
-    """
-
-    without: tuple[Sums, ...]
-    aligned_by_group: tuple[float, ...]
-
-    @property
-    def group_sizes(self) -> list[int]:
-        """Number of batches of each group."""
-        return [self.num_batches - part.num_batches for part in self.without]
-
-
-@dataclass(frozen=True)
-class BatchGroups:
-    """What a probe keeps of its batches.
-
-    Attributes:
-        prefixes: by number of batches k: those rungs of the ladder that consist of whole kept groups, and all batches.
-        ratios: by level: ‖·‖₁/‖·‖₂ of each disjoint group of 2^level batches.
-        sketch_error: relative standard deviation that the sketch adds to a squared norm; 0 if it is exact.
-        folds: all batches, in at most `MOST_FOLDS` groups.
-    """
-
-    prefixes: dict[int, Prefix]
-    ratios: dict[int, list[float]]
-    sketch_error: float
-    folds: Prefix
 
 
 class GroupedBatches:
@@ -88,6 +33,7 @@ class GroupedBatches:
 
     def __init__(self, sketch: GradientSketch, num_batches: int) -> None:
         self.sketch = sketch
+        self._segments = Segments(sketch)
         self.keep_level = max(0, math.ceil(math.log2(num_batches / MOST_GROUPS)))
         self._before: torch.Tensor | None = None
         self._levels: list[_Sum | None] = [None] * self.keep_level
@@ -117,7 +63,10 @@ class GroupedBatches:
 
     def add(self, vector: torch.Tensor, count: int) -> None:
         """Adds the sketch of one batch's gradient sum, which is overwritten."""
-        entry = _Sum(vector, 1, count, self.sketch.squares(vector) / max(1, count))
+        scatter = self.sketch.squares(vector) / max(1, count)
+        sampled_C = self.sketch.sampled(vector).cpu().double()
+        scatter_PS = self._segments.sum(sampled_C.square()[None])[0] / max(1, count)
+        entry = _Sum(vector, 1, count, scatter, scatter_PS)
         self._note_ratio(0, entry.vector)
         for level in range(self.keep_level):
             other = self._levels[level]
@@ -144,6 +93,8 @@ class GroupedBatches:
                 last = last.plus(entry)
             groups.append(last)
         self._merge_kept()
+        folds = _folds(groups)
+        parts = self._parts(groups, folds)
         size = 1 << self.keep_level
         prefixes = {}
         for k in rungs:
@@ -152,7 +103,29 @@ class GroupedBatches:
             elif k % size == 0 and k // size <= len(self._kept):
                 prefixes[k] = self._prefix(groups[: k // size])
         ratios = {level: torch.stack(found).tolist() for level, found in self._ratios.items()}
-        return BatchGroups(prefixes, ratios, self.sketch.relative_error, self._prefix(_folds(groups), is_folded=True))
+        return BatchGroups(
+            prefixes,
+            ratios,
+            self.sketch.relative_error,
+            self._prefix(folds, is_folded=True),
+            parts.contrasts_JP2.sum(1),
+            parts=parts,
+        )
+
+    def _parts(self, groups: list[_Sum], folds: list[_Sum]) -> PartSums:
+        """The sums of each tensor, from the sampled coordinates."""
+        tables = []
+        for entries in (groups, folds):
+            # float64: a row of an embedding that only one group has must be 0 without it, not a rounding error.
+            vectors_GC = torch.stack([self.sketch.sampled(entry.vector) for entry in entries]).cpu().double()
+            scatter_GPS = torch.stack([entry.scatter_PS for entry in entries])
+            batches, counts = [entry.batches for entry in entries], [entry.count for entry in entries]
+            tables.append(
+                group_table(self._segments, vectors_GC, scatter_GPS, batches, counts, is_folded=entries is folds)
+            )
+            if entries is groups:
+                contrasts_JP2 = contrasts_of(self._segments, vectors_GC, counts)
+        return PartSums(self._segments.names, self._segments.unseen_P, tables[0], tables[1], contrasts_JP2)
 
     def _merge_kept(self) -> None:
         """Records the ratios of groups above the level at which they are kept."""
@@ -205,10 +178,14 @@ class GroupedBatches:
 
 
 class _Sum:
-    """A summed vector with its number of batches, its count and Σ ‖g_i‖²/c_i (float64 scalar)."""
+    """A summed vector with its number of batches, its count and Σ ‖g_i‖²/c_i: of all coordinates, float64 scalar, and of
+    the sampled ones of each tensor, float64 [P, S]."""
 
-    def __init__(self, vector: torch.Tensor, batches: int, count: int, scatter: torch.Tensor) -> None:
-        self.vector, self.batches, self.count, self.scatter = vector, batches, count, scatter
+    def __init__(
+        self, vector: torch.Tensor, batches: int, count: int, scatter: torch.Tensor, scatter_PS: torch.Tensor
+    ) -> None:
+        self.vector, self.batches, self.count = vector, batches, count
+        self.scatter, self.scatter_PS = scatter, scatter_PS
 
     def plus(self, other: _Sum) -> _Sum:
         """The sum of both; this one's vector is overwritten, because the older half is not needed any more."""
@@ -217,6 +194,7 @@ class _Sum:
             self.batches + other.batches,
             self.count + other.count,
             self.scatter + other.scatter,
+            self.scatter_PS + other.scatter_PS,
         )
 
 
@@ -228,7 +206,7 @@ def _folds(groups: list[_Sum]) -> list[_Sum]:
     for first, end in pairwise(bounds):
         entry = groups[first]
         if end > first + 1:  # `plus` overwrites the vector of its left side, which is still needed
-            entry = _Sum(entry.vector.clone(), entry.batches, entry.count, entry.scatter)
+            entry = _Sum(entry.vector.clone(), entry.batches, entry.count, entry.scatter, entry.scatter_PS)
         for other in groups[first + 1 : end]:
             entry = entry.plus(other)
         folds.append(entry)

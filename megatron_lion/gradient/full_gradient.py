@@ -15,7 +15,8 @@ from megatron_lion.errors import DataError
 from megatron_lion.gradient.accumulate import FullGradient
 from megatron_lion.gradient.batch_groups import GroupedBatches
 from megatron_lion.gradient.noise import NoiseEstimate, Rung, estimate_noise, make_rung, rungs_of, unseen
-from megatron_lion.gradient.norms import GradientNorms
+from megatron_lion.gradient.norms import GradientNorms, NormTable
+from megatron_lion.gradient.part_noise import noise_by_part
 from megatron_lion.gradient.probe_result import ProbeResult
 from megatron_lion.gradient.sketch import GradientSketch
 from megatron_lion.optim.train_optimizer import TrainOptimizer
@@ -93,7 +94,7 @@ def probe_run(
         if (name := run.objective.uncounted(full.counts)) is not None:
             raise _nothing_counted(config, f"all {full.num_batches} batches", name)
         population = samples.population / config.train.global_batch_size if samples.population is not None else None
-        ladder, noise = _ladder(read, groups, config.train.global_batch_size, population)
+        ladder, noise, by_part = _ladder(read, table, groups, config.train.global_batch_size, population)
         loss_error = standard_error(full.losses)
         if loss_error is not None:
             loss_error *= math.sqrt(unseen(full.num_batches, population))
@@ -101,7 +102,7 @@ def probe_run(
             step=run.step, mode="frozen", data=config.probe.data, dropout=config.probe.dropout,
             num_batches=full.num_batches, num_samples=samples.num_samples,
             num_tokens=samples.num_samples * config.model.seq_length, loss=full.loss, loss_standard_error=loss_error,
-            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise,
+            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise, noise_by_part=by_part,
             facts={
                 "theta": "master weights" if master_weights else "the model's own weights",
                 "population_samples": samples.population,
@@ -124,15 +125,18 @@ def _nothing_counted(config: RunConfig, which: str, name: str) -> DataError:
 
 def _ladder(
     read: list[tuple[int, GradientNorms]],
+    table: NormTable,
     grouped: GroupedBatches | None,
     batch_samples: int,
     population: float | None,
-) -> tuple[tuple[Rung, ...], NoiseEstimate | None]:
+) -> tuple[tuple[Rung, ...], NoiseEstimate | None, dict[str, Any] | None]:
     if grouped is None:
-        return (), None
+        return (), None, None
     groups = grouped.finish([count for count, _ in read])
     ladder = tuple(make_rung(count, norms, groups, population) for count, norms in read)
-    return ladder, estimate_noise(groups, read[-1][1], batch_samples=batch_samples, population=population)
+    noise = estimate_noise(groups, read[-1][1], batch_samples=batch_samples, population=population)
+    by_part = noise_by_part(groups, table, batch_samples=batch_samples, population=population) if noise else None
+    return ladder, noise, by_part
 
 
 def standard_error(losses: list[tuple[float, int]]) -> float | None:

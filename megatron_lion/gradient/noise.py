@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_lion.gradient.batch_groups import BatchGroups, Prefix, Sums
+from megatron_lion.gradient.batch_sums import BatchGroups, Prefix, Sums
 from megatron_lion.gradient.norms import GradientNorms
 from megatron_lion.intervals import jackknife_error, t_quantile
 
@@ -48,6 +48,8 @@ class NoiseEstimate:
         norm_ratio_low, norm_ratio_high: bounds on r = ‖∇f‖₁/‖∇f‖₂ of the noise-free gradient; None if the signal is not
             resolved. See `ratio_bounds`.
         norm_ratio_low_standard_error, norm_ratio_high_standard_error: of each bound.
+        norm_ratio_noise, norm_ratio_noise_standard_error: r of the noise itself, E‖ξ‖₁/√E‖ξ‖₂² of the mean over all batches;
+            0.798 √d if the noise is normal and equally large in all coordinates. None if there is no noise.
         num_groups: disjoint groups of batches that the standard errors rest on.
         sketch_error: relative standard deviation that the sketch adds to a squared norm; 0 if it is exact.
     """
@@ -68,6 +70,8 @@ class NoiseEstimate:
     norm_ratio_low_standard_error: float | None = None
     norm_ratio_high: float | None = None
     norm_ratio_high_standard_error: float | None = None
+    norm_ratio_noise: float | None = None
+    norm_ratio_noise_standard_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ def estimate_noise(
         return _divide(variance_of(part), signal(part)) * batch_samples
 
     variance, noise_share, clean = variance_of(whole), share(whole), signal(whole)
+    noise_r, noise_r_error = noise_ratio(groups, norms, variance)
     found = NoiseEstimate(
         noise_variance=variance,
         signal_l2_squared=clean,
@@ -146,6 +151,8 @@ def estimate_noise(
         noise_scale_samples=scale(whole) if clean > 0 else None,
         num_groups=len(whole.without),
         sketch_error=groups.sketch_error,
+        norm_ratio_noise=noise_r,
+        norm_ratio_noise_standard_error=noise_r_error,
     )
     if len(whole.without) < FEWEST_GROUPS:
         return found
@@ -163,6 +170,8 @@ def estimate_noise(
         return found
     folded = _Errors(groups.folds, groups.sketch_error, population)
     low, low_error, high, high_error = ratio_bounds(errors, folded, norms, signal, population)
+    if low_error is not None:
+        low_error = math.hypot(low_error, groups.sample_error * low)
     return replace(
         found,
         norm_ratio_low=low,
@@ -183,6 +192,38 @@ def variance_of(part: Sums) -> float:
     if abs(scatter) <= ROUNDING * of_mean:
         return 0.0
     return scatter / (part.num_batches - 1) * part.num_batches / part.count
+
+
+def noise_ratio(groups: BatchGroups, norms: GradientNorms, variance: float) -> tuple[float | None, float | None]:
+    """Returns r of the noise and its standard error.
+
+    The numerator is the mean of ‖·‖₁ over the contrasts of the groups, the denominator √σ².
+
+    Args:
+        groups: from `GroupedBatches.finish`.
+        norms: norms of the mean gradient, over the same coordinates.
+        variance: σ² of one batch.
+    """
+    whole = groups.prefixes[max(groups.prefixes)]
+    l1s, squares = groups.contrasts_J2.T.tolist()
+    if variance <= 0 or whole.l1 <= 0:
+        return None, None
+    of_term = variance * whole.count / whole.num_batches
+    to_exact = norms.grad_l1 / whole.l1  # ‖·‖₁ is from a sample of the coordinates
+    value = math.fsum(l1s) / len(l1s) * to_exact / math.sqrt(of_term)
+    if not math.isfinite(value):
+        return None, None
+
+    def relative(chosen: list[int]) -> float:
+        mean = math.fsum(squares[j] for j in chosen) / len(chosen)
+        return _divide(math.fsum(l1s[j] for j in chosen) / len(chosen), math.sqrt(mean))
+
+    error, every = None, list(range(len(l1s)))
+    if len(every) >= FEWEST_GROUPS - 1:  # G groups have G − 1 contrasts
+        left_out = [relative([j for j in every if j != out]) for out in every]
+        error = _divide(jackknife_error(relative(every), left_out, [1] * len(every)), relative(every)) * value
+        error = error if math.isfinite(error) else None
+    return max(1.0, min(value, math.sqrt(norms.num_parameters))), error
 
 
 def ratio_bounds(

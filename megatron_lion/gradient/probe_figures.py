@@ -58,7 +58,10 @@ def draw_runs(run_dirs: Sequence[str | Path]) -> list[Path]:
 
 
 def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """Plots r = ‖∇f‖₁/‖∇f‖₂ over the steps with √d and 0.798 √d, and r/√d with and without embeddings."""
+    """Plots r = ‖∇f‖₁/‖∇f‖₂ over the steps with √d and the noise's own r, and r/√d with and without embeddings.
+
+    The bounds on r without noise are shaded.
+    """
     figure, (left, right) = _figure(2)
     d = _same_d(runs)
     for label, probes in runs.items():
@@ -67,7 +70,8 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
         ratios = [_nan(probe["all"]["norm_ratio"]) for probe in probes]
         left.plot(steps, ratios, "o-", color=color, label=label)
         _bars(left, steps, ratios, [_last_error(probe) for probe in probes], color)
-        _bounds(left, probes, color)
+        _bounds(left, probes, _noises(probes), color)
+        _noise_ratios(left, probes, color, label)
         singles = [
             (probe["step"], _nan(probe["ladder"][0]["norm_ratio"])) for probe in probes if len(probe["ladder"]) > 1
         ]
@@ -77,7 +81,10 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
         for part, style, text in (("all", "o-", "all parameters"), ("without_embeddings", "s--", "without embeddings")):
             values = [_nan(probe[part]["norm_ratio_over_sqrt_d"]) for probe in probes]
             right.plot(steps, values, style, color=color, markersize=4, label=f"{label}, {text}")
-    _reference_lines(left, d)
+            _bounds(
+                right, probes, _noises(probes, part), color, sizes=[probe[part]["num_parameters"] for probe in probes]
+            )
+    _reference_lines(left, d, is_measured=_all_measured(runs))
     batches = sorted({probe["num_batches"] for probes in runs.values() for probe in probes})
     left.set(xlabel="step", ylabel="r = ‖∇f‖₁ / ‖∇f‖₂", ylim=(0, 1.08 * math.sqrt(d)))
     left.set_title(
@@ -85,7 +92,8 @@ def plot_ratio(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> P
         "bars: 95 % of r; shaded: bounds on r without noise",
         fontsize=9,
     )
-    reference_line(right, GAUSSIAN_RATIO, "0.798: pure Gaussian noise", "-.")
+    if not _all_measured(runs):
+        reference_line(right, GAUSSIAN_RATIO, "0.798: pure Gaussian noise", "-.")
     right.set(xlabel="step", ylabel="r / √d, each with its own d", ylim=(0, 1.08))
     right.set_title("The same as a share of its upper bound", fontsize=10)
     for axes in (left, right):
@@ -97,7 +105,7 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     """Plots r against the number of averaged batches for each run's first and last probe, with 95 % intervals.
 
     A value without a standard error is an open circle without a bar. The axis on top shows how many groups of batches
-    the bars of the longest ladder rest on.
+    the bars of the longest ladder rest on. The bounds on r without noise, from all batches, are shaded.
     """
     figure, (axes,) = _figure(1)
     longest: list[Mapping[str, Any]] = []
@@ -114,7 +122,14 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
                 face = color if error is not None else "none"
                 axes.plot([k], [ratio], "o", markersize=4, color=color, markerfacecolor=face)
             _bars(axes, batches, ratios, errors, color)
-    _reference_lines(axes, _same_d(runs))
+            noise = probe.get("noise") or {}
+            if noise.get("norm_ratio_low") is not None and noise.get("norm_ratio_high") is not None:
+                axes.axhspan(noise["norm_ratio_low"], noise["norm_ratio_high"], color=color, alpha=0.1, linewidth=0)
+                for end in ("low", "high"):
+                    axes.axhline(noise[f"norm_ratio_{end}"], color=color, linestyle=style, linewidth=0.6)
+            if noise.get("norm_ratio_noise") is not None:
+                axes.axhline(noise["norm_ratio_noise"], color=color, linestyle=":", linewidth=1)
+    _reference_lines(axes, _same_d(runs), is_measured=_all_measured(runs))
     axes.set(
         xlabel="averaged global batches k (open: no error known)",
         ylabel="r(k)",
@@ -127,13 +142,20 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     top.set_xticks([rung["num_batches"] for rung in known], [str(rung["num_groups"]) for rung in known], fontsize=7)
     top.minorticks_off()
     top.set_xlabel("groups of batches behind the bar", fontsize=8)
-    axes.set_title("Norm ratio of the mean of k batches; bars: 95 % interval", fontsize=10)
+    axes.set_title(
+        "Norm ratio of the mean of k batches; bars: 95 % interval\n"
+        "shaded: bounds on r without noise; dotted: r of the noise itself",
+        fontsize=9,
+    )
     axes.legend(fontsize=8, loc="best")
     return save_figure(figure, path)
 
 
 def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> Path:
-    """Plots r/√d of each layer over the steps, and of each layer and parameter kind at the last probe."""
+    """Plots r/√d of each layer over the steps, and of each layer and parameter kind at the last probe.
+
+    Below each value are the bounds on that of the gradient without noise; "noise" if the signal is not resolved.
+    """
     import numpy as np
 
     layers = list(probes[-1]["layers"])
@@ -141,11 +163,15 @@ def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> 
         [[_nan(probe["layers"][layer]["norm_ratio_over_sqrt_d"]) for probe in probes] for layer in layers]
     )
     grid, kinds = _layer_by_kind(probes[-1], layers)
+    parts = [probe.get("noise_by_part") or {} for probe in probes]
+    cells = [[part.get("layers", {}).get(layer) for part in parts] for layer in layers]
+    by_kind = parts[-1].get("layers_by_kind", {})
+    kind_cells = [[by_kind.get(layer, {}).get(kind) for kind in kinds] for layer in layers]
     widths = [max(4, len(probes)), len(kinds) + 1]
     figure, (left, right) = new_figure(9.5, 0.32 * len(layers) + 1.9, 2, dpi=DPI, width_ratios=widths)
-    for axes, values, names, title in (
-        (left, over_time, [f"{probe['step']:,}" for probe in probes], "over training (step)"),
-        (right, grid, kinds, f"by kind, step {probes[-1]['step']:,}"),
+    for axes, values, bounds, names, title in (
+        (left, over_time, cells, [f"{probe['step']:,}" for probe in probes], "over training (step)"),
+        (right, grid, kind_cells, kinds, f"by kind, step {probes[-1]['step']:,}"),
     ):
         image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
         axes.set_xticks(range(len(names)), names, fontsize=7, rotation=45 if len(names) > 6 else 0)
@@ -155,11 +181,13 @@ def plot_layers(probes: Sequence[Mapping[str, Any]], path: Path, label: str) -> 
             for (row, column), value in np.ndenumerate(values):
                 if not np.isnan(value):
                     shade = "white" if value < 0.55 else "black"
-                    axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=shade)
+                    text = f"{value:.2f}{_bounds_text(bounds[row][column])}"
+                    axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=shade)
     bar = figure.colorbar(image, ax=[left, right], shrink=0.9)
-    bar.ax.axhline(GAUSSIAN_RATIO, color="white", linewidth=1.5)
-    bar.ax.set_ylabel("r/√d of the part (white: 0.798, Gaussian noise)", fontsize=7)
-    figure.suptitle(f"{label}: norm ratio by part of the network, each with its own d", fontsize=10)
+    bar.ax.set_ylabel("r/√d of the part", fontsize=7)
+    figure.suptitle(
+        f"{label}: norm ratio by part of the network, each with its own d; below: bounds without noise", fontsize=9
+    )
     return save_figure(figure, path)
 
 
@@ -188,8 +216,10 @@ def _figure(columns: int) -> tuple[Any, list[Any]]:
     return figure, row
 
 
-def _reference_lines(axes: Any, d: int) -> None:
-    for factor, text in ((1.0, "√d"), (GAUSSIAN_RATIO, "0.798 √d: pure Gaussian noise")):
+def _reference_lines(axes: Any, d: int, *, is_measured: bool) -> None:
+    """Draws √d and, unless the noise's own r was measured, the r of even Gaussian noise."""
+    lines = ((1.0, "√d"), (GAUSSIAN_RATIO, "0.798 √d: pure Gaussian noise"))
+    for factor, text in lines[:1] if is_measured else lines:
         height = factor * math.sqrt(d)
         reference_line(axes, height, f"{text} = {height:,.0f}", "-" if factor == 1.0 else "-.")
 
@@ -226,11 +256,50 @@ def _bars(
         axes.errorbar(x, y, yerr=half, fmt="none", ecolor=color, capsize=3)
 
 
-def _bounds(axes: Any, probes: Sequence[Mapping[str, Any]], color: str) -> None:
-    """Shades the bounds on the noise-free r between the probes at which they are known."""
-    noises = [probe.get("noise") or {} for probe in probes]
-    low = [_nan(noise.get("norm_ratio_low")) for noise in noises]
-    high = [_nan(noise.get("norm_ratio_high")) for noise in noises]
+def _noises(probes: Sequence[Mapping[str, Any]], part: str = "all") -> list[Mapping[str, Any]]:
+    """The noise of all coordinates, or of a part, at each probe; empty if it is not known."""
+    if part == "all":
+        return [probe.get("noise") or {} for probe in probes]
+    return [(probe.get("noise_by_part") or {}).get(part) or {} for probe in probes]
+
+
+def _noise_ratios(axes: Any, probes: Sequence[Mapping[str, Any]], color: str, label: str) -> None:
+    """Draws the r of the noise itself as a dotted line."""
+    known = [
+        (probe["step"], noise["norm_ratio_noise"])
+        for probe, noise in zip(probes, _noises(probes), strict=True)
+        if noise.get("norm_ratio_noise") is not None
+    ]
+    if known:
+        axes.plot(*zip(*known, strict=True), ":", marker=".", color=color, linewidth=1, label=f"{label}, noise alone")
+
+
+def _all_measured(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> bool:
+    """Whether the noise's own r is known of each run, so that no model of the noise is needed."""
+    return all(any(noise.get("norm_ratio_noise") is not None for noise in _noises(probes)) for probes in runs.values())
+
+
+def _bounds_text(part: Mapping[str, Any] | None) -> str:
+    """The bounds on r/√d of a part as a second line; empty if its noise was not measured."""
+    if not part or part.get("is_resolved") is None:
+        return ""
+    low, high, root = part.get("norm_ratio_low"), part.get("norm_ratio_high"), math.sqrt(part["num_parameters"])
+    return "\nnoise" if low is None or high is None else f"\n{low / root:.2f}–{high / root:.2f}"
+
+
+def _bounds(
+    axes: Any,
+    probes: Sequence[Mapping[str, Any]],
+    noises: Sequence[Mapping[str, Any]],
+    color: str,
+    sizes: Sequence[int] | None = None,
+) -> None:
+    """Shades the bounds on the noise-free r, or r/√d of parts of these sizes, between the probes at which they are known."""
+    roots = [1.0] * len(probes) if sizes is None else [math.sqrt(size) for size in sizes]
+    low, high = (
+        [_nan(noise.get(f"norm_ratio_{end}")) / root for noise, root in zip(noises, roots, strict=True)]
+        for end in ("low", "high")
+    )
     axes.fill_between([probe["step"] for probe in probes], low, high, color=color, alpha=0.12, linewidth=0)
 
 

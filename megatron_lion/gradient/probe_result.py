@@ -28,6 +28,7 @@ class ProbeResult:
         seconds: wall time.
         rungs: the ladder, empty if it is switched off.
         noise: signal and noise, or None if they cannot be separated.
+        noise_by_part: the same for parts of the model, from `noise_by_part`, or None.
         facts: further facts for the reader, such as the layout and which weights θ is.
     """
 
@@ -44,6 +45,7 @@ class ProbeResult:
     seconds: float
     rungs: tuple[Rung, ...] = ()
     noise: NoiseEstimate | None = None
+    noise_by_part: dict[str, Any] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class ProbeResult:
         unpadded = self.table.norms(lambda name: not is_padding(name))
         inner = self.table.norms(lambda name: kind_of(name) != "embedding")
         noise = self.noise
+        inner_noise = (self.noise_by_part or {}).get("without_embeddings") or {}
         return {
             "probe/loss": self.loss,
             "probe/loss_standard_error": self.loss_standard_error,
@@ -66,6 +69,8 @@ class ProbeResult:
             "probe/norm_ratio_low_standard_error": noise.norm_ratio_low_standard_error if noise else None,
             "probe/norm_ratio_high": noise.norm_ratio_high if noise else None,
             "probe/norm_ratio_high_standard_error": noise.norm_ratio_high_standard_error if noise else None,
+            "probe/norm_ratio_noise": noise.norm_ratio_noise if noise else None,
+            "probe/norm_ratio_noise_standard_error": noise.norm_ratio_noise_standard_error if noise else None,
             "probe/norm_ratio_one_batch": self.rungs[0].norm_ratio if self.rungs else None,
             "probe/norm_ratio_gaussian": GAUSSIAN_RATIO * math.sqrt(norms.num_parameters),
             "probe/kkt_residual": norms.kkt_residual,
@@ -77,6 +82,9 @@ class ProbeResult:
             "probe/norm_ratio_unpadded_over_sqrt_d": unpadded.norm_ratio_over_sqrt_d,
             "probe/num_parameters_without_embeddings": inner.num_parameters,
             "probe/norm_ratio_without_embeddings_over_sqrt_d": inner.norm_ratio_over_sqrt_d,
+            "probe/norm_ratio_without_embeddings_low": inner_noise.get("norm_ratio_low"),
+            "probe/norm_ratio_without_embeddings_high": inner_noise.get("norm_ratio_high"),
+            "probe/norm_ratio_without_embeddings_noise": inner_noise.get("norm_ratio_noise"),
             "probe/grad_l2_corrected": noise.grad_l2_corrected if noise else None,
             "probe/signal_standard_error": noise.signal_standard_error if noise else None,
             "probe/noise_share": noise.noise_share if noise else None,
@@ -104,6 +112,7 @@ class ProbeResult:
             "without_embeddings": table.norms(lambda name: kind_of(name) != "embedding").as_dict(),
             "ladder": [as_dict(rung) for rung in self.rungs],
             "noise": as_dict(self.noise) if self.noise else None,
+            "noise_by_part": self.noise_by_part,
             "layers": {name: norms.as_dict() for name, norms in table.grouped(layer_of).items()},
             "kinds": {name: norms.as_dict() for name, norms in table.grouped(kind_of).items()},
             "parameters": {name: norms.as_dict() for name, norms in table.grouped(lambda name: name).items()},

@@ -64,6 +64,8 @@ class GradientSketch:
         num_parameters: d of the whole model; tied tensors count once.
         num_buckets: M.
         weights_C: number of coordinates that each sampled one represents, fp32 [C].
+        names: names of the tensors, in the order of their sampled coordinates.
+        sampled_counts: number of sampled coordinates of each tensor.
         is_exact: whether every coordinate has its own bucket.
     """
 
@@ -78,6 +80,7 @@ class GradientSketch:
         signs_M = torch.randint(0, 2, (self.num_buckets,), generator=generator) * 2.0 - 1.0
         self._signs_M = signs_M.to(self._device)
         counts = _sample_sizes(sizes, coordinates)
+        self.names, self.sampled_counts = tuple(counts), tuple(counts.values())
         weights = [torch.full((counts[name],), size / counts[name]) for name, size in sizes.items()]
         self.weights_C = torch.cat(weights).to(self._device)
         first_bucket, first_sampled = _starts(sizes), _starts(counts)

@@ -84,6 +84,10 @@ METRIC_KEYS = (
         "probe/norm_ratio_high", "–", PROBE, "upper bound on r without noise; null if the signal is not resolved"
     ),
     MetricKey("probe/norm_ratio_high_standard_error", "–", PROBE, "standard error of this bound"),
+    MetricKey(
+        "probe/norm_ratio_noise", "–", PROBE, "r of the noise in the mean gradient; 0.798 √d if it is normal and even"
+    ),
+    MetricKey("probe/norm_ratio_noise_standard_error", "–", PROBE, "standard error of the noise's r; null if unknown"),
     MetricKey("probe/norm_ratio_one_batch", "–", PROBE, "r of the first batch alone"),
     MetricKey("probe/norm_ratio_gaussian", "–", PROBE, "0.798 √d, the r of pure Gaussian noise"),
     MetricKey("probe/kkt_residual", "–", PROBE, "λ⟨∇f, θ⟩ + ‖∇f‖₁ with each group's λ; null without weight decay"),
@@ -95,6 +99,9 @@ METRIC_KEYS = (
     MetricKey("probe/norm_ratio_unpadded_over_sqrt_d", "–", PROBE, "r/√d without padded rows"),
     MetricKey("probe/num_parameters_without_embeddings", "coordinates", PROBE, "d without the embeddings"),
     MetricKey("probe/norm_ratio_without_embeddings_over_sqrt_d", "–", PROBE, "r/√d without the embeddings"),
+    MetricKey("probe/norm_ratio_without_embeddings_low", "–", PROBE, "lower bound on r without noise and embeddings"),
+    MetricKey("probe/norm_ratio_without_embeddings_high", "–", PROBE, "upper bound on r without noise and embeddings"),
+    MetricKey("probe/norm_ratio_without_embeddings_noise", "–", PROBE, "r of the noise without the embeddings"),
     MetricKey(
         "probe/grad_l2_corrected", "–", PROBE, "‖∇f‖₂ without noise; 0 if the estimate of its square is negative"
     ),

@@ -47,6 +47,7 @@ class Whole:
     def __init__(self, d: int) -> None:
         self.d = d
         self.weights_C = torch.ones(d)
+        self.names, self.sampled_counts = ("all",), (d,)
 
     def squares(self, vector: torch.Tensor) -> torch.Tensor:
         return vector.double().square().sum()

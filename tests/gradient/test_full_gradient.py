@@ -273,3 +273,39 @@ def test_ladder_and_noise_equal_definitions(results, reference, device, looser, 
     assert noise["noise_scale_samples"] == pytest.approx(
         variance / noise["signal_l2_squared"] * BATCH, rel=looser * 1e-4
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_noise_of_parts_equals_definitions(results, reference, device, looser, case):
+    """Noise share and lower bound of each part, from the float64 gradients of the five batches."""
+    found = case_of(results, case, device)
+    known = BATCHES * BATCH / found["population_samples"]
+    parts = {
+        "without_embeddings": lambda name: "embedding" not in name,
+        "embedding": lambda name: name.startswith("embedding"),
+        "MLP": lambda name: "mlp.linear" in name and name.endswith("weight"),
+        "layer 1": lambda name: "layers.1." in name,
+    }
+    for part, keep in parts.items():
+        block = found["noise_by_part"]
+        block = block if part in block else block["layers"] if part in block["layers"] else block["kinds"]
+        flat = torch.stack([
+            torch.cat([value.flatten() for name, value in grad.items() if keep(name)]) for grad in reference.grads
+        ])  # fmt: skip
+        center = flat.mean(0)
+        variance = float((flat - center).square().sum() / (BATCHES - 1))
+        left = variance * (1 - known) / BATCHES
+        assert block[part]["num_parameters"] == flat.shape[1]
+        assert block[part]["noise_share"] == pytest.approx(left / float(center.square().sum()), rel=looser * 1e-4)
+        below, unread = 0.0, known * (BATCHES - 1) / BATCHES
+        for out in range(BATCHES):
+            rest = (flat.sum(0) - flat[out]) / (BATCHES - 1)
+            below += float((1 - unread) * rest.sign() @ flat[out] + unread * rest.abs().sum()) / BATCHES
+        if block[part]["is_resolved"]:
+            low = max(1.0, below / math.sqrt(float(center.square().sum()) - left))
+            assert block[part]["norm_ratio_low"] == pytest.approx(low, rel=looser * 1e-3), part
+        # Of a batch minus the mean of all five, 4/5 of the variance is left.
+        l1 = float((flat - center).abs().sum(1).mean()) / math.sqrt(1 - 1 / BATCHES)
+        assert block[part]["norm_ratio_noise"] == pytest.approx(l1 / math.sqrt(variance), rel=0.1), part
+    kinds = found["noise_by_part"]["kinds"]
+    assert any(part["is_resolved"] for part in kinds.values())

@@ -192,7 +192,7 @@ def probe_each(rank, configs):
     for name, config in configs.items():
         with opened_run(config) as run:
             result = probe_run(run).as_dict()
-            found[name] = {key: result[key] for key in ("noise", "ladder", "all")}
+            found[name] = {key: result[key] for key in ("noise", "ladder", "all", "noise_by_part")}
     return found
 
 
@@ -202,6 +202,17 @@ def compare(found, expected):
     for part, other in zip([found["noise"], *found["ladder"]], [expected["noise"], *expected["ladder"]], strict=True):
         for key, value in other.items():
             assert part[key] == (value if value is None else pytest.approx(value, rel=2e-3)), key
+    parts = expected["noise_by_part"]
+    assert {"embedding", "attention", "MLP", "norm", "bias"} <= set(parts["kinds"])
+    for block in ("layers", "kinds"):
+        assert found["noise_by_part"][block].keys() == parts[block].keys()
+    for part, other in (
+        (found["noise_by_part"]["without_embeddings"], parts["without_embeddings"]),
+        *((found["noise_by_part"]["layers"][name], other) for name, other in parts["layers"].items()),
+        *((found["noise_by_part"]["kinds"][name], other) for name, other in parts["kinds"].items()),
+    ):
+        for key, value in other.items():
+            assert part[key] == (value if value is None else pytest.approx(value, rel=5e-3)), key
 
 
 @pytest.mark.parametrize(
