@@ -119,17 +119,18 @@ def probe_table(probed: list[Any]) -> Table:
     """Returns the results of probed steps as a table with one row a step."""
     from megatron_lion.compare.table import Table
 
-    columns = ["step", "loss", "grad_l1", "grad_l2", "r", "± (se)", "r/√d", "r/√d ≥", "r/√d ≤", "KKT", "noise"]
+    columns = ["step", "loss", "grad_l1", "grad_l2", "r", "± (se)", "r/√d", "r/√d ≥", "r/√d ≤", "r/√d noise",
+               "KKT", "noise"]  # fmt: skip
     rows: list[list[Cell]] = []
     notes = []
     for item in probed:
         content, norms = item.content, item.content["all"]
         noise, root = content["noise"] or {}, norms["num_parameters"] ** 0.5
         error = content["ladder"][-1].get("norm_ratio_standard_error") if content["ladder"] else None
-        bounds = [noise.get("norm_ratio_low"), noise.get("norm_ratio_high")]
+        bounds = [noise.get(f"norm_ratio_{name}") for name in ("low", "high", "noise")]
         rows.append([
             item.step, content["loss"], norms["grad_l1"], norms["grad_l2"], norms["norm_ratio"], error,
-            norms["norm_ratio_over_sqrt_d"], *(None if None in bounds else bound / root for bound in bounds),
+            norms["norm_ratio_over_sqrt_d"], *(None if bound is None else bound / root for bound in bounds),
             norms["kkt_residual"], noise.get("noise_share"),
         ])  # fmt: skip
     if any(item.content["all"]["kkt_residual"] is None for item in probed):
@@ -137,7 +138,8 @@ def probe_table(probed: list[Any]) -> Table:
     if any(item.content["ladder"] for item in probed):
         notes.append(
             "±: standard error of r, – if there are too few groups of batches; r/√d ≥ and ≤: bounds of the noise-free "
-            "gradient, up to their standard errors in the file, – if the signal is not resolved"
+            "gradient, up to their standard errors in the file, – if the signal is not resolved; r/√d noise: of the noise "
+            "alone; noise: its share in ‖ḡ‖₂²"
         )
     formats = {
         "step": "d",
@@ -150,7 +152,7 @@ def probe_table(probed: list[Any]) -> Table:
     }
     return Table(
         slug="probe", title="Full gradient", columns=columns, rows=rows, notes=notes, num_keys=1,
-        formats=formats | dict.fromkeys(("r/√d", "r/√d ≥", "r/√d ≤"), ".4f") | {"noise": ".1%"},
+        formats=formats | dict.fromkeys(("r/√d", "r/√d ≥", "r/√d ≤", "r/√d noise"), ".4f") | {"noise": ".1%"},
     )  # fmt: skip
 
 

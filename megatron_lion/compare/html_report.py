@@ -39,6 +39,7 @@ svg .dotted { stroke-dasharray: 1.5 3; }
 svg .curve { --shown: var(--c); --said: color-mix(in srgb, var(--c) 80%, black); }
 svg .curve polyline, svg .curve line { fill: none; stroke: var(--shown); stroke-width: 2; stroke-linejoin: round; }
 svg .curve .faint { stroke-width: 0.8; opacity: 0.28; }
+svg .curve .bounds { fill: var(--shown); stroke: none; opacity: 0.14; }
 svg .curve .bar { stroke-width: 1.4; } svg .curve circle { fill: var(--shown); }
 svg .curve .open { fill: var(--paper); stroke: var(--shown); stroke-width: 1.2; }
 svg .nameless polyline { stroke-width: 0.9; opacity: 0.4; }

@@ -13,9 +13,10 @@ from pathlib import Path
 from statistics import fmean, median
 
 from megatron_lion.compare.best import run_folders
+from megatron_lion.compare.chart import Curve, Panel
 from megatron_lion.compare.html_report import STYLE
 from megatron_lion.compare.labels import by_model, loss_unit
-from megatron_lion.compare.panels import LOG_RANGE, Curve, Panel, lines_of, panels
+from megatron_lion.compare.panels import LOG_RANGE, lines_of, panels
 from megatron_lion.compare.selection import read_runs
 from megatron_lion.compare.svg_charts import chart
 from megatron_lion.compare.table import MISSING

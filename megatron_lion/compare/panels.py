@@ -1,4 +1,4 @@
-"""Panels of curves and reference lines, from which both the PNG figures and the HTML report are drawn."""
+"""The panels of a comparison: which curves and reference lines are drawn in which axes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import repeat
 from operator import truediv
 from statistics import fmean
 
-from megatron_lion.compare.axis_ticks import spread
 from megatron_lion.compare.budgets import tokens_at
+from megatron_lion.compare.chart import Curve, Panel
 from megatron_lion.compare.held_out import differences, reason
 from megatron_lion.compare.labels import loss_unit, seed_groups, setting_names
+from megatron_lion.compare.ratio_curves import RATIO_BAND, ratio_bars, ratio_name, ratio_references
 from megatron_lion.compare.selection import evaluation_key, main_evaluation_key
-from megatron_lion.intervals import t_quantile
 from megatron_lion.runs.record import OPTIMIZER_NAMES, RunRecord
 from megatron_lion.runs.series import Series
 from megatron_lion.style import OPTIMIZER_COLOURS, SPARE_COLOURS
-
-NOISE_RATIO = math.sqrt(2 / math.pi)
-"""r/√d of a gradient that is pure Gaussian noise: E|z| / √(E z²) = 0.798 for a standard normal z."""
 
 OTHER_SAMPLES = "; on different samples"
 """Added to the name of an axis whose curves are not comparable."""
@@ -35,109 +32,6 @@ MIN_RATES = 3
 """Fewest learning rates for which the tuning curve is drawn."""
 LOG_RANGE = 30
 """A positive quantity whose values span more than this factor is drawn on a logarithmic axis."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """One line.
-
-    Attributes:
-        label: name beside the line's end; "" for an unnamed line, which is drawn thinly.
-        x, y: coordinates of its points.
-        colour: #rrggbb.
-        dash: on and off lengths; () for a solid line.
-        markers: whether the points are marked (few measurements).
-        behind: lines drawn faintly behind it, as (x, y): unsmoothed values or single seeds.
-        bars: half the 95 % interval of each y, None if it is not known; () for a quantity that is drawn without bars.
-    """
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str
-    dash: tuple[float, ...] = ()
-    markers: bool = False
-    behind: Sequence[tuple[Sequence[float], Sequence[float]]] = ()
-    bars: Sequence[float | None] = ()
-
-    @property
-    def intervals(self) -> list[tuple[float, float, float]]:
-        """The known bars, as (x, low, high)."""
-        if not self.bars:
-            return []
-        points = zip(self.x, self.y, self.bars, strict=True)
-        return [(x, y - bar, y + bar) for x, y, bar in points if bar is not None]
-
-    @property
-    def open_marks(self) -> list[bool]:
-        """For each point, whether its mark is open: its bar belongs here and is not known."""
-        return [bar is None for bar in self.bars] or [False] * len(self.y)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reference:
-    """A horizontal line to read curves against."""
-
-    y: float
-    label: str
-    dotted: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One set of axes.
-
-    Attributes:
-        slug: name of the PNG file.
-        title: title above the axes.
-        x_label, y_label: names of the axes with units.
-        curves: the curves compared.
-        references: horizontal lines, always inside the limits.
-        from_zero: whether a linear vertical axis starts at zero.
-        log_x, log_y: whether an axis is logarithmic.
-    """
-
-    slug: str
-    title: str
-    y_label: str
-    curves: list[Curve]
-    x_label: str = "optimizer step"
-    references: list[Reference] = field(default_factory=list)
-    from_zero: bool = False
-    log_x: bool = False
-    log_y: bool = False
-
-    @property
-    def named(self) -> list[Curve]:
-        """The curves that have a name."""
-        return [curve for curve in self.curves if curve.label]
-
-    def along(self, value: float) -> float:
-        """A value in the units of the horizontal axis: the value or its decimal logarithm."""
-        return math.log10(value) if self.log_x else value
-
-    def height(self, value: float) -> float:
-        """A value in the units of the vertical axis: the value or its decimal logarithm."""
-        return math.log10(value) if self.log_y else value
-
-    def y_limits(self) -> tuple[float, float]:
-        """Limits that include all curves, bars and references, in the units of the axis."""
-        ends = [end for curve in self.curves for _, *both in curve.intervals for end in both]
-        drawn = [end(curve.y) for curve in self.curves for end in (min, max)]
-        values = [self.height(v) for v in (*drawn, *ends, *(line.y for line in self.references))]
-        low, high = min(values), max(values)
-        pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        return (0.0, high * 1.08) if self.from_zero and not self.log_y else (low - pad, high + pad)
-
-    def x_limits(self) -> tuple[float, float]:
-        """From zero, or the first point of a logarithmic axis, to the last point, in the units of the axis."""
-        values = [self.along(end(curve.x)) for curve in self.curves for end in (min, max)]
-        return (min(values) - 0.05, max(values) + 0.05) if self.log_x else (0.0, max(values) or 1.0)
-
-    def label_places(self, gap: float) -> list[float]:
-        """Vertical positions of the names of `named`, at least `gap` apart, in the units of the axis."""
-        low, high = self.y_limits()
-        return spread([self.height(curve.y[-1]) for curve in self.named], gap, low, high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +107,13 @@ def scale_of(axis: str, runs: Sequence[RunRecord]) -> Scale:
 def _curve(
     line: Line, series: Callable[[RunRecord], Series], scale: Scale, *, window: int = 1, markers: bool = False,
     bars: Callable[[RunRecord], Mapping[int, float]] | None = None,
+    band: Sequence[Callable[[RunRecord], Mapping[int, float]]] = (),
 ) -> Curve | None:  # fmt: skip
     """The mean over a line's runs at the steps that all of them have, or None if there are none.
 
     `bars` gives half the interval of each value. The bar of a mean over seeds is the mean of their bars: seeds may be
-    probed with the same batches, so their errors can be equal and do not average out.
+    probed with the same batches, so their errors can be equal and do not average out. `band` gives lower and upper bounds,
+    whose means bound the mean.
     """
     found = [(run, values) for run in line.runs if (values := series(run))]
     if not found:
@@ -242,6 +138,7 @@ def _curve(
         label=line.label, x=_means(places), y=_means(columns),
         colour=line.colour, dash=line.dash, markers=markers and len(common) <= 25, behind=behind if line.label else (),
         bars=_mean_bars([bars(run) for run, _ in found], common) if bars else (),
+        band=_mean_band([_mean_bars([end(run) for run, _ in found], common) for end in band]) if band else (),
     )  # fmt: skip
 
 
@@ -272,29 +169,16 @@ def _mean_bars(found: Sequence[Mapping[int, float]], steps: Sequence[int]) -> li
     return [None if None in column else fmean(bar for bar in column if bar is not None) for column in columns]
 
 
-def _ratio_bars(run: RunRecord) -> dict[int, float]:
-    """Half the 95 % interval of r over draws of batches, by step, for the probes that stored a standard error."""
-    errors, groups = run.series("probe/norm_ratio_standard_error"), run.series("probe/noise_groups")
-    counts = dict(zip(groups.steps, groups.values, strict=True))
-    return {
-        step: t_quantile(counts[step] - 1) * error
-        for step, error in zip(errors.steps, errors.values, strict=True)
-        if counts.get(step, 0) > 1
-    }
-
-
-def _ratio_name(curves: Sequence[Curve]) -> str:
-    """The name of r's axis, with what its bars and open marks are, if there are any."""
-    barred = any(curve.intervals for curve in curves)
-    unknown = any(any(curve.open_marks) for curve in curves)
-    return "r = ‖∇f‖₁ / ‖∇f‖₂" + "; bars: 95 %" * barred + "; open: no error known" * unknown
+def _mean_band(ends: Sequence[Sequence[float | None]]) -> list[tuple[float, float] | None]:
+    low, high = ends
+    return [None if a is None or b is None else (a, b) for a, b in zip(low, high, strict=True)]
 
 
 def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord] = ()) -> list[Panel]:
     """The panels of the paper's Figures 2 and 3 and some more, for the runs of one model; empty panels are omitted.
 
-    Training loss, test loss, norm ratio against √d and 0.798 √d, zero-shot log perplexity, KKT residual, and the
-    validation loss over the learning rates tried.
+    Training loss, test loss, norm ratio with its bounds without noise beside √d and the r of the noise, zero-shot log
+    perplexity, KKT residual, and the validation loss over the learning rates tried.
 
     Args:
         runs: the runs of one model.
@@ -308,8 +192,9 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
     def curves(
         series: Callable[[RunRecord], Series], *, window: int = 1, markers: bool = True,
         bars: Callable[[RunRecord], Mapping[int, float]] | None = None,
+        band: Sequence[Callable[[RunRecord], Mapping[int, float]]] = (),
     ) -> list[Curve]:  # fmt: skip
-        made = (_curve(line, series, scale, window=window, markers=markers, bars=bars) for line in lines)
+        made = (_curve(line, series, scale, window=window, markers=markers, bars=bars, band=band) for line in lines)
         return [curve for curve in made if curve is not None]
 
     longest = max((len(run.series("train/loss").steps) for run in runs), default=0)
@@ -317,7 +202,11 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
     smoothing = f", mean of {window} logged values" if window > 1 else ""
     training = curves(lambda run: run.series("train/loss"), window=window, markers=False)
     residual = curves(lambda run: run.series("probe/kkt_residual"))
-    ratios = curves(lambda run: run.series("probe/norm_ratio"), bars=_ratio_bars)
+    ratios = curves(lambda run: run.series("probe/norm_ratio"), bars=ratio_bars, band=RATIO_BAND)
+    noises = [
+        replace(curve, label="", dash=(1, 3), markers=False, behind=())
+        for curve in curves(lambda run: run.series("probe/norm_ratio_noise"))
+    ]
     key = main_evaluation_key(runs)
     tuned = [run for run in tried or runs if run.model == runs[0].model]
     tested = [line.runs for line in lines if any(run.series("test/loss") for run in line.runs)]
@@ -327,8 +216,9 @@ def panels(runs: list[RunRecord], axis: str = "step", tried: Sequence[RunRecord]
         Panel(slug="test-loss", title="Test loss", y_label=unit + OTHER_SAMPLES * bool(reason(tested)), x_label=scale.label,
               curves=curves(lambda run: run.series("test/loss"))),
         Panel(
-            slug="norm-ratio", title="Norm ratio of the full gradient", y_label=_ratio_name(ratios), x_label=scale.label,
-            curves=ratios, references=_ratio_references(runs), from_zero=True,
+            slug="norm-ratio", title="Norm ratio of the full gradient", y_label=ratio_name(ratios, noises), x_label=scale.label,
+            curves=[*ratios, *noises] if ratios else [], references=ratio_references(runs, with_noise=len(noises) < len(lines)),
+            from_zero=True,
         ),
         Panel(slug="perplexity", title="Zero-shot log perplexity", y_label="ln perplexity per token", x_label=scale.label,
               curves=curves(lambda run: _perplexities(run, key))),
@@ -362,20 +252,6 @@ def _rate_curves(tried: Sequence[RunRecord], lines: list[Line]) -> list[Curve]:
 def _wants_log(curves: list[Curve]) -> bool:
     ends = [end(curve.y) for curve in curves for end in (min, max)]
     return bool(ends) and min(ends) > 0 and max(ends) > LOG_RANGE * min(ends)
-
-
-def _ratio_references(runs: list[RunRecord]) -> list[Reference]:
-    """√d and the norm ratio of pure noise, for each d among the runs."""
-    lines = []
-    for d in sorted(
-        {run.num_parameters for run in runs if run.num_parameters is not None and run.series("probe/norm_ratio")}
-    ):
-        root = math.sqrt(d)
-        lines += [
-            Reference(y=root, label=f"√d = {root:,.0f}"),
-            Reference(y=NOISE_RATIO * root, label="0.798 √d: pure noise", dotted=True),
-        ]
-    return lines
 
 
 def _perplexities(run: RunRecord, key: tuple[object, ...] | None) -> Series:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lion.compare.axis_ticks import short
+from megatron_lion.compare.chart import Curve, Panel
 from megatron_lion.compare.labels import by_model
-from megatron_lion.compare.panels import Curve, Panel, panels
+from megatron_lion.compare.panels import panels
 from megatron_lion.runs.record import RunRecord
 from megatron_lion.style import new_figure, reference_line, save_figure, style_axes
 
@@ -62,6 +63,9 @@ def _draw(axes: Any, panel: Panel) -> None:
     for line in panel.references:
         reference_line(axes, line.y, line.label, (0, (1, 2) if line.dotted else (6, 2)))
     for curve in panel.curves:
+        if curve.bounds:
+            low_y, high_y = ([math.nan if ends is None else ends[end] for ends in curve.band] for end in (0, 1))
+            axes.fill_between(curve.x, low_y, high_y, color=curve.colour, alpha=0.12, linewidth=0)
         for x, y in curve.behind:
             axes.plot(x, y, color=curve.colour, alpha=0.2, linewidth=0.7)
         axes.plot(

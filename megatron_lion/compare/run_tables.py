@@ -221,8 +221,8 @@ def ratio_table(runs: list[RunRecord]) -> Table:
     probes.
     """
     columns = ["model", "optimizer", "√d", "probes", "batches", "noise first", "noise last", "noise largest", "r first",
-               "± first", "r last", "± last", "r/√d first", "r/√d last", "r/√d ≥", "r/√d ≤", "KKT first",
-               "KKT last"]  # fmt: skip
+               "± first", "r last", "± last", "r/√d first", "r/√d last", "r/√d ≥", "r/√d ≤", "r/√d noise",
+               "KKT first", "KKT last"]  # fmt: skip
     rows: list[list[Cell]] = []
     for run in runs:
         ratio, kkt = run.series("probe/norm_ratio"), run.series("probe/kkt_residual")
@@ -232,7 +232,7 @@ def ratio_table(runs: list[RunRecord]) -> Table:
         batches = sorted({int(count) for count in run.series("probe/num_batches").values})
         noise = run.series("probe/noise_share")
         errors = [_at(run.series("probe/norm_ratio_standard_error"), step) for step in ends]
-        bracket = [_at(run.series(f"probe/norm_ratio_{end}"), ends[1]) for end in ("low", "high")]
+        bracket = [_at(run.series(f"probe/norm_ratio_{end}"), ends[1]) for end in ("low", "high", "noise")]
         rows.append([
             run.model, run.label, root, len(ratio.steps), " or ".join(map(str, batches)) or None,
             *(_at(noise, step) for step in ends), max(noise.values, default=None),
@@ -250,8 +250,8 @@ def ratio_table(runs: list[RunRecord]) -> Table:
         notes=[
             "batches: number of batches over which each probe averages its gradient; noise: share of the noise that remains in "
             "‖ḡ‖₂²; ±: standard error of r",
-            "noise moves r towards the r of noise alone, which is 0.798 √d if it is Gaussian and equally large in all "
-            "coordinates; r/√d ≥ and ≤: bounds of the noise-free r/√d at the last probe",
+            "noise moves r towards the r of the noise itself (r/√d noise), which is 0.798 √d if it is Gaussian and equally "
+            "large in all coordinates; r/√d ≥ and ≤: bounds of the noise-free r/√d at the last probe",
         ],
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from megatron_lion.compare.axis_ticks import log_ticks, short, ticks
-from megatron_lion.compare.panels import Curve, Panel
+from megatron_lion.compare.chart import Curve, Panel
 
 # A small drawing area, because the SVG is scaled to the page: on a phone the text must not shrink to unreadable.
 WIDTH, HEIGHT = 460, 330
@@ -91,6 +92,7 @@ def _curve(curve: Curve, frame: Frame) -> str:
     dash = f' stroke-dasharray="{" ".join(map(str, curve.dash))}"' if curve.dash else ""
     kind = "curve" if curve.label else "curve nameless"
     parts = [f'<g class="{kind}" style="--c:{curve.colour}">']
+    parts += [f'<polygon class="bounds" points="{points}"/>' for points in _bands(curve, frame)]
     parts += [f'<polyline class="faint" points="{_points(x, y, frame)}"/>' for x, y in curve.behind]
     parts.append(f'<polyline{dash} points="{_points(curve.x, curve.y, frame)}"/>')
     if curve.label:
@@ -99,14 +101,29 @@ def _curve(curve: Curve, frame: Frame) -> str:
             for x, low, high in curve.intervals
         ]
     if curve.markers and curve.label:
-        bars = curve.bars or [None] * len(curve.y)
+        bars, bands = curve.bars or [None] * len(curve.y), curve.band or [None] * len(curve.y)
         parts += [
             f'<circle{' class="open"' if unknown else ""} cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{MARKED_SIZE}">'
             f"<title>{html.escape(curve.label)}, {html.escape(frame.panel.x_label)} {x:,.6g}: {y:,.5g}"
-            f"{f' ± {bar:,.3g} (95 %)' if bar is not None else ''}</title></circle>"
-            for x, y, bar, unknown in zip(curve.x, curve.y, bars, curve.open_marks, strict=True)
+            f"{f' ± {bar:,.3g} (95 %)' if bar is not None else ''}"
+            f"{f'; without noise {ends[0]:,.5g} to {ends[1]:,.5g}' if ends is not None else ''}</title></circle>"
+            for x, y, bar, unknown, ends in zip(curve.x, curve.y, bars, curve.open_marks, bands, strict=True)
         ]
     return "".join([*parts, "</g>"])
+
+
+def _bands(curve: Curve, frame: Frame) -> list[str]:
+    """Corner points of the shaded bounds, one polygon for each run of points at which they are known."""
+    known = zip(curve.x, curve.band, strict=False)
+    runs = [list(run) for is_known, run in groupby(known, key=lambda point: point[1] is not None) if is_known]
+    return [
+        " ".join(
+            [f"{frame.x(x):.1f},{frame.y(ends[0]):.1f}" for x, ends in run if ends]
+            + [f"{frame.x(x):.1f},{frame.y(ends[1]):.1f}" for x, ends in reversed(run) if ends]
+        )
+        for run in runs
+        if len(run) > 1
+    ]
 
 
 def _points(x: Sequence[float], y: Sequence[float], frame: Frame) -> str:

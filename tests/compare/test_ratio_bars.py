@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic_runs import write_run
 
-from megatron_lion.compare.panels import Panel, panels
+from megatron_lion.compare.chart import Panel
+from megatron_lion.compare.panels import panels
 from megatron_lion.compare.png_figures import write_figures
 from megatron_lion.compare.selection import read_runs
 from megatron_lion.compare.svg_charts import HEIGHT, chart
@@ -113,3 +114,44 @@ def test_the_png_draws_the_bars(tmp_path: Path) -> None:
     long = ink(add_errors(write_run(tmp_path / "a" / "lion"), every))
     short = ink(add_errors(write_run(tmp_path / "b" / "lion"), tiny))
     assert long > short + 6 * 40
+
+
+def add_bounds(folder: Path, bounds: dict[int, tuple[float, float, float]]) -> Path:
+    """Gives the probes at some steps bounds on r without noise and the r of the noise."""
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if "probe/norm_ratio" in line and line["step"] in bounds:
+            for name, value in zip(("low", "high", "noise"), bounds[line["step"]], strict=True):
+                line[f"probe/norm_ratio_{name}"] = value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_bounds_without_noise_are_shaded_and_the_noise_has_its_own_line(tmp_path: Path) -> None:
+    bounds = {0: (1500.0, 9000.0, 700.0), 200: (1600.0, 2500.0, 710.0), 400: (1700.0, 2600.0, 720.0)}
+    panel = ratio_panel(add_bounds(write_run(tmp_path / "a"), bounds))
+    curve, noise = panel.curves
+    assert [ends for ends in curve.band if ends] == [bounds[step][:2] for step in bounds]
+    assert list(noise.y) == [700.0, 710.0, 720.0]
+    assert not noise.label
+    assert noise.dash
+    assert panel.y_limits()[1] > 9000, "the bounds are inside the axes"
+    assert [line.label.split(" =")[0] for line in panel.references] == ["√d"], "no model of the noise is needed"
+    assert panel.y_label.endswith("shaded: without noise; dotted: noise alone")
+    text = chart(panel)
+    assert len(re.findall('<polygon class="bounds"', text)) == 1
+    assert "without noise 1,500 to 9,000" in text
+
+
+def test_the_bounds_of_seeds_are_the_means_of_their_bounds(tmp_path: Path) -> None:
+    ends = [(1000.0, 3000.0, 9.0), (2000.0, 5000.0, 9.0)]
+    folders = [
+        add_bounds(write_run(tmp_path / f"s{seed}", seed=seed), {0: value, 200: value})
+        for seed, value in enumerate(ends, start=1)
+    ]
+    assert [found for found in ratio_panel(*folders).curves[0].band if found] == [(1500.0, 4000.0)] * 2
+
+
+def test_a_run_without_the_noises_ratio_shows_the_gaussian_line(tmp_path: Path) -> None:
+    assert any("0.798" in line.label for line in ratio_panel(write_run(tmp_path / "a")).references)

@@ -23,8 +23,9 @@ from megatron_lion.cli import main
 from megatron_lion.compare.axis_ticks import spread, ticks
 from megatron_lion.compare.html_report import render_report
 from megatron_lion.compare.labels import seed_groups
-from megatron_lion.compare.panels import NOISE_RATIO, lines_of, panels
+from megatron_lion.compare.panels import lines_of, panels
 from megatron_lion.compare.png_figures import write_figures
+from megatron_lion.compare.ratio_curves import NOISE_RATIO
 from megatron_lion.compare.run_tables import build_tables
 from megatron_lion.compare.seeds import corrected_gap, seeds_table, sentence, verdicts
 from megatron_lion.compare.selection import read_runs

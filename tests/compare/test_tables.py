@@ -104,7 +104,7 @@ def test_the_norm_ratio_has_its_noise_and_its_errors(tmp_path: Path) -> None:
     old, new = write_run(tmp_path / "old"), write_run(tmp_path / "new", optimizer="sgd", d=10_000)
     added = [
         {"step": step, "probe/noise_share": share, "probe/norm_ratio_standard_error": 0.5 + step / 1000,
-         "probe/norm_ratio_low": 55.0, "probe/norm_ratio_high": 65.0}
+         "probe/norm_ratio_low": 55.0, "probe/norm_ratio_high": 65.0, "probe/norm_ratio_noise": 42.0}
         for step, share in ((0, 0.25), (400, 0.75), (1000, 0.5))
     ]  # fmt: skip
     with (new / "metrics.jsonl").open("a") as stream:
@@ -117,10 +117,10 @@ def test_the_norm_ratio_has_its_noise_and_its_errors(tmp_path: Path) -> None:
         "model": "gpt2-small", "optimizer": "SGD", "√d": 100.0, "probes": 6, "batches": "100",
         "noise first": 0.25, "noise last": 0.5, "noise largest": 0.75,
         "r first": ratio[0], "± first": 0.5, "r last": ratio[-1], "± last": 1.5,
-        "r/√d first": ratio[0] / 100, "r/√d last": ratio[-1] / 100, "r/√d ≥": 0.55, "r/√d ≤": 0.65,
+        "r/√d first": ratio[0] / 100, "r/√d last": ratio[-1] / 100, "r/√d ≥": 0.55, "r/√d ≤": 0.65, "r/√d noise": 0.42,
         "KKT first": ratio[0] * 2, "KKT last": ratio[-1] * 2 / 1001,
     }  # fmt: skip
-    missing = ["noise first", "noise last", "noise largest", "± first", "± last", "r/√d ≥", "r/√d ≤"]
+    missing = ["noise first", "noise last", "noise largest", "± first", "± last", "r/√d ≥", "r/√d ≤", "r/√d noise"]
     assert [name for name, value in lacking.items() if value is None] == missing
     assert "| 100.0 | 6 | 100 | 25.0% | 50.0% | 75.0% |" in to_markdown(table)
 
