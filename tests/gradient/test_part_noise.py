@@ -128,6 +128,8 @@ def test_sampled_coordinates_give_bounds_within_their_errors(monkeypatch):
             high = found.norm_ratio_high + quantile * found.norm_ratio_high_standard_error
             held[name] += low <= true <= high
             assert found.sketch_error > 0, "the error of the sample must be stated"
+            # σ² is a share of the exact ‖ḡ‖², not a sum over the sample.
+            assert found.noise_share == pytest.approx(found.noise_variance / n / norms.grad_l2**2)
     assert min(held.values()) >= 36, held
 
 
