@@ -14,10 +14,12 @@ from megatron_lion.config import RunConfig
 from megatron_lion.errors import DataError
 from megatron_lion.gradient.accumulate import FullGradient
 from megatron_lion.gradient.batch_groups import GroupedBatches
-from megatron_lion.gradient.noise import NoiseEstimate, Rung, estimate_noise, make_rung, rungs_of, unseen
-from megatron_lion.gradient.norms import GradientNorms, NormTable
+from megatron_lion.gradient.noise import NoiseEstimate, Rung, as_dict, estimate_noise, make_rung, rungs_of, unseen
+from megatron_lion.gradient.norms import GradientNorms, NormTable, parameter_rows
+from megatron_lion.gradient.parameter_kinds import is_padding
 from megatron_lion.gradient.part_noise import noise_by_part
 from megatron_lion.gradient.probe_result import ProbeResult
+from megatron_lion.gradient.sign_statistics import SignStatistics, sign_statistics
 from megatron_lion.gradient.sketch import GradientSketch
 from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import Ranks, derive_seed
@@ -73,6 +75,7 @@ def probe_run(
     rungs = rungs_of(samples.num_batches) if config.probe.ladder else [samples.num_batches]
     dropout_seed = derive_seed(config.seed, f"probe dropout at {run.step}") if config.probe.dropout else None
     groups = GroupedBatches(GradientSketch(run.model), samples.num_batches) if config.probe.ladder else None
+    signs = _sign_statistics(run) if config.probe.ladder and master_weights and samples.num_batches > 1 else None
     batches = run.probe_batches()
     read: list[tuple[int, GradientNorms]] = []
     with FullGradient(
@@ -89,12 +92,25 @@ def probe_run(
                 raise _nothing_counted(config, f"batch {full.num_batches}", "num_tokens")
             if full.num_batches in rungs:
                 table = full.read()
-                read.append((full.num_batches, table.norms()))
+                norms = table.norms()
+                read.append((full.num_batches, norms))
+                if signs is not None:
+                    signs.read(
+                        full.shards(),
+                        batches=full.num_batches,
+                        count=full.count,
+                        scale=table.scale,
+                        grad_l2=norms.grad_l2,
+                    )
             on_batch(full.num_batches)
         if (name := run.objective.uncounted(full.counts)) is not None:
             raise _nothing_counted(config, f"all {full.num_batches} batches", name)
         population = samples.population / config.train.global_batch_size if samples.population is not None else None
         ladder, noise, by_part = _ladder(read, table, groups, config.train.global_batch_size, population)
+        found = None
+        if signs is not None:
+            signs_table = signs.finish(full.shards(), table.scale)
+            found = sign_statistics(signs_table, table.norms, as_dict(noise) if noise else None, by_part, population)
         loss_error = standard_error(full.losses)
         if loss_error is not None:
             loss_error *= math.sqrt(unseen(full.num_batches, population))
@@ -102,7 +118,7 @@ def probe_run(
             step=run.step, mode="frozen", data=config.probe.data, dropout=config.probe.dropout,
             num_batches=full.num_batches, num_samples=samples.num_samples,
             num_tokens=samples.num_samples * config.model.seq_length, loss=full.loss, loss_standard_error=loss_error,
-            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise, noise_by_part=by_part,
+            table=table, seconds=time.perf_counter() - started, rungs=ladder, noise=noise, noise_by_part=by_part, signs=found,
             facts={
                 "theta": "master weights" if master_weights else "the model's own weights",
                 "population_samples": samples.population,
@@ -111,6 +127,16 @@ def probe_run(
         )  # fmt: skip
     warn_of(result, run.ranks)
     return result
+
+
+def _sign_statistics(run: ProbedRun) -> SignStatistics | None:
+    """Follows the signs of LION's update direction; None for another optimizer."""
+    settings = run.config.optimizer
+    if settings.name != "lion":
+        return None
+    names = [name for name in parameter_rows(run.model) if not is_padding(name)]
+    device = next(run.model[0].parameters()).device
+    return SignStatistics(names, settings.resolved_betas(), settings.clip_grad, run.model[0].config, device)
 
 
 def _nothing_counted(config: RunConfig, which: str, name: str) -> DataError:

@@ -29,6 +29,7 @@ class ProbeResult:
         rungs: the ladder, empty if it is switched off.
         noise: signal and noise, or None if they cannot be separated.
         noise_by_part: the same for parts of the model, from `noise_by_part`, or None.
+        signs: statistics of the signs of LION's update direction, from `sign_statistics`, or None.
         facts: further facts for the reader, such as the layout and which weights θ is.
     """
 
@@ -46,6 +47,7 @@ class ProbeResult:
     rungs: tuple[Rung, ...] = ()
     noise: NoiseEstimate | None = None
     noise_by_part: dict[str, Any] | None = None
+    signs: dict[str, Any] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, Any]:
@@ -54,6 +56,7 @@ class ProbeResult:
         unpadded = self.table.norms(lambda name: not is_padding(name))
         inner = self.table.norms(lambda name: kind_of(name) != "embedding")
         noise = self.noise
+        signs = (self.signs or {}).get("all") or {}
         inner_noise = (self.noise_by_part or {}).get("without_embeddings") or {}
         return {
             "probe/loss": self.loss,
@@ -93,6 +96,10 @@ class ProbeResult:
             "probe/noise_variance_standard_error": noise.noise_variance_standard_error if noise else None,
             "probe/noise_scale_samples": noise.noise_scale_samples if noise else None,
             "probe/noise_scale_standard_error": noise.noise_scale_standard_error if noise else None,
+            "probe/descent_share_low": signs.get("descent_share_low"),
+            "probe/descent_share_high": signs.get("descent_share_high"),
+            "probe/sign_agreement_share": signs.get("agreement_share"),
+            "probe/sign_flip_share": signs.get("flip_share"),
             "probe/noise_groups": noise.num_groups if noise else None,
             "probe/num_batches": self.num_batches,
             "probe/is_moving": int(self.mode == "moving"),
@@ -113,6 +120,7 @@ class ProbeResult:
             "ladder": [as_dict(rung) for rung in self.rungs],
             "noise": as_dict(self.noise) if self.noise else None,
             "noise_by_part": self.noise_by_part,
+            "signs": self.signs,
             "layers": {name: norms.as_dict() for name, norms in table.grouped(layer_of).items()},
             "kinds": {name: norms.as_dict() for name, norms in table.grouped(kind_of).items()},
             "parameters": {name: norms.as_dict() for name, norms in table.grouped(lambda name: name).items()},
