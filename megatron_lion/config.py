@@ -119,6 +119,9 @@ class OptimizerConfig:
     """Storage of momentum in LION's fused step: 4, 2 or 1.06 bytes per parameter; needs master_weights other than shards."""
     clip_grad: float = 1.0
     """Largest global gradient norm; larger gradients are scaled down after the norm is logged. 0 disables clipping."""
+    freeze_key_bias: bool = False
+    """Set the gradients of the attention's key biases to 0: no output depends on them, but sign updates move them by the full
+    rate at every step, on rounding errors."""
     max_skipped_steps: int = 3
     """Stop after this many consecutive steps with NaN or infinite gradients (ten times as many in fp16), or whose loss counts no
     token. Each such step is skipped, and nothing is saved until a step is taken."""

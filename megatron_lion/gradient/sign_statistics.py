@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_lion.gradient.parameter_kinds import kind_of, layer_of
+from megatron_lion.optim.key_bias import is_qkv_bias, key_part
 from megatron_lion.optim.parameter_shards import Shard
 
 KEY_BIAS = "#key bias"
-"""Suffix of the additional row for the key's part of an attention's bias, whose true gradient is 0: the softmax ignores a
-shift of all scores of a query."""
+"""Suffix of the additional row for the key's part of an attention's bias, whose true gradient is 0 (optim/key_bias.py)."""
 _SUMS = ("count", "zeros", "flips", "agrees", "l1", "error_l1", "theta_l1")
 FEWEST_BLOCKS = 4
 """Fewest blocks of batches from which a standard error is computed."""
@@ -51,10 +51,9 @@ class SignStatistics:
         self, names: Sequence[str], betas: tuple[float, float], clip_grad: float, settings: Any, device: torch.device
     ) -> None:
         self.betas, self.clip_grad, self.device = betas, clip_grad, device
-        self.rows = tuple(row for name in names for row in ((name, name + KEY_BIAS) if _is_qkv_bias(name) else (name,)))
+        self.rows = tuple(row for name in names for row in ((name, name + KEY_BIAS) if is_qkv_bias(name) else (name,)))
         self._place = {row: place for place, row in enumerate(self.rows)}
-        self._head_dim = settings.kv_channels
-        self._per_group = settings.num_attention_heads // (settings.num_query_groups or settings.num_attention_heads)
+        self._settings = settings
         self._sums = torch.zeros(len(self.rows), len(_SUMS), dtype=torch.float64)
         self._directions: list[torch.Tensor] = []
         self._first: list[torch.Tensor] = []
@@ -126,10 +125,8 @@ class SignStatistics:
     def _parts(self, shard: Shard) -> Iterator[tuple[int, Any]]:
         """Yields (row, which elements of the shard belong to it)."""
         yield self._place[shard.name], slice(None)
-        if _is_qkv_bias(shard.name):
-            # A group of heads has its queries, one key and one value, each of head_dim elements, one after the other.
-            head_N = (shard.start + torch.arange(shard.main.numel())) // self._head_dim % (self._per_group + 2)
-            yield self._place[shard.name + KEY_BIAS], head_N == self._per_group
+        if is_qkv_bias(shard.name):
+            yield self._place[shard.name + KEY_BIAS], key_part(shard.start, shard.main.numel(), self._settings)
 
     def _reduced(self, sums: torch.Tensor) -> torch.Tensor:
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -254,7 +251,3 @@ def _momentum(shard: Shard, grad_N: torch.Tensor) -> torch.Tensor:
     """The momentum before a step with this gradient, which replaces NaN: m⁰ = g¹ before the first step."""
     exp_avg_N = shard.state["exp_avg"].detach().float().cpu()
     return torch.where(exp_avg_N.isnan(), grad_N, exp_avg_N)
-
-
-def _is_qkv_bias(name: str) -> bool:
-    return name.endswith("linear_qkv.bias")

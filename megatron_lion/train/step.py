@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_lion.config import RunConfig
 from megatron_lion.model.objective import Objective
+from megatron_lion.optim.key_bias import zero_key_gradients
 from megatron_lion.optim.train_optimizer import TrainOptimizer
 from megatron_lion.parallel import Ranks, reduce_sums, sum_on_device
 
@@ -91,6 +92,8 @@ def train_step(
     finally:
         # A model that refers to its optimizer is never garbage-collected: the cycle passes through autograd's own nodes.
         settings.finalize_model_grads_func = settings.grad_scale_func = None
+    if config.optimizer.freeze_key_bias:
+        zero_key_gradients(model)
     names = objective.sum_names
     totals = sum_on_device(outputs, names, next(model[0].parameters()).device)
     # The sums are over all ranks, so that all of them skip alike. A gradient of nothing is zero, or 0 · NaN, and LION would
