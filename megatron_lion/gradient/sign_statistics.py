@@ -172,12 +172,15 @@ class SignTable:
         if bounds and bounds.get("norm_ratio_low") is not None and bounds.get("norm_ratio_high") is not None:
             clean = grad_l2 * math.sqrt(max(0.0, 1 - bounds["noise_share"]))
             low, high = (clean * bounds[f"norm_ratio_{end}"] for end in ("low", "high"))
+        # |⟨∇f, sign(c)⟩| ≤ ‖∇f‖₁; an estimate below the descent would give a share beyond 1.
+        ends = sorted(max(-1.0, min(descent / end, 1.0)) for end in (low, high) if end)
+        shares = (ends[0], ends[1]) if len(ends) == 2 else (None, None)
         return {
             "num_parameters": int(count),
             "descent": descent,
             "descent_standard_error": error,
-            "descent_share_low": descent / high if high else None,
-            "descent_share_high": descent / low if low else None,
+            "descent_share_low": shares[0],
+            "descent_share_high": shares[1],
             "sign_loss_low": None if low is None else max(0.0, low - descent),
             "sign_loss_high": None if high is None else max(0.0, high - descent),
             "direction_error_l1": error_l1,

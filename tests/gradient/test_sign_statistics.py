@@ -214,3 +214,20 @@ def test_query_groups_have_one_key_between_their_queries_and_their_value():
         found = table.of(lambda row: row.endswith(KEY_BIAS), None, 0.0, None)
         total += found["grad_l1"] if found else 0.0
     assert total == float(keys.sum())
+
+
+def test_a_direction_that_points_uphill_has_a_negative_share_whose_ends_are_in_order():
+    settings = SimpleNamespace(kv_channels=4, num_attention_heads=1, num_query_groups=1)
+    signs = SignStatistics(["a.weight"], (0.9, 0.95), 0.0, settings, torch.device("cpu"))
+    grad, m = torch.ones(4), torch.tensor([-1.0, -1.0, -1.0, 1.0])
+    for k in (1, 2):
+        shard = FakeShard("a.weight", torch.zeros(4), grad * k, {"exp_avg": m})
+        signs.read([shard], batches=k, count=k, scale=1 / k, grad_l2=2.0)
+    table = signs.finish([shard], 0.5)
+    bounds = {"norm_ratio_low": 1.25, "norm_ratio_high": 2.0, "noise_share": 0.0}  # ‖∇f‖₁ between 2.5 and 4
+    found = table.of(lambda row: True, bounds, 2.0, None)
+    assert found["descent"] == -2
+    assert (found["descent_share_low"], found["descent_share_high"]) == (-0.8, -0.5)
+    assert (found["sign_loss_low"], found["sign_loss_high"]) == (4.5, 6.0)
+    far_too_low = table.of(lambda row: True, {**bounds, "norm_ratio_low": 0.5}, 2.0, None)
+    assert far_too_low["descent_share_low"] == -1.0
