@@ -105,10 +105,12 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     """Plots r against the number of averaged batches for each run's first and last probe, with 95 % intervals.
 
     A value without a standard error is an open circle without a bar. The axis on top shows how many groups of batches
-    the bars of the longest ladder rest on. The bounds on r without noise, from all batches, are shaded.
+    the bars of the longest ladder rest on. Broad bars beside the last rung are the bounds on r
+    without noise, from all batches.
     """
     figure, (axes,) = _figure(1)
     longest: list[Mapping[str, Any]] = []
+    num_beside = 0
     for label, probes in runs.items():
         color = _color(probes, label)
         shown = [probe for probe in (probes[0], probes[-1]) if probe["ladder"]]
@@ -123,10 +125,13 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
                 axes.plot([k], [ratio], "o", markersize=4, color=color, markerfacecolor=face)
             _bars(axes, batches, ratios, errors, color)
             noise = probe.get("noise") or {}
-            if noise.get("norm_ratio_low") is not None and noise.get("norm_ratio_high") is not None:
-                axes.axhspan(noise["norm_ratio_low"], noise["norm_ratio_high"], color=color, alpha=0.1, linewidth=0)
-                for end in ("low", "high"):
-                    axes.axhline(noise[f"norm_ratio_{end}"], color=color, linestyle=style, linewidth=0.6)
+            low, high = noise.get("norm_ratio_low"), noise.get("norm_ratio_high")
+            if low is not None and high is not None:  # side by side, right of the last rung
+                num_beside += 1
+                place = batches[-1] * 1.12**num_beside * 1.1
+                axes.plot(
+                    [place, place], [low, high], style, color=color, linewidth=5, alpha=0.35, solid_capstyle="butt"
+                )
             if noise.get("norm_ratio_noise") is not None:
                 axes.axhline(noise["norm_ratio_noise"], color=color, linestyle=":", linewidth=1)
     _reference_lines(axes, _same_d(runs), is_measured=_all_measured(runs))
@@ -144,7 +149,7 @@ def plot_ladder(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     top.set_xlabel("groups of batches behind the bar", fontsize=8)
     axes.set_title(
         "Norm ratio of the mean of k batches; bars: 95 % interval\n"
-        "shaded: bounds on r without noise; dotted: r of the noise itself",
+        "broad bars: bounds on r without noise; dotted: r of the noise itself",
         fontsize=9,
     )
     axes.legend(fontsize=8, loc="best")
