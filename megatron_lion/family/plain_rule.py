@@ -84,11 +84,15 @@ class PlainRule(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        has_no_state = not self.state
+        is_first = not self.state
         slots = self.slots()
-        if not (has_no_state and asks_for_state(self.param_groups, slots)):
+        if not (is_first and self.is_request(slots)):
             self.take(slots)
         return loss
+
+    def is_request(self, slots: Sequence[Slot]) -> bool:
+        """Returns whether a first step asks for the state alone."""
+        return asks_for_state(self.param_groups, slots)
 
     def slots(self) -> list[Slot]:
         """Returns the parameters that have a gradient and at least one element, with their state."""
@@ -111,6 +115,11 @@ class PlainRule(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32)
         check_forms(param, state, forms, place)
         return Slot(param, fit_gradient(param, grad).to(compute_dtype(param)), state, group)
+
+    def numbers(self) -> dict[int, int]:
+        """Returns the number of each parameter in the order of the groups, as in a state dict, by its `id`."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return {id(param): number for number, param in enumerate(params)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads groups and state; torch's own method would cast the state to the parameters' dtype.
