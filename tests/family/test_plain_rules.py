@@ -13,11 +13,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from megatron_lion.family.clion import CLion
 from megatron_lion.family.lion_kappa import LionKappa
+from megatron_lion.family.mlorc_lion import MLorcLion
 from megatron_lion.family.plain_rule import PlainRule
 from megatron_lion.family.sto_sign_sgd import StoSignSGD
 
 RULES: dict[str, Callable[..., PlainRule]] = {
     "clion": lambda params, **settings: CLion(params, threshold=0.02, **settings),
+    "mlorc_lion": lambda params, **settings: MLorcLion(params, rank=2, **settings),
     "sto_sign_sgd": lambda params, **settings: StoSignSGD(params, momentum=0.5, **settings),
     "lion_kappa": lambda params, **settings: LionKappa(params, kappa="huber", delta=0.5, **settings),
 }
