@@ -20,9 +20,9 @@ class CLion(PlainRule):
         θ_{k+1} = θ_k - η (u_k + λ θ_k)
         m_k     = β2 m_{k-1} + (1-β2) g_k                  m_0 = 0
 
-    The choice is one for all parameters, so one element decides it: among millions of elements the smallest is nearly
-    always below any ν at which the sign would matter, and the step is then SGD with momentum. Choose ν from the smallest
-    |c_j| that you observe. As ν → 0 this is LION. It is another rule than `Lion(cautious=True)`.
+    The choice is one for all parameters, so a single element decides it, and the other kind of step is SGD with momentum,
+    of another length at the same rate. Choose ν from the smallest |c_j| that you observe: below all of them this is LION,
+    bit for bit. It is another rule than `Lion(cautious=True)`.
 
     Args:
         params: tensors, or dicts with `params` and their own `lr`, `betas`, `weight_decay`.

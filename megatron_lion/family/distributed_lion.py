@@ -39,7 +39,8 @@ class DistributedLion(PlainRule):
 
     **Gradients must be the worker's own.** Use a module without a wrapper, or DDP inside `no_sync()` for every backward
     pass: averaged gradients would make all votes equal. Start from equal parameters (DDP sends them when it wraps a
-    module), and give every worker the same groups in the same order.
+    module), and give every worker the same groups in the same order. Every worker must take every step: a GradScaler, which
+    lets a worker skip a step on its own, would leave the others waiting.
 
     **State.** `exp_avg` differs between workers, so each must save its own `state_dict`. `step` counts steps.
 

@@ -24,7 +24,6 @@ def test_steps_are_the_equations_in_numpy(threshold, seed):
     thetas, ms = [rng.standard_normal(shape) for shape in SHAPES], [np.zeros(shape) for shape in SHAPES]
     params = [torch.nn.Parameter(torch.from_numpy(theta.copy())) for theta in thetas]
     optimizer = CLion(params, lr=0.1, betas=(0.5, 0.8), weight_decay=0.2, threshold=threshold)
-    kinds = set()
     for _ in range(8):
         gs = [rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 2, shape) * rng.choice([0.02, 5]) for shape in SHAPES]
         gs[0][0] = 0
@@ -34,7 +33,6 @@ def test_steps_are_the_equations_in_numpy(threshold, seed):
         cs = [0.5 * m + 0.5 * g for m, g in zip(ms, gs, strict=True)]
         sizes = np.abs(np.concatenate([c.ravel() for c in cs]))
         is_sign = sizes[sizes > 0].min() >= threshold
-        kinds.add(bool(is_sign))
         for number, (c, g) in enumerate(zip(cs, gs, strict=True)):
             thetas[number] -= 0.1 * ((np.sign(c) if is_sign else c) + 0.2 * thetas[number])
             ms[number] = 0.8 * ms[number] + 0.2 * g
