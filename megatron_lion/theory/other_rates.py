@@ -136,7 +136,8 @@ def rates_table() -> list[list[str]]:
     """The rows of `PUBLISHED_RATES` as cells, in the order of the table of docs/theory.md.
 
     Example:
-        >>> rates_table()[0]
-        ['SGD', 'mean ‖∇f‖₂ ≤ O((σ²LΔ)^¼ K^−¼)', '–', 'Bottou et al. 2018', 'paper, equation 2']
+        >>> first, *_ = rates_table()
+        >>> ", ".join(first)
+        'SGD, mean ‖∇f‖₂ ≤ O((σ²LΔ)^¼ K^−¼), –, Bottou et al. 2018, paper, equation 2'
     """
     return [[row.algorithm, row.rate, row.condition or "–", row.reference, row.source] for row in PUBLISHED_RATES]

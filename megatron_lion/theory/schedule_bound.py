@@ -56,7 +56,7 @@ def schedule_bound(
 
     Example:
         >>> bound = schedule_bound([0.1, 0.05], beta1=0.9, beta2=0.99, L=1, sigma=1, gap=1, d=1)
-        >>> [round(float(value), 3) for value in bound.total]
+        >>> bound.total.round(3).tolist()
         [12.2, 8.89]
     """
     lr, sigma = require_positive("lr", lr, zero=True), require_positive("sigma", sigma, zero=True)

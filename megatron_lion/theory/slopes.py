@@ -40,8 +40,9 @@ def running_means(steps: ArrayLike, values: ArrayLike, weighting: Weighting = "l
     """K and the mean of the values up to K at each probe; arguments as `spread_over_steps`.
 
     Example:
-        >>> [array.tolist() for array in running_means([0, 2], [4.0, 2.0])]
-        [[1.0, 3.0], [4.0, 3.0]]
+        >>> K, means = running_means([0, 2], [4.0, 2.0])
+        >>> K.tolist(), means.tolist()
+        ([1.0, 3.0], [4.0, 3.0])
     """
     dense = spread_over_steps(steps, values, weighting)
     at = np.asarray(steps, dtype=np.float64) + 1 if weighting != "probes" else np.arange(1.0, len(dense) + 1)
