@@ -1,17 +1,21 @@
-"""`megatron-lion theory`: rate constants of runs, and the settings that Corollary 3 gives."""
+"""`megatron-lion theory`: rate constants and slopes of runs, the bound at their settings, and those that Corollary 3 gives."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_lion.streams import next_steps
+from megatron_lion.streams import next_steps, say
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from megatron_lion.runs.record import RunRecord
+    from megatron_lion.theory.run_bounds import RunBound
+
 HELP = (
-    "Compute the tightest rate constants of runs, estimate smoothness L, noise variance sigma^2 and gap Delta, and print the settings "
-    "that Corollary 3 gives"
+    "Compute rate constants and slopes of runs, estimate smoothness L, noise variance sigma^2 and gap Delta, compare the mean KKT "
+    "residual with the bound at a run's own settings, and print the settings that Corollary 3 gives"
 )
 
 
@@ -55,6 +59,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="norms between probes: linear interpolation, hold the last probe's, or average over probes instead of steps",
     )
     add("--confidence", type=float, default=0.95, help="confidence level of all intervals and bounds")
+    add(
+        "--output",
+        type=str,
+        default=None,
+        metavar="DIR",
+        help="folder for figures: the bound beside the measured mean of each LION run, and the curves of the rate constants; "
+        "default: no figures",
+    )
 
 
 def run(args: Any) -> None:
@@ -64,10 +76,12 @@ def run(args: Any) -> None:
 
     _check_numbers(args)
     try:
-        text = _from_numbers(args) if not args.runs else _from_runs(args)
+        text, figures = (_from_numbers(args), []) if not args.runs else _from_runs(args)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     print_markdown(text + "\n")
+    if figures:
+        say(f"\nwritten: {', '.join(map(str, figures))}")
     if args.runs:
         next_steps(["megatron-lion", "compare", *map(str, args.runs)])
 
@@ -92,6 +106,8 @@ def _from_numbers(args: Any) -> str:
     from megatron_lion.errors import ConfigError
     from megatron_lion.theory.advice import HONESTY, advice_table, advise
 
+    if args.output is not None:
+        raise ConfigError("--output draws runs: give a RUN")
     missing = [_flag(name) for name in NUMBERS if getattr(args, name) is None]
     if missing:
         raise ConfigError(f"without a RUN, these flags are needed: {' '.join(missing)}")
@@ -100,23 +116,40 @@ def _from_numbers(args: Any) -> str:
     return "\n\n".join([title, advice_table([("given", advice)]), *HONESTY])
 
 
-def _from_runs(args: Any) -> str:
+def _from_runs(args: Any) -> tuple[str, list[Path]]:
     from megatron_lion.runs.record import read_run
     from megatron_lion.theory.advice import HONESTY
+    from megatron_lion.theory.bound_report import bound_section, slopes_section
     from megatron_lion.theory.rate_report import advice_section, rates_section
+    from megatron_lion.theory.run_bounds import run_bound
 
     records = [read_run(path) for path in args.runs]
     parts = ["## Rate constants", rates_section(records, args.weighting, args.confidence)]
-    for record in records:
+    parts += ["## Slopes over log K", slopes_section(records, args.weighting, args.confidence)]
+    numbers = {
+        "smoothness": args.smoothness, "noise_variance": args.noise_variance, "gap": args.gap, "confidence": args.confidence
+    }  # fmt: skip
+    bounds = [run_bound(record, weighting=args.weighting, **numbers) for record in records]
+    for record, bound in zip(records, bounds, strict=True):
         parts += [
             f"## Corollary 3 for {record.folder}",
-            advice_section(
-                record,
-                args.steps,
-                smoothness=args.smoothness,
-                noise_variance=args.noise_variance,
-                gap=args.gap,
-                confidence=args.confidence,
-            ),
+            advice_section(record, args.steps, **numbers),
+            f"## Bound at the settings of {record.folder}",
+            bound_section(bound),
         ]
-    return "\n\n".join([*parts, "## Limits", *HONESTY])
+    figures = _figures(Path(args.output), records, bounds, args.weighting) if args.output is not None else []
+    return "\n\n".join([*parts, "## Limits", *HONESTY]), figures
+
+
+def _figures(folder: Path, records: list[RunRecord], bounds: list[RunBound | None], weighting: Any) -> list[Path]:
+    """Draws rate_constants.png, and bound.png of each run with one; several runs are numbered in their order."""
+    from megatron_lion.files import make_folder
+    from megatron_lion.theory.bound_figures import plot_bound, plot_rates
+
+    make_folder(folder)
+    drawn = [plot_rates(records, weighting, folder / "rate_constants.png")]
+    for number, (record, bound) in enumerate(zip(records, bounds, strict=True), 1):
+        if bound is not None:
+            name = "bound.png" if len(records) == 1 else f"bound_{number}.png"
+            drawn.append(plot_bound(bound, record.folder.name, folder / name))
+    return drawn

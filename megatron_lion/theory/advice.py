@@ -19,7 +19,7 @@ from megatron_lion.theory.symbols import require_positive
 HONESTY = (
     "Corollary 3 sets c1 = c2, that is beta1 = beta2 (Signum): it does not explain why LION with beta1 < beta2 is "
     "better. In the inequality of its proof every beta1 >= beta2 gives the same bound, and beta1 < beta2 a larger one; the "
-    "difference comes from a triangle inequality on the noise, and the exact noise differs far less (docs/theory.md).",
+    "difference comes from a triangle inequality on the noise. With exact noise beta1 is not in the leading part (docs/theory.md).",
     "The corollary balances an upper bound over all functions with these L, sigma and Delta. Its eta is not a tuned "
     "learning rate: it grows with Delta^(3/4), falls with L^(-1/4), and has no warm-up or decay.",
     "sigma^2 and L are measured at the probes of a run, so they estimate lower bounds on the suprema in the assumptions. "

@@ -25,6 +25,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from megatron_lion.theory.exact import mean_drift, mean_noise, noise_factor
 from megatron_lion.theory.lemma import lemma6
 from megatron_lion.theory.symbols import Array, Constants, Terms, require_positive
 
@@ -40,6 +41,8 @@ def any_settings(
     gap: ArrayLike,
     d: ArrayLike,
     first_error: ArrayLike | None = None,
+    exact: bool = False,
+    first_grad_l2: ArrayLike | None = None,
 ) -> Array:
     """The bound before the proof inserts its choice of β₁, β₂ and η; valid for any settings of a run.
 
@@ -56,7 +59,10 @@ def any_settings(
     Source: Appendix A.3, the inequality above (A.1).
     """
     gap = require_positive("gap", gap, zero=True)
-    error = lemma6(K, beta1=beta1, beta2=beta2, lr=lr, L=L, sigma=sigma, d=d, first_error=first_error)
+    error = lemma6(
+        K, beta1=beta1, beta2=beta2, lr=lr, L=L, sigma=sigma, d=d, first_error=first_error, exact=exact,
+        first_grad_l2=first_grad_l2,
+    )  # fmt: skip
     K, d, lr, L = (np.asarray(x, dtype=np.float64) for x in (K, d, lr, L))
     return np.asarray(gap / (K * lr) + 2 * np.sqrt(d) * error + 2 * d * L * lr)
 
@@ -72,6 +78,7 @@ def theorem2(
     gap: ArrayLike,
     d: ArrayLike,
     tight: bool = False,
+    exact: bool = False,
 ) -> Terms:
     """Theorem 2 (ii): bound on the mean KKT residual over K steps.
 
@@ -90,12 +97,14 @@ def theorem2(
         gap: Δ.
         d: dimension.
         tight: keep the |c₁−c₂| + c₁ of the proof (A.1), which the theorem rounds up to 2c₁ + c₂.
+        exact: propagate the noise exactly, as `lemma6` does; `tight` then changes nothing. Needs c₁, c₂ ≤ √K. The summand
+            'start' is what the first gradients add to the noise after many steps, 'drift' is that of K steps.
 
     Returns:
         The five summands and, as `.total`, the right side.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or, with `exact`, c₁ or c₂ above √K.
 
     Example:
         >>> float(theorem2(16, c1=1, c2=1, c3=1, L=1, sigma=1, gap=1, d=1).total)
@@ -108,6 +117,17 @@ def theorem2(
     L, gap = require_positive("L", L), require_positive("gap", gap, zero=True)
     sigma = require_positive("sigma", sigma, zero=True)
     root = np.sqrt(d)
+    if exact:
+        chosen = Constants(c1, c2, c3).settings(K, d)
+        beta1, beta2 = chosen.beta1, chosen.beta2
+        noise = noise_factor(beta1=beta1, beta2=beta2) * sigma
+        return Terms(
+            gap=gap * root / (c3 * K**0.25),
+            start=2 * root * (mean_noise(K, beta1=beta1, beta2=beta2, sigma=sigma) - noise),
+            drift=2 * root * mean_drift(K, beta1=beta1, beta2=beta2, lr=chosen.lr, L=L, d=d),
+            noise=2 * root * noise,
+            step=2 * L * c3 * root / K**0.75,
+        )
     spread = np.abs(c1 - c2) + c1 if tight else 2 * c1 + c2
     return Terms(
         gap=gap * root / (c3 * K**0.25),
@@ -277,7 +297,7 @@ def smallest_constants(*, L: ArrayLike, sigma: ArrayLike, gap: ArrayLike) -> Con
 
     c₁ = c₂ = 2√(LΔ)/σ and c₃ = √(Δc₂/(4L)) give 4√2 = 5.66 times K^{−¼}√d(σ²LΔ)^¼. Corollary 3's choice gives
     7 (1 + 4 + 2) in the same form. Any c₁ ≤ c₂, that is β₁ ≥ β₂, gives the same value. c₁ > c₂, the β₁ < β₂ of
-    practice, gives a larger one.
+    practice, gives a larger one. With exact noise, `exact.sharpest_constants` gives 2^{9/4} = 4.757.
 
     Source: minimisation of the inequality (A.1) over c₂ and c₃; not in the paper.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from megatron_lion.theory.exact import mean_drift, mean_noise
 from megatron_lion.theory.symbols import Array, require_beta, require_positive
 
 
@@ -46,12 +47,18 @@ def lemma6(
     sigma: ArrayLike,
     d: ArrayLike,
     first_error: ArrayLike | None = None,
+    exact: bool = False,
+    first_grad_l2: ArrayLike | None = None,
 ) -> Array:
     """Lemma 6: bound on the distance between c^k and the full gradient, averaged over the steps.
 
     (1/K) Σ_{k≤K} E‖δ^k‖₂ ≤ σ/(K(1−β₂)) + 2Lη√d/(1−β₂) + (|β₁−β₂| + 1 − β₁) σ/√(1−β₂),  δ^k = c^k − ∇f(θ^k)
 
     It needs ‖θ^k‖∞ ≤ 1/λ for every k, and holds for any β₁, β₂ in [0, 1) and any K.
+
+    With `exact`, the orthogonal noise of the steps is propagated exactly (`megatron_lion.theory.exact`), and the drift keeps
+    its β₁. For large K the bound is then 2β₁Lη√d/(1−β₂) + σ√((1−β₁)² + β₁²(1−β₂)/(1+β₂)). Both forms have the same
+    assumptions, and the exact one is never larger.
 
     Args:
         K: steps.
@@ -62,20 +69,31 @@ def lemma6(
         sigma: σ; 0 means exact gradients.
         d: dimension.
         first_error: E‖δ¹‖₂, which replaces σ in the first summand; see `initial_error`. By default the paper's σ,
-            which is for m⁰ = g¹.
+            which is for m⁰ = g¹. Not for the exact form, which needs the parts of this error.
+        exact: propagate the noise exactly.
+        first_grad_l2: for the exact form with m⁰ = 0: ‖∇f(θ¹)‖₂. By default m⁰ = g¹.
 
     Returns:
         The right side, in the unit of a gradient.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: a number outside its range, or an argument of the other form.
 
     Example:
         >>> round(float(lemma6(100, beta1=0.9, beta2=0.99, lr=0.01, L=7, sigma=2**0.5, d=2)), 3)
         23.9
+        >>> round(float(lemma6(100, beta1=0.9, beta2=0.99, lr=0.01, L=7, sigma=2**0.5, d=2, exact=True)), 3)
+        7.355
 
-    Source: Lemma 6 (Appendix A.2).
+    Source: Lemma 6 (Appendix A.2); the exact form is not in the paper.
     """
+    if exact and first_error is not None:
+        raise ValueError("first_error: the exact form takes first_grad_l2, the l2 norm of the first full gradient")
+    if exact:
+        noise = mean_noise(K, beta1=beta1, beta2=beta2, sigma=sigma, first_grad_l2=first_grad_l2)
+        return np.asarray(noise + mean_drift(K, beta1=beta1, beta2=beta2, lr=lr, L=L, d=d))
+    if first_grad_l2 is not None:
+        raise ValueError("first_grad_l2: only the exact form takes it; see initial_error for first_error")
     K, d = require_positive("K", K), require_positive("d", d)
     beta1, beta2 = require_beta("beta1", beta1), require_beta("beta2", beta2)
     lr, L = require_positive("lr", lr), require_positive("L", L)

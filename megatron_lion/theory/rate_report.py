@@ -24,9 +24,7 @@ from megatron_lion.theory.estimate import (
 )
 from megatron_lion.theory.probe_noise import ProbeNoise, l2_norms, read_probe_noise
 from megatron_lion.theory.rates import SeedRates, Weighting, rates_over_seeds
-
-L_FACTORS = (1, 10, 100)
-"""Multiples of the lower bound on L for which Corollary 3 is evaluated."""
+from megatron_lion.theory.run_bounds import L_FACTORS
 
 
 def rates_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: float) -> str:

@@ -155,7 +155,7 @@ def rates_over_seeds(
     Raises:
         ValueError: no runs, no common step, or a number outside its range.
     """
-    common, values = _common_norms(runs, confidence)
+    common, values = common_norms(runs, confidence)
     per_run = tuple(rate_constant(common, row, scale=scale, weighting=weighting) for row in values)
     of_mean = rate_constant(common, values.mean(axis=0), scale=scale, weighting=weighting)
     interval = Interval(estimate=of_mean.value, low=None, high=None, confidence=confidence, count=1)
@@ -191,7 +191,7 @@ def late_growth(
         >>> round(found.estimate, 4), round(found.low, 4)  # ¼ ln 2: a constant norm
         (0.1733, 0.1733)
     """
-    common, values = _common_norms(runs, confidence)
+    common, values = common_norms(runs, confidence)
     means = [
         values.mean(axis=0),
         *(np.delete(values, row, axis=0).mean(axis=0) for row in range(len(runs)) if len(runs) > 1),
@@ -205,7 +205,7 @@ def late_growth(
     return around(growth, error, len(runs) - 1, confidence=confidence)
 
 
-def _common_norms(runs: Sequence[tuple[ArrayLike, ArrayLike]], confidence: float) -> tuple[list[float], Array]:
+def common_norms(runs: Sequence[tuple[ArrayLike, ArrayLike]], confidence: float = LEVEL) -> tuple[list[float], Array]:
     """The probe steps that all runs have, and the norms there, shape (runs, steps).
 
     Raises:
