@@ -79,5 +79,5 @@ def bound_section(found: RunBound | None) -> str:
              *(f"{float(part[-1]):.3g}" for part in parts)]
         )  # fmt: skip
     given = any(curve.label == "L given" for curve in found.curves)
-    note = "" if given else " The records bound L from below only, so these are estimates, not bounds."
-    return f"{text} The right side, and its five summands:{note}\n\n{markdown_grid(columns, cells)}\n\n{facts}"
+    note = "" if given else " The records bound L from below only, so the right sides are estimates, not bounds."
+    return f"{text}{note} The right side and its five summands:\n\n{markdown_grid(columns, cells)}\n\n{facts}"
