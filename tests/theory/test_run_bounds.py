@@ -88,7 +88,7 @@ def test_without_L_there_are_three_estimates_and_the_report_states_it(run):
     levels = [curve.smoothness for curve in found.curves]
     assert levels == pytest.approx([levels[0], 10 * levels[0], 100 * levels[0]])
     text = bound_section(found)
-    assert "so these are estimates, not bounds" in text
+    assert "so the right sides are estimates, not bounds" in text
     assert "assumed to be 1, 10 or 100 times the lower bound" in text
     assert "σ²: measured at 9 probes" in text
     assert "assumed, the loss at step 0 with f* = 0" in text
