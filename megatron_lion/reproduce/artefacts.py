@@ -102,14 +102,19 @@ def data_folder(kind: str, output: Path) -> Path:
     return output / f"data-{kind}"
 
 
-def _missing_sources(kind: str, sources: Sources, *, held_out: bool = False) -> list[Step]:
-    """The steps that make the text and the vocabulary that were not given.
+def data_steps(kind: str, sources: Sources, *, held_out: bool = False) -> list[Step]:
+    """The steps from text to token files, with the text and the vocabulary that were not given.
 
     Args:
         kind: "gpt2" or "bert".
         sources: the inputs given.
         held_out: whether the runs are evaluated on the demo's held-out text.
     """
+    return [*_missing_sources(kind, sources, held_out=held_out), _prepare(kind, sources)]
+
+
+def _missing_sources(kind: str, sources: Sources, *, held_out: bool) -> list[Step]:
+    """The steps that make the text and the vocabulary that were not given."""
     text = sources.output / "text"
     steps = []
     if not sources.text or held_out:
@@ -182,7 +187,7 @@ def _tiny(artefact: str, sources: Sources) -> Plan:
     kind = "bert" if artefact == "figure-2" else "gpt2"
     evaluates = artefact == "table-b1"
     held_out = evaluates and sources.wikitext103 is None
-    steps = [*_missing_sources(kind, sources, held_out=held_out), _prepare(kind, sources)]
+    steps = data_steps(kind, sources, held_out=held_out)
     paper: dict[str, Path] = {}
     tuned: dict[str, Path] = {}
     for found, recipes, mark in ((paper, PAPER, "-paper-rate"), (tuned, TUNED[kind], "")):
@@ -201,7 +206,7 @@ def _tiny(artefact: str, sources: Sources) -> Plan:
 
 def _tiny_rates(sources: Sources) -> Plan:
     """LION and SGD with three seeds each, probed every 8 steps, since the constants are maxima over K."""
-    steps = [*_missing_sources("gpt2", sources), _prepare("gpt2", sources)]
+    steps = data_steps("gpt2", sources)
     seeds: dict[str, list[Path]] = {}
     often = ("--train.steps", "160", "--checkpoint.at_steps", "[]", "--probe.every", "8", "--probe.num_batches", "4",
              "--train.test_every", "0")  # fmt: skip
