@@ -55,6 +55,7 @@ def _panel(axes: Any, fits: Sequence[Fit]) -> None:
                 axes.plot([mean.d * shift] * 2, ends, "_-", color=color, linewidth=1.4, markersize=5)
         line = fit.measured
         axes.plot(sizes, [math.exp(line.intercept) * d**line.slope for d in sizes], ":", color=color, label=_label(fit))
+    axes.tick_params(which="minor", labelsize=6)
     axes.legend(fontsize=7, loc="best")
 
 

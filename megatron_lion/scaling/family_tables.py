@@ -19,20 +19,20 @@ def fit_table(fits: Sequence[Fit]) -> Table:
     for fit in fits:
         found = fit.exponent
         rows.append([
-            OPTIMIZER_NAMES[fit.optimizer], PARTS[fit.part], fit.step, len(fit.sizes), _pair(found.set_low, found.set_high),
-            _pair(found.low, found.high), f"{fit.measured.slope:.3f} {_pair(fit.measured.low, fit.measured.high)}",
-            MISSING if fit.noise is None else f"{fit.noise.slope:.3f}", _shares(fit.noise_shares), found.verdict,
+            OPTIMIZER_NAMES[fit.optimizer], PARTS[fit.part], fit.step, _pair(found.set_low, found.set_high),
+            _pair(found.low, found.high), f"{fit.measured.slope:.2f} ({_pair(fit.measured.low, fit.measured.high)})",
+            MISSING if fit.noise is None else f"{fit.noise.slope:.2f}", _shares(fit.noise_shares), found.verdict,
         ])  # fmt: skip
     reasons = dict.fromkeys(fit.exponent.reason for fit in fits if fit.exponent.reason)
     return Table(
         slug="exponents", title="Exponent b of r ∝ d^b",
-        columns=["optimizer", "part", "step", "sizes", "b without noise", "95 % interval", "b of measured r", "b of noise",
-                 "noise share", "verdict on ½"],
-        rows=rows, num_keys=3, formats={"step": ",d", "sizes": "d"},
+        columns=["optimizer", "part", "step", "b without noise", "95 % interval", "b of measured r", "b of noise", "noise share",
+                 "verdict on ½"],
+        rows=rows, num_keys=3,
         notes=[
             "b without noise: exponents that the bounds on r leave; the interval adds the scatter between sizes",
             f"holds: the interval is inside ½ ± {TOLERANCE:g} (our choice); does not hold here: it excludes ½; each part has its own d",
-            "b of measured r contains noise, whose own r = 0.798 √d has the exponent ½",
+            "b of measured r (and its 95 % interval) contains noise, whose own r of 0.798 √d has the exponent ½",
             *(f"not resolved: {reason}" for reason in reasons),
         ],
     )  # fmt: skip
@@ -85,11 +85,11 @@ def as_markdown(family: Family, measured: Sequence[Measured], fits: Sequence[Fit
 
 
 def _pair(low: float | None, high: float | None) -> str:
-    return MISSING if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+    return MISSING if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
 def _shares(shares: tuple[float, float] | None) -> str:
-    return MISSING if shares is None else f"{shares[0]:.1%}–{shares[1]:.1%}"
+    return MISSING if shares is None else f"{shares[0]:.0%}–{shares[1]:.0%}"
 
 
 def _with_error(part: PartRatio) -> str:

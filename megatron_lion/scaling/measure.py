@@ -101,7 +101,7 @@ def next_batches(
     ratio = max(0.0, signal) / variance
     wanted = max(1 / (1 / population + noise_share / (1 - noise_share) * ratio) * MARGIN, done * GROWTH)
     number = min(math.ceil(wanted / MULTIPLE) * MULTIPLE, most)
-    return "all" if number > math.floor(population) else number
+    return "all" if number >= population else number
 
 
 def missing_probes(
