@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import exponent_intervals as simulation
 
 from megatron_lion.scaling.exponent import SizeMean, exponent_between_bounds, fit_line, judge
 
@@ -140,3 +147,16 @@ def test_the_tolerance_and_the_theory_decide(low: float, high: float, verdict: s
 def test_equal_sizes_have_no_slope() -> None:
     with pytest.raises(ValueError, match="at least two different"):
         fit_line([10, 10], [1.0, 2.0])
+
+
+def test_the_stored_simulation_covers_and_never_confirms_a_small_exponent() -> None:
+    path = Path(simulation.__file__).parent / "results" / "exponent_intervals.json"
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["sizes"], row["b"]) for row in rows} == {(m, b) for m in (4, 7) for b in (0.5, 0.4, 0.3, 0.0)}
+    assert min(row["coverage"] for row in rows) >= 0.93
+    assert max(row["holds"] for row in rows if row["b"] <= 0.3) == 0
+    assert max(row["does not hold here"] for row in rows if row["b"] == 0.5) <= 0.05
+    exact = next(row for row in rows if row["width"] == 0)
+    again = simulation.shares(np.random.default_rng(1), 0.5, 0.0, "random", 7, 300)
+    assert again["coverage"] == pytest.approx(exact["coverage"], abs=0.05)
+    assert again["length"] == pytest.approx(exact["length"], rel=0.1)
