@@ -91,7 +91,8 @@ def test_a_wrong_value_is_one_line_that_begins_with_its_flag(
     words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    assert main(["scaling", *words.split(), "--output", str(output)]) == 2
+    # --dry-run: without the check that is tested, nothing would be trained
+    assert main(["scaling", *words.split(), "--output", str(output), "--dry-run"]) == 2
     message = capsys.readouterr().err.strip()
     assert message.removeprefix("megatron-lion: ").removeprefix("error: ").startswith(words.split()[0]), message
     assert WRONG[words] in message

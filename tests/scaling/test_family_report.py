@@ -144,3 +144,14 @@ def test_from_text_to_the_exponent(
     assert (output / "scaling.md").is_file()
     assert main(words) == 0
     assert "pretrain" not in capsys.readouterr().err
+
+
+def test_a_seed_without_bounds_leaves_its_size_without_bounds(tmp_path: Path) -> None:
+    made = family()
+    write_family(made, tmp_path, 0.5, low=lambda r: 0.99 * r, high=lambda r: 1.01 * r)
+    run = made.runs()[0]
+    d = read_family(made, tmp_path)[0].found.parts["all"].d
+    write_probe(run_folder(run, tmp_path), content(0, d=d, ratio=0.3 * d**0.5))
+    fit = fits_of(read_family(made, tmp_path))[0]
+    assert [mean.low is None for mean in fit.sizes] == [True] + [False] * 6
+    assert fit.exponent.verdict == "not resolved"
