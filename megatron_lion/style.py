@@ -31,17 +31,18 @@ GRID_GREY, SPINE_GREY, TICK_GREY = "#E3E5E8", "#9AA0A6", "#3C4043"
 
 
 def new_figure(
-    width: float, height: float, columns: int, *, dpi: int, width_ratios: Sequence[float] | None = None
+    width: float, height: float, columns: int, *, dpi: int, rows: int = 1, width_ratios: Sequence[float] | None = None
 ) -> tuple[Figure, list[Axes]]:
-    """Creates a figure with a row of axes on matplotlib's Agg canvas, which needs no display.
+    """Creates a figure with rows of axes, listed row by row, on matplotlib's Agg canvas, which needs no display.
 
     It uses no pyplot, whose global state would keep every figure alive.
 
     Args:
         width: width in inches.
         height: height in inches.
-        columns: number of axes.
+        columns: number of axes in a row.
         dpi: pixels per inch in the file.
+        rows: number of rows.
         width_ratios: relative widths of the columns; equal by default.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -49,7 +50,7 @@ def new_figure(
 
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, columns, squeeze=False, width_ratios=width_ratios)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False, width_ratios=width_ratios).ravel())
 
 
 def style_axes(

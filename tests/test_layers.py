@@ -39,6 +39,7 @@ NO_TORCH_ROOMS = {
     "theory",
     "toy",
     "sweep",
+    "scaling",
     "cli",
     "__main__",
 }

@@ -31,13 +31,14 @@ AFTER = "# Without --print the same command runs what is missing, compares with 
 def add_arguments(parser: ArgumentParser) -> None:
     """Declares the verb's flags."""
     add = parser.add_argument
-    names = Literal["table-b1", "figure-2", "figure-3", "toy", "rates"]
+    names = Literal["table-b1", "figure-2", "figure-3", "toy", "rates", "batches", "scaling"]
     add(
         "artefacts",
         type=names,
         nargs="+",
         metavar="ARTEFACT",
-        help="table-b1, figure-2, figure-3, toy or rates; several share their data and runs; the paper's figure-1 is not reproduced",
+        help="table-b1, figure-2, figure-3, toy, rates, batches or scaling; several share their data and runs; the paper's figure-1 is not "
+        "reproduced",
     )
     add(
         "--scale",

@@ -20,6 +20,7 @@ VERBS = {
     "compare": "write tables and figures over several runs",
     "toy": "run the two-dimensional experiment of the convergence theory",
     "theory": "compute rate constants of runs, and the settings that Corollary 3 gives",
+    "scaling": "train models of several sizes and fit the exponent of the norm ratio r against d",
     "reproduce": "make the paper's tables and figures and compare them with the paper",
     "export": "write a checkpoint as a Hugging Face folder",
     "import": "make a run from a Hugging Face folder",

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_lion.configfile import load_config
 from megatron_lion.errors import ConfigError
 from megatron_lion.jobs import shell_line, shown_job, typed_path
+from megatron_lion.prepare.demo_corpus import MAX_TRAIN_BYTES
+from megatron_lion.prepare.find_files import find_inputs
 from megatron_lion.reproduce.recipes import PAPER, SPLIT, TUNED, VOCAB_SIZE, Recipe, list_of_one, quick_words
 from megatron_lion.reproduce.sources import Sources
 from megatron_lion.runs.record import OPTIMIZER_NAMES
@@ -20,10 +23,19 @@ ARTEFACTS = {
     "figure-3": "GPT-2: training loss, test loss, norm ratio",
     "toy": "the two-dimensional experiment: both sides of the inequality",
     "rates": "the tightest constants c_LION and c_SGD of the K^(-1/4) rate",
+    "batches": "GPT-2: the norm ratio of 100, 1,000 and 5,000 batches",
+    "scaling": "GPT-2 of several sizes: the exponent of the norm ratio against d",
 }
 RATE_SEEDS = (1, 2, 3)
 TINY_PROBES = ("--probe.num_batches", "32")
 """The demo's 8 batches leave so much noise in r at tuned rates that nothing can be concluded from it."""
+BATCHES = (100, 1000, 5000)
+"""Batches of the probes that the paper states to be equivalent."""
+QUICK_BATCHES = (4, 8, 16)
+QUICK_FAMILY = ("--widths", "16,32,48,64", "--optimizers", "lion", "--seeds", "1", "--steps", "20",
+                "--first-batches", "8", "--max-batches", "16")  # fmt: skip
+BYTES_PER_TOKEN = {"trained": 3.3, "given": 4.5}
+"""Of English, in the vocabulary that is trained here and in GPT-2's."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +104,12 @@ def build_plan(artefact: str, scale: Scale, sources: Sources) -> Plan:
     if artefact == "toy":
         words = ("--output", str(sources.output / "toy"))
         return Plan(artefact, scale, "", (Step("the two-dimensional experiment", "toy", words),))
+    if artefact == "scaling":
+        return _scaling(scale, sources)
     if scale == "full":
         return _full(artefact, sources)
+    if artefact == "batches":
+        return _tiny_batches(sources)
     return _tiny_rates(sources) if artefact == "rates" else _tiny(artefact, sources)
 
 
@@ -102,14 +118,19 @@ def data_folder(kind: str, output: Path) -> Path:
     return output / f"data-{kind}"
 
 
-def _missing_sources(kind: str, sources: Sources, *, held_out: bool = False) -> list[Step]:
-    """The steps that make the text and the vocabulary that were not given.
+def data_steps(kind: str, sources: Sources, *, held_out: bool = False) -> list[Step]:
+    """The steps from text to token files, with the text and the vocabulary that were not given.
 
     Args:
         kind: "gpt2" or "bert".
         sources: the inputs given.
         held_out: whether the runs are evaluated on the demo's held-out text.
     """
+    return [*_missing_sources(kind, sources, held_out=held_out), _prepare(kind, sources)]
+
+
+def _missing_sources(kind: str, sources: Sources, *, held_out: bool) -> list[Step]:
+    """The steps that make the text and the vocabulary that were not given."""
     text = sources.output / "text"
     steps = []
     if not sources.text or held_out:
@@ -182,7 +203,7 @@ def _tiny(artefact: str, sources: Sources) -> Plan:
     kind = "bert" if artefact == "figure-2" else "gpt2"
     evaluates = artefact == "table-b1"
     held_out = evaluates and sources.wikitext103 is None
-    steps = [*_missing_sources(kind, sources, held_out=held_out), _prepare(kind, sources)]
+    steps = data_steps(kind, sources, held_out=held_out)
     paper: dict[str, Path] = {}
     tuned: dict[str, Path] = {}
     for found, recipes, mark in ((paper, PAPER, "-paper-rate"), (tuned, TUNED[kind], "")):
@@ -201,7 +222,7 @@ def _tiny(artefact: str, sources: Sources) -> Plan:
 
 def _tiny_rates(sources: Sources) -> Plan:
     """LION and SGD with three seeds each, probed every 8 steps, since the constants are maxima over K."""
-    steps = [*_missing_sources("gpt2", sources), _prepare("gpt2", sources)]
+    steps = data_steps("gpt2", sources)
     seeds: dict[str, list[Path]] = {}
     often = ("--train.steps", "160", "--checkpoint.at_steps", "[]", "--probe.every", "8", "--probe.num_batches", "4",
              "--train.test_every", "0")  # fmt: skip
@@ -217,11 +238,78 @@ def _tiny_rates(sources: Sources) -> Plan:
     return Plan("rates", "tiny", "gpt2", tuple(steps), seeds=seeds)
 
 
+def _tiny_batches(sources: Sources) -> Plan:
+    """LION and SGD at tuned rates, and three probes of the last checkpoint; no probe reads a sample twice."""
+    steps = data_steps("gpt2", sources)
+    length = sample_length(sources)
+    config = tiny_config("batches")
+    train = load_config(config).train
+    # As many training tokens as the other artefacts have.
+    number = train.steps * load_config(config).model.seq_length // length
+    words = ("--model.seq_length", str(length), "--train.steps", str(number), "--checkpoint.at_steps", f"[{number}]",
+             "--probe.every", "0", "--train.test_every", "0")  # fmt: skip
+    runs = {}
+    for recipe in TUNED["gpt2"][:2]:
+        run_dir = runs[f"gpt2/{recipe.optimizer}"] = sources.output / "runs" / f"batches-{recipe.optimizer}"
+        steps.append(_pretrain(config, run_dir, "gpt2", recipe, sources, *words))
+        steps += _probes(run_dir, QUICK_BATCHES if sources.quick else BATCHES)
+    return Plan("batches", "tiny", "gpt2", tuple(steps), tuned_runs=runs)
+
+
+def _probes(run_dir: Path, numbers: tuple[int, ...]) -> list[Step]:
+    """Probes of a run's last checkpoint, of each number of batches."""
+    return [
+        Step(
+            f"{run_dir.name}: {number:,} batches",
+            "probe",
+            (str(run_dir), "--steps", "latest", "--num-batches", str(number)),
+            spread=True,
+        )
+        for number in numbers
+    ]
+
+
+def sample_length(sources: Sources) -> int:
+    """The longest sample, in tokens, of which the training text has enough for the largest probe of `batches`.
+
+    The text's tokens are estimated from its bytes as stored; `prepare` counts them later.
+
+    Raises:
+        ConfigError: the text is too short.
+        DataError: a file of the text does not exist.
+    """
+    needed = BATCHES[-1] * load_config(tiny_config("batches")).train.global_batch_size
+    size = sum(file.bytes for file in find_inputs(sources.text)) if sources.text else MAX_TRAIN_BYTES
+    per_token = BYTES_PER_TOKEN["trained" if sources.tokenizer is None else "given"]
+    tokens = size / per_token * float(SPLIT.split(",")[0]) / 100
+    for length in (128, 64, 32, 16):
+        if needed * length <= tokens:
+            return length
+    raise ConfigError(
+        f"reproduce batches: needs {needed:,} different samples, about {needed * 16 * per_token / 0.94 / 1e6:.1f} MB of text, and "
+        f"--text has {size / 1e6:.1f} MB; give a larger text"
+    )
+
+
+def _scaling(scale: Scale, sources: Sources) -> Plan:
+    """The family of the verb `scaling`, in a folder of its own; the full scale is planned by that verb, not started."""
+    if scale == "full" and (not sources.text or sources.tokenizer is None):
+        raise ConfigError(
+            "reproduce scaling --scale full: needs --text and --tokenizer: it has no substitutes for them"
+        )
+    words = ["--output", str(sources.output / "scaling"), "--scale", scale, "--processes", str(sources.processes)]
+    words += ["--text", *sources.text] if sources.text else []
+    words += ["--tokenizer", sources.tokenizer] if sources.tokenizer is not None else []
+    words += QUICK_FAMILY if sources.quick else ()
+    return Plan("scaling", scale, "", (Step("a family of models of different d", "scaling", tuple(words)),))
+
+
 _FULL = {
     "table-b1": ("gpt2", ("gpt2_small", "gpt2_medium")),
     "figure-3": ("gpt2", ("gpt2_small", "gpt2_medium")),
     "figure-2": ("bert", ("bert_small", "bert_base")),
     "rates": ("gpt2", ("gpt2_small",)),
+    "batches": ("gpt2", ("gpt2_small", "gpt2_medium")),
 }
 
 
@@ -247,6 +335,9 @@ def _full(artefact: str, sources: Sources) -> Plan:
             steps.append(_pretrain(config, run_dir, kind, recipe, sources, launched=True))
     if artefact == "table-b1":
         steps += [_evaluate(run_dir, sources) for run_dir in paper.values()]
+    if artefact == "batches":
+        steps += [step for run_dir in paper.values() for step in _probes(run_dir, BATCHES)]
+        return Plan(artefact, "full", kind, tuple(steps), paper)
     if artefact == "rates":
         return Plan(artefact, "full", kind, tuple(steps), seeds=seeds)
     folder = sources.output / f"comparison-{artefact}"

@@ -33,6 +33,14 @@ def claims_of(plan: Plan) -> list[Claim]:
         from megatron_lion.reproduce.rate_claims import rate_claims
 
         return rate_claims(plan)
+    if plan.artefact == "batches":
+        from megatron_lion.reproduce.batch_claims import batch_claims
+
+        return batch_claims(plan)
+    if plan.artefact == "scaling":
+        from megatron_lion.reproduce.scaling_claims import scaling_claims
+
+        return scaling_claims(plan)
     from megatron_lion.reproduce.language_claims import curve_claims, perplexity_claims
 
     return perplexity_claims(plan) if plan.artefact == "table-b1" else curve_claims(plan)

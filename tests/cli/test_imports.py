@@ -41,6 +41,7 @@ WORK = {
     "completion": (["bash"], set(), 350),
     "sweep": (["--config", "gpt2-tiny", "--grid", "optimizer.lr=1e-3,2e-3", "--output", "sweep", "--print", "--data.path",
                "[text]", "--model.vocab_size", "400"], {"numpy"}, 346),
+    "scaling": (["--widths", "32,64", "--dry-run"], set(), 397),
     "tokenizer": (["train", "--input", "text.txt", "--output", "vocabulary", "--vocab-size", "300"], {"tokenizers"}, 395),
     "prepare": (["--input", "text.txt", "--tokenizer", "trained", "--encoder", "tokenizers", "--output", "prepared"],
                 {"numpy", "tokenizers"}, 526),
