@@ -98,8 +98,27 @@ def _check_numbers(args: Any) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ConfigError(f"{_flag(name)} is {value:g}: give a number above 0")
+    if args.output == "":
+        raise ConfigError("--output is empty: give a folder")
     if not 0 < args.confidence < 1:
         raise ConfigError(f"--confidence is {args.confidence:g}: give a number between 0 and 1, such as 0.95")
+
+
+def _check_runs(records: list[RunRecord]) -> None:
+    """Raises ConfigError if a run is given twice, or runs differ in more than their seed: no interval would be valid."""
+    from megatron_lion.compare.labels import differing_settings, seed_groups
+    from megatron_lion.errors import ConfigError
+
+    places = [Path(record.folder).resolve() for record in records]
+    twice = next((record for record, place in zip(records, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice.folder}: the same run is given twice")
+    if len(seed_groups(records)) > 1:
+        keys = [key for key in differing_settings(records) if key != "seed"]
+        names = f" ({', '.join(keys[:5])}{', …' if len(keys) > 5 else ''})" if keys else ""
+        raise ConfigError(
+            f"the runs differ in more than their seed{names}; give runs of one setting, one command for each"
+        )
 
 
 def _from_numbers(args: Any) -> str:
@@ -124,6 +143,7 @@ def _from_runs(args: Any) -> tuple[str, list[Path]]:
     from megatron_lion.theory.run_bounds import run_bound
 
     records = [read_run(path) for path in args.runs]
+    _check_runs(records)
     parts = ["## Rate constants", rates_section(records, args.weighting, args.confidence)]
     parts += ["## Slopes over log K", slopes_section(records, args.weighting, args.confidence)]
     numbers = {

@@ -136,7 +136,10 @@ def _sign_statistics(run: ProbedRun) -> SignStatistics | None:
         return None
     names = [name for name in parameter_rows(run.model) if not is_padding(name)]
     device = next(run.model[0].parameters()).device
-    return SignStatistics(names, settings.resolved_betas(), settings.clip_grad, run.model[0].config, device)
+    return SignStatistics(
+        names, settings.resolved_betas(), settings.clip_grad, run.model[0].config, device,
+        freeze_key_bias=settings.freeze_key_bias,
+    )  # fmt: skip
 
 
 def _nothing_counted(config: RunConfig, which: str, name: str) -> DataError:

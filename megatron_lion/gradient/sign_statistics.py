@@ -45,11 +45,20 @@ class SignStatistics:
         clip_grad: largest norm of a training gradient; 0 if it is not clipped.
         settings: megatron-core's settings of the model.
         device: device of the gradient buffers.
+        freeze_key_bias: whether training sets the gradients of the key biases to 0.
     """
 
     def __init__(
-        self, names: Sequence[str], betas: tuple[float, float], clip_grad: float, settings: Any, device: torch.device
+        self,
+        names: Sequence[str],
+        betas: tuple[float, float],
+        clip_grad: float,
+        settings: Any,
+        device: torch.device,
+        *,
+        freeze_key_bias: bool = False,
     ) -> None:
+        self._freeze_key_bias = freeze_key_bias
         self.betas, self.clip_grad, self.device = betas, clip_grad, device
         self.rows = tuple(row for name in names for row in ((name, name + KEY_BIAS) if is_qkv_bias(name) else (name,)))
         self._place = {row: place for place, row in enumerate(self.rows)}
@@ -107,15 +116,22 @@ class SignStatistics:
         return SignTable(self.rows, self._reduced(self._sums), tuple(self._reads), self.clip_factor)
 
     def _start(self, shard: Shard, grad_N: torch.Tensor) -> None:
-        grad_N = grad_N * self.clip_factor
+        grad_N = self._trained(shard, grad_N * self.clip_factor)
         self._directions.append(torch.lerp(grad_N, _momentum(shard, grad_N), self.betas[0]))
         self._first.append(grad_N)
+
+    def _trained(self, shard: Shard, grad_N: torch.Tensor) -> torch.Tensor:
+        """The gradient as a training step uses it."""
+        if self._freeze_key_bias and is_qkv_bias(shard.name):
+            return grad_N.masked_fill(key_part(shard.start, grad_N.numel(), self._settings), 0.0)
+        return grad_N
 
     def _count_flips(self, number: int, shard: Shard, mean_N: torch.Tensor, count: int) -> None:
         """Counts the signs that change from this step to one with the second batch, at the same parameters."""
         (beta1, beta2), first_N, c_N = self.betas, self._first[number], self._directions[number]
         _, first_count, _ = self._reads[0]
         second_N = (mean_N * count - first_N / self.clip_factor * first_count) / max(1, count - first_count)
+        second_N = self._trained(shard, second_N)
         exp_avg_N = _momentum(shard, first_N)
         next_N = beta1 * (beta2 * exp_avg_N + (1 - beta2) * first_N) + (1 - beta1) * self.clip_factor * second_N
         flips_N = next_N * c_N < 0

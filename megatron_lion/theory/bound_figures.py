@@ -116,6 +116,8 @@ def _logarithmic(axes: Axes, label: str) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("K (optimizer steps)", fontsize=9)
     axes.set_ylabel(label, fontsize=9)
-    axes.legend(fontsize=8, loc="best", framealpha=0.85, edgecolor="none")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.3)  # room above the curves
+    axes.legend(fontsize=8, loc="upper right", frameon=False)
     style_axes(axes)
     axes.tick_params(which="both", labelsize=8)

@@ -43,6 +43,8 @@ def slopes_section(runs: Sequence[RunRecord], weighting: Weighting, confidence: 
         "A decrease like K^(−1/4) has slope −0.25. If a norm falls steeply between the first probes, the running mean depends on "
         "what is assumed between them, and its slope is too steep; the slope of the norm itself is not.",
     ]
+    if any("–" in row for row in cells):
+        notes.append(f"–: a run has fewer than two probes from the last K/{WINDOW} on, or a norm that is not above 0.")
     if count == 1:
         notes.append(f"An interval needs {LEAST_PROBES} probes and norms above 0.")
     return (
@@ -62,7 +64,7 @@ def _shown(interval: Interval) -> str:
 def bound_section(found: RunBound | None) -> str:
     """Markdown with both sides of the bound at the last K, and what each number rests on."""
     if found is None:
-        return "No bound: it needs a LION run with learning rates (optim/lr) and two probes."
+        return "No bound: it needs a LION run with learning rates above 0 (optim/lr) and two probes with a finite R."
     facts = "\n".join(f"- {fact}" for fact in found.facts)
     last, K = float(found.measured[-1]), len(found.measured)
     text = f"Mean of R with the learning rates as weights, at K = {K:,}: {last:.4g} (measured)."

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_lion.intervals import LEVEL
 from megatron_lion.runs.record import RunRecord
 from megatron_lion.theory.estimate import estimate_gap, estimate_smoothness
-from megatron_lion.theory.probe_noise import read_probe_noise
+from megatron_lion.theory.probe_noise import l2_norms, read_probe_noise
 from megatron_lion.theory.rates import Weighting, spread_over_steps
 from megatron_lion.theory.schedule_bound import schedule_bound
 from megatron_lion.theory.symbols import Array, Terms
@@ -80,6 +80,8 @@ def run_bound(
     key = "probe/kkt_residual" if run.series("probe/kkt_residual") else "probe/grad_l1"
     if run.optimizer != "lion" or not run.series("optim/lr") or len(run.series(key).steps) < 2:
         return None
+    if max(run.series("optim/lr").values) <= 0:
+        return None
     steps, residual = run.need(key).arrays()
     lr_steps, logged = run.need("optim/lr").arrays()
     k = np.arange(1, int(steps[-1]) + 1)
@@ -90,6 +92,7 @@ def run_bound(
     facts = [f"R: measured at {len(steps)} probes ({key}); ‖ḡ‖₁ in it is too large by its noise"]
     if key == "probe/grad_l1" and run.settings.get("optimizer.weight_decay"):
         facts[0] += ". The records have no R for this weight decay, so ‖∇f‖₁ replaces it"
+    facts += _gaps(run, steps, lr_steps)
     problem: dict[str, Any] = {"d": run.dimension, **_start(run, facts), **_reach(run, facts), **_betas(run, facts)}
     missing = []
     noise = read_probe_noise(run)
@@ -101,11 +104,14 @@ def run_bound(
         problem["sigma"] = np.sqrt(variance)
         facts.append(
             f"σ²: measured at {len(noise.values)} probes ({noise.values.min():.4g} to {noise.largest:.4g}), linear between them"
+            + ("; a negative estimate counts as 0" if noise.values.min() < 0 else "")
         )
     else:
         missing.append("σ²: give --noise-variance")
     ends = estimate_gap(run, confidence)
-    if gap is None and ends is not None and ends.high > 0:
+    if gap is None and steps[0] > 0:
+        missing.append(f"Δ, because the first probe is at step {int(steps[0]):,}: give --gap")
+    elif gap is None and ends is not None and ends.high > 0:
         gap = ends.high
         facts.append(f"Δ = {gap:.4g}: assumed, the loss at step {ends.first_step} with f* = 0")
     elif gap is not None:
@@ -133,10 +139,31 @@ def _start(run: RunRecord, facts: list[str]) -> dict[str, float | None]:
     if run.settings.get("optimizer.init_exp_avg") == "first_gradient":
         facts.append("m⁰ = g¹")
         return {"first_grad_l2": None}
-    norms = run.need("probe/grad_l2")
-    where = "" if norms.steps[0] == 0 else f", assumed equal to that of the first probe at step {norms.steps[0]}"
-    facts.append(f"m⁰ = 0; ‖∇f(θ¹)‖₂ = {norms.values[0]:.4g}, measured{where}")
-    return {"first_grad_l2": norms.values[0]}
+    steps, norms, _ = l2_norms(run)
+    corrected = run.series("probe/grad_l2_corrected")
+    kind = "without the noise of the probe" if steps[0] in corrected.steps else "with the noise of the probe"
+    where = "" if steps[0] == 0 else f", assumed equal to that of the first probe at step {int(steps[0])}"
+    facts.append(f"m⁰ = 0; ‖∇f(θ¹)‖₂ = {norms[0]:.4g}, measured, {kind}{where}")
+    return {"first_grad_l2": float(norms[0])}
+
+
+def _gaps(run: RunRecord, steps: Array, lr_steps: Array) -> list[str]:
+    """What is assumed of R and η where the records have none."""
+    found, last = [], int(steps[-1])
+    if steps[0] > 0:
+        found.append(f"R before step {int(steps[0])}: assumed equal to that of the first probe")
+    if last < run.last_step:
+        found.append(f"R is known up to step {last:,} of {run.last_step:,}; both sides end there")
+    probes = len(run.series("probe/num_batches").steps)
+    if probes > len(steps):
+        found.append(f"{probes - len(steps)} of {probes} probes have no finite R; linear between the others")
+    if any(run.series("probe/is_moving").values):
+        found.append(
+            "the probes are moving windows: R is of the mean gradient of several steps, each at its own parameters"
+        )
+    if lr_steps[-1] < last:
+        found.append(f"η after step {int(lr_steps[-1])}: assumed equal to that of this step, the last one logged")
+    return found
 
 
 def _reach(run: RunRecord, facts: list[str]) -> dict[str, float]:
@@ -145,6 +172,9 @@ def _reach(run: RunRecord, facts: list[str]) -> dict[str, float]:
     if not isinstance(decay, int | float) or not sizes:
         facts.append("λ‖θ‖∞ ≤ 1: assumed (the box)")
         return {"reach": 1.0}
+    if decay == 0:
+        facts.append("λ = 0: there is no box, and a step moves θ by at most η√d")
+        return {"reach": 0.0}
     reach = float(decay) * max(sizes.values)
     facts.append(f"λ‖θ‖∞ ≤ {reach:.3g}: the largest of the probes, assumed to hold between them")
     return {"reach": reach}

@@ -231,3 +231,17 @@ def test_a_direction_that_points_uphill_has_a_negative_share_whose_ends_are_in_o
     assert (found["sign_loss_low"], found["sign_loss_high"]) == (4.5, 6.0)
     far_too_low = table.of(lambda row: True, {**bounds, "norm_ratio_low": 0.5}, 2.0, None)
     assert far_too_low["descent_share_low"] == -1.0
+
+
+def test_frozen_key_biases_have_a_direction_of_zero_as_in_training():
+    settings = SimpleNamespace(kv_channels=2, num_attention_heads=2, num_query_groups=2)
+    name = "decoder.layers.0.self_attention.linear_qkv.bias"
+    signs = SignStatistics([name], (0.9, 0.95), 0.0, settings, torch.device("cpu"), freeze_key_bias=True)
+    grad = torch.arange(1.0, 13.0)  # [q q k k v v] of two heads
+    for k, total in ((1, grad), (2, 0.5 * grad)):  # the second batch is −g/2, which would change signs
+        shard = FakeShard(name, torch.zeros(12), total, {"exp_avg": torch.zeros(12)})
+        signs.read([shard], batches=k, count=k, scale=1 / k, grad_l2=1.0)
+    found = signs.finish([shard], 0.5)
+    keys = found.of(lambda row: row.endswith(KEY_BIAS), None, 0.0, None)
+    assert (keys["zero_share"], keys["flip_share"], keys["descent"]) == (1.0, 0.0, 0.0)
+    assert found.of(lambda row: row == name, None, 0.0, None)["zero_share"] == pytest.approx(4 / 12)

@@ -49,7 +49,7 @@ def test_both_sides_are_those_of_the_records(run):
     (curve,) = found.curves
     expected = schedule_bound(
         np.full(STEPS, 0.01), beta1=0.9, beta2=0.95, L=L, sigma=math.sqrt(SIGMA2), gap=300.0, d=D,
-        first_grad_l2=run.need("probe/grad_l2").values[0], reach=0.01 * max(run.need("probe/theta_linf").values),
+        first_grad_l2=run.need("probe/grad_l2_corrected").values[0], reach=0.01 * max(run.need("probe/theta_linf").values),
     )  # fmt: skip
     assert curve.terms.total.tolist() == pytest.approx(expected.total.tolist())
     assert np.all(found.measured < curve.terms.total)
@@ -66,7 +66,7 @@ def test_a_changing_rate_weights_both_sides(run):
     assert math.isnan(found.measured[0])
     variance = np.interp(k, steps + 1, run.need("probe/noise_variance").values)
     reach = 0.01 * max(run.need("probe/theta_linf").values)
-    norm = run.need("probe/grad_l2").values[0]
+    norm = run.need("probe/grad_l2_corrected").values[0]
     problem = {"beta1": 0.9, "beta2": 0.95, "L": L, "gap": 300.0, "d": D, "first_grad_l2": norm, "reach": reach}
     assert found.curves[0].terms.total[-1] == pytest.approx(
         schedule_bound(lr, sigma=np.sqrt(variance), **problem).total[-1]
@@ -165,3 +165,66 @@ def test_the_figures_draw_the_curves_of_the_records(run, tmp_path, monkeypatch):
     bound_figures.plot_bound(run_bound(run, smoothness=L), "run", tmp_path / "b.png")
     measured, bound = kept[1].axes[0].lines
     assert np.all(measured.get_ydata() < bound.get_ydata())
+
+
+def cut(run, keys, first=0, last=10**9):
+    """The run without the values of some metrics outside first … last."""
+    metrics = dict(run.metrics)
+    for key in keys:
+        series = metrics[key]
+        kept = [(step, value) for step, value in zip(series.steps, series.values, strict=True) if first <= step <= last]
+        metrics[key] = Series(*map(tuple, zip(*kept, strict=True)))
+    return replace(run, metrics=metrics)
+
+
+def test_without_a_probe_at_step_0_there_is_no_bound_unless_the_gap_is_given(run):
+    probes = [key for key in run.metrics if key.startswith("probe/")]
+    first = run.need("probe/grad_l1").steps[1]
+    late = cut(run, probes, first=first)
+    found = run_bound(late, smoothness=L)
+    assert not found.curves
+    assert "--gap" in found.missing
+    assert any(f"R before step {first}: assumed" in fact for fact in found.facts)
+    given = run_bound(late, smoothness=L, gap=300.0)
+    assert given.curves
+    assert any(f"assumed equal to that of the first probe at step {first}" in fact for fact in given.facts)
+
+
+def test_the_report_states_where_rates_and_probes_end_and_what_is_missing(run):
+    probes = [key for key in run.metrics if key.startswith("probe/")]
+    steps = run.need("probe/grad_l1").steps
+    found = run_bound(cut(run, ["optim/lr"], last=150), smoothness=L)
+    assert any("η after step 150: assumed" in fact for fact in found.facts)
+    ended = run_bound(cut(run, probes, last=steps[-2]), smoothness=L)
+    assert any(f"R is known up to step {steps[-2]:,} of {run.last_step:,}" in fact for fact in ended.facts)
+    one_less = dict(run.metrics)
+    for key in ("probe/grad_l1", "probe/kkt_residual"):
+        if key in one_less:
+            series = one_less[key]
+            one_less[key] = Series(series.steps[:1] + series.steps[2:], series.values[:1] + series.values[2:])
+    one_less["probe/num_batches"] = Series(tuple(steps), (20.0,) * len(steps))
+    holed = run_bound(replace(run, metrics=one_less), smoothness=L)
+    assert any(f"1 of {len(steps)} probes have no finite R" in fact for fact in holed.facts)
+    moving = {**run.metrics, "probe/is_moving": Series(tuple(steps), (1.0,) * len(steps))}
+    assert any("moving windows" in fact for fact in run_bound(replace(run, metrics=moving), smoothness=L).facts)
+
+
+def test_rates_of_zero_have_no_bound_and_a_run_without_decay_no_box(run):
+    zero = {**run.metrics, "optim/lr": Series((1, STEPS), (0.0, 0.0))}
+    assert run_bound(replace(run, metrics=zero), smoothness=L) is None
+    assert "rates above 0" in bound_section(None)
+    no_decay = replace(run, settings={**run.settings, "optimizer.weight_decay": 0.0})
+    assert any(fact.startswith("λ = 0: there is no box") for fact in run_bound(no_decay, smoothness=L).facts)
+
+
+def test_a_run_given_twice_and_runs_of_other_settings_are_refused(folders, tmp_path):
+    with pytest.raises(ConfigError, match="the same run is given twice"):
+        call(folders[0], folders[0])
+    other = write_run(tmp_path / "other", 7, noise=True)
+    text = (other / "config.yaml").read_text()
+    assert "name: lion" in text
+    (other / "config.yaml").write_text(text.replace("name: lion", "name: adamw"))
+    with pytest.raises(ConfigError, match="differ in more than their seed"):
+        call(folders[0], other)
+    with pytest.raises(ConfigError, match="--output is empty"):
+        call(folders[0], "--output", "")
