@@ -131,7 +131,6 @@ class SignStatistics:
         (beta1, beta2), first_N, c_N = self.betas, self._first[number], self._directions[number]
         _, first_count, _ = self._reads[0]
         second_N = (mean_N * count - first_N / self.clip_factor * first_count) / max(1, count - first_count)
-        second_N = self._trained(shard, second_N)
         exp_avg_N = _momentum(shard, first_N)
         next_N = beta1 * (beta2 * exp_avg_N + (1 - beta2) * first_N) + (1 - beta1) * self.clip_factor * second_N
         flips_N = next_N * c_N < 0
