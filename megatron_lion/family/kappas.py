@@ -58,9 +58,10 @@ class Kappa:
         if self.name == "huber":
             size_N = x_N.abs()
             return torch.where(size_N <= self.delta, x_N * x_N / (2 * self.delta), size_N - self.delta / 2).sum()
-        if self.name == "group_l2":
-            return torch.linalg.vector_norm(_rows(x_N), dim=1).sum()
-        return torch.linalg.vector_norm(x_N, 1.0 if self.name == "l1" else self.p)
+        if self.name == "l1":
+            return x_N.abs().sum()
+        rows_GN = _rows(x_N) if self.name == "group_l2" else x_N.reshape(1, -1)
+        return _norms(rows_GN, 2.0 if self.name == "group_l2" else self.p).sum()
 
     def gradient(self, x_N: torch.Tensor) -> torch.Tensor:
         """Returns the subgradient of the table, of the shape of x; NaN if x is not finite."""
@@ -87,13 +88,21 @@ class Kappa:
     def dual_norm(self, y_N: torch.Tensor) -> torch.Tensor:
         """Returns the norm of y, 0-d, that is at most 1 exactly in the domain of κ*."""
         if self.name == "group_l2":
-            return torch.linalg.vector_norm(_rows(y_N), dim=1).amax()
-        q = self.p / (self.p - 1) if self.name == "lp" and self.p > 1 else math.inf
-        return torch.linalg.vector_norm(y_N, q)
+            return _norms(_rows(y_N), 2.0).amax()
+        if self.name == "lp" and self.p > 1:
+            return _norms(y_N.reshape(1, -1), self.p / (self.p - 1)).squeeze(0)
+        return y_N.abs().amax()
 
 
 def _rows(x_N: torch.Tensor) -> torch.Tensor:
     return x_N.reshape(x_N.shape[0] if x_N.dim() > 1 else 1, -1)
+
+
+def _norms(rows_GN: torch.Tensor, p: float) -> torch.Tensor:
+    """Returns ‖row‖_p of each row, [G]: powers of elements of about size 1, so that they are neither all 0 nor inf."""
+    largest_G1 = rows_GN.abs().amax(dim=1, keepdim=True)
+    divisor_G1 = torch.where(largest_G1.isinf(), 1.0, _one_if_zero(largest_G1))  # inf / inf would be NaN
+    return torch.linalg.vector_norm(rows_GN / divisor_G1, p, dim=1) * largest_G1.squeeze(1)
 
 
 def _one_if_zero(size: torch.Tensor) -> torch.Tensor:

@@ -187,3 +187,10 @@ def test_outside_of_the_domain_h_is_infinite():
     assert lyapunov(Kappa(), 1.0, [theta], [theta], weight_decay=1 / 3, **settings) < math.inf
     with pytest.raises(ValueError, match="lr x weight_decay = 1"):
         lyapunov(Kappa(), 1.0, [theta], [theta], weight_decay=10.0, **settings)
+
+
+def test_the_gap_of_a_tiny_gradient_is_not_lost():
+    """1e-500 is 0 also in float64."""
+    found = optimality(Kappa("lp", p=100.0), [torch.zeros(4)], [torch.full((4,), 1e-5)], 0.1)
+    assert found.gap == pytest.approx(4**0.01 * 1e-5, rel=1e-6)
+    assert found.excess == 0
