@@ -54,17 +54,21 @@ class Kappa:
         check_above_zero("delta", self.delta)
 
     def value(self, x_N: torch.Tensor) -> torch.Tensor:
-        """Returns κ(x) of one tensor, 0-d."""
+        """Returns κ(x) of one tensor, 0-d; 0 if it has no element."""
         if self.name == "huber":
             size_N = x_N.abs()
             return torch.where(size_N <= self.delta, x_N * x_N / (2 * self.delta), size_N - self.delta / 2).sum()
         if self.name == "l1":
             return x_N.abs().sum()
+        if not x_N.numel():
+            return x_N.new_zeros(())
         rows_GN = _rows(x_N) if self.name == "group_l2" else x_N.reshape(1, -1)
         return _norms(rows_GN, 2.0 if self.name == "group_l2" else self.p).sum()
 
     def gradient(self, x_N: torch.Tensor) -> torch.Tensor:
         """Returns the subgradient of the table, of the shape of x; NaN if x is not finite."""
+        if not x_N.numel():
+            return torch.zeros_like(x_N)
         if self.name == "l1":
             found_N = x_N.sign()
         elif self.name == "huber":
@@ -86,7 +90,9 @@ class Kappa:
         return self.delta / 2 * (y_N * y_N).sum() if self.name == "huber" else y_N.new_zeros(())
 
     def dual_norm(self, y_N: torch.Tensor) -> torch.Tensor:
-        """Returns the norm of y, 0-d, that is at most 1 exactly in the domain of κ*."""
+        """Returns the norm of y, 0-d, that is at most 1 exactly in the domain of κ*; 0 if y has no element."""
+        if not y_N.numel():
+            return y_N.new_zeros(())
         if self.name == "group_l2":
             return _norms(_rows(y_N), 2.0).amax()
         if self.name == "lp" and self.p > 1:

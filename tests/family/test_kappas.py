@@ -133,3 +133,14 @@ def test_dual_norms_of_tiny_and_huge_elements(kappa, y, norm, dtype):
     found = kappa.dual_norm(torch.tensor(y, dtype=dtype))
     assert found.shape == ()
     assert float(found) == pytest.approx(norm, rel=1e-5, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+@pytest.mark.parametrize(
+    "kappa", [Kappa("l1"), Kappa("lp", p=3.0), Kappa("lp", p=1.0), Kappa("huber"), Kappa("group_l2")]
+)
+def test_a_tensor_without_elements_counts_as_zero(kappa, shape):
+    empty = torch.zeros(shape)
+    found = [kappa.value(empty), kappa.conjugate(empty), kappa.dual_norm(empty)]
+    assert [(float(value), value.shape) for value in found] == [(0.0, ())] * 3
+    assert kappa.gradient(empty).shape == shape
