@@ -25,6 +25,9 @@ from .plain_rule import check_above_zero
 
 KAPPAS = ("l1", "lp", "huber", "group_l2")
 
+# The smallest normal float32. Less may count as 0 in a step, and its inverse is inf: an element of 0 would become NaN.
+SMALLEST_DELTA = 2.0**-126
+
 
 @dataclass(frozen=True)
 class Kappa:
@@ -33,7 +36,7 @@ class Kappa:
     Attributes:
         name: one of `KAPPAS`.
         p: exponent of "lp", at least 1.
-        delta: δ of "huber", above 0.
+        delta: δ of "huber", at least `SMALLEST_DELTA`; the limit as δ → 0 is "l1".
 
     Raises:
         ValueError: a setting is not one of those.
@@ -52,6 +55,10 @@ class Kappa:
         if not is_in_range(self.p, math.inf) or self.p < 1:
             raise ValueError(f"p = {self.p!r}: needs a finite number, at least 1")
         check_above_zero("delta", self.delta)
+        if float(self.delta) < SMALLEST_DELTA:
+            raise ValueError(
+                f"delta = {self.delta!r}: needs at least {SMALLEST_DELTA:.2e}; use kappa='l1' for smaller ones"
+            )
 
     def value(self, x_N: torch.Tensor) -> torch.Tensor:
         """Returns κ(x) of one tensor, 0-d; 0 if it has no element."""

@@ -87,6 +87,8 @@ def test_what_is_not_finite_becomes_nan(kappa, bad):
         ({"name": "lp", "p": 0.5}, "p = 0.5"),
         ({"name": "lp", "p": float("inf")}, "p = inf"),
         ({"name": "huber", "delta": 0.0}, "delta = 0.0"),
+        ({"name": "huber", "delta": 1e-46}, "delta = 1e-46: needs at least 1.18e-38; use kappa='l1'"),
+        ({"name": "huber", "delta": 1e-40}, "delta = 1e-40: needs at least"),
         ({"name": "huber", "delta": "1"}, "delta = '1'"),
     ],
 )
