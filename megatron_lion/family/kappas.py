@@ -25,6 +25,9 @@ from .plain_rule import check_above_zero
 
 KAPPAS = ("l1", "lp", "huber", "group_l2")
 
+# The smallest normal float32. Less may count as 0 in a step, and its inverse is inf: an element of 0 would become NaN.
+SMALLEST_DELTA = 2.0**-126
+
 
 @dataclass(frozen=True)
 class Kappa:
@@ -33,7 +36,7 @@ class Kappa:
     Attributes:
         name: one of `KAPPAS`.
         p: exponent of "lp", at least 1.
-        delta: δ of "huber", above 0.
+        delta: δ of "huber", at least `SMALLEST_DELTA`; the limit as δ → 0 is "l1".
 
     Raises:
         ValueError: a setting is not one of those.
@@ -52,18 +55,27 @@ class Kappa:
         if not is_in_range(self.p, math.inf) or self.p < 1:
             raise ValueError(f"p = {self.p!r}: needs a finite number, at least 1")
         check_above_zero("delta", self.delta)
+        if float(self.delta) < SMALLEST_DELTA:
+            raise ValueError(
+                f"delta = {self.delta!r}: needs at least {SMALLEST_DELTA:.2e}; use kappa='l1' for smaller ones"
+            )
 
     def value(self, x_N: torch.Tensor) -> torch.Tensor:
-        """Returns κ(x) of one tensor, 0-d."""
+        """Returns κ(x) of one tensor, 0-d; 0 if it has no element."""
         if self.name == "huber":
             size_N = x_N.abs()
             return torch.where(size_N <= self.delta, x_N * x_N / (2 * self.delta), size_N - self.delta / 2).sum()
-        if self.name == "group_l2":
-            return torch.linalg.vector_norm(_rows(x_N), dim=1).sum()
-        return torch.linalg.vector_norm(x_N, 1.0 if self.name == "l1" else self.p)
+        if self.name == "l1":
+            return x_N.abs().sum()
+        if not x_N.numel():
+            return x_N.new_zeros(())
+        rows_GN = _rows(x_N) if self.name == "group_l2" else x_N.reshape(1, -1)
+        return _norms(rows_GN, 2.0 if self.name == "group_l2" else self.p).sum()
 
     def gradient(self, x_N: torch.Tensor) -> torch.Tensor:
         """Returns the subgradient of the table, of the shape of x; NaN if x is not finite."""
+        if not x_N.numel():
+            return torch.zeros_like(x_N)
         if self.name == "l1":
             found_N = x_N.sign()
         elif self.name == "huber":
@@ -85,15 +97,25 @@ class Kappa:
         return self.delta / 2 * (y_N * y_N).sum() if self.name == "huber" else y_N.new_zeros(())
 
     def dual_norm(self, y_N: torch.Tensor) -> torch.Tensor:
-        """Returns the norm of y, 0-d, that is at most 1 exactly in the domain of κ*."""
+        """Returns the norm of y, 0-d, that is at most 1 exactly in the domain of κ*; 0 if y has no element."""
+        if not y_N.numel():
+            return y_N.new_zeros(())
         if self.name == "group_l2":
-            return torch.linalg.vector_norm(_rows(y_N), dim=1).amax()
-        q = self.p / (self.p - 1) if self.name == "lp" and self.p > 1 else math.inf
-        return torch.linalg.vector_norm(y_N, q)
+            return _norms(_rows(y_N), 2.0).amax()
+        if self.name == "lp" and self.p > 1:
+            return _norms(y_N.reshape(1, -1), self.p / (self.p - 1)).squeeze(0)
+        return y_N.abs().amax()
 
 
 def _rows(x_N: torch.Tensor) -> torch.Tensor:
     return x_N.reshape(x_N.shape[0] if x_N.dim() > 1 else 1, -1)
+
+
+def _norms(rows_GN: torch.Tensor, p: float) -> torch.Tensor:
+    """Returns ‖row‖_p of each row, [G]: powers of elements of about size 1, so that they are neither all 0 nor inf."""
+    largest_G1 = rows_GN.abs().amax(dim=1, keepdim=True)
+    divisor_G1 = torch.where(largest_G1.isinf(), 1.0, _one_if_zero(largest_G1))  # inf / inf would be NaN
+    return torch.linalg.vector_norm(rows_GN / divisor_G1, p, dim=1) * largest_G1.squeeze(1)
 
 
 def _one_if_zero(size: torch.Tensor) -> torch.Tensor:

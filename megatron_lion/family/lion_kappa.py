@@ -33,7 +33,7 @@ class LionKappa(PlainRule):
         weight_decay: λ ≥ 0, decoupled.
         kappa: "l1", "lp", "huber" or "group_l2" (rows of a matrix).
         p: exponent of "lp", at least 1; the norm is that of each tensor.
-        delta: δ > 0 of "huber": elements of c below it move in proportion to c.
+        delta: δ of "huber", at least 2^-126: elements of c below it move in proportion to c.
 
     Raises:
         ValueError: a setting is out of range, also in one of the groups or in a loaded state.

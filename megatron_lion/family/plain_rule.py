@@ -127,7 +127,8 @@ class PlainRule(torch.optim.Optimizer):
         A load that fails changes nothing.
 
         Raises:
-            ValueError: a setting is missing, unknown or another than here, or the state is of another optimizer or model.
+            ValueError: a setting is missing, unknown or another than here, the state is of another optimizer or model, a
+                state tensor is not of floats, or a `step` is not a whole number.
         """
         saved: dict[Any, dict[str, torch.Tensor]] = {}
         params = [param for group in self.param_groups for param in group["params"]]
@@ -189,9 +190,16 @@ class PlainRule(torch.optim.Optimizer):
                     raise ValueError(
                         f"{name} of parameter {number} does not have the shape {tuple(shape)}: load the same model"
                     )
+                if not value.is_floating_point():
+                    raise ValueError(
+                        f"{name} of parameter {number} is {value.dtype}: needs floats, as saved by {owner}"
+                    )
             own = {name: _copied(entry[name], dtype, param) for name, (dtype, _) in forms.items()}
             if self.COUNTS_STEPS:
-                own["step"] = torch.as_tensor(entry["step"], dtype=torch.float32, device="cpu").clone()
+                step = entry["step"]
+                if not is_in_range(step, float("inf")) or not float(step).is_integer():
+                    raise ValueError(f"step of parameter {number} is {step!r}: needs one whole number, at least 0")
+                own["step"] = torch.tensor(float(step), dtype=torch.float32)
             fitted[param] = own
         return fitted
 

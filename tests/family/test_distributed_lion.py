@@ -133,7 +133,13 @@ def refusals(rank: int) -> list[str]:
     optimizer = DistributedLion(params)
     with pytest.raises(TypeError) as wrong:
         optimizer.__getstate__()
-    return [*found, str(wrong.value)]
+    found.append(str(wrong.value))
+    entry = {"exp_avg": torch.zeros(7, 5), "step": torch.tensor(3.0)}
+    for name, value in (("step", "x"), ("step", -5.5), ("exp_avg", torch.zeros(7, 5, dtype=torch.int64))):
+        with pytest.raises(ValueError) as error:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: {**entry, name: value}}})
+        found.append(str(error.value))
+    return found
 
 
 def work(rank: int) -> dict[str, Any]:
@@ -247,11 +253,14 @@ def test_ddp_inside_no_sync(workers):
 
 
 def test_wrong_arguments_are_refused(workers):
-    median, betas, lr, copied = workers[2]["refusals"]
+    median, betas, lr, copied, text, negative, whole = workers[2]["refusals"]
     assert "aggregation = 'median': needs one of majority, mean" in median
     assert "betas = (0.9, 1.0)" in betas
     assert "lr = -1.0" in lr
     assert "cannot be copied" in copied
+    assert "step of parameter 0 is 'x'" in text
+    assert "step of parameter 0 is -5.5" in negative
+    assert "exp_avg of parameter 0 is torch.int64" in whole
 
 
 def test_without_a_process_group_it_is_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -85,9 +87,62 @@ def test_what_is_not_finite_becomes_nan(kappa, bad):
         ({"name": "lp", "p": 0.5}, "p = 0.5"),
         ({"name": "lp", "p": float("inf")}, "p = inf"),
         ({"name": "huber", "delta": 0.0}, "delta = 0.0"),
+        ({"name": "huber", "delta": 1e-46}, "delta = 1e-46: needs at least 1.18e-38; use kappa='l1'"),
+        ({"name": "huber", "delta": 1e-40}, "delta = 1e-40: needs at least"),
         ({"name": "huber", "delta": "1"}, "delta = '1'"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Kappa(**settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kappa", "x", "value"),
+    [
+        (Kappa("lp", p=20.0), [1e-5] * 4, 4 ** (1 / 20) * 1e-5),
+        (Kappa("lp", p=100.0), [1e-5] * 4, 4 ** (1 / 100) * 1e-5),
+        (Kappa("lp", p=1e6), [3.0, -4.0, 0.0], 4.0),
+        (Kappa("lp", p=2.0), [3e30, -4e30], 5e30),
+        (Kappa("lp", p=100.0), [0.0, 0.0], 0.0),
+        (Kappa("lp", p=3.0), [1.0, float("-inf")], math.inf),
+        (Kappa("lp", p=3.0), [1.0, float("nan")], math.nan),
+        (Kappa("group_l2"), [[3e-30, -4e-30], [0.0, 0.0]], 5e-30),
+        (Kappa("group_l2"), [[3.0, 4.0], [float("inf"), 0.0]], math.inf),
+    ],
+)
+def test_values_of_tiny_and_huge_elements(kappa, x, value, dtype):
+    found = kappa.value(torch.tensor(x, dtype=dtype))
+    assert found.shape == ()
+    assert float(found) == pytest.approx(value, rel=1e-5, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kappa", "y", "norm"),
+    [
+        (Kappa("lp", p=1.01), [2e4] * 4, 4 ** (0.01 / 1.01) * 2e4),
+        (Kappa("lp", p=1.01), [1e-5] * 4, 4 ** (0.01 / 1.01) * 1e-5),
+        (Kappa("lp", p=1.0), [3.0, -4.0], 4.0),
+        (Kappa("lp", p=1.5), [1.0, float("inf")], math.inf),
+        (Kappa("lp", p=1.5), [1.0, float("nan")], math.nan),
+        (Kappa("group_l2"), [[3e30, -4e30], [0.0, 1.0]], 5e30),
+        (Kappa("l1"), [3.0, float("-inf")], math.inf),
+    ],
+)
+def test_dual_norms_of_tiny_and_huge_elements(kappa, y, norm, dtype):
+    found = kappa.dual_norm(torch.tensor(y, dtype=dtype))
+    assert found.shape == ()
+    assert float(found) == pytest.approx(norm, rel=1e-5, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0), (2, 0, 3)])
+@pytest.mark.parametrize(
+    "kappa", [Kappa("l1"), Kappa("lp", p=3.0), Kappa("lp", p=1.0), Kappa("huber"), Kappa("group_l2")]
+)
+def test_a_tensor_without_elements_counts_as_zero(kappa, shape):
+    empty = torch.zeros(shape)
+    found = [kappa.value(empty), kappa.conjugate(empty), kappa.dual_norm(empty)]
+    assert [(float(value), value.shape) for value in found] == [(0.0, ())] * 3
+    assert kappa.gradient(empty).shape == shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +94,15 @@ def test_the_first_steps_are_as_long_as_kappa_says():
         LionKappa([param], lr=0.1, kappa=kappa).step()
         lengths[kappa] = float(param.detach().norm())
     assert lengths == pytest.approx({"l1": 0.6, "lp": 0.1, "group_l2": 0.2}, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_smallest_delta_steps_like_the_sign_and_smaller_ones_are_refused(dtype):
+    """A δ that is 0 in float32 would divide a gradient of 0 by 0."""
+    param = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+    for delta in (1e-46, math.nextafter(2.0**-126, 0)):
+        with pytest.raises(ValueError, match=r"needs at least 1\.18e-38"):
+            LionKappa([param], lr=0.5, kappa="huber", delta=delta)
+    param.grad = torch.tensor([0.0, 3e4, -1.0], dtype=dtype)
+    LionKappa([param], lr=0.5, kappa="huber", delta=2.0**-126).step()
+    assert param.tolist() == [0.0, -0.5, 0.5]

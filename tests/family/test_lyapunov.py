@@ -187,3 +187,21 @@ def test_outside_of_the_domain_h_is_infinite():
     assert lyapunov(Kappa(), 1.0, [theta], [theta], weight_decay=1 / 3, **settings) < math.inf
     with pytest.raises(ValueError, match="lr x weight_decay = 1"):
         lyapunov(Kappa(), 1.0, [theta], [theta], weight_decay=10.0, **settings)
+
+
+def test_the_gap_of_a_tiny_gradient_is_not_lost():
+    """1e-500 is 0 also in float64."""
+    found = optimality(Kappa("lp", p=100.0), [torch.zeros(4)], [torch.full((4,), 1e-5)], 0.1)
+    assert found.gap == pytest.approx(4**0.01 * 1e-5, rel=1e-6)
+    assert found.excess == 0
+
+
+@pytest.mark.parametrize("name", KAPPAS)
+def test_a_parameter_without_elements_adds_nothing(name):
+    kappa = Kappa(name, p=3.0)
+    whole = torch.tensor([[0.3, -0.4], [0.1, 0.0]])
+    empty = torch.zeros(0, 2)
+    assert optimality(kappa, [whole, empty], [whole, empty], 0.5) == optimality(kappa, [whole], [whole], 0.5)
+    settings = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.5}
+    height = lyapunov(kappa, 1.0, [whole], [whole], **settings)
+    assert lyapunov(kappa, 1.0, [empty, whole], [empty, whole], **settings) == height

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -105,6 +106,50 @@ def test_a_load_that_fails_changes_nothing(name):
             for number, own in after["state"].items()
             for key, value in own.items()
         )
+
+
+def with_entry(state: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """A state dict with another value of one state of parameter 1."""
+    return {**state, "state": {**state["state"], 1: {**state["state"][1], name: value}}}
+
+
+@rule_names
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_state_that_is_not_of_floats_is_refused(name, dtype):
+    optimizer = RULES[name](parameters(), lr=0.05)
+    train(optimizer, 1)
+    state = optimizer.state_dict()
+    for key in set(state["state"][1]) - {"step"}:
+        with pytest.raises(ValueError, match=f"{key} of parameter 1 is {dtype}"):
+            optimizer.load_state_dict(with_entry(state, key, torch.zeros(5, dtype=dtype)))
+
+
+BAD_STEPS = ["x", "5", None, -1, -5.5, 2.5, True, [3], float("nan"), float("inf"), torch.tensor(-1.0), torch.ones(2)]
+
+
+@pytest.mark.parametrize("name", ["mlorc_lion", "sto_sign_sgd"])
+@pytest.mark.parametrize("step", BAD_STEPS)
+def test_a_step_that_is_no_count_is_refused(name, step):
+    optimizer = RULES[name](parameters(), lr=0.05)
+    train(optimizer, 2)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match=f"step of parameter 1 is {re.escape(repr(step))}"):
+        optimizer.load_state_dict(with_entry(state, "step", step))
+    assert [float(optimizer.state[param]["step"]) for param in optimizer.param_groups[0]["params"]] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "step", [0, 7, 7.0, torch.tensor(7), torch.tensor([7.0]), torch.tensor(7.0, dtype=torch.float64)]
+)
+def test_a_step_of_any_number_type_is_loaded(step):
+    optimizer = RULES["sto_sign_sgd"](parameters(), lr=0.05)
+    train(optimizer, 2)
+    optimizer.load_state_dict(with_entry(optimizer.state_dict(), "step", step))
+    found = optimizer.state[optimizer.param_groups[0]["params"][1]]["step"]
+    assert (float(found), found.dtype, found.shape) == (float(step), torch.float32, ())
+    train(optimizer, 1)
+    assert step is not found
+    assert float(found) == float(step) + 1
 
 
 @rule_names
