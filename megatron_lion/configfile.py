@@ -28,9 +28,16 @@ from megatron_lion.streams import say
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+_NULLS = ("null", "Null", "NULL", "~")
+"""What YAML reads as null, besides nothing."""
+
+
 def _load_value(text: str) -> Any:
-    """Parses YAML, but leaves a one-line value that begins with '#' or is '~' as text; YAML would read it as null."""
-    if "\n" not in text and (text.lstrip().startswith("#") or text.strip() == "~"):
+    """Parses YAML, but leaves a one-line value that YAML would read as null as text, unless it is exactly null.
+
+    jsonargparse also passes each text of a parsed file through here, such as the 'NULL' that was in quotes there.
+    """
+    if "\n" not in text and (text.lstrip().startswith("#") or (text != "null" and text.strip() in _NULLS)):
         return text
     return _with_lists(get_loader("yaml")(text))
 

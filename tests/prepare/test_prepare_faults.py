@@ -136,7 +136,7 @@ def test_interrupt_stops_at_once_and_resumes(corpus: Path, tmp_path: Path, undis
     process = start_and_wait_for_shards(corpus, tmp_path / "out")
     os.killpg(process.pid, signal.SIGINT)  # to parent and workers, as a terminal does
     _, said = process.communicate(timeout=30)
-    assert process.returncode == 75
+    assert process.returncode == 75, said
     assert "Traceback" not in said
     assert "run the same command again" in said.splitlines()[-1]
     assert finish(corpus, tmp_path / "out").returncode == 0
