@@ -24,6 +24,8 @@ import torch.multiprocessing as mp
 # Imported once, in the server; it starts with the first call and ends with the test session.
 multiprocessing.set_forkserver_preload(["megatron_lion.train.loop"])
 
+NOT_CONNECTED = "Gloo connectFullMesh failed"
+
 
 def _worker(
     rank: int, fn: Callable[..., Any], world_size: int, folder: str, device: str, args: tuple[Any, ...]
@@ -78,6 +80,16 @@ def run_distributed(
         TimeoutError: the processes did not end within `timeout_s`.
     """
     skip_unless_fits(device, world_size)
+    try:
+        return _run(fn, world_size, args, device, timeout_s)
+    except AssertionError as error:
+        # Once in some thousand groups, gloo's first connection between two ranks is closed while both live.
+        if NOT_CONNECTED not in str(error):
+            raise
+        return _run(fn, world_size, args, device, timeout_s)
+
+
+def _run(fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], device: str, timeout_s: float) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _worker,

@@ -162,6 +162,7 @@ def test_sharpest_constants_keep_their_factor_in_any_unit():
         assert total * K**0.25 / (3 * unit) == pytest.approx(constant, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_c1_is_not_in_the_leading_part_with_exact_noise():
     best = sharpest_constants(L=1, sigma=1, gap=1)
     values = [leading(best.c2, best.c3, c1=factor * best.c2) for factor in (0.01, 0.75, 1.0, 10.0)]
