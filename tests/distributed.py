@@ -83,7 +83,7 @@ def run_distributed(
     try:
         return _run(fn, world_size, args, device, timeout_s)
     except AssertionError as error:
-        # Once in some thousand groups, gloo's first connection between two ranks is closed while both live.
+        # Seen once, for no known reason: gloo's connection between two ranks was closed although both lived.
         if NOT_CONNECTED not in str(error):
             raise
         return _run(fn, world_size, args, device, timeout_s)
