@@ -29,7 +29,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 _NULLS = ("null", "Null", "NULL", "~")
-"""What YAML reads as null, besides nothing."""
+"""Words that YAML reads as null."""
 
 
 def _load_value(text: str) -> Any:

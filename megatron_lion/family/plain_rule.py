@@ -6,6 +6,7 @@ Each rule is plain torch, for whole parameters on any device: a module in one pr
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -34,7 +35,7 @@ from ..optim.update import (
 KNOWN_KEYS = HARMLESS_KEYS - {"betas", "caution", "maximize", *SAVED_SETTINGS, *FOREIGN_OPTIONS}
 
 
-class PlainRule(torch.optim.Optimizer):
+class PlainRule(torch.optim.Optimizer, ABC):
     """Base of the rules of this room; a rule defines `forms` and `take`.
 
     State tensors are float32 (float64 for float64 parameters) whatever the parameter's dtype, and a load keeps them so.
@@ -53,13 +54,13 @@ class PlainRule(torch.optim.Optimizer):
         check_iterable(params)
         super().__init__(params, defaults)
 
+    @abstractmethod
     def forms(self, param: torch.Tensor) -> Forms:
         """Returns the dtype and shape of each state tensor of a parameter, `step` excepted; each begins as zeros."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take(self, slots: Sequence[Slot]) -> None:
         """Takes one step for parameters with gradients in the compute dtype."""
-        raise NotImplementedError
 
     def check_own(self, group: dict[str, Any]) -> None:
         """Raises ValueError if a setting of this rule is out of range."""
@@ -75,6 +76,7 @@ class PlainRule(torch.optim.Optimizer):
             raise
 
     @torch.no_grad()
+    # torch declares two overloads, with and without a closure.
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Updates every parameter that has a gradient; returns the closure's loss if one is given.
 
@@ -153,7 +155,7 @@ class PlainRule(torch.optim.Optimizer):
         after = self.register_load_state_dict_post_hook(put_in, prepend=True)
         try:
             super().load_state_dict(state_dict)
-        except BaseException:
+        except BaseException:  # of any kind, an interrupt too: the optimizer keeps the state that it had
             self.state, self.param_groups = old
             raise
         finally:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lion.gradient.parameter_kinds import PADDING, is_vocabulary
+from megatron_lion.gradient.parameter_kinds import PADDING, in_group, is_vocabulary
 from megatron_lion.optim.parameter_shards import Shard, counts_here, named_global_parameters
 from megatron_lion.parallel import Ranks
 
@@ -104,7 +104,7 @@ class NormTable:
     def grouped(self, group_of: Callable[[str], str]) -> dict[str, GradientNorms]:
         """Returns norms of each group of parameters, in the order in which the groups first appear."""
         groups = dict.fromkeys(group_of(name) for name in self.names)
-        return {group: self.norms(lambda name, group=group: group_of(name) == group) for group in groups}  # type: ignore[misc]
+        return {group: self.norms(in_group(group_of, group)) for group in groups}
 
 
 def parameter_rows(model: Sequence[Any]) -> tuple[str, ...]:

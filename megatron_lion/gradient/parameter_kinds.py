@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from megatron_lion.optim.parameter_shards import TIED_OUTPUT, TOKEN_EMBEDDING
 
@@ -64,3 +65,13 @@ def layer_of(name: str) -> str:
     if found:
         return f"layer {found[1]}"
     return "final norm" if "final_layernorm" in name else name.removesuffix(PADDING).split(".")[0]
+
+
+def in_group(group_of: Callable[[str], str], group: str) -> Callable[[str], bool]:
+    """Returns a function that accepts the names in a group, such as a layer.
+
+    Example:
+        >>> in_group(layer_of, "layer 3")("decoder.layers.3.mlp.linear_fc1.weight")
+        True
+    """
+    return lambda name: group_of(name) == group

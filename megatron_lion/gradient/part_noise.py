@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_lion.gradient.batch_sums import BatchGroups
 from megatron_lion.gradient.noise import estimate_noise
 from megatron_lion.gradient.norms import GAUSSIAN_RATIO, NormTable
-from megatron_lion.gradient.parameter_kinds import KINDS, kind_of, layer_of
+from megatron_lion.gradient.parameter_kinds import KINDS, in_group, kind_of, layer_of
 
 STORED = (
     "noise_share", "noise_share_standard_error", "is_resolved", "norm_ratio_low", "norm_ratio_low_standard_error",
@@ -48,21 +48,24 @@ def noise_by_part(
             "noise_density": density,
         }
 
+    def each(group_of: Callable[[str], str], groups: Iterable[str], keep: Callable[[str], bool]) -> dict[str, Any]:
+        found = {group: of(both(keep, in_group(group_of, group))) for group in groups}
+        return {group: part for group, part in found.items() if part is not None}
+
     layers = dict.fromkeys(map(layer_of, table.names))
-    found: dict[str, Any] = {
+    return {
         "without_embeddings": of(lambda name: kind_of(name) != "embedding"),
-        "layers": {layer: of(lambda name, layer=layer: layer_of(name) == layer) for layer in layers},  # type: ignore[misc]
-        "kinds": {kind: of(lambda name, kind=kind: kind_of(name) == kind) for kind in KINDS},  # type: ignore[misc]
-        "layers_by_kind": {
-            layer: _known({
-                kind: of(lambda name, layer=layer, kind=kind: (layer_of(name), kind_of(name)) == (layer, kind))  # type: ignore[misc]
-                for kind in KINDS
-            })
-            for layer in layers
-        },
-    }  # fmt: skip
-    return {name: _known(value) if name in ("layers", "kinds") else value for name, value in found.items()}
+        "layers": each(layer_of, layers, any_name),
+        "kinds": each(kind_of, KINDS, any_name),
+        "layers_by_kind": {layer: each(kind_of, KINDS, in_group(layer_of, layer)) for layer in layers},
+    }
 
 
-def _known(parts: dict[str, Any]) -> dict[str, Any]:
-    return {name: part for name, part in parts.items() if part is not None}
+def any_name(name: str) -> bool:
+    """Accepts every name."""
+    return True
+
+
+def both(first: Callable[[str], bool], second: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Returns a function that accepts what both accept."""
+    return lambda name: first(name) and second(name)

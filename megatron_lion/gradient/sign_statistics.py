@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_lion.gradient.parameter_kinds import kind_of, layer_of
+from megatron_lion.gradient.parameter_kinds import in_group, kind_of, layer_of
 from megatron_lion.optim.key_bias import is_qkv_bias, key_part
 from megatron_lion.optim.parameter_shards import Shard
 
@@ -83,8 +83,8 @@ class SignStatistics:
         if not self._reads and self.clip_grad > 0:
             self.clip_factor = min(1.0, self.clip_grad / (grad_l2 + 1e-6))
         aligned_P = torch.zeros(len(self.rows), dtype=torch.float64)
-        for number, shard in enumerate(shard for shard in shards if shard.grad is not None):
-            mean_N = shard.grad.float().cpu() * scale  # type: ignore[union-attr]
+        for number, (shard, grad_N) in enumerate(_with_gradients(shards)):
+            mean_N = grad_N.float().cpu() * scale
             if not self._reads:
                 self._start(shard, mean_N)
             elif self._first:
@@ -103,8 +103,8 @@ class SignStatistics:
         Args:
             shards, scale: as for the last `read`.
         """
-        for number, shard in enumerate(shard for shard in shards if shard.grad is not None):
-            mean_N, c_N = shard.grad.float().cpu() * scale, self._directions[number]  # type: ignore[union-attr]
+        for number, (shard, grad_N) in enumerate(_with_gradients(shards)):
+            mean_N, c_N = grad_N.float().cpu() * scale, self._directions[number]
             theta_N = shard.main.detach().float().cpu()
             values = {
                 "count": torch.ones_like(c_N), "zeros": c_N == 0, "agrees": c_N * mean_N > 0, "l1": mean_N.abs(),
@@ -259,10 +259,17 @@ def sign_statistics(
     }
     for block, group_of in (("layers", layer_of), ("kinds", kind_of)):
         found[block] = {
-            group: of(lambda name, group=group, group_of=group_of: group_of(name) == group, parts.get(block, {}).get(group))  # type: ignore[misc]
+            group: of(in_group(group_of, group), parts.get(block, {}).get(group))
             for group in dict.fromkeys(map(group_of, names))
         }  # fmt: skip
     return found
+
+
+def _with_gradients(shards: Iterable[Shard]) -> Iterator[tuple[Shard, torch.Tensor]]:
+    """Yields the slices that have a gradient, with it."""
+    for shard in shards:
+        if shard.grad is not None:
+            yield shard, shard.grad
 
 
 def _momentum(shard: Shard, grad_N: torch.Tensor) -> torch.Tensor:
