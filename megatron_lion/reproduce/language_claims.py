@@ -270,7 +270,7 @@ def _ratio(run: RunRecord, which: str) -> Claim:
         holds=holds,
         is_resolved=holds is not None,
         convention=f"{len(values)} probes of {batches} batches at frozen parameters; d = {run.num_parameters:,} with "
-        f"padding; bounds that hold together with {LEVEL:.0%}; pure noise alone gives 0.798",
+        f"padding; bounds that hold together with {LEVEL:.0%}; even Gaussian noise alone gives 0.798",
     )
 
 
