@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -90,6 +91,10 @@ class Panel:
     def named(self) -> list[Curve]:
         """The curves that have a name."""
         return [curve for curve in self.curves if curve.label]
+
+    def y_lines(self, width: int) -> list[str]:
+        """The name of the vertical axis in lines of at most `width` characters, divided between words."""
+        return textwrap.wrap(self.y_label, width, break_long_words=False, break_on_hyphens=False)
 
     def along(self, value: float) -> float:
         """A value in the units of the horizontal axis: the value or its decimal logarithm."""

@@ -16,6 +16,8 @@ from megatron_lion.style import new_figure, reference_line, save_figure, style_a
 
 OVERVIEW = ("training-loss", "test-loss", "norm-ratio")
 FAINT = {"linewidth": 0.9, "alpha": 0.4}
+LABEL_WIDTH = 40
+"""Characters of a line of the vertical axis' name; a longer line would be cut at the edges of the figure."""
 
 
 def write_figures(
@@ -86,7 +88,7 @@ def _draw(axes: Any, panel: Panel) -> None:
     _name_curves(axes, panel)
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.set_xlabel(panel.x_label, fontsize=9)
-    axes.set_ylabel(panel.y_label, fontsize=9)
+    axes.set_ylabel("\n".join(panel.y_lines(LABEL_WIDTH)), fontsize=9)
     style_axes(axes, grid="y")
     if not panel.log_x:
         axes.xaxis.set_major_locator(_few_ticks())

@@ -16,6 +16,7 @@ LEFT, TOP, BOTTOM = 56, 50, 44
 LABEL_HEIGHT = 15
 LABEL_ADVANCE = 9.2  # largest average width of a character in pixels, in the widest font that the page names
 MAX_LABEL = 20
+AXIS_WIDTH = 64  # characters of a line of the vertical axis' name; there is room for two lines
 MAX_POINTS = 300
 MARKED_SIZE = 3
 
@@ -69,7 +70,8 @@ def _text(kind: str, x: float, y: float, words: str, anchor: str = "start") -> s
 
 def _axes(panel: Panel, frame: Frame) -> list[str]:
     """Title, grid, ticks, axis names and reference lines."""
-    parts = [_text("title", 4, 15, panel.title), _text("axis", 4, 32, panel.y_label)]
+    lines = panel.y_lines(AXIS_WIDTH)
+    parts = [_text("title", 4, 15, panel.title), *(_text("axis", 4, 32 + 14 * n, line) for n, line in enumerate(lines))]
     parts.append(_text("axis", (LEFT + frame.edge) / 2, HEIGHT - 8, panel.x_label, "middle"))
     for value in (log_ticks if panel.log_y else ticks)(frame.y_low, frame.y_high, 5):
         y = frame.y(value)

@@ -155,3 +155,14 @@ def test_the_bounds_of_seeds_are_the_means_of_their_bounds(tmp_path: Path) -> No
 
 def test_a_run_without_the_noises_ratio_shows_the_gaussian_line(tmp_path: Path) -> None:
     assert any("0.798" in line.label for line in ratio_panel(write_run(tmp_path / "a")).references)
+
+
+def test_a_long_axis_name_is_divided_into_lines_that_fit(tmp_path: Path) -> None:
+    bounds = {0: (1500.0, 9000.0, 700.0), 200: (1600.0, 2500.0, 710.0)}
+    folder = add_bounds(write_run(tmp_path / "a"), bounds)
+    panel = ratio_panel(add_errors(folder, {0: (400.0, 8), 200: (None, 8)}))
+    assert len(panel.y_label) > 80, "bars, open marks, bounds and the noise are drawn"
+    assert " ".join(panel.y_lines(40)) == panel.y_label
+    names = re.findall(r'<text class="axis" x="4.0" y="([\d.]+)" text-anchor="start">([^<]+)</text>', chart(panel))
+    assert [float(y) for y, _ in names] == [32.0, 46.0]
+    assert max(len(text) for _, text in names) <= 64
