@@ -141,7 +141,7 @@ def accumulated(config: RunConfig, make: Any) -> tuple[Any, list[tuple[int, Grad
         pretrain(config)
     device = select_device("cpu")
     with process_groups(device) as ranks:
-        run = build_run(config, device, ranks, for_training=False)
+        run = build_run(config, device, ranks, for_training=False, for_probing=True)
         restore_run(run, open_checkpoint(step_folder(run.run_dir, config.train.steps)))
         follower, read = make(run), []
         batches, rungs = run.probe_batches(), rungs_of(run.probe_samples.num_batches)

@@ -77,7 +77,7 @@ def main() -> None:
         folder = Path(broadcast_object(tempfile.mkdtemp(prefix="probe-cost-") if ranks.is_main else None))
         config = make_config(args, folder, ranks)
         check_config(config, world_size_from_env())
-        run = build_run(config, device, ranks, for_training=False)
+        run = build_run(config, device, ranks, for_training=False, for_probing=True)
         result = measure(run, args.repeats)
         if ranks.is_main:
             report = {**facts(device.name(), ranks.world_size, args), **result}

@@ -65,6 +65,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=["auto", "cuda", "cpu"],
         help="auto takes CUDA if a device is visible",
     )
+    add(
+        "--smoothness",
+        type=int,
+        default=None,
+        metavar="N",
+        help="instead of the gradient, measure its change along the run's next N steps from each checkpoint: smoothness in "
+        "the max norm and in the Euclidean norm, and curvature",
+    )
     add("--again", action="store_true", help="measure again steps that have a result")
     add("--figures", action="store_true", help="draw RUN/figures/probe_*.png from all probe results of the run")
     add(
@@ -101,6 +109,9 @@ def run(args: Any) -> None:
         run_dir, probe=settings, parallel=parallel, micro_batch_size=args.micro_batch_size, device=args.device
     )
     steps = choose_steps(args.steps, list_steps(run_dir))
+    if args.smoothness is not None:
+        _smoothness(config, steps, args, is_main)
+        return
     stopped = "stopped; finished steps are kept; the same command probes the others"
     with stop_raises(stopped), _Progress(shown=is_main) as progress:
         probed = list(probe_checkpoints(config, steps, again=args.again, on_batch=progress.update))
@@ -113,6 +124,76 @@ def run(args: Any) -> None:
             for path in draw_runs([run_dir, *args.beside]):
                 sys.stdout.write(f"{path}\n")
         next_steps(["megatron-lion", "theory", str(run_dir)], ["megatron-lion", "compare", str(run_dir)])
+
+
+def _smoothness(config: Any, steps: list[int], args: Any, is_main: bool) -> None:
+    """Writes RUN/probe/smoothness_*.json and prints a table with one row for each step."""
+    from megatron_lion.compare.print_tables import print_tables
+    from megatron_lion.errors import ConfigError
+    from megatron_lion.signals import stop_raises
+    from megatron_lion.streams import say
+    from megatron_lion.train.smoothness_checkpoints import smoothness_checkpoints
+
+    if args.figures:
+        raise ConfigError("--smoothness: has no figures; leave out --figures")
+    last = config.train.steps - args.smoothness
+    if args.steps in ("all", "latest") and any(step > last for step in steps):
+        late = [step for step in steps if step > last]
+        steps = [step for step in steps if step <= last]
+        reason = f"the run ends at step {config.train.steps}, so step {late[0]} has no {args.smoothness} steps after it"
+        if not steps:
+            raise ConfigError(f"--smoothness {args.smoothness}: {reason}; give --steps of an earlier checkpoint")
+        if is_main:
+            say(f"{reason}; left out")
+    stopped = "stopped; finished steps are kept; the same command measures the others"
+    with stop_raises(stopped), _Progress(shown=is_main) as progress:
+        measured = list(
+            smoothness_checkpoints(config, steps, args.smoothness, again=args.again, on_batch=progress.update)
+        )
+    if is_main:
+        print_tables([smoothness_table(measured)])
+        sys.stdout.write("".join(f"{item.path}{'' if item.is_new else '  (found)'}\n" for item in measured))
+        next_steps(["megatron-lion", "theory", str(args.run_dir)])
+
+
+def smoothness_table(measured: list[Any]) -> Table:
+    """Returns the results of `--smoothness` as a table with one row a step."""
+    from megatron_lion.compare.table import Table
+
+    columns = ["step", "steps", "‖Δθ‖∞", "‖Δθ‖₂", "loss change", "first order", "curvature", "± (se)", "L∞ ≥", "L∞ ≤",
+               "L₂", "± (se) ", "noise"]  # fmt: skip
+    rows: list[list[Cell]] = []
+    notes = [
+        "L∞ ≥ and ≤: bounds on ‖Δ∇f‖₁/‖Δθ‖∞ without noise; L₂: ‖Δ∇f‖₂/‖Δθ‖₂ without noise. Both are lower bounds on the "
+        "constants of f. First order: ⟨∇f, Δθ⟩; curvature: ⟨Δ∇f, Δθ⟩, twice what the loss changes beyond first order if f "
+        "is quadratic; noise: its share in ‖Δ∇f‖₂²",
+    ]
+    for item in measured:
+        content, part = item.content, item.content["all"]
+        rows.append([
+            item.step, content["num_steps"], part["step_linf"], part["step_l2"], content["loss_change"],
+            content["first_order_change"], content["curvature"], content["curvature_standard_error"],
+            part["smoothness_linf_low"], part["smoothness_linf_high"], part["smoothness_l2"],
+            part["smoothness_l2_standard_error"], part["noise_share"],
+        ])  # fmt: skip
+    if still := [item.step for item in measured if not item.content["all"]["step_linf"]]:
+        notes.append(f"no weight changed in the steps after {', '.join(map(str, still))}: the smoothness is undefined")
+    if unresolved := [item.step for item in measured if item.content["all"]["is_resolved"] is False]:
+        notes.append(
+            f"the change of the gradient after {', '.join(map(str, unresolved))} is not resolved from noise; give more "
+            "--num-batches, or more steps"
+        )
+    if measured and measured[0].content["precision"] != "fp32":
+        notes.append(
+            f"in {measured[0].content['precision']}, weights and activations are rounded, and the change of the gradient "
+            "contains the change of the rounding; more steps make it smaller"
+        )
+    return Table(
+        slug="smoothness", title="Smoothness along the run's steps", columns=columns, rows=rows, notes=notes, num_keys=2,
+        formats={"step": "d", "steps": "d", "noise": ".1%"} | dict.fromkeys(
+            ["‖Δθ‖∞", "‖Δθ‖₂", "loss change", "first order", "curvature", "± (se)", "L∞ ≥", "L∞ ≤", "L₂", "± (se) "], ".4g"
+        ),
+    )  # fmt: skip
 
 
 def probe_table(probed: list[Any]) -> Table:

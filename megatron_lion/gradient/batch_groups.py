@@ -22,6 +22,9 @@ MOST_GROUPS = 32
 MOST_FOLDS = 8
 """Most groups of `BatchGroups.folds`: with more, the products of the signs and the groups scatter more."""
 
+Group = tuple[torch.Tensor, int, int]
+"""(summed sketch, number of batches, count) of a group of batches."""
+
 
 class GroupedBatches:
     """Follows an accumulation batch by batch.
@@ -85,13 +88,7 @@ class GroupedBatches:
         Args:
             rungs: numbers of batches of the ladder, ascending; the last is the number of all batches.
         """
-        rest = [entry for entry in reversed(self._levels) if entry is not None]
-        groups = list(self._kept)
-        if rest:  # the last group is smaller if n is no multiple of the group size
-            last = rest[0]
-            for entry in rest[1:]:
-                last = last.plus(entry)
-            groups.append(last)
+        groups = self._groups()
         self._merge_kept()
         folds = _folds(groups)
         parts = self._parts(groups, folds)
@@ -111,6 +108,20 @@ class GroupedBatches:
             parts.contrasts_JP2.sum(1),
             parts=parts,
         )
+
+    def sums(self) -> list[Group]:
+        """Returns (summed sketch, number of batches, count) of each kept group; call it once, after the last batch."""
+        return [(entry.vector, entry.batches, entry.count) for entry in self._groups()]
+
+    def _groups(self) -> list[_Sum]:
+        rest = [entry for entry in reversed(self._levels) if entry is not None]
+        groups = list(self._kept)
+        if rest:  # the last group is smaller if n is no multiple of the group size
+            last = rest[0]
+            for entry in rest[1:]:
+                last = last.plus(entry)
+            groups.append(last)
+        return groups
 
     def _parts(self, groups: list[_Sum], folds: list[_Sum]) -> PartSums:
         """The sums of each tensor, from the sampled coordinates."""
@@ -196,6 +207,21 @@ class _Sum:
             self.scatter + other.scatter,
             self.scatter_PS + other.scatter_PS,
         )
+
+
+def difference_of(later: list[Group], earlier: list[Group], sketch: GradientSketch) -> BatchGroups:
+    """Scalars of the differences between two gradients of each group; each group counts as one batch.
+
+    Args:
+        later, earlier: from `GroupedBatches.sums`, over the same batches.
+        sketch: the sketch of both.
+    """
+    found = GroupedBatches(sketch, len(later))
+    for (after, *batches), (before, *others) in zip(later, earlier, strict=True):
+        if batches != others:
+            raise ValueError(f"groups of {batches} and {others} (batches, count) are not of the same batches")
+        found.add(after - before, batches[1])
+    return found.finish([len(later)])
 
 
 def _folds(groups: list[_Sum]) -> list[_Sum]:

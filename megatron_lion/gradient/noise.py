@@ -266,14 +266,45 @@ def ratio_bounds(
     def low_ratio(part: Sums) -> float:
         return _divide(part.aligned * to_exact, math.sqrt(max(signal(part), 0.0)))
 
+    low = _aligned_l1(folds, population) * to_exact / root
+    low_error = folded.of(low_ratio, 0.5 * low * share)
+    high = max(1.0, min(high, most))
+    return max(1.0, min(low, high)), low_error, high, high_error
+
+
+def l1_bounds(
+    groups: BatchGroups, norms: GradientNorms, population: float | None = None
+) -> tuple[float, float | None, float, float | None]:
+    """Returns bounds on ‖∇f‖₁ of the noise-free vector: (low, its standard error, high, its standard error).
+
+    `ratio_bounds` derives them. An error is None below `FEWEST_GROUPS` groups.
+
+    Args:
+        groups: sums over at least two groups, from `GroupedBatches.finish`.
+        norms: norms of the mean over all batches, over all coordinates.
+        population: as `estimate_noise`.
+    """
+    whole = groups.prefixes[max(groups.prefixes)]
+    errors, folded = (_Errors(part, groups.sketch_error, population) for part in (whole, groups.folds))
+    to_exact = norms.grad_l1 / whole.l1 if whole.l1 > 0 else 1.0
+    high, has_errors = norms.grad_l1, len(whole.without) >= FEWEST_GROUPS
+    high_error = errors.of(lambda part: part.l1 * to_exact, 0.0) if has_errors else None
+    if _tau(whole.num_batches, population) == 0:
+        return high, high_error, high, high_error
+    low = max(0.0, min(_aligned_l1(groups.folds, population) * to_exact, high))
+    low_error = folded.of(lambda part: part.aligned * to_exact, 0.0) if has_errors else None
+    if low_error is not None:
+        low_error = math.hypot(low_error, groups.sample_error * low)
+    return low, low_error, high, high_error
+
+
+def _aligned_l1(folds: Prefix, population: float | None) -> float:
+    """The lower bound on ‖∇f‖₁ of the sampled coordinates."""
     below = 0.0
     for aligned, part in zip(folds.aligned_by_group, folds.without, strict=True):
         known = min(1.0, part.num_batches * _inverse(population))
         below += (folds.count - part.count) * ((1 - known) * aligned + known * part.l1)
-    low = below / folds.count * to_exact / root
-    low_error = folded.of(low_ratio, 0.5 * low * share)
-    high = max(1.0, min(high, most))
-    return max(1.0, min(low, high)), low_error, high, high_error
+    return below / folds.count
 
 
 def make_rung(num_batches: int, norms: GradientNorms, groups: BatchGroups, population: float | None = None) -> Rung:

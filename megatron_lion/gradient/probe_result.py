@@ -125,13 +125,13 @@ class ProbeResult:
             "kinds": {name: norms.as_dict() for name, norms in table.grouped(kind_of).items()},
             "parameters": {name: norms.as_dict() for name, norms in table.grouped(lambda name: name).items()},
         }  # fmt: skip
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite_only(value) for key, value in content.items()}
 
 
-def _finite(value: Any) -> Any:
+def finite_only(value: Any) -> Any:
     """JSON has no NaN and no infinity: both become null."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_only(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_only(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

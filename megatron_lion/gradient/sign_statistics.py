@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_lion.gradient.blocks import blocks_of, error_of
+from megatron_lion.gradient.noise import unseen
 from megatron_lion.gradient.parameter_kinds import in_group, kind_of, layer_of
 from megatron_lion.optim.key_bias import is_qkv_bias, key_part
 from megatron_lion.optim.parameter_shards import Shard
@@ -29,8 +30,6 @@ from megatron_lion.optim.parameter_shards import Shard
 KEY_BIAS = "#key bias"
 """Suffix of the additional row for the key's part of an attention's bias, whose true gradient is 0 (optim/key_bias.py)."""
 _SUMS = ("count", "zeros", "flips", "agrees", "l1", "error_l1", "theta_l1")
-FEWEST_BLOCKS = 4
-"""Fewest blocks of batches from which a standard error is computed."""
 
 
 class SignStatistics:
@@ -208,22 +207,14 @@ class SignTable:
 
     def _descent(self, places: list[int], population: float | None) -> tuple[float, float | None]:
         """⟨∇f, sign(c)⟩ and its standard error, from the blocks of batches between two reads."""
-        totals = [(batches, count, count * float(means[places].sum())) for batches, count, means in self.reads]
-        first, last = totals[0], totals[-1]
-        rest = (last[2] - first[2]) / max(1, last[1] - first[1])
-        own = first[2] / max(1, first[1])
+        reads = [(batches, count, float(means[places].sum())) for batches, count, means in self.reads]
+        first, last = reads[0], reads[-1]
+        rest = (last[1] * last[2] - first[1] * first[2]) / max(1, last[1] - first[1])
+        own = first[2]
         known = 0.0 if population is None else 1 / population  # the first batch is one of the N of the data set
         descent = (1 - known) * rest + known * own
-        blocks = [
-            (later[0] - earlier[0], (later[2] - earlier[2]) / max(1, later[1] - earlier[1]))
-            for earlier, later in pairwise(totals)
-        ]
-        if len(blocks) < FEWEST_BLOCKS:
-            return descent, None
-        # A block of n batches has a variance of σ²/n: the weighted scatter of the blocks estimates σ².
-        of_batch = math.fsum(size * (value - rest) ** 2 for size, value in blocks) / (len(blocks) - 1)
-        unseen = 1.0 if population is None else max(0.0, 1 - last[0] / population)
-        return descent, math.sqrt(of_batch / (last[0] - first[0]) * unseen)
+        error = error_of(blocks_of(reads), rest)
+        return descent, None if error is None else error * math.sqrt(unseen(last[0], population))
 
 
 def sign_statistics(

@@ -128,7 +128,7 @@ def probe_checkpoints(
                 continue
             if run is None:
                 config = settle(config, device, ranks)
-                run = build_run(config, device, ranks, for_training=False)
+                run = build_run(config, device, ranks, for_training=False, for_probing=True)
                 stop["at_once"] = False  # a probe ends after the batch at hand, on all ranks alike
             masters = _restore(run, step)
             result = probe_run(

@@ -99,11 +99,15 @@ class Run:
             self._held_out.close()
             self._held_out = None
 
-    def probe_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields the micro-batches of a probe at this step, independent of the training data position; a collective call."""
+    def probe_batches(self, step: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields the micro-batches of a probe, independent of the training data position; a collective call.
+
+        Args:
+            step: the step whose samples are read, by default this one. Only "fresh" samples depend on it.
+        """
         assert self.probe_samples is not None
         end = self.num_probe_batches * self.config.train.global_batch_size
-        dataset = self.probe_samples.at(self.step)
+        dataset = self.probe_samples.at(self.step if step is None else step)
         if self.probe_weight is None or self.config.probe.data == "fresh":
             self.probe_weight = self.objective.weight(self._batches(dataset, 0, end))
         return self.objective.weighed(self._batches(dataset, 0, end), self.probe_weight)
@@ -130,13 +134,15 @@ def build_run(
     ranks: Ranks,
     *,
     for_training: bool = True,
+    for_probing: bool = False,
     imported: Checkpoint | None = None,
 ) -> Run:
     """Opens the data, builds model and optimizer and seeds dropout; a collective call.
 
     Args:
         config, device, ranks: settings, device and ranks of this process.
-        for_training: whether to build the training and held-out datasets; otherwise only probe samples are opened.
+        for_training: whether to build the training and held-out datasets.
+        for_probing: whether to open the probe's samples also if the run does not probe while it trains.
         imported: checkpoint with initial weights (see `is_import`), or None for random ones.
 
     Raises:
@@ -156,7 +162,7 @@ def build_run(
                 corpora, config.model, [train.steps * train.global_batch_size, held_out, held_out],
                 seed=derive_seed(config.seed, "data"), cache=cache,
             )  # fmt: skip
-        if config.probe.mode == "frozen" and (config.probe.every or not for_training):
+        if config.probe.mode == "frozen" and (config.probe.every or for_probing):
             probe_samples = open_probe_samples(
                 corpora, config.model, config.probe, train.global_batch_size, seed=config.seed, cache=cache
             )

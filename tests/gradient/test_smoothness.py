@@ -1,0 +1,303 @@
+"""Smoothness along steps: brute force from checkpoints, the same at every layout, quadratics with known constants, errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_distributed
+from fake_model import Whole, norms_of
+from test_after_the_fact import commands
+from tiny import read_weights, tiny_config, train, write_corpus
+
+from megatron_lion.gradient.batch_groups import GroupedBatches, difference_of
+from megatron_lion.gradient.blocks import mean_and_error
+from megatron_lion.gradient.noise import estimate_noise, l1_bounds
+from megatron_lion.intervals import t_quantile
+
+BATCHES = 8
+NAME = f"smoothness_0000002-2-{BATCHES}-fixed.json"
+
+
+def config_of(folder, corpus, **changes):
+    return tiny_config(
+        folder, corpus,
+        **{"train__steps": 6, "checkpoint__every": 2, "checkpoint__keep": 3, "probe__num_batches": BATCHES, "optimizer__lr": 2e-3,
+           "model__hidden_dropout": 0.1, "optimizer__weight_decay": 0.1, "train__test_every": 0, **changes},
+    )  # fmt: skip
+
+
+def trained_and_brute_force(rank, configs):
+    """Work of one process: trains; of the first run also returns the mean gradient of each batch at steps 2 and 4."""
+    from tiny import opened_run
+
+    from megatron_lion.gradient.accumulate import FullGradient
+    from megatron_lion.runs.steps import open_checkpoint, step_folder
+    from megatron_lion.train.restore import restore_run
+
+    for config in configs.values():
+        train(config)
+    config = configs["gpt2"]
+    found = {}
+    # A run that probes opens the samples of the probe.
+    with opened_run(config_of(config.run_dir, config.data.path[0], probe__every=1)) as run:
+        for step in (2, 4):
+            restore_run(run, open_checkpoint(step_folder(run.run_dir, step)))
+            samples, sums, before = run.probe_batches(2), [], None
+            with FullGradient(
+                run.model, run.optimizer, run.forward_step, run.ranks, num_microbatches=config.num_microbatches(1),
+                micro_batch_size=config.micro_batch_size, seq_length=16, vocab_size=run.corpora.vocab_size,
+            ) as full:  # fmt: skip
+                for _ in range(BATCHES):
+                    full.add(samples)
+                    full.read()
+                    now = {shard.name: shard.grad.double().clone() for shard in full.shards()}
+                    sums.append({name: now[name] - (before[name] if before else 0) for name in now})
+                    before = now
+                found[step] = {"sums": sums, "losses": full.losses}
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smoothness")
+    corpus = write_corpus(folder / "corpus", documents=200)
+    configs = {
+        "gpt2": config_of(folder / "gpt2", corpus),
+        "bf16": config_of(folder / "bf16", corpus, train__precision="bf16", optimizer__name="adamw"),
+    }
+    raw = run_distributed(trained_and_brute_force, 1, configs)[0]
+    words = ["--steps", "2", "--smoothness", "2"]
+    layouts = {
+        "TP2": ["--tensor-model-parallel-size", 2, "--sequence-parallel"],
+        "PP2": ["--pipeline-model-parallel-size", 2],
+        "DP2": ["--micro-batch-size", 2],
+    }
+    for name in layouts:
+        shutil.copytree(folder / "gpt2", folder / name)
+    one = run_distributed(commands, 1, {
+        "gpt2": [folder / "gpt2", *words], "bf16": [folder / "bf16", *words],
+        "all": [folder / "gpt2", "--steps", "all", "--smoothness", 2, "--num-batches", 4],
+        "again": [folder / "gpt2", *words],
+        "too late": [folder / "gpt2", "--steps", "2,6", "--smoothness", 1],
+        "no step": [folder / "gpt2", "--steps", "2", "--smoothness", 0],
+        "dropout": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--dropout"],
+        "only the last": [folder / "gpt2", "--steps", "latest", "--smoothness", 1],
+        "figures": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--figures"],
+    })[0]  # fmt: skip
+    two = run_distributed(commands, 2, {name: [folder / name, *words, *flags] for name, flags in layouts.items()})[0]
+    return SimpleNamespace(folder=folder, raw=raw, printed=one | two)
+
+
+def result(made, name):
+    return json.loads((made.folder / name / "probe" / NAME).read_text())
+
+
+def flat(tensors):
+    return np.concatenate([tensors[name].double().numpy().ravel() for name in sorted(tensors)])
+
+
+def test_the_values_equal_brute_force_from_two_checkpoints(made):
+    """The steps in memory are the run's own: with dropout they end at the weights of the checkpoint that the run saved."""
+    assert not made.printed["gpt2"][1][0], made.printed["gpt2"]
+    found, (before, after) = result(made, "gpt2"), (made.raw[2], made.raw[4])
+    weights = [read_weights(made.folder / "gpt2", step) for step in (2, 4)]
+    moved = {}
+    for name in weights[0]:
+        change = weights[1][name].double() - weights[0][name].double()
+        own = name.removeprefix("model.").replace("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+        own = own.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+        if own.startswith("decoder.layers."):  # a checkpoint stacks the layers
+            moved |= {own.replace("layers.", f"layers.{layer}.", 1): part for layer, part in enumerate(change)}
+        else:
+            moved[own] = change
+    counts = np.array([count for _, count in before["losses"]], dtype=float)
+    changes = np.array([(flat(b) - flat(a)) / n for a, b, n in zip(before["sums"], after["sums"], counts, strict=True)])
+    step, mean = _in_order(moved, before["sums"][0]), changes.mean(0)
+    block = found["all"]
+    assert block["step_linf"] == pytest.approx(np.abs(step).max(), rel=1e-6)
+    assert block["step_l2"] == pytest.approx(np.linalg.norm(step), rel=1e-6)
+    assert block["change_l1"] == pytest.approx(np.abs(mean).sum(), rel=1e-5)
+    assert block["change_l2"] == pytest.approx(np.linalg.norm(mean), rel=1e-5)
+    assert found["curvature"] == pytest.approx(mean @ step, rel=1e-4)
+    slope = np.mean([flat(a) / n for a, n in zip(before["sums"], counts, strict=True)], axis=0) @ step
+    assert found["first_order_change"] == pytest.approx(slope, rel=1e-4)
+    losses = [sum(loss for loss, _ in point["losses"]) / counts.sum() for point in (before, after)]
+    assert found["loss_before"] == pytest.approx(losses[0], rel=1e-6)
+    assert found["loss_change"] == pytest.approx(losses[1] - losses[0], rel=1e-4)
+    # The unbiased estimate from cross products of the batches, with the batches of the data set that were not read.
+    n, whole = BATCHES, found["population_samples"] / 8
+    scatter = (np.square(changes).sum() - n * mean @ mean) / (n - 1)
+    clean = mean @ mean - scatter * (1 / n - 1 / whole)
+    assert block["change_l2_corrected"] == pytest.approx(math.sqrt(clean), rel=1e-4)
+    assert block["smoothness_l2"] == pytest.approx(math.sqrt(clean) / np.linalg.norm(step), rel=1e-4)
+    assert block["smoothness_linf_high"] == pytest.approx(np.abs(mean).sum() / np.abs(step).max(), rel=1e-5)
+    assert 0 < block["smoothness_linf_low"] < block["smoothness_linf_high"]
+    for kinds in ("kinds", "layers"):
+        assert sum(part["change_l1"] for part in found[kinds].values()) == pytest.approx(block["change_l1"], rel=1e-6)
+
+
+def _in_order(moved, like):
+    assert moved.keys() == like.keys()
+    return np.concatenate([moved[name].numpy().ravel() for name in sorted(like)])
+
+
+def test_a_trapezoid_of_both_gradients_gives_the_change_of_the_loss(made):
+    """f(θ') − f(θ) = ½⟨∇f(θ) + ∇f(θ'), Δθ⟩ up to the third order; the first order alone is off by half the curvature."""
+    found = result(made, "gpt2")
+    assert abs(found["curvature"]) > 0.02 * abs(found["first_order_change"]), "the test needs a step that bends"
+    rest = found["loss_change"] - found["first_order_change"] - found["curvature"] / 2
+    assert abs(rest) < 0.2 * abs(found["curvature"] / 2)
+
+
+@pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
+def test_every_layout_has_the_same_values(made, layout):
+    """With dropout the steps have other masks at another layout, so the points differ: only the sizes are compared."""
+    assert not made.printed[layout][1][0], made.printed[layout]
+    found, expected = result(made, layout), result(made, "gpt2")
+    assert found["all"]["num_parameters"] == expected["all"]["num_parameters"]
+    assert found["loss_before"] == pytest.approx(expected["loss_before"], rel=1e-6)
+    for key in ("step_l2", "change_l1", "change_l2", "smoothness_l2", "smoothness_linf_high"):
+        assert found["all"][key] == pytest.approx(expected["all"][key], rel=0.3), key
+    rest = found["loss_change"] - found["first_order_change"] - found["curvature"] / 2
+    assert abs(rest) < 0.2 * abs(found["curvature"] / 2)
+    assert sum(part["change_l1"] for part in found["kinds"].values()) == pytest.approx(
+        found["all"]["change_l1"], rel=1e-5
+    )
+
+
+def test_the_steps_move_the_weights_that_the_gradient_is_computed_at(made):
+    """In bf16 the model's own weights; the rounding is named in the table."""
+    printed, error = made.printed["bf16"]
+    assert not error[0], error
+    weights = [read_weights(made.folder / "bf16", step) for step in (2, 4)]
+    peak = max(float((weights[1][name].float() - weights[0][name].float()).abs().max()) for name in weights[0])
+    assert result(made, "bf16")["all"]["step_linf"] == pytest.approx(peak, rel=1e-6)
+    assert "in bf16, weights and activations are rounded" in " ".join(printed.split())
+
+
+def test_results_are_kept_and_the_run_is_not_changed(made):
+    assert "(found)" in made.printed["again"][0]
+    printed = made.printed["all"][0]
+    assert [f"│    {step} │" in printed for step in (2, 4, 6)] == [True, True, False]
+    lines = [json.loads(line) for line in (made.folder / "gpt2" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("case", "part"),
+    [
+        ("too late", "the run ends at step 6, so it has no 1 step(s) after step 6; give --steps of at most 5"),
+        ("no step", "--smoothness 0: must be at least 1"),
+        ("dropout", "leave out --dropout"),
+        ("only the last", "give --steps of an earlier checkpoint"),
+        ("figures", "leave out --figures"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(made, case, part):
+    kind, message = made.printed[case][1]
+    assert kind == "ConfigError"
+    assert part in message
+
+
+def quadratic(curvatures_nd, moved):
+    """(change of each batch's gradient, true change) of f_i(θ) = ½ θᵀ diag(h_i) θ."""
+    return curvatures_nd * moved, curvatures_nd.mean(0) * moved
+
+
+def compared(changes_nd, base_nd, population=None):
+    """The product's sums for gradients that change from `base_nd` to `base_nd + changes_nd`."""
+    n, d = changes_nd.shape
+    sketch, points = Whole(d), []
+    for values in (base_nd + changes_nd, base_nd):
+        grouped = GroupedBatches(sketch, n)
+        for vector in values:
+            grouped.add(vector.clone(), 1)
+        points.append(grouped.sums())
+    return difference_of(*points, sketch)
+
+
+def test_a_sign_step_on_a_diagonal_quadratic_gives_the_constant_in_the_max_norm():
+    """For H = diag(h), L∞ = max over sign vectors of ‖H s‖₁ = Σ h, reached by every sign step; L₂ = max h is not."""
+    generator = torch.Generator().manual_seed(1)
+    d, rate = 500, 1e-2
+    h = torch.rand(d, generator=generator, dtype=torch.float64) + 0.1
+    moved = rate * torch.sign(torch.randn(d, generator=generator, dtype=torch.float64))
+    changes, truth = quadratic(h.expand(8, d), moved)
+    groups = compared(changes, torch.randn(8, d, generator=generator, dtype=torch.float64))
+    norms = norms_of(truth)
+    low, _, high, _ = l1_bounds(groups, norms)
+    assert low / rate == pytest.approx(float(h.sum()), rel=1e-9)
+    assert high / rate == pytest.approx(float(h.sum()), rel=1e-9)
+    noise = estimate_noise(groups, norms, batch_samples=1)
+    measured = noise.grad_l2_corrected / float(moved.norm())
+    assert measured == pytest.approx(float(h.norm()) / math.sqrt(d), rel=1e-9)
+    assert measured < float(h.max())
+
+
+@pytest.mark.parametrize(("n", "population"), [(16, None), (33, None), (40, 50)])
+def test_the_bounds_and_the_interval_hold_with_noise(n, population):
+    """Batches with curvatures of their own: L₂'s interval covers the truth, the bounds on L∞ enclose it."""
+    generator = torch.Generator().manual_seed(n)
+    d, held, trials, lows, highs = 100, 0, 250, [], []
+    for _ in range(trials):
+        h = torch.rand(d, generator=generator, dtype=torch.float64)
+        moved = torch.sign(torch.randn(d, generator=generator, dtype=torch.float64))
+        own = h + 0.8 * torch.randn(population or n, d, generator=generator, dtype=torch.float64)
+        truth = (h if population is None else own.mean(0)) * moved
+        base = 3 * torch.randn(n, d, generator=generator, dtype=torch.float64)
+        changes, _ = quadratic(own[:n], moved)
+        groups, norms = compared(changes, base), norms_of(changes.mean(0))
+        number = groups.prefixes[max(groups.prefixes)].num_batches  # kept groups of batches
+        units = None if population is None else population / n * number
+        noise = estimate_noise(groups, norms, batch_samples=1, population=units)
+        half = t_quantile(noise.num_groups - 1) * noise.signal_standard_error
+        held += abs(noise.signal_l2_squared - float(truth @ truth)) <= half
+        low, low_error, high, high_error = l1_bounds(groups, norms, units)
+        exact = float(truth.abs().sum())
+        lows.append(low - exact)
+        highs.append(high - exact)
+        assert min(low_error, high_error) > 0
+    assert 0.91 <= held / trials <= 0.985
+    assert np.mean(lows) <= 2 * np.std(lows) / math.sqrt(trials)
+    assert np.mean(highs) >= -2 * np.std(highs) / math.sqrt(trials)
+
+
+def test_noise_common_to_both_points_cancels():
+    """A base noise of 100 times the change must not be seen, which a difference of two norms would show."""
+    generator = torch.Generator().manual_seed(3)
+    changes = torch.ones(12, 50, dtype=torch.float64)
+    groups = compared(changes, 100 * torch.randn(12, 50, generator=generator, dtype=torch.float64))
+    noise = estimate_noise(groups, norms_of(changes.mean(0)), batch_samples=1)
+    assert noise.noise_share == pytest.approx(0.0, abs=1e-9)
+    assert noise.grad_l2_corrected == pytest.approx(math.sqrt(50))
+
+
+def test_groups_of_other_batches_are_refused():
+    sketch = Whole(3)
+    points = []
+    for count in (1, 2):
+        grouped = GroupedBatches(sketch, 2)
+        for _ in range(2):
+            grouped.add(torch.ones(3), count)
+        points.append(grouped.sums())
+    with pytest.raises(ValueError, match="not of the same batches"):
+        difference_of(*points, sketch)
+
+
+@pytest.mark.parametrize("population", [None, 128.0])
+def test_the_error_of_a_mean_from_its_reads_covers(population):
+    generator = np.random.default_rng(5)
+    held, trials = 0, 500
+    for _ in range(trials):
+        values = generator.normal(2.0, 3.0, 128 if population else 64)
+        truth = values.mean() if population else 2.0
+        reads = [(k, 10 * k, float(values[:k].mean())) for k in (1, 2, 4, 8, 16, 32, 64)]
+        mean, error = mean_and_error(reads, population)
+        held += abs(mean - truth) <= t_quantile(6) * error
+    assert 0.92 <= held / trials <= 0.98
