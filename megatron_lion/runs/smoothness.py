@@ -13,6 +13,8 @@ from megatron_lion.runs.sealed_json import read_sealed
 FORMAT = 1
 _NAME = re.compile(r"smoothness_(\d{7,})-(\d+)-(\d+|all)-(fixed|fresh|test)\.json")
 
+_NUMBERS = ("smoothness_l2", "smoothness_l2_standard_error", "num_groups", "is_resolved")
+
 
 def smoothness_file(
     run_dir: str | Path, step: int, num_steps: int, num_batches: int | Literal["all"], data: str
@@ -42,6 +44,12 @@ def read_smoothness(path: str | Path) -> dict[str, Any]:
         int(named[1]), int(named[2]), named[4],
     ]:  # fmt: skip
         raise DataError(f"{path}: is a result of step {content.get('step')}, not of its name; {remedy}")
+    for key, kind in (("precision", str), ("data", str), ("step", int), ("num_steps", int)):
+        if not isinstance(content.get(key), kind):
+            raise DataError(f"{path}: has no {key}; {remedy}")
+    for key in _NUMBERS:
+        if not isinstance(content["all"].get(key), int | float | None):
+            raise DataError(f"{path}: all.{key} is not a number; {remedy}")
     return content
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_lion.intervals import LEVEL, t_quantile
 from megatron_lion.runs.record import RunRecord
+from megatron_lion.runs.smoothness import read_all_smoothness
 from megatron_lion.theory.probe_noise import ProbeNoise
 from megatron_lion.theory.symbols import Array
 
@@ -89,18 +90,21 @@ class SmoothnessEstimate:
     """Lower bounds on L.
 
     Attributes:
-        low: max over pairs of probes of |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| over an upper bound on ‖θ_a − θ_b‖₂, from the
-            estimated norms; the largest of several noisy ratios, hence not a bound if the noise is large.
-        pair: steps of the two probes of `low`.
+        low: the larger of two estimates: ‖∇f(θ_a) − ∇f(θ_b)‖₂/‖θ_a − θ_b‖₂, if it was measured (`measured_smoothness`), and
+            the max over pairs of probes of |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| over an upper bound on ‖θ_a − θ_b‖₂. It is the
+            largest of several noisy ratios, hence not a bound if the noise is large.
+        pair: steps of the two points of `low`.
         bound: lower bound that holds with at least `confidence`, given the noise of the norms; 0 if the norms do not
             differ by more than their noise, None if the records have no noise estimate.
         confidence: nominal coverage of `bound`, in (0, 1).
+        is_measured: whether `low` is the change of the gradient itself, not of its norm.
     """
 
     low: float
     pair: tuple[int, int]
     bound: float | None
     confidence: float
+    is_measured: bool = False
 
 
 def estimate_variance(run: RunRecord, *, window: int | None = None, at_least: int = 3) -> VarianceEstimate | None:
@@ -202,13 +206,13 @@ def _why_not_start(run: RunRecord, step: int) -> str:
 def estimate_smoothness(
     run: RunRecord, noise: ProbeNoise | VarianceEstimate | None = None, confidence: float = LEVEL
 ) -> SmoothnessEstimate | None:
-    """A lower bound on L from the change of the gradient norm and an upper bound on LION's path length.
+    """A lower bound on L, measured along the run's steps, or from gradient norms and an upper bound on LION's path length.
 
     |‖∇f(θ_a)‖₂ − ‖∇f(θ_b)‖₂| ≤ ‖∇f(θ_a) − ∇f(θ_b)‖₂ ≤ L ‖θ_a − θ_b‖₂ and
     ‖θ_a − θ_b‖₂ ≤ Σ_{a<t≤b} η_t √d (1 + λ max‖θ‖∞), where inside the box λ‖θ‖∞ ≤ 1.
 
     The path zigzags, and gradients turn without changing length, so the true L is usually far larger. For SGD and
-    AdamW the records give no such bound on the path.
+    AdamW the records give no such bound on the path. Results of `probe --smoothness` replace both if they are larger.
 
     Args:
         run: a LION run with 'optim/lr' and 'probe/grad_l2'. max‖θ‖∞ is that of 'probe/theta_linf'; without it, or
@@ -219,8 +223,47 @@ def estimate_smoothness(
         confidence: coverage of the bound.
 
     Returns:
-        The bounds, or None for another optimizer, fewer than two probes, or probes with equal norms.
+        The bounds, or None without a measurement and for another optimizer, fewer than two probes, or equal norms.
+
+    Raises:
+        DataError: a result of `probe --smoothness` is damaged.
     """
+    found = [item for item in (measured_smoothness(run, confidence), _from_norms(run, noise, confidence)) if item]
+    return max(found, key=lambda item: item.low, default=None)
+
+
+def measured_smoothness(run: RunRecord, confidence: float = LEVEL) -> SmoothnessEstimate | None:
+    """The largest ‖∇f(θ') − ∇f(θ)‖₂/‖θ' − θ‖₂ of the run's results of `probe --smoothness`; None without a usable one.
+
+    Used are results of training samples in fp32 whose change is resolved. In half precision the change of the rounding is
+    in the change of the gradient. `bound` is the largest lower end at level α/m each for m results (Bonferroni).
+
+    Raises:
+        DataError: a result is damaged.
+    """
+    found = [
+        item for item in read_all_smoothness(run.folder)
+        if item["data"] != "test" and item["precision"] == "fp32" and item["all"]["is_resolved"] and item["all"]["smoothness_l2"]
+    ]  # fmt: skip
+    if not found:
+        return None
+    largest = max(found, key=lambda item: float(item["all"]["smoothness_l2"]))
+    # t_quantile is two-sided: level 1 − 2α leaves α below. A confidence below ½ asks for no margin.
+    level = max(1e-9, 1 - 2 * (1 - confidence) / len(found))
+    ends = [
+        part["smoothness_l2"] - t_quantile(part["num_groups"] - 1, level) * part["smoothness_l2_standard_error"]
+        for part in (item["all"] for item in found)
+        if part["smoothness_l2_standard_error"] is not None
+    ]
+    return SmoothnessEstimate(
+        float(largest["all"]["smoothness_l2"]), (int(largest["step"]), int(largest["step"] + largest["num_steps"])),
+        max(0.0, *ends) if ends else None, confidence, is_measured=True,
+    )  # fmt: skip
+
+
+def _from_norms(
+    run: RunRecord, noise: ProbeNoise | VarianceEstimate | None, confidence: float
+) -> SmoothnessEstimate | None:
     if run.optimizer != "lion" or not {"optim/lr", "probe/grad_l2"} <= run.metrics.keys():
         return None
     steps, norms = run.need("probe/grad_l2").arrays()

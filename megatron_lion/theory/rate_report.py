@@ -184,7 +184,10 @@ def advice_section(
         if bound.bound:
             ranges.append(_Range("L", "L", (bound.bound, bound.low)))
     if not scenarios:
-        missing.insert(0, "L (needs a LION run with two probes whose norms differ): give --smoothness")
+        missing.insert(
+            0,
+            "L (needs a LION run with two probes whose norms differ, or `megatron-lion probe RUN --smoothness N`): give --smoothness",
+        )
 
     if missing or noise_variance is None:
         return "\n".join([*lines, *(f"- not estimated: {text}" for text in missing)])
@@ -272,6 +275,11 @@ def _smoothness_line(found: SmoothnessEstimate) -> str:
         bound = f"no {found.confidence:.0%} bound above 0, because the norms do not differ by more than their noise"
     else:
         bound = f"with {found.confidence:.0%} confidence L ≥ {found.bound:.4g}, given the noise of all norms"
+    if found.is_measured:
+        return (
+            f"- L estimated from below: {found.low:.4g}, the change of the gradient over the way from step {found.pair[0]} to "
+            f"{found.pair[1]} (probe --smoothness); {bound}; the supremum over all θ may be larger"
+        )
     return (
         f"- L estimated from below: {found.low:.4g}, from the norms at steps {found.pair[0]} and {found.pair[1]}; {bound}; "
         "the true L is usually far larger"

@@ -122,7 +122,11 @@ def run_bound(
     levels = [] if smoothness is None else [("L given", smoothness)]
     if found is not None:
         levels = [(f"L × {factor}", factor * found.low) for factor in L_FACTORS]
-        facts.append(f"L: assumed to be 1, 10 or 100 times the lower bound {found.low:.4g}")
+        source = "the change of the gradient" if found.is_measured else "the norms"
+        facts.append(
+            f"L: assumed to be 1, 10 or 100 times the lower bound {found.low:.4g}, from {source} at steps {found.pair[0]} and "
+            f"{found.pair[1]}"
+        )
     elif smoothness is not None:
         facts.append(f"L = {smoothness:.4g}: given")
     else:

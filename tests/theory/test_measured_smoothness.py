@@ -1,0 +1,104 @@
+"""L from the change of the gradient along a run's steps: used if it is larger and usable, and damaged results are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_run_theory import L, call, write_run
+
+from megatron_lion.commands import theory as theory_verb
+from megatron_lion.errors import DataError
+from megatron_lion.intervals import t_quantile
+from megatron_lion.runs.record import read_run
+from megatron_lion.theory.estimate import estimate_smoothness, measured_smoothness
+
+
+def write_result(folder, step, value, **changes):
+    all_part = {
+        "smoothness_l2": value, "smoothness_l2_standard_error": 0.1, "is_resolved": True, "num_groups": 9,
+        **changes.pop("all", {}),
+    }  # fmt: skip
+    content = {
+        "format": 1,
+        "step": step,
+        "num_steps": 1,
+        "data": "fixed",
+        "precision": "fp32",
+        "all": all_part,
+        **changes,
+    }
+    (folder / "probe").mkdir(exist_ok=True)
+    path = folder / "probe" / f"smoothness_{step:07d}-1-32-{content['data']}.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_the_largest_measured_value_replaces_the_bound_from_norms(tmp_path, capsys):
+    run = write_run(tmp_path / "run", noise=True)
+    from_norms = estimate_smoothness(read_run(run))
+    write_result(run, 50, 0.8 * L)
+    write_result(run, 100, 0.9 * L)
+    found = estimate_smoothness(read_run(run))
+    assert from_norms.low < found.low == pytest.approx(0.9 * L)
+    assert (found.pair, found.is_measured) == ((100, 101), True)
+    # One-sided at 5 % over two results: 2.5 % each, which is the two-sided 95 % quantile.
+    assert found.bound == pytest.approx(0.9 * L - t_quantile(8) * 0.1)
+    call(theory_verb, run, "--steps", 100_000)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "L estimated from below: 2.7, the change of the gradient over the way from step 100 to 101" in text
+    assert "times the lower bound 2.7, from the change of the gradient at steps 100 and 101" in text
+
+
+def test_a_smaller_measured_value_leaves_the_bound_from_norms(tmp_path):
+    run = write_run(tmp_path / "run")
+    from_norms = estimate_smoothness(read_run(run))
+    write_result(run, 50, 0.5 * from_norms.low)
+    assert estimate_smoothness(read_run(run)) == from_norms
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": "test"}, {"precision": "bf16"}, {"all": {"is_resolved": False}}, {"all": {"smoothness_l2": None}}],
+)
+def test_a_result_that_is_no_bound_on_L_is_not_used(tmp_path, changes):
+    run = write_run(tmp_path / "run")
+    write_result(run, 50, 100 * L, **changes)
+    assert measured_smoothness(read_run(run)) is None
+
+
+def test_another_optimizer_has_an_L_too(tmp_path, capsys):
+    run = write_run(tmp_path / "run", optimizer="sgd", noise=True)
+    call(theory_verb, run, "--steps", 1000)
+    assert "or `megatron-lion probe RUN --smoothness N`" in " ".join(capsys.readouterr().out.split())
+    write_result(run, 50, 2.5)
+    assert estimate_smoothness(read_run(run)).low == 2.5
+
+
+@pytest.mark.parametrize("confidence", [0.2, 0.5, 0.999])
+def test_the_bound_is_at_most_the_estimate(tmp_path, confidence):
+    run = write_run(tmp_path / "run")
+    write_result(run, 50, 2.0)
+    found = measured_smoothness(read_run(run), confidence)
+    assert 0 <= found.bound <= found.low
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        (lambda content: {**content, "step": 51}, "is a result of step 51, not of its name"),
+        (lambda content: {**content, "format": 2}, "not a smoothness result of format 1"),
+        (lambda content: {**content, "all": None}, "not a smoothness result of format 1"),
+        (lambda content: [content], "must contain an object"),
+        (lambda content: {key: value for key, value in content.items() if key != "precision"}, "has no precision"),
+        (lambda content: {**content, "all": {"smoothness_l2": "5"}}, "all.smoothness_l2 is not a number"),
+    ],
+)
+def test_a_damaged_result_is_refused_by_name(tmp_path, change, part):
+    run = write_run(tmp_path / "run")
+    path = write_result(run, 50, 2.0)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(DataError) as caught:
+        measured_smoothness(read_run(run))
+    assert str(path) in str(caught.value)
+    assert part in str(caught.value)
