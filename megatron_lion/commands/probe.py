@@ -178,6 +178,10 @@ def smoothness_table(measured: list[Any]) -> Table:
         ])  # fmt: skip
     if still := [item.step for item in measured if not item.content["all"]["step_linf"]]:
         notes.append(f"no weight changed in the steps after {', '.join(map(str, still))}: the smoothness is undefined")
+    if any(item.content["num_batches"] == 1 for item in measured):
+        notes.append(
+            "one batch has no noise estimate, so the smoothness without noise is not known; give more --num-batches"
+        )
     if unresolved := [item.step for item in measured if item.content["all"]["is_resolved"] is False]:
         notes.append(
             f"the change of the gradient after {', '.join(map(str, unresolved))} is not resolved from noise; give more "

@@ -78,11 +78,13 @@ def made(tmp_path_factory):
         "PP2": ["--pipeline-model-parallel-size", 2],
         "DP2": ["--micro-batch-size", 2],
     }
-    for name in layouts:
+    for name in (*layouts, "alone"):
         shutil.copytree(folder / "gpt2", folder / name)
     one = run_distributed(commands, 1, {
         "gpt2": [folder / "gpt2", *words], "bf16": [folder / "bf16", *words],
         "all": [folder / "gpt2", "--steps", "all", "--smoothness", 2, "--num-batches", 4],
+        "alone": [folder / "alone", "--steps", "4", "--smoothness", 2, "--num-batches", 4],
+        "one batch": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--num-batches", 1],
         "again": [folder / "gpt2", *words],
         "too late": [folder / "gpt2", "--steps", "2,6", "--smoothness", 1],
         "no step": [folder / "gpt2", "--steps", "2", "--smoothness", 0],
@@ -179,6 +181,24 @@ def test_the_steps_move_the_weights_that_the_gradient_is_computed_at(made):
     peak = max(float((weights[1][name].float() - weights[0][name].float()).abs().max()) for name in weights[0])
     assert result(made, "bf16")["all"]["step_linf"] == pytest.approx(peak, rel=1e-6)
     assert "in bf16, weights and activations are rounded" in " ".join(printed.split())
+
+
+def test_a_checkpoint_measured_after_another_has_the_same_result(made):
+    """The steps that were taken in memory before leave nothing behind: not in weights, momentum, data or random states."""
+    name = "smoothness_0000004-2-4-fixed.json"
+    found = [json.loads((made.folder / run / "probe" / name).read_text()) for run in ("gpt2", "alone")]
+    for content in found:
+        del content["seconds"], content["sha256"]
+    assert found[0] == found[1]
+
+
+def test_one_batch_has_no_noise_estimate_and_the_table_states_it(made):
+    printed, error = made.printed["one batch"]
+    assert not error[0], error
+    assert "one batch has no noise estimate" in " ".join(printed.split())
+    found = json.loads((made.folder / "gpt2" / "probe" / "smoothness_0000002-1-1-fixed.json").read_text())["all"]
+    assert found["change_l1"] > 0
+    assert found["smoothness_l2"] is found["smoothness_linf_low"] is None
 
 
 def test_results_are_kept_and_the_run_is_not_changed(made):

@@ -202,7 +202,11 @@ def test_theory_verb_says_what_it_cannot_estimate(tmp_path, capsys):
     folder = write_run(tmp_path / "run", optimizer="sgd")
     call(theory_verb, folder)
     text = capsys.readouterr().out
-    assert "not estimated: L (needs a LION run with two probes whose norms differ, or `megatron-lion probe RUN --smoothness N`): give --smoothness" in text
+    assert (
+        "not estimated: L (needs a LION run with two probes whose norms differ, or `megatron-lion probe RUN --smoothness N`): "
+        "give --smoothness"
+        in text
+    )
     assert "| scenario |" not in text
     assert text.count("beta1 = beta2 (Signum)") == 1
     call(theory_verb, folder, "--smoothness", 3, "--noise-variance", 0.5, "--gap", 200)
