@@ -68,7 +68,9 @@ def optimality(
     for param, grad in zip(params, grads, strict=True):
         y, g = weight_decay * param.detach().double(), grad.double()
         gap += float(kappa.value(g) + kappa.conjugate(y) + (g * y).sum())
-        excess = max(excess, float(kappa.dual_norm(y)) - 1)
+        beyond = float(kappa.dual_norm(y)) - 1
+        if beyond > excess or math.isnan(beyond):  # max() would drop NaN
+            excess = beyond
     return Optimality(gap, excess)
 
 

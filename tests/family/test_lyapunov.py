@@ -205,3 +205,12 @@ def test_a_parameter_without_elements_adds_nothing(name):
     settings = {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.5}
     height = lyapunov(kappa, 1.0, [whole], [whole], **settings)
     assert lyapunov(kappa, 1.0, [empty, whole], [empty, whole], **settings) == height
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_parameter_that_is_not_finite_is_not_inside_the_box(place):
+    params = [torch.zeros(3), torch.zeros(3)]
+    params[place][1] = math.nan
+    found = optimality(Kappa("l1"), params, [torch.ones(3)] * 2, 0.5)
+    assert math.isnan(found.excess)
+    assert math.isnan(found.gap)
