@@ -74,7 +74,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "the max norm and in the Euclidean norm, and curvature",
     )
     add("--again", action="store_true", help="measure again steps that have a result")
-    add("--figures", action="store_true", help="draw RUN/figures/probe_*.png from all probe results of the run")
+    add(
+        "--figures",
+        action="store_true",
+        help="draw RUN/figures/probe_*.png from all probe results of the run, or with --smoothness smoothness.png",
+    )
     add(
         "--beside",
         type=str,
@@ -134,8 +138,6 @@ def _smoothness(config: Any, steps: list[int], args: Any, is_main: bool) -> None
     from megatron_lion.streams import say
     from megatron_lion.train.smoothness_checkpoints import smoothness_checkpoints
 
-    if args.figures:
-        raise ConfigError("--smoothness: has no figures; leave out --figures")
     last = config.train.steps - args.smoothness
     if args.steps in ("all", "latest") and any(step > last for step in steps):
         late = [step for step in steps if step > last]
@@ -153,6 +155,10 @@ def _smoothness(config: Any, steps: list[int], args: Any, is_main: bool) -> None
     if is_main:
         print_tables([smoothness_table(measured)])
         sys.stdout.write("".join(f"{item.path}{'' if item.is_new else '  (found)'}\n" for item in measured))
+        if args.figures:
+            from megatron_lion.gradient.smoothness_figure import draw_smoothness
+
+            sys.stdout.write(f"{draw_smoothness([args.run_dir, *args.beside], args.smoothness)}\n")
         next_steps(["megatron-lion", "theory", str(args.run_dir)])
 
 

@@ -12,8 +12,15 @@ from megatron_lion.runs.sealed_json import read_sealed
 
 FORMAT = 1
 _NAME = re.compile(r"smoothness_(\d{7,})-(\d+)-(\d+|all)-(fixed|fresh|test)\.json")
-
-_NUMBERS = ("smoothness_l2", "smoothness_l2_standard_error", "num_groups", "is_resolved")
+_KINDS: dict[str, Any] = {
+    "precision": str, "data": str, "optimizer": str, "step": int, "num_steps": int, "num_batches": int,
+    "loss_change": int | float | None, "first_order_change": int | float | None, "curvature": int | float | None,
+    "curvature_standard_error": int | float | None,
+}  # fmt: skip
+_NUMBERS = (
+    "num_parameters", "step_linf", "step_l2", "change_l1_low", "change_l1_high", "change_l2_corrected", "noise_share",
+    "is_resolved", "num_groups", "smoothness_linf_low", "smoothness_linf_high", "smoothness_l2", "smoothness_l2_standard_error",
+)  # fmt: skip
 
 
 def smoothness_file(
@@ -44,12 +51,12 @@ def read_smoothness(path: str | Path) -> dict[str, Any]:
         int(named[1]), int(named[2]), named[4],
     ]:  # fmt: skip
         raise DataError(f"{path}: is a result of step {content.get('step')}, not of its name; {remedy}")
-    for key, kind in (("precision", str), ("data", str), ("step", int), ("num_steps", int)):
-        if not isinstance(content.get(key), kind):
-            raise DataError(f"{path}: has no {key}; {remedy}")
+    for key, kind in _KINDS.items():
+        if not isinstance(content.get(key, ""), kind) or key not in content:
+            raise DataError(f"{path}: {key} is missing or of another type; {remedy}")
     for key in _NUMBERS:
-        if not isinstance(content["all"].get(key), int | float | None):
-            raise DataError(f"{path}: all.{key} is not a number; {remedy}")
+        if not isinstance(content["all"].get(key, ""), int | float | None):
+            raise DataError(f"{path}: all.{key} is missing or not a number; {remedy}")
     return content
 
 

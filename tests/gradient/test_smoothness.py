@@ -85,12 +85,11 @@ def made(tmp_path_factory):
         "all": [folder / "gpt2", "--steps", "all", "--smoothness", 2, "--num-batches", 4],
         "alone": [folder / "alone", "--steps", "4", "--smoothness", 2, "--num-batches", 4],
         "one batch": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--num-batches", 1],
-        "again": [folder / "gpt2", *words],
+        "again": [folder / "gpt2", *words, "--figures"],
         "too late": [folder / "gpt2", "--steps", "2,6", "--smoothness", 1],
         "no step": [folder / "gpt2", "--steps", "2", "--smoothness", 0],
         "dropout": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--dropout"],
         "only the last": [folder / "gpt2", "--steps", "latest", "--smoothness", 1],
-        "figures": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--figures"],
     })[0]  # fmt: skip
     two = run_distributed(commands, 2, {name: [folder / name, *words, *flags] for name, flags in layouts.items()})[0]
     return SimpleNamespace(folder=folder, raw=raw, printed=one | two)
@@ -203,6 +202,7 @@ def test_one_batch_has_no_noise_estimate_and_the_table_states_it(made):
 
 def test_results_are_kept_and_the_run_is_not_changed(made):
     assert "(found)" in made.printed["again"][0]
+    assert str(made.folder / "gpt2" / "figures" / "smoothness.png") in made.printed["again"][0]
     printed = made.printed["all"][0]
     assert [f"│    {step} │" in printed for step in (2, 4, 6)] == [True, True, False]
     lines = [json.loads(line) for line in (made.folder / "gpt2" / "metrics.jsonl").read_text().splitlines()]
@@ -216,7 +216,6 @@ def test_results_are_kept_and_the_run_is_not_changed(made):
         ("no step", "--smoothness 0: must be at least 1"),
         ("dropout", "leave out --dropout"),
         ("only the last", "give --steps of an earlier checkpoint"),
-        ("figures", "leave out --figures"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(made, case, part):

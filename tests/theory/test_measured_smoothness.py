@@ -9,6 +9,7 @@ from test_run_theory import L, call, write_run
 
 from megatron_lion.commands import theory as theory_verb
 from megatron_lion.errors import DataError
+from megatron_lion.gradient.smoothness_figure import draw_smoothness
 from megatron_lion.intervals import t_quantile
 from megatron_lion.runs.record import read_run
 from megatron_lion.theory.estimate import estimate_smoothness, measured_smoothness
@@ -17,17 +18,15 @@ from megatron_lion.theory.estimate import estimate_smoothness, measured_smoothne
 def write_result(folder, step, value, **changes):
     all_part = {
         "smoothness_l2": value, "smoothness_l2_standard_error": 0.1, "is_resolved": True, "num_groups": 9,
+        "num_parameters": 400, "step_linf": 0.01, "step_l2": 0.2, "change_l1_low": 1.0, "change_l1_high": 1.5,
+        "change_l2_corrected": 0.2 * (value or 0), "noise_share": 0.1, "smoothness_linf_low": 100.0, "smoothness_linf_high": 150.0,
         **changes.pop("all", {}),
     }  # fmt: skip
     content = {
-        "format": 1,
-        "step": step,
-        "num_steps": 1,
-        "data": "fixed",
-        "precision": "fp32",
-        "all": all_part,
-        **changes,
-    }
+        "format": 1, "step": step, "num_steps": 1, "num_batches": 32, "data": "fixed", "precision": "fp32", "optimizer": "lion",
+        "loss_change": -0.01, "first_order_change": -0.02, "curvature": 0.02, "curvature_standard_error": 0.001,
+        "all": all_part, **changes,
+    }  # fmt: skip
     (folder / "probe").mkdir(exist_ok=True)
     path = folder / "probe" / f"smoothness_{step:07d}-1-32-{content['data']}.json"
     path.write_text(json.dumps(content))
@@ -90,8 +89,12 @@ def test_the_bound_is_at_most_the_estimate(tmp_path, confidence):
         (lambda content: {**content, "format": 2}, "not a smoothness result of format 1"),
         (lambda content: {**content, "all": None}, "not a smoothness result of format 1"),
         (lambda content: [content], "must contain an object"),
-        (lambda content: {key: value for key, value in content.items() if key != "precision"}, "has no precision"),
-        (lambda content: {**content, "all": {"smoothness_l2": "5"}}, "all.smoothness_l2 is not a number"),
+        (lambda content: {key: value for key, value in content.items() if key != "precision"}, "precision is missing"),
+        (
+            lambda content: {**content, "all": {**content["all"], "smoothness_l2": "5"}},
+            "all.smoothness_l2 is missing or not a number",
+        ),
+        (lambda content: {**content, "all": {"smoothness_l2": 5}}, "all.num_parameters is missing or not a number"),
     ],
 )
 def test_a_damaged_result_is_refused_by_name(tmp_path, change, part):
@@ -102,3 +105,17 @@ def test_a_damaged_result_is_refused_by_name(tmp_path, change, part):
         measured_smoothness(read_run(run))
     assert str(path) in str(caught.value)
     assert part in str(caught.value)
+
+
+def test_the_figure_shows_every_checkpoint_and_refuses_a_run_without_results(tmp_path):
+    run = write_run(tmp_path / "run")
+    with pytest.raises(DataError, match="no result over 1 step"):
+        draw_smoothness([run], 1)
+    write_result(run, 50, 2.0)
+    write_result(run, 100, 1.0, curvature=-0.1)
+    write_result(run, 150, None, all={"change_l1_low": None, "change_l1_high": None, "change_l2_corrected": None})
+    write_result(run, 200, 1.0, all={"step_linf": 0.0})
+    path = draw_smoothness([run, run], 1)
+    assert path == run / "figures" / "smoothness.png"
+    assert path.read_bytes() == draw_smoothness([run, run], 1).read_bytes()
+    assert path.stat().st_size > 10_000

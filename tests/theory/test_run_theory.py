@@ -204,8 +204,7 @@ def test_theory_verb_says_what_it_cannot_estimate(tmp_path, capsys):
     text = capsys.readouterr().out
     assert (
         "not estimated: L (needs a LION run with two probes whose norms differ, or `megatron-lion probe RUN --smoothness N`): "
-        "give --smoothness"
-        in text
+        "give --smoothness" in text
     )
     assert "| scenario |" not in text
     assert text.count("beta1 = beta2 (Signum)") == 1
