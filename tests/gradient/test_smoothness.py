@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from megatron_lion.gradient.noise import estimate_noise, l1_bounds
 from megatron_lion.intervals import t_quantile
 
 BATCHES = 8
+WORDS = ["--steps", "2", "--smoothness", "2"]
 NAME = f"smoothness_0000002-2-{BATCHES}-fixed.json"
 
 
@@ -32,8 +34,8 @@ def config_of(folder, corpus, **changes):
     )  # fmt: skip
 
 
-def trained_and_brute_force(rank, configs):
-    """Work of one process: trains; of the first run also returns the mean gradient of each batch at steps 2 and 4."""
+def everything(rank, configs, jobs):
+    """Work of one process: trains, computes the gradient of each batch at steps 2 and 4 of the first run, runs commands."""
     from tiny import opened_run
 
     from megatron_lion.gradient.accumulate import FullGradient
@@ -60,7 +62,9 @@ def trained_and_brute_force(rank, configs):
                     sums.append({name: now[name] - (before[name] if before else 0) for name in now})
                     before = now
                 found[step] = {"sums": sums, "losses": full.losses}
-    return found
+    folder = Path(config.run_dir)
+    shutil.copytree(folder, folder.with_name("alone"))
+    return found, commands(rank, jobs)
 
 
 @pytest.fixture(scope="module")
@@ -71,28 +75,35 @@ def made(tmp_path_factory):
         "gpt2": config_of(folder / "gpt2", corpus),
         "bf16": config_of(folder / "bf16", corpus, train__precision="bf16", optimizer__name="adamw"),
     }
-    raw = run_distributed(trained_and_brute_force, 1, configs)[0]
-    words = ["--steps", "2", "--smoothness", "2"]
+    jobs = {
+        "gpt2": [folder / "gpt2", *WORDS], "bf16": [folder / "bf16", *WORDS],
+        "all": [folder / "gpt2", "--steps", "all", "--smoothness", 2, "--num-batches", 4],
+        "alone": [folder / "alone", "--steps", "4", "--smoothness", 2, "--num-batches", 4],
+        "one batch": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--num-batches", 1],
+        "again": [folder / "gpt2", *WORDS, "--figures"],
+        "too late": [folder / "gpt2", "--steps", "2,6", "--smoothness", 1],
+        "no step": [folder / "gpt2", "--steps", "2", "--smoothness", 0],
+        "dropout": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--dropout"],
+        "only the last": [folder / "gpt2", "--steps", "latest", "--smoothness", 1],
+    }  # fmt: skip
+    raw, printed = run_distributed(everything, 1, configs, jobs)[0]
+    return SimpleNamespace(folder=folder, raw=raw, printed=printed)
+
+
+@pytest.fixture(scope="module")
+def by_layout(made):
+    """Output of the same command at other layouts."""
     layouts = {
         "TP2": ["--tensor-model-parallel-size", 2, "--sequence-parallel"],
         "PP2": ["--pipeline-model-parallel-size", 2],
         "DP2": ["--micro-batch-size", 2],
     }
-    for name in (*layouts, "alone"):
-        shutil.copytree(folder / "gpt2", folder / name)
-    one = run_distributed(commands, 1, {
-        "gpt2": [folder / "gpt2", *words], "bf16": [folder / "bf16", *words],
-        "all": [folder / "gpt2", "--steps", "all", "--smoothness", 2, "--num-batches", 4],
-        "alone": [folder / "alone", "--steps", "4", "--smoothness", 2, "--num-batches", 4],
-        "one batch": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--num-batches", 1],
-        "again": [folder / "gpt2", *words, "--figures"],
-        "too late": [folder / "gpt2", "--steps", "2,6", "--smoothness", 1],
-        "no step": [folder / "gpt2", "--steps", "2", "--smoothness", 0],
-        "dropout": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--dropout"],
-        "only the last": [folder / "gpt2", "--steps", "latest", "--smoothness", 1],
-    })[0]  # fmt: skip
-    two = run_distributed(commands, 2, {name: [folder / name, *words, *flags] for name, flags in layouts.items()})[0]
-    return SimpleNamespace(folder=folder, raw=raw, printed=one | two)
+    for name in layouts:
+        shutil.copytree(made.folder / "gpt2", made.folder / name)
+        (made.folder / name / "probe" / NAME).unlink()
+    return run_distributed(
+        commands, 2, {name: [made.folder / name, *WORDS, *flags] for name, flags in layouts.items()}
+    )[0]
 
 
 def result(made, name):
@@ -156,10 +167,11 @@ def test_a_trapezoid_of_both_gradients_gives_the_change_of_the_loss(made):
     assert abs(rest) < 0.2 * abs(found["curvature"] / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["TP2", "PP2", "DP2"])
-def test_every_layout_has_the_same_values(made, layout):
+def test_every_layout_has_the_same_values(made, by_layout, layout):
     """With dropout the steps have other masks at another layout, so the points differ: only the sizes are compared."""
-    assert not made.printed[layout][1][0], made.printed[layout]
+    assert not by_layout[layout][1][0], by_layout[layout]
     found, expected = result(made, layout), result(made, "gpt2")
     assert found["all"]["num_parameters"] == expected["all"]["num_parameters"]
     assert found["loss_before"] == pytest.approx(expected["loss_before"], rel=1e-6)
@@ -259,7 +271,10 @@ def test_a_sign_step_on_a_diagonal_quadratic_gives_the_constant_in_the_max_norm(
     assert measured < float(h.max())
 
 
-@pytest.mark.parametrize(("n", "population"), [(16, None), (33, None), (40, 50)])
+@pytest.mark.parametrize(
+    ("n", "population"),
+    [(16, None), pytest.param(33, None, marks=pytest.mark.slow), pytest.param(40, 50, marks=pytest.mark.slow)],
+)
 def test_the_bounds_and_the_interval_hold_with_noise(n, population):
     """Batches with curvatures of their own: L₂'s interval covers the truth, the bounds on L∞ enclose it."""
     generator = torch.Generator().manual_seed(n)
