@@ -95,6 +95,7 @@ def run(args: Any) -> None:
 
     from megatron_lion.compare.print_tables import print_tables
     from megatron_lion.config import ParallelConfig
+    from megatron_lion.errors import ConfigError
     from megatron_lion.jobs import rank_from_env
     from megatron_lion.runs.steps import choose_steps, list_steps
     from megatron_lion.signals import stop_raises
@@ -108,7 +109,12 @@ def run(args: Any) -> None:
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
     )
-    settings = {"num_batches": args.num_batches, "data": args.data, "dropout": args.dropout}
+    if args.beside and not args.figures:
+        raise ConfigError("--beside: needs --figures, in which it draws further runs")
+    if args.smoothness is not None and args.dropout:
+        raise ConfigError("--smoothness: the two gradients would have other dropout masks; leave out --dropout")
+    dropout = False if args.smoothness is not None else args.dropout
+    settings = {"num_batches": args.num_batches, "data": args.data, "dropout": dropout}
     config = probe_config(
         run_dir, probe=settings, parallel=parallel, micro_batch_size=args.micro_batch_size, device=args.device
     )
@@ -132,78 +138,35 @@ def run(args: Any) -> None:
 
 def _smoothness(config: Any, steps: list[int], args: Any, is_main: bool) -> None:
     """Writes RUN/probe/smoothness_*.json and prints a table with one row for each step."""
+    from pathlib import Path
+
     from megatron_lion.compare.print_tables import print_tables
-    from megatron_lion.errors import ConfigError
+    from megatron_lion.gradient.smoothness_table import smoothness_table
+    from megatron_lion.runs.folder import read_config
+    from megatron_lion.runs.probes import has_probes
     from megatron_lion.signals import stop_raises
     from megatron_lion.streams import say
-    from megatron_lion.train.smoothness_checkpoints import smoothness_checkpoints
+    from megatron_lion.train.smoothness_checkpoints import choose_checkpoints, smoothness_checkpoints
 
-    last = config.train.steps - args.smoothness
-    if args.steps in ("all", "latest") and any(step > last for step in steps):
-        late = [step for step in steps if step > last]
-        steps = [step for step in steps if step <= last]
-        reason = f"the run ends at step {config.train.steps}, so step {late[0]} has no {args.smoothness} steps after it"
-        if not steps:
-            raise ConfigError(f"--smoothness {args.smoothness}: {reason}; give --steps of an earlier checkpoint")
-        if is_main:
-            say(f"{reason}; left out")
+    if args.steps in ("all", "latest"):
+        steps, left_out = choose_checkpoints(config, steps, args.smoothness)
+        for reason in left_out if is_main else ():
+            say(f"left out: {reason}")
     stopped = "stopped; finished steps are kept; the same command measures the others"
     with stop_raises(stopped), _Progress(shown=is_main) as progress:
         measured = list(
             smoothness_checkpoints(config, steps, args.smoothness, again=args.again, on_batch=progress.update)
         )
     if is_main:
-        print_tables([smoothness_table(measured)])
+        own = read_config(Path(args.run_dir)).train.accumulate_allreduce_grads_in_fp32
+        print_tables([smoothness_table([item.content for item in measured], has_bf16_gradients=not own)])
         sys.stdout.write("".join(f"{item.path}{'' if item.is_new else '  (found)'}\n" for item in measured))
         if args.figures:
             from megatron_lion.gradient.smoothness_figure import draw_smoothness
 
             sys.stdout.write(f"{draw_smoothness([args.run_dir, *args.beside], args.smoothness)}\n")
-        next_steps(["megatron-lion", "theory", str(args.run_dir)])
-
-
-def smoothness_table(measured: list[Any]) -> Table:
-    """Returns the results of `--smoothness` as a table with one row a step."""
-    from megatron_lion.compare.table import Table
-
-    columns = ["step", "steps", "‖Δθ‖∞", "‖Δθ‖₂", "loss change", "first order", "curvature", "± (se)", "L∞ ≥", "L∞ ≤",
-               "L₂", "± (se) ", "noise"]  # fmt: skip
-    rows: list[list[Cell]] = []
-    notes = [
-        "L∞ ≥ and ≤: bounds on ‖Δ∇f‖₁/‖Δθ‖∞ without noise; L₂: ‖Δ∇f‖₂/‖Δθ‖₂ without noise. Both are lower bounds on the "
-        "constants of f. First order: ⟨∇f, Δθ⟩; curvature: ⟨Δ∇f, Δθ⟩, twice what the loss changes beyond first order if f "
-        "is quadratic; noise: its share in ‖Δ∇f‖₂²",
-    ]
-    for item in measured:
-        content, part = item.content, item.content["all"]
-        rows.append([
-            item.step, content["num_steps"], part["step_linf"], part["step_l2"], content["loss_change"],
-            content["first_order_change"], content["curvature"], content["curvature_standard_error"],
-            part["smoothness_linf_low"], part["smoothness_linf_high"], part["smoothness_l2"],
-            part["smoothness_l2_standard_error"], part["noise_share"],
-        ])  # fmt: skip
-    if still := [item.step for item in measured if not item.content["all"]["step_linf"]]:
-        notes.append(f"no weight changed in the steps after {', '.join(map(str, still))}: the smoothness is undefined")
-    if any(item.content["num_batches"] == 1 for item in measured):
-        notes.append(
-            "one batch has no noise estimate, so the smoothness without noise is not known; give more --num-batches"
-        )
-    if unresolved := [item.step for item in measured if item.content["all"]["is_resolved"] is False]:
-        notes.append(
-            f"the change of the gradient after {', '.join(map(str, unresolved))} is not resolved from noise; give more "
-            "--num-batches, or more steps"
-        )
-    if measured and measured[0].content["precision"] != "fp32":
-        notes.append(
-            f"in {measured[0].content['precision']}, weights and activations are rounded, and the change of the gradient "
-            "contains the change of the rounding; more steps make it smaller"
-        )
-    return Table(
-        slug="smoothness", title="Smoothness along the run's steps", columns=columns, rows=rows, notes=notes, num_keys=2,
-        formats={"step": "d", "steps": "d", "noise": ".1%"} | dict.fromkeys(
-            ["‖Δθ‖∞", "‖Δθ‖₂", "loss change", "first order", "curvature", "± (se)", "L∞ ≥", "L∞ ≤", "L₂", "± (se) "], ".4g"
-        ),
-    )  # fmt: skip
+        if has_probes(args.run_dir):
+            next_steps(["megatron-lion", "theory", str(args.run_dir)])
 
 
 def probe_table(probed: list[Any]) -> Table:

@@ -115,7 +115,7 @@ def smoothness(
         step_of: D of each slice, fp32 [N].
 
     Returns:
-        The statistics, ready for JSON; docs/reference/run-folder.md lists the keys.
+        The statistics, ready for JSON; docs/assumptions.md lists the keys.
     """
     full = _accumulation(run, None)
     samples, config = run.probe_samples, run.config
@@ -162,6 +162,7 @@ def smoothness(
         "first_order_change_standard_error": slope_error,
         "curvature": curve,
         "curvature_standard_error": curve_error,
+        "num_blocks": len(first.reads),
         "all": of(lambda name: True, groups),
         "without_embeddings": part(lambda name: kind_of(name) != "embedding"),
         "layers": by(layer_of),
@@ -179,7 +180,11 @@ def _block(
     """The statistics of one set of parameters."""
     noise = estimate_noise(groups, change, batch_samples=batch_samples, population=population) if groups else None
     clean = noise.grad_l2_corrected if noise else None
-    clean_error = noise.signal_standard_error / (2 * clean) if noise and clean and noise.signal_standard_error else None
+    clean_error = (
+        noise.signal_standard_error / (2 * clean)
+        if noise and clean and noise.signal_standard_error is not None
+        else None
+    )
     low, low_error, high, high_error = (
         l1_bounds(groups, change, population) if groups and noise else (None, None, None, None)
     )

@@ -74,7 +74,7 @@ def _terms(axes: Any, steps: list[float], results: list[Mapping[str, Any]], colo
     halves = [item["curvature_standard_error"] for item in results]
     for step, item, error in zip(steps, results, halves, strict=True):
         if error is not None and item["curvature"] > 0:
-            half = t_quantile(_reads(item) - 1) * error / 2
+            half = t_quantile(item["num_blocks"] - 1) * error / 2
             axes.errorbar([step], [item["curvature"] / 2], yerr=[[min(half, 0.99 * item["curvature"] / 2)], [half]],
                           fmt="none", ecolor=color, capsize=3)  # fmt: skip
     _ranges(axes, steps, [
@@ -119,9 +119,3 @@ def _ranges(
 
 def _product(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _reads(item: Mapping[str, Any]) -> int:
-    """Number of blocks behind the error of the curvature: 1, 2, 4, … and all batches."""
-    number = int(item["num_batches"])
-    return number.bit_length() + (number & (number - 1) > 0)

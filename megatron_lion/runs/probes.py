@@ -39,6 +39,11 @@ def read_probe(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def has_probes(run_dir: str | Path) -> bool:
+    """Whether the run has a result of its own."""
+    return any(re.fullmatch(r"step_\d+\.json", path.name) for path in probes_folder(Path(run_dir)).glob("step_*.json"))
+
+
 def read_probes(run_dir: str | Path) -> list[dict[str, Any]]:
     """Reads the run's own results, ascending by step.
 

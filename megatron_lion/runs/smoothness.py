@@ -12,14 +12,12 @@ from megatron_lion.runs.sealed_json import read_sealed
 
 FORMAT = 1
 _NAME = re.compile(r"smoothness_(\d{7,})-(\d+)-(\d+|all)-(fixed|fresh|test)\.json")
-_KINDS: dict[str, Any] = {
-    "precision": str, "data": str, "optimizer": str, "step": int, "num_steps": int, "num_batches": int,
-    "loss_change": int | float | None, "first_order_change": int | float | None, "curvature": int | float | None,
-    "curvature_standard_error": int | float | None,
-}  # fmt: skip
-_NUMBERS = (
-    "num_parameters", "step_linf", "step_l2", "change_l1_low", "change_l1_high", "change_l2_corrected", "noise_share",
-    "is_resolved", "num_groups", "smoothness_linf_low", "smoothness_linf_high", "smoothness_l2", "smoothness_l2_standard_error",
+_WHOLE = ("step", "num_steps", "num_batches", "skipped_steps", "num_blocks")
+_TEXTS = ("precision", "data", "optimizer")
+_NUMBERS = ("loss_change", "first_order_change", "curvature", "curvature_standard_error")
+_PART = (
+    "num_parameters", "step_linf", "step_l2", "change_l1", "change_l1_low", "change_l1_high", "change_l2_corrected", "noise_share",
+    "num_groups", "smoothness_linf_low", "smoothness_linf_high", "smoothness_l2", "smoothness_l2_standard_error",
 )  # fmt: skip
 
 
@@ -47,16 +45,21 @@ def read_smoothness(path: str | Path) -> dict[str, Any]:
     named = _NAME.fullmatch(path.name)
     if content.get("format") != FORMAT or not isinstance(content.get("all"), dict):
         raise DataError(f"{path}: not a smoothness result of format {FORMAT}; {remedy}")
-    if named and [content.get("step"), content.get("num_steps"), content.get("data")] != [
-        int(named[1]), int(named[2]), named[4],
-    ]:  # fmt: skip
+    found = [content.get(key) for key in ("step", "num_steps", "data", "num_batches")]
+    if named and found != [int(named[1]), int(named[2]), named[4], found[3] if named[3] == "all" else int(named[3])]:
         raise DataError(f"{path}: is a result of step {content.get('step')}, not of its name; {remedy}")
-    for key, kind in _KINDS.items():
-        if not isinstance(content.get(key, ""), kind) or key not in content:
-            raise DataError(f"{path}: {key} is missing or of another type; {remedy}")
-    for key in _NUMBERS:
-        if not isinstance(content["all"].get(key, ""), int | float | None):
-            raise DataError(f"{path}: all.{key} is missing or not a number; {remedy}")
+    wrong = [
+        *(key for key in _WHOLE if not _is_number(content.get(key), whole=True)),
+        *(key for key in _TEXTS if not isinstance(content.get(key), str)),
+        *(key for key in _NUMBERS if key not in content or not (content[key] is None or _is_number(content[key]))),
+        *(f"all.{key}" for key in _PART if not _is_value(content["all"], key)),
+    ]
+    if not isinstance(content["all"].get("is_resolved", ""), bool | None):
+        wrong.append("all.is_resolved")
+    if content["all"].get("smoothness_l2_standard_error") is not None and (content["all"].get("num_groups") or 0) < 2:
+        wrong.append("all.num_groups")
+    if wrong:
+        raise DataError(f"{path}: {wrong[0]} is missing or has a value that cannot be; {remedy}")
     return content
 
 
@@ -68,3 +71,15 @@ def read_all_smoothness(run_dir: str | Path) -> list[dict[str, Any]]:
     """
     paths = sorted(probes_folder(Path(run_dir)).glob("smoothness_*.json"))
     return [read_smoothness(path) for path in paths if _NAME.fullmatch(path.name)]
+
+
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+
+
+def _is_value(part: dict[str, Any], key: str) -> bool:
+    """Whether a part has the key, with null or a number of at least 0; a noise share may be negative."""
+    if key not in part:
+        return False
+    value = part[key]
+    return value is None or (_is_number(value) and (value >= 0 or key == "noise_share"))

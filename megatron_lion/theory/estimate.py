@@ -212,7 +212,7 @@ def estimate_smoothness(
     ‖θ_a − θ_b‖₂ ≤ Σ_{a<t≤b} η_t √d (1 + λ max‖θ‖∞), where inside the box λ‖θ‖∞ ≤ 1.
 
     The path zigzags, and gradients turn without changing length, so the true L is usually far larger. For SGD and
-    AdamW the records give no such bound on the path. Results of `probe --smoothness` replace both if they are larger.
+    AdamW the records give no such bound on the path. With results of `probe --smoothness`, both numbers are the larger ones.
 
     Args:
         run: a LION run with 'optim/lr' and 'probe/grad_l2'. max‖θ‖∞ is that of 'probe/theta_linf'; without it, or
@@ -228,36 +228,47 @@ def estimate_smoothness(
     Raises:
         DataError: a result of `probe --smoothness` is damaged.
     """
-    found = [item for item in (measured_smoothness(run, confidence), _from_norms(run, noise, confidence)) if item]
-    return max(found, key=lambda item: item.low, default=None)
+    measured, from_norms = measured_smoothness(run, confidence), _from_norms(run, noise, confidence)
+    if measured is None or from_norms is None:
+        return measured or from_norms
+    # Both bounds hold together with `confidence`, so the larger one may be taken.
+    halved = (1 + confidence) / 2
+    ends = [found.bound for found in (measured_smoothness(run, halved), _from_norms(run, noise, halved)) if found]
+    larger = max(measured, from_norms, key=lambda found: found.low)
+    return replace(larger, bound=max((end for end in ends if end is not None), default=None))
 
 
 def measured_smoothness(run: RunRecord, confidence: float = LEVEL) -> SmoothnessEstimate | None:
-    """The largest ‖∇f(θ') − ∇f(θ)‖₂/‖θ' − θ‖₂ of the run's results of `probe --smoothness`; None without a usable one.
+    """The largest ‖∇f(θ') − ∇f(θ)‖₂/‖θ' − θ‖₂ of the run's results of `probe --smoothness`; None without a resolved one.
 
-    Used are results of training samples in fp32 whose change is resolved. In half precision the change of the rounding is
-    in the change of the gradient. `bound` is the largest lower end at level α/m each for m results (Bonferroni).
+    Used are results of training samples in fp32 with at least four groups of batches. In half precision the change of the
+    rounding is in the change of the gradient. `low` is the largest resolved value. `bound` is the largest lower end of all
+    m results at level α/m each (Bonferroni), resolved or not: if only the resolved ones were counted, results that passed
+    by chance would give too large a bound.
 
     Raises:
         DataError: a result is damaged.
     """
     found = [
-        item for item in read_all_smoothness(run.folder)
-        if item["data"] != "test" and item["precision"] == "fp32" and item["all"]["is_resolved"] and item["all"]["smoothness_l2"]
-    ]  # fmt: skip
-    if not found:
+        item
+        for item in read_all_smoothness(run.folder)
+        if item["data"] != "test" and item["precision"] == "fp32" and item["all"]["is_resolved"] is not None
+    ]
+    resolved = [item for item in found if item["all"]["is_resolved"] and item["all"]["smoothness_l2"]]
+    if not resolved:
         return None
-    largest = max(found, key=lambda item: float(item["all"]["smoothness_l2"]))
+    largest = max(resolved, key=lambda item: float(item["all"]["smoothness_l2"]))
     # t_quantile is two-sided: level 1 − 2α leaves α below. A confidence below ½ asks for no margin.
     level = max(1e-9, 1 - 2 * (1 - confidence) / len(found))
-    ends = [
-        part["smoothness_l2"] - t_quantile(part["num_groups"] - 1, level) * part["smoothness_l2_standard_error"]
-        for part in (item["all"] for item in found)
-        if part["smoothness_l2_standard_error"] is not None
-    ]
+    ends = [0.0]
+    for part in (item["all"] for item in found):
+        value, error = part["smoothness_l2"], part["smoothness_l2_standard_error"]
+        if value is not None and error is not None:
+            # The interval is that of the square, whose estimate is unbiased; its error is 2 · value · error.
+            ends.append(math.sqrt(max(0.0, value**2 - t_quantile(part["num_groups"] - 1, level) * 2 * value * error)))
     return SmoothnessEstimate(
         float(largest["all"]["smoothness_l2"]), (int(largest["step"]), int(largest["step"] + largest["num_steps"])),
-        max(0.0, *ends) if ends else None, confidence, is_measured=True,
+        max(ends), confidence, is_measured=True,
     )  # fmt: skip
 
 

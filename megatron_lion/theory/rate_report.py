@@ -269,12 +269,15 @@ def _gap_line(ends: GapEstimate) -> str:
 
 
 def _smoothness_line(found: SmoothnessEstimate) -> str:
+    what = "all results" if found.is_measured else "all norms"
     if found.bound is None:
         bound = "no confidence bound, because the records have no noise estimate of the probes"
+    elif found.bound == 0 and found.is_measured:
+        bound = f"no {found.confidence:.0%} bound above 0, because no change of the gradient exceeds its noise"
     elif found.bound == 0:
         bound = f"no {found.confidence:.0%} bound above 0, because the norms do not differ by more than their noise"
     else:
-        bound = f"with {found.confidence:.0%} confidence L ≥ {found.bound:.4g}, given the noise of all norms"
+        bound = f"with {found.confidence:.0%} confidence L ≥ {found.bound:.4g}, given the noise of {what}"
     if found.is_measured:
         return (
             f"- L estimated from below: {found.low:.4g}, the change of the gradient over the way from step {found.pair[0]} to "

@@ -17,7 +17,7 @@ from megatron_lion.files import make_folder
 from megatron_lion.gradient.full_gradient import probe_facts
 from megatron_lion.gradient.probe_result import finite_only
 from megatron_lion.gradient.smoothness import gradient_along, own_weights, smoothness
-from megatron_lion.parallel import agree, broadcast_object
+from megatron_lion.parallel import agree, all_reduce_sum, broadcast_object
 from megatron_lion.runs.sealed_json import write_sealed
 from megatron_lion.runs.smoothness import FORMAT, read_smoothness, smoothness_file
 from megatron_lion.runs.steps import open_checkpoint, step_folder
@@ -31,24 +31,48 @@ from megatron_lion.train.step import train_step
 
 
 def check_steps(config: RunConfig, steps: list[int], num_steps: int) -> None:
-    """Checks that the run has its next steps, and that both gradients are those of one function.
+    """Checks that the run has its next steps.
 
     Raises:
-        ConfigError: a checkpoint is too near to the end of the run, or dropout is on.
+        ConfigError: it has not; the message names the checkpoint.
     """
     last = config.train.steps
     if num_steps < 1:
         raise ConfigError(f"--smoothness {num_steps}: must be at least 1 step")
-    if config.probe.dropout:
-        raise ConfigError(
-            "--smoothness: the two gradients would have other dropout masks; leave out --dropout, or give the run "
-            "probe.dropout false"
-        )
     if late := [step for step in steps if step + num_steps > last]:
+        remedy = f"give --steps of at most {last - num_steps}" if num_steps <= last else "give fewer steps"
+        raise ConfigError(f"--smoothness {num_steps}: {_too_late(config, late[0], num_steps)}; {remedy}")
+
+
+def choose_checkpoints(config: RunConfig, steps: list[int], num_steps: int) -> tuple[list[int], list[str]]:
+    """Chooses those of `steps` from which the run's next steps can be taken.
+
+    Returns:
+        The chosen steps, and for each other one the reason why it is left out.
+
+    Raises:
+        ConfigError: none is left.
+        CheckpointError: a checkpoint cannot be opened.
+    """
+    chosen, left_out = [], []
+    for step in steps:
+        manifest = open_checkpoint(step_folder(Path(config.run_dir), step)).manifest
+        if step + num_steps > config.train.steps:
+            left_out.append(_too_late(config, step, num_steps))
+        elif manifest.get("state_layout") is None:
+            left_out.append(f"step {step} holds no optimizer state")
+        else:
+            chosen.append(step)
+    if not chosen:
         raise ConfigError(
-            f"--smoothness {num_steps}: the run ends at step {last}, so it has no {num_steps} step(s) after step {late[0]}; "
-            f"give --steps of at most {last - num_steps}"
+            f"--smoothness {num_steps}: {left_out[-1]}; give --steps of another checkpoint, or fewer steps"
         )
+    return chosen, left_out
+
+
+def _too_late(config: RunConfig, step: int, num_steps: int) -> str:
+    rest = max(0, config.train.steps - step)
+    return f"the run ends at step {config.train.steps}, {rest} step(s) after step {step}, and {num_steps} are needed"
 
 
 def smoothness_checkpoints(
@@ -69,7 +93,7 @@ def smoothness_checkpoints(
         steps: steps of checkpoints.
         num_steps: number of optimizer steps between the two points.
         again: compute results that exist, too.
-        on_batch: called with (step, batches done, number of batches) after each batch of both gradients.
+        on_batch: called with (step, batches done, number of batches) after each step and each batch of both gradients.
 
     Yields:
         A `ProbedStep` for each step, in order.
@@ -111,22 +135,25 @@ def smoothness_checkpoints(
 def _measure(
     run: Run, step: int, num_steps: int, on_batch: Callable[[int, int, int], None], should_stop: Callable[[], bool]
 ) -> dict[str, Any] | None:
-    started, total = time.perf_counter(), run.num_probe_batches
+    started, total = time.perf_counter(), num_steps + 2 * run.num_probe_batches
     _restore(run, step)
     before = own_weights(run)
-    skipped = _take_steps(run, num_steps)
+    skipped = _take_steps(run, num_steps, lambda done: on_batch(step, done, total), should_stop)
+    if skipped is None:
+        return None
     moved = [after_N.sub_(before_N) for after_N, before_N in zip(own_weights(run), before, strict=True)]
     del before
     # The second point first: D must be known while a gradient is read, and the checkpoint gives the first point again.
     second = gradient_along(
-        run, run.probe_batches(step), moved, on_batch=lambda done: on_batch(step, done, 2 * total), should_stop=should_stop
+        run, run.probe_batches(step), moved,
+        on_batch=lambda done: on_batch(step, num_steps + done, total), should_stop=should_stop,
     )  # fmt: skip
     if second is None:
         return None
     _restore(run, step)
     first = gradient_along(
         run, run.probe_batches(step), moved,
-        on_batch=lambda done: on_batch(step, total + done, 2 * total), should_stop=should_stop,
+        on_batch=lambda done: on_batch(step, num_steps + run.num_probe_batches + done, total), should_stop=should_stop,
     )  # fmt: skip
     if first is None:
         return None
@@ -150,17 +177,22 @@ def _restore(run: Run, step: int) -> None:
     restore_run(run, checkpoint)
 
 
-def _take_steps(run: Run, number: int) -> int:
-    """Takes the run's next steps in memory; returns how many of them changed nothing."""
+def _take_steps(run: Run, number: int, on_step: Callable[[int], None], should_stop: Callable[[], bool]) -> int | None:
+    """Takes the run's next steps in memory; returns how many of them changed nothing, or None if a process was stopped."""
     skipped = 0
     with closing(_closable(run.train_batches())) as batches:
-        for _ in range(number):
+        for done in range(1, number + 1):
+            # A signal reaches the ranks at different times; all must leave after the same step.
+            asked = torch.tensor([float(should_stop())], device=run.device.torch_device)
+            if all_reduce_sum(asked).item():
+                return None
             result = train_step(
                 run.model, run.optimizer, batches, run.objective, run.config, run.ranks, lr_at(run.config, run.step + 1)
             )
             run.step += 1
             run.consumed_samples += run.config.train.global_batch_size
             skipped += result.skipped
+            on_step(done)
     sync_parameters(run.model)
     return skipped
 

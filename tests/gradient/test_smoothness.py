@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import torch
 from distributed import run_distributed
 from fake_model import Whole, norms_of
 from test_after_the_fact import commands
-from tiny import read_weights, tiny_config, train, write_corpus
+from tiny import error_of, read_weights, tiny_config, train, write_corpus
 
 from megatron_lion.gradient.batch_groups import GroupedBatches, difference_of
 from megatron_lion.gradient.blocks import mean_and_error
@@ -64,7 +66,24 @@ def everything(rank, configs, jobs):
                 found[step] = {"sums": sums, "losses": full.losses}
     folder = Path(config.run_dir)
     shutil.copytree(folder, folder.with_name("alone"))
-    return found, commands(rank, jobs)
+    return found, commands(rank, jobs) | {"stopped": stopped_in_the_first_step(folder)}
+
+
+def stopped_in_the_first_step(folder):
+    """Sends a stop signal after the first of four steps in memory; returns the places that were reported, and the error."""
+    from megatron_lion.config import ParallelConfig
+    from megatron_lion.train.probe_checkpoints import probe_config
+    from megatron_lion.train.smoothness_checkpoints import smoothness_checkpoints
+
+    places = []
+
+    def on_batch(step, done, total):
+        places.append((done, total))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = probe_config(folder, probe={}, parallel=ParallelConfig(), device="cpu")
+    error = error_of(lambda: list(smoothness_checkpoints(config, [2], 4, on_batch=on_batch)))
+    return places, error
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +92,9 @@ def made(tmp_path_factory):
     corpus = write_corpus(folder / "corpus", documents=200)
     configs = {
         "gpt2": config_of(folder / "gpt2", corpus),
-        "bf16": config_of(folder / "bf16", corpus, train__precision="bf16", optimizer__name="adamw"),
+        "bf16": config_of(
+            folder / "bf16", corpus, train__precision="bf16", optimizer__name="adamw", probe__dropout=True
+        ),
     }
     jobs = {
         "gpt2": [folder / "gpt2", *WORDS], "bf16": [folder / "bf16", *WORDS],
@@ -82,6 +103,9 @@ def made(tmp_path_factory):
         "one batch": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--num-batches", 1],
         "again": [folder / "gpt2", *WORDS, "--figures"],
         "too late": [folder / "gpt2", "--steps", "2,6", "--smoothness", 1],
+        "beside": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--beside", folder / "bf16"],
+        "far too many": [folder / "gpt2", "--steps", "2", "--smoothness", 10**12],
+        "whole": [folder / "gpt2", "--steps", "2", "--smoothness", 2, "--num-batches", "all"],
         "no step": [folder / "gpt2", "--steps", "2", "--smoothness", 0],
         "dropout": [folder / "gpt2", "--steps", "2", "--smoothness", 1, "--dropout"],
         "only the last": [folder / "gpt2", "--steps", "latest", "--smoothness", 1],
@@ -203,10 +227,10 @@ def test_a_checkpoint_measured_after_another_has_the_same_result(made):
     assert found[0] == found[1]
 
 
-def test_one_batch_has_no_noise_estimate_and_the_table_states_it(made):
+def test_one_batch_gives_no_smoothness_without_noise_and_the_table_states_it(made):
     printed, error = made.printed["one batch"]
     assert not error[0], error
-    assert "one batch has no noise estimate" in " ".join(printed.split())
+    assert "too few batches for a standard error" in " ".join(printed.split())
     found = json.loads((made.folder / "gpt2" / "probe" / "smoothness_0000002-1-1-fixed.json").read_text())["all"]
     assert found["change_l1"] > 0
     assert found["smoothness_l2"] is found["smoothness_linf_low"] is None
@@ -224,16 +248,38 @@ def test_results_are_kept_and_the_run_is_not_changed(made):
 @pytest.mark.parametrize(
     ("case", "part"),
     [
-        ("too late", "the run ends at step 6, so it has no 1 step(s) after step 6; give --steps of at most 5"),
+        ("too late", "the run ends at step 6, 0 step(s) after step 6, and 1 are needed; give --steps of at most 5"),
         ("no step", "--smoothness 0: must be at least 1"),
         ("dropout", "leave out --dropout"),
-        ("only the last", "give --steps of an earlier checkpoint"),
+        ("beside", "--beside: needs --figures"),
+        ("far too many", "4 step(s) after step 2, and 1000000000000 are needed; give fewer steps"),
+        ("only the last", "give --steps of another checkpoint"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(made, case, part):
     kind, message = made.printed[case][1]
     assert kind == "ConfigError"
     assert part in message
+
+
+def test_a_stop_signal_ends_the_steps_in_memory(made):
+    places, (kind, message) = made.printed["stopped"]
+    assert places == [(1, 4 + 2 * BATCHES)]
+    assert kind == "StoppedOnRequest"
+    assert "stopped at step 2; run the same command" in message
+
+
+def test_the_whole_data_set_has_no_error_and_is_enclosed_by_the_bounds_of_a_part(made):
+    assert not made.printed["whole"][1][0], made.printed["whole"]
+    whole = json.loads((made.folder / "gpt2" / "probe" / "smoothness_0000002-2-all-fixed.json").read_text())["all"]
+    part = result(made, "gpt2")["all"]
+    assert whole["smoothness_l2_standard_error"] == whole["smoothness_linf_low_standard_error"] == 0
+    assert whole["smoothness_linf_low"] == whole["smoothness_linf_high"]
+    half = 3 * part["smoothness_l2_standard_error"]
+    assert part["smoothness_l2"] - half < whole["smoothness_l2"] < part["smoothness_l2"] + half
+    low, high = part["smoothness_linf_low"], part["smoothness_linf_high"]
+    assert low - 3 * part["smoothness_linf_low_standard_error"] < whole["smoothness_linf_low"]
+    assert whole["smoothness_linf_high"] < high + 3 * part["smoothness_linf_high_standard_error"]
 
 
 def quadratic(curvatures_nd, moved):
