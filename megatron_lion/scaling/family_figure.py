@@ -28,7 +28,7 @@ def draw_family(fits: Sequence[Fit], path: Path) -> Path:
         StorageError: the file system refused.
     """
     steps = sorted({fit.step for fit in fits})
-    figure, panels = new_figure(11.0, 3.9 * len(steps) + 0.4, len(DRAWN), rows=len(steps), dpi=DPI)
+    figure, panels = new_figure(11.0, 4.6 * len(steps) + 0.4, len(DRAWN), rows=len(steps), dpi=DPI)
     for number, axes in enumerate(panels):
         step, part = steps[number // len(DRAWN)], DRAWN[number % len(DRAWN)]
         _panel(axes, [fit for fit in fits if (fit.step, fit.part) == (step, part)])
@@ -56,20 +56,17 @@ def _panel(axes: Any, fits: Sequence[Fit]) -> None:
                 axes.plot([mean.d * shift] * 2, ends, "_-", color=color, linewidth=1.4, markersize=5)
         if fit.noise is not None:
             noise = [math.exp(fit.noise.intercept) * d**fit.noise.slope for d in sizes]
-            axes.plot(sizes, noise, "-.", color=color, linewidth=0.8, alpha=0.6, label=_noise_label(fit))
+            axes.plot(sizes, noise, "-.", color=color, linewidth=0.8, alpha=0.6)
         line = fit.measured
         axes.plot(sizes, [math.exp(line.intercept) * d**line.slope for d in sizes], ":", color=color, label=_label(fit))
     axes.tick_params(which="minor", labelsize=6)
-    axes.legend(fontsize=7, loc="best")
+    # Below the axes: with three optimizers it covers points at any place inside.
+    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
 
 
 def _label(fit: Fit) -> str:
     found, name = fit.exponent, OPTIMIZER_NAMES[fit.optimizer]
-    measured = f"{name}: measured r, b = {fit.measured.slope:.2f}"
-    if found.low is None or found.high is None:
-        return measured
-    return f"{measured}; without noise [{found.low:.2f}, {found.high:.2f}]"
-
-
-def _noise_label(fit: Fit) -> str:
-    return f"{OPTIMIZER_NAMES[fit.optimizer]}: noise alone, b = {fit.noise.slope:.2f}" if fit.noise else ""
+    text = f"{name}: b = {fit.measured.slope:.2f} (measured r, dotted)"
+    if found.low is not None and found.high is not None:
+        text += f", [{found.low:.2f}, {found.high:.2f}] without noise"
+    return text if fit.noise is None else f"{text}, {fit.noise.slope:.2f} noise alone (dash-dotted)"
