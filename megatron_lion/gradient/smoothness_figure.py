@@ -9,6 +9,7 @@ from typing import Any
 from megatron_lion.errors import DataError
 from megatron_lion.files import storage_errors
 from megatron_lion.intervals import t_quantile
+from megatron_lion.runs.record import OPTIMIZER_NAMES
 from megatron_lion.runs.smoothness import read_all_smoothness
 from megatron_lion.style import GREY, OPTIMIZER_COLOURS, new_figure, save_figure, style_axes
 
@@ -28,8 +29,8 @@ def draw_smoothness(run_dirs: Sequence[str | Path], num_steps: int) -> Path:
     """
     folder = Path(run_dirs[0]) / "figures"
     found = [_results(run_dir, num_steps) for run_dir in run_dirs]
-    names = [str(results[-1]["optimizer"]).upper() for results in found]
-    figure, axes = new_figure(11.5, 4.2, 2, dpi=DPI)
+    names = [OPTIMIZER_NAMES.get(results[-1]["optimizer"], results[-1]["optimizer"]) for results in found]
+    figure, axes = new_figure(11.5, 5.0, 2, dpi=DPI)
     for panel in axes:
         style_axes(panel, box=True, tick_size=9)
     for place, (run_dir, results) in enumerate(zip(run_dirs, found, strict=True)):
@@ -45,8 +46,13 @@ def draw_smoothness(run_dirs: Sequence[str | Path], num_steps: int) -> Path:
     axes[0].set_title(f"Quadratic term of {way}, and its bounds in both norms", fontsize=10)
     axes[1].set(xlabel="checkpoint", ylabel="loss / θ²", yscale="log")
     axes[1].set_title("Smoothness along the run; bars: 95 % of L₂, range of L∞", fontsize=10)
+    every = sorted({item["step"] for results in found for item in results})
     for panel in axes:
-        panel.legend(fontsize=7, loc="best")
+        if len(every) <= 10:  # otherwise matplotlib's own ticks
+            panel.set_xticks(every, [f"{step:,}" for step in every])
+        panel.margins(x=0.15)
+        # Below the axes: inside it covers points of several runs.
+        panel.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncol=len(found), frameon=False)
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return save_figure(figure, folder / "smoothness.png")
@@ -113,7 +119,7 @@ def _ranges(
     for step, (low, high, factor) in zip(steps, ends, strict=True):
         if low and high:
             axes.plot([step, step], [low * factor, high * factor], color=color, linewidth=5, alpha=0.35,
-                      solid_capstyle="butt", label=label)  # fmt: skip
+                      solid_capstyle="butt", marker="_", markersize=9, markeredgewidth=1.5, label=label)  # fmt: skip
             label = "_"
 
 
