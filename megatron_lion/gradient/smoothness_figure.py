@@ -10,7 +10,7 @@ from megatron_lion.errors import DataError
 from megatron_lion.files import storage_errors
 from megatron_lion.intervals import t_quantile
 from megatron_lion.runs.record import OPTIMIZER_NAMES
-from megatron_lion.runs.smoothness import read_all_smoothness
+from megatron_lion.runs.smoothness_files import read_all_smoothness
 from megatron_lion.style import GREY, OPTIMIZER_COLOURS, new_figure, save_figure, style_axes
 
 DPI = 110

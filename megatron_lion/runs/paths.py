@@ -7,6 +7,7 @@ RUN/metrics.jsonl          one JSON object a line
 RUN/checkpoints/step_…/    see steps.py
 RUN/newest_checkpoint      name of the newest checkpoint that was ever saved, which shows whether checkpoints are missing
 RUN/probe/step_….json      see probes.py
+RUN/probe/smoothness_….json  see smoothness_files.py
 RUN/eval/*.json            evaluation results
 RUN/tokenizer/, RUN/log/, RUN/lock
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 LOCK = "lock"
 LATEST = "latest"
@@ -65,6 +67,11 @@ def newest_checkpoint_file(run_dir: Path) -> Path:
 
 def probes_folder(run_dir: Path) -> Path:
     return run_dir / "probe"
+
+
+def smoothness_file(run_dir: Path, step: int, num_steps: int, num_batches: int | Literal["all"], data: str) -> Path:
+    """Path of the result of `probe --smoothness` over `num_steps` steps from a checkpoint."""
+    return probes_folder(run_dir) / f"smoothness_{step:07d}-{num_steps}-{num_batches}-{data}.json"
 
 
 def evaluations_folder(run_dir: Path) -> Path:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from megatron_lion.intervals import LEVEL, t_quantile
 from megatron_lion.runs.record import RunRecord
-from megatron_lion.runs.smoothness import read_all_smoothness
+from megatron_lion.runs.smoothness_files import read_all_smoothness
 from megatron_lion.theory.probe_noise import ProbeNoise
 from megatron_lion.theory.symbols import Array
 

@@ -18,8 +18,9 @@ from megatron_lion.gradient.full_gradient import probe_facts
 from megatron_lion.gradient.probe_result import finite_only
 from megatron_lion.gradient.smoothness import gradient_along, own_weights, smoothness
 from megatron_lion.parallel import agree, all_reduce_sum, broadcast_object
+from megatron_lion.runs.paths import smoothness_file
 from megatron_lion.runs.sealed_json import write_sealed
-from megatron_lion.runs.smoothness import FORMAT, read_smoothness, smoothness_file
+from megatron_lion.runs.smoothness_files import FORMAT, read_smoothness
 from megatron_lion.runs.steps import open_checkpoint, step_folder
 from megatron_lion.train.choices import settle
 from megatron_lion.train.probe_checkpoints import ProbedStep

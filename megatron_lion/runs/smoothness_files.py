@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_lion.errors import DataError
 from megatron_lion.runs.paths import probes_folder
@@ -19,13 +19,6 @@ _PART = (
     "num_parameters", "step_linf", "step_l2", "change_l1", "change_l1_low", "change_l1_high", "change_l2_corrected", "noise_share",
     "num_groups", "smoothness_linf_low", "smoothness_linf_high", "smoothness_l2", "smoothness_l2_standard_error",
 )  # fmt: skip
-
-
-def smoothness_file(
-    run_dir: str | Path, step: int, num_steps: int, num_batches: int | Literal["all"], data: str
-) -> Path:
-    """Path of the result of `num_steps` steps from a checkpoint."""
-    return probes_folder(Path(run_dir)) / f"smoothness_{step:07d}-{num_steps}-{num_batches}-{data}.json"
 
 
 def read_smoothness(path: str | Path) -> dict[str, Any]:
