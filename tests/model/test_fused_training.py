@@ -89,12 +89,13 @@ def test_a_run_with_the_fused_loss_opens_without_triton(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_losses_are_computed_apart(logged: dict[str, list[dict[str, Any]]]) -> None:
-    """Their last bits differ, so the setting has an effect."""
-    losses = [
-        [line["train/loss"] for line in logged[f"gpt2 {loss}"] if "train/loss" in line]
+    """Last bits differ, so the setting has an effect; three losses of one run may have equal bits on some processors."""
+    values = [
+        [line[key] for name in RUNS for line in logged[f"{name} {loss}"] for key in LOGGED if key in line]
         for loss in ("fused", "megatron")
     ]
-    assert losses[0] != losses[1]
+    assert len(values[0]) > 10
+    assert values[0] != values[1]
 
 
 def test_the_estimate_of_memory_counts_logits_once() -> None:
