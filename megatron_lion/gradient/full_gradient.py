@@ -89,7 +89,7 @@ def probe_run(
             if full.add(batches, stop=should_stop()):
                 return None
             if not full.losses[-1][1]:
-                raise _nothing_counted(config, f"batch {full.num_batches}", "num_tokens")
+                raise nothing_counted(config, f"batch {full.num_batches}", "num_tokens")
             if full.num_batches in rungs:
                 table = full.read()
                 norms = table.norms()
@@ -104,7 +104,7 @@ def probe_run(
                     )
             on_batch(full.num_batches)
         if (name := run.objective.uncounted(full.counts)) is not None:
-            raise _nothing_counted(config, f"all {full.num_batches} batches", name)
+            raise nothing_counted(config, f"all {full.num_batches} batches", name)
         population = samples.population / config.train.global_batch_size if samples.population is not None else None
         ladder, noise, by_part = _ladder(read, table, groups, config.train.global_batch_size, population)
         found = None
@@ -142,13 +142,14 @@ def _sign_statistics(run: ProbedRun) -> SignStatistics | None:
     )  # fmt: skip
 
 
-def _nothing_counted(config: RunConfig, which: str, name: str) -> DataError:
+def nothing_counted(config: RunConfig, which: str, name: str) -> DataError:
+    """The error of a probe whose loss counts nothing in some samples; all ranks raise it, and the first prints it."""
     split = "test" if config.probe.data == "test" else "training"
     error = DataError(
         f"probe: the loss counts nothing in {which} of the {split} samples ({name} is 0); check the data and its index cache "
         "(data.cache, or the run's folder cache)"
     )
-    error.told_by = 0  # all ranks raise it alike
+    error.told_by = 0
     return error
 
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 
-from megatron_lion.errors import DataError
 from megatron_lion.gradient.accumulate import FullGradient
 from megatron_lion.gradient.batch_groups import Group, GroupedBatches, difference_of
 from megatron_lion.gradient.batch_sums import BatchGroups
 from megatron_lion.gradient.blocks import Read, mean_and_error
-from megatron_lion.gradient.full_gradient import ProbedRun, standard_error
+from megatron_lion.gradient.full_gradient import ProbedRun, nothing_counted, standard_error
 from megatron_lion.gradient.noise import estimate_noise, l1_bounds, rungs_of, unseen
 from megatron_lion.gradient.norms import GradientNorms, NormTable, norm_table
 from megatron_lion.gradient.parameter_kinds import in_group, kind_of, layer_of
@@ -80,7 +79,7 @@ def gradient_along(
         The gradient, or None if any process was asked to stop.
 
     Raises:
-        DataError: the loss counts nothing in a batch; on all ranks.
+        DataError: the loss counts nothing in a batch, or a part of it nothing in all batches; on all ranks.
     """
     total = run.probe_samples.num_batches
     rungs = rungs_of(total)
@@ -91,14 +90,14 @@ def gradient_along(
             if full.add(batches, stop=should_stop()):
                 return None
             if not full.losses[-1][1]:
-                error = DataError(f"probe: the loss counts nothing in batch {full.num_batches} of the samples")
-                error.told_by = 0  # all ranks raise it alike
-                raise error
+                raise nothing_counted(run.config, f"batch {full.num_batches}", "num_tokens")
             if full.num_batches in rungs:
                 scale = full.read().scale
                 along = _table(full, _with_main(full.shards(), step_of), scale).norms().grad_dot_theta
                 reads.append((full.num_batches, full.count, along))
             on_batch(full.num_batches)
+        if (name := run.objective.uncounted(full.counts)) is not None:
+            raise nothing_counted(run.config, f"all {full.num_batches} batches", name)
         shards = list(full.shards())
         means = [(shard.grad.float() * scale).cpu() for shard in shards if shard.grad is not None]
     return PointGradient(means, groups.sketch, groups.sums(), full.losses, reads, shards)

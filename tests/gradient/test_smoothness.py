@@ -19,7 +19,6 @@ from test_after_the_fact import commands
 from tiny import error_of, read_weights, tiny_config, train, write_corpus
 
 from megatron_lion.gradient.batch_groups import GroupedBatches, difference_of
-from megatron_lion.gradient.blocks import mean_and_error
 from megatron_lion.gradient.noise import estimate_noise, l1_bounds
 from megatron_lion.intervals import t_quantile
 
@@ -64,9 +63,27 @@ def everything(rank, configs, jobs):
                     sums.append({name: now[name] - (before[name] if before else 0) for name in now})
                     before = now
                 found[step] = {"sums": sums, "losses": full.losses}
+        found["uncounted"] = uncounted(run)
     folder = Path(config.run_dir)
     shutil.copytree(folder, folder.with_name("alone"))
     return found, commands(rank, jobs) | {"stopped": stopped_in_the_first_step(folder)}
+
+
+def uncounted(run):
+    """The errors of samples without a counted token, and of an objective that counts nothing of another part of its loss."""
+    from megatron_lion.gradient.smoothness import gradient_along, own_weights
+
+    def blank():
+        for batch in run.probe_batches(2):
+            yield {**batch, "loss_mask": batch["loss_mask"] * 0}
+
+    step = own_weights(run)
+    errors = [error_of(gradient_along, run, blank(), step)]
+    batches, objective = run.probe_batches(2), run.objective
+    run.objective = SimpleNamespace(
+        count_names=(), uncounted=lambda counts: "num_pairs", forward_step=objective.forward_step
+    )
+    return [*errors, error_of(gradient_along, run, batches, step)]
 
 
 def stopped_in_the_first_step(folder):
@@ -262,6 +279,16 @@ def test_what_cannot_be_measured_is_refused(made, case, part):
     assert part in message
 
 
+def test_samples_that_count_nothing_are_refused_like_those_of_a_probe(made):
+    (blank, in_batch), (part, in_all) = made.raw["uncounted"]
+    assert (blank, part) == ("DataError", "DataError")
+    assert (
+        "probe: the loss counts nothing in batch 1 of the training samples (num_tokens is 0); check the data"
+        in in_batch
+    )
+    assert "counts nothing in all 8 batches of the training samples (num_pairs is 0)" in in_all
+
+
 def test_a_stop_signal_ends_the_steps_in_memory(made):
     places, (kind, message) = made.printed["stopped"]
     assert places == [(1, 4 + 2 * BATCHES)]
@@ -368,16 +395,3 @@ def test_groups_of_other_batches_are_refused():
         points.append(grouped.sums())
     with pytest.raises(ValueError, match="not of the same batches"):
         difference_of(*points, sketch)
-
-
-@pytest.mark.parametrize("population", [None, 128.0])
-def test_the_error_of_a_mean_from_its_reads_covers(population):
-    generator = np.random.default_rng(5)
-    held, trials = 0, 500
-    for _ in range(trials):
-        values = generator.normal(2.0, 3.0, 128 if population else 64)
-        truth = values.mean() if population else 2.0
-        reads = [(k, 10 * k, float(values[:k].mean())) for k in (1, 2, 4, 8, 16, 32, 64)]
-        mean, error = mean_and_error(reads, population)
-        held += abs(mean - truth) <= t_quantile(6) * error
-    assert 0.92 <= held / trials <= 0.98
